@@ -1,0 +1,68 @@
+# From a fresh clone, with Python >= 3.10 and a C++ compiler:
+#   make demo       install, build, and train a character language model side by side with torch.nn
+#   make test       the same set-up, then the tests           make test-all   with the slow ones
+#   make check      linter, formatter and type checker        make format     let the first two repair what they can
+#   make bench      every benchmark (some 25 minutes), then the figures in README.md and bench/results/
+# Another interpreter: make PYTHON=python3.12 VENV=.venv312
+# Torch comes from pip's own index; for a smaller CPU-only one, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS := test,bench,examples,check
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+NATIVE := setup.py pyproject.toml $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h')
+
+.DELETE_ON_ERROR:
+.PHONY: install demo test test-all bench check format clean
+
+install: $(VENV)/.built
+
+$(VENV)/.tools: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 setuptools numba numpy
+	touch $@
+
+# Editable, so that Python files are used where they lie; not isolated, because an isolated build would fetch another torch.
+$(VENV)/.built: $(VENV)/.tools $(NATIVE)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
+	touch $@
+
+demo: install
+	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-all: install
+	$(BIN)/python -m pytest -m "" $(TEST_ARGS)
+
+bench: install
+	$(BIN)/python -m pytest bench/test_kernels.py
+	$(BIN)/python -m bench.startup
+	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.run $(BENCH_ARGS)
+	$(BIN)/python -m bench.report
+
+check: install build/types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+# A mirror of the installed layout, where kernels/ is fastrnn.kernels: mypy does not see through the editable install's mapping.
+.PHONY: build/types
+build/types:
+	@rm -rf $@ && mkdir -p $@/fastrnn
+	@ln -s $(CURDIR)/fastrnn/* $(CURDIR)/kernels $@/fastrnn/
+	@ln -s $(CURDIR)/bench $(CURDIR)/examples $@/
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastrnn/*.so

@@ -1,0 +1,64 @@
+#include "team.h"
+
+#include <chrono>
+#include <thread>
+
+#include <torch/csrc/stable/ops.h>
+
+namespace fastrnn {
+namespace {
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Wait until done() holds.
+template <class Done>
+void spin_until(const Done& done) {
+  for (int spins = 0; spins < 4000; ++spins) {
+    if (done()) return;
+    pause();
+  }
+  while (!done()) std::this_thread::yield();
+}
+
+constexpr int64_t CLOSED = int64_t{1} << 32;           // set in `arrivals` once the team's size is settled
+constexpr auto PATIENCE = std::chrono::microseconds(100);  // waking a sleeping thread takes 5 to 50
+
+}  // namespace
+
+void wait_at(int64_t address) {
+  auto& barrier = *reinterpret_cast<Barrier*>(address);
+  const int64_t round = barrier.round.load(std::memory_order_acquire);
+  if (barrier.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == barrier.size) {
+    barrier.arrived.store(0, std::memory_order_relaxed);
+    barrier.round.store(round + 1, std::memory_order_release);
+  } else {
+    spin_until([&] { return barrier.round.load(std::memory_order_acquire) != round; });
+  }
+}
+
+void run_team(int64_t threads, const std::function<void(int64_t)>& gathered, const std::function<void(int64_t)>& work) {
+  std::atomic<int64_t> arrivals{0}, shares{0};
+  std::atomic<bool> ready{false};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t rank = arrivals.fetch_add(1, std::memory_order_acq_rel);
+    if (rank & CLOSED) return;  // too late: the others have shared out the work
+    shares.fetch_add(end - begin, std::memory_order_acq_rel);
+    if (rank == 0) {
+      const auto start = std::chrono::steady_clock::now();
+      while (shares.load(std::memory_order_acquire) < threads && std::chrono::steady_clock::now() - start < PATIENCE) pause();
+      gathered(arrivals.fetch_or(CLOSED, std::memory_order_acq_rel));
+      ready.store(true, std::memory_order_release);
+    } else {
+      spin_until([&] { return ready.load(std::memory_order_acquire); });
+    }
+    work(rank);
+  });
+}
+
+}  // namespace fastrnn

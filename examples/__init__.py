@@ -1,0 +1,1 @@
+"""What fastrnn looks like in use."""

@@ -1,0 +1,27 @@
+"""Drop-in replacement of torch.nn's RNN, LSTM and GRU on fused engines."""
+
+from fastrnn import functional as functional
+from fastrnn.convert import convert as convert
+from fastrnn.convert import patch as patch
+from fastrnn.dispatch import explain as explain
+from fastrnn.modules import GRU as GRU
+from fastrnn.modules import LSTM as LSTM
+from fastrnn.modules import RNN as RNN
+from fastrnn.modules import GRUCell as GRUCell
+from fastrnn.modules import LSTMCell as LSTMCell
+from fastrnn.modules import RNNCell as RNNCell
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "convert",
+    "explain",
+    "functional",
+    "patch",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,67 @@
+"""Bring fastrnn to code that says `torch.nn`: a model that is built already, or one that other people's code builds."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fastrnn.modules import DROP_INS
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def convert(model: M, inplace: bool = True) -> M:
+    """Turn every torch.nn RNN, LSTM, GRU and cell in `model`, or `model` itself, into fastrnn's.
+
+    Modules and Parameters stay the very objects they were, so optimisers, hooks, attributes and references hold.
+    Subclasses of torch.nn's classes, parametrised modules among them, are left as they are.
+
+    Args:
+        model: any module.
+        inplace: False leaves `model` alone and converts a deep copy of it.
+
+    Returns:
+        `model`, or the converted copy.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    for module in model.modules():
+        _stand_in(module)
+    return model
+
+
+def patch() -> ExitStack:
+    """Make `torch.nn.LSTM(...)` and its five siblings build fastrnn's modules, from this call on.
+
+        with fastrnn.patch():
+            model = other_peoples_model()
+
+    or `patched = fastrnn.patch()` and, later, `patched.close()`. torch.nn's classes themselves stay: names imported
+    earlier, isinstance and pickles work as before, subclasses are not touched, and what was built keeps its class.
+
+    Returns:
+        A context manager that is already active; leaving it, or its `close()`, ends the patch.
+    """
+    patched = ExitStack()
+    for torch_class in DROP_INS:
+        patched.callback(setattr, torch_class, "__init__", torch_class.__init__)
+        torch_class.__init__ = _then_stand_in(torch_class.__init__)  # type: ignore[method-assign]
+    return patched
+
+
+def _stand_in(module: nn.Module) -> None:
+    """Change the class of a torch.nn recurrent module, and no other, to fastrnn's; both have the same attributes."""
+    module.__class__ = DROP_INS.get(type(module), type(module))
+
+
+def _then_stand_in(init: Any) -> Any:
+    @functools.wraps(init)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        _stand_in(self)
+
+    return wrapper

@@ -1,0 +1,166 @@
+"""Which engine runs a call, and why each other would not.
+
+Engines, in order of preference:
+    cpu        fastrnn.kernels.cpu, compiled kernels for plain CPU tensors
+    reference  fastrnn.kernels.reference, the slow definition; only when forced
+    torch      torch.nn's own path, which takes everything
+
+The environment variable FASTRNN_BACKEND, read once at import, forces one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.utils.rnn import PackedSequence
+
+from fastrnn.kernels import cpu
+from fastrnn.kernels.cells import CELLS
+
+forced = os.environ.get("FASTRNN_BACKEND")
+
+_PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+_MODES = {cell.mode: cell.name for cell in CELLS.values()}
+unavailable: str | None = "its operators are not registered yet"  # or None
+
+
+def load() -> None:
+    """Have the compiled engine register its operators; where it cannot, remember why: torch.nn takes its calls."""
+    global unavailable
+    try:
+        cpu.load()
+        unavailable = None
+    except RuntimeError as error:
+        unavailable = str(error)
+        warnings.warn(f"torch.nn's own path runs, fastrnn's CPU engine cannot: {error}", RuntimeWarning, stacklevel=2)
+
+
+def choose(x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor]) -> str:
+    """Name of the engine that runs this call.
+
+    RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
+    """
+    if forced is None:
+        return "torch" if why_not_cpu(x, batch_sizes, states, weights) else "cpu"
+    if forced not in _WHY_NOT:
+        raise RuntimeError(f"FASTRNN_BACKEND={forced}: no such engine, expected one of {', '.join(_WHY_NOT)}")
+    if reason := _WHY_NOT[forced](x, batch_sizes, states, weights):
+        raise RuntimeError(f"FASTRNN_BACKEND={forced}: the engine cannot run this call: {reason}")
+    return forced
+
+
+def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
+    """Why the compiled CPU engine declines a call, or None where it takes it. Cheap checks: they are on every call."""
+    dtype = x.dtype
+    if dtype not in cpu.DTYPES:
+        return f"{dtype}, it takes {', '.join(map(str, cpu.DTYPES))}"
+    for tensor in (x, *states, *weights):
+        if type(tensor) not in _PLAIN:
+            return f"{type(tensor).__name__} is not a plain tensor"
+        if tensor.dtype != dtype:
+            return f"dtypes differ: {dtype} and {tensor.dtype}"
+        if not tensor.is_cpu:
+            return f"device {tensor.device}"
+        if tensor.layout != torch.strided:
+            return f"layout {tensor.layout}"
+    if x.is_nested:
+        return "nested tensor"
+    if 0 in x.shape:
+        return f"empty input {tuple(x.shape)}"
+    if batch_sizes is not None and not batch_sizes.is_cpu:
+        return f"batch_sizes on {batch_sizes.device}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            return "ONNX export"
+    elif torch.jit.is_tracing():
+        return "torch.jit.trace or ONNX export"
+    return unavailable
+
+
+def why_not_reference(x, batch_sizes, states, weights) -> str | None:
+    """Why the reference loop declines a call, or None."""
+    if any(not isinstance(tensor, Tensor) for tensor in (x, *states, *weights)):
+        return "an argument is not a tensor"
+    return f"empty input {tuple(x.shape)}" if 0 in x.shape else None
+
+
+def why_not_torch(x, batch_sizes, states, weights) -> None:
+    """torch.nn takes every call."""
+
+
+_WHY_NOT = {"cpu": why_not_cpu, "reference": why_not_reference, "torch": why_not_torch}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints itself.
+
+    engine:   the engine that would run the call.
+    declined: every other engine and why it would not.
+    schedule: what the engine says it would do, a line per layer.
+    """
+
+    engine: str
+    declined: dict[str, str]
+    schedule: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"engine: {self.engine}"]
+        lines += [f"  layer {index}: {line}" for index, line in enumerate(self.schedule)]
+        lines += [f"not {name}: {reason}" for name, reason in self.declined.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Explanation:
+    """Which engine would run `module(input, hx)`, why each other would not, and how it would run; computes nothing.
+
+    module: an RNN, LSTM, GRU or one of the cells, of fastrnn or of torch.nn (what fastrnn would do with it).
+    RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
+    """
+    x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
+    states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+    weights = [parameter for parameter in _weights(module) if parameter is not None]
+    call = x, batch_sizes, states, weights
+    engine = choose(*call)
+    idle = f"{engine} is forced" if forced else f"{engine} takes the call"
+    declined = {name: why_not(*call) or idle for name, why_not in _WHY_NOT.items() if name != engine}
+    if engine != "reference":
+        declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
+    return Explanation(engine, declined, _schedule(module, x, batch_sizes, training) if engine == "cpu" else ())
+
+
+def _weights(module: Any) -> list[Tensor | None]:
+    if isinstance(module, nn.RNNBase):
+        return list(module._flat_weights)
+    return [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh]
+
+
+def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
+    """What the CPU engine says it would do in each layer."""
+    threads, I, H = torch.get_num_threads(), module.input_size, module.hidden_size  # noqa: E741
+    if not isinstance(module, nn.RNNBase):
+        cell = {3: "gru", 4: "lstm"}.get(len(module.weight_hh) // H) or f"rnn_{module.nonlinearity}"
+        rows = x.shape[0] if x.dim() == 2 else 1
+        return (cpu.describe(cell, 1, rows, I, H, H, 1, threads, training),)
+    if batch_sizes is not None:
+        T, B = len(batch_sizes), int(batch_sizes[0])
+    elif x.dim() == 2:
+        T, B = x.shape[0], 1
+    else:
+        T, B = (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
+    R, D = module.proj_size or H, 1 + module.bidirectional
+    sizes = [I] + [D * R] * (module.num_layers - 1)
+    return tuple(cpu.describe(_MODES[module.mode], T, B, size, H, R, D, threads, training) for size in sizes)

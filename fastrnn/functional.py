@@ -1,0 +1,319 @@
+"""Recurrent layers as functions.
+
+`layer` is one layer in full: one or two directions, dense or packed, either layout, projection, every cell.
+`lstm`, `gru`, `rnn_tanh`, `rnn_relu` and their `_cell` forms stack layers; they take the arguments of their namesakes
+in torch._VF (torch.lstm and so on) and return the same. What no engine takes, and what torch refuses, goes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+
+from fastrnn import dispatch, ops
+from fastrnn.kernels import reference
+from fastrnn.kernels.cells import CELLS
+
+__all__ = [
+    "gru",
+    "gru_cell",
+    "layer",
+    "lstm",
+    "lstm_cell",
+    "rnn_relu",
+    "rnn_relu_cell",
+    "rnn_tanh",
+    "rnn_tanh_cell",
+]
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None = None,
+    *,
+    cell: str,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor] = (),
+    b_hh: Sequence[Tensor] = (),
+    w_hr: Sequence[Tensor] = (),
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One recurrent layer, differentiable to any order. Where the compiled engine declines, the reference runs.
+
+    Letters: T steps, B rows, I input size, H hidden size, G gates (1, lstm 4, gru 3), R the projected size or H,
+    D directions, the length of every weight sequence, 1 or 2. Direction 1 runs opposite to direction 0.
+
+    x:           [T, B, I], [B, T, I] with batch_first, or the data [N, I] of a PackedSequence with
+    batch_sizes: its batch_sizes, int64 [T] on the CPU.
+    h0:          [D, B, R]
+    c0:          [D, B, H], for "lstm" and only there.
+    cell:        "rnn_tanh", "rnn_relu", "lstm" or "gru".
+    w_ih, w_hh:  [G * H, I] and [G * H, R], one a direction, gates in torch.nn's order.
+    b_ih, b_hh:  [G * H] each, both or neither.
+    w_hr:        [R, H], the projection, or none.
+    reverse:     direction 0 runs from the last step to the first.
+
+    Returns y like x with D * R features, h_n [D, B, R], and c_n [D, B, H] for "lstm", None otherwise.
+    ValueError: a shape or a combination above does not hold; the message names the argument.
+    """
+    w_ih, w_hh, b_ih, b_hh, w_hr = (list(weights) for weights in (w_ih, w_hh, b_ih, b_hh, w_hr))
+    _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_first)
+    states = (h0,) if c0 is None else (h0, c0)
+    engine = dispatch.choose(x, batch_sizes, states, [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr])
+    run = ops.layer if engine == "cpu" else _reference
+    return run(_unit_stride(x), batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+
+
+def lstm(*args):
+    """torch.lstm: y, h_n, c_n of stacked LSTM layers.
+
+    dense:  (input, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    packed: (data, batch_sizes, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional)
+
+    params: each layer's and direction's w_ih, w_hh, b_ih, b_hh, w_hr, those that are there, in this order.
+    h0 [L * D, B, R], c0 [L * D, B, H] for L layers and D directions. Errors are torch's.
+    """
+    return _stack("lstm", _VF.lstm, args)
+
+
+def gru(*args):
+    """torch.gru: y, h_n of stacked GRU layers. Arguments as `lstm` takes them, h0 [L * D, B, H] in the pair's place."""
+    return _stack("gru", _VF.gru, args)
+
+
+def rnn_tanh(*args):
+    """torch.rnn_tanh: y, h_n of stacked RNN layers. Arguments as `gru` takes them."""
+    return _stack("rnn_tanh", _VF.rnn_tanh, args)
+
+
+def rnn_relu(*args):
+    """torch.rnn_relu: y, h_n of stacked RNN layers. Arguments as `gru` takes them."""
+    return _stack("rnn_relu", _VF.rnn_relu, args)
+
+
+def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    """torch.lstm_cell: one step. input [B, I], hx (h, c) [B, H] each -> (h, c) [B, H] each. Errors are torch's."""
+    return _step("lstm", _VF.lstm_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    """torch.gru_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
+    return _step("gru", _VF.gru_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    """torch.rnn_tanh_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
+    return _step("rnn_tanh", _VF.rnn_tanh_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
+    """torch.rnn_relu_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
+    return _step("rnn_relu", _VF.rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def _stack(cell: str, fallback: Callable, args: tuple):
+    """Layers on top of each other; `fallback` is torch's own function of the same arguments."""
+    if len(args) != 9:
+        return fallback(*args)
+    if isinstance(args[3], bool):
+        x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
+        batch_sizes = None
+    else:
+        x, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional = args
+        batch_first = False
+    states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
+    engine = dispatch.choose(x, batch_sizes, states, params)
+    directions = 2 if bidirectional else 1
+    kinds = len(params) // (num_layers * directions)  # weights of a layer and direction
+    if engine == "torch" or not _fits(
+        cell, x, batch_sizes, states, params, has_biases, num_layers, directions, kinds, batch_first
+    ):
+        return fallback(*args)
+    run = ops.layer if engine == "cpu" else _reference
+    x = _unit_stride(x)
+    h0, c0 = states if cell == "lstm" else (*states, None)
+    if num_layers == 1:
+        y, h_n, c_n = run(x, batch_sizes, h0, c0, *_split(params, kinds, has_biases), cell, False, batch_first)
+        return (y, h_n) if c0 is None else (y, h_n, c_n)
+
+    # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
+    dropped = train and dropout > 0
+    time_major = dropped and batch_first
+    y, hs, cs = x, [], []
+    for index in range(num_layers):
+        own = slice(index * directions, (index + 1) * directions)
+        weights = _split(params[index * directions * kinds : (index + 1) * directions * kinds], kinds, has_biases)
+        last = index == num_layers - 1
+        if time_major and (index == 0 or last):
+            y = y.transpose(0, 1)
+        y, h, c = run(
+            y,
+            batch_sizes,
+            h0[own],
+            None if c0 is None else c0[own],
+            *weights,
+            cell,
+            False,
+            batch_first and (last or not time_major),
+        )
+        hs.append(h)
+        cs += [] if c is None else [c]
+        if dropped and not last:
+            y = F.dropout(y, dropout, True)
+    return (y, torch.cat(hs)) if c0 is None else (y, torch.cat(hs), torch.cat(cs))
+
+
+def _step(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
+    """One step of one layer; `fallback` is torch's own function of the same arguments."""
+    states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
+    has_biases = b_ih is not None or b_hh is not None
+    params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
+    engine = dispatch.choose(x, None, states, params)
+    if engine == "torch" or not _fits_step(cell, x, states, params):
+        return fallback(x, hx, w_ih, w_hh, b_ih, b_hh)
+    run = ops.layer if engine == "cpu" else _reference
+    h, c = states if cell == "lstm" else (*states, None)
+    biases = ([b_ih], [b_hh]) if has_biases else ([], [])
+    _, h, c = run(
+        _unit_stride(x).unsqueeze(0),
+        None,
+        h.unsqueeze(0),
+        None if c is None else c.unsqueeze(0),
+        [w_ih],
+        [w_hh],
+        *biases,
+        [],
+        cell,
+        False,
+        False,
+    )
+    return h.squeeze(0) if c is None else (h.squeeze(0), c.squeeze(0))
+
+
+def _split(params: list[Tensor], kinds: int, has_biases: bool) -> ops.Kinds:
+    """w_ih, w_hh, b_ih, b_hh, w_hr of one layer, one tensor a direction each."""
+    b_ih, b_hh = (params[2::kinds], params[3::kinds]) if has_biases else ([], [])
+    return params[::kinds], params[1::kinds], b_ih, b_hh, params[kinds - 1 :: kinds] if kinds in (3, 5) else []
+
+
+def _fits(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    directions: int,
+    kinds: int,
+    batch_first: bool,
+) -> bool:
+    """Do all shapes agree? Where not, torch says what is wrong."""
+    projected = kinds - (4 if has_biases else 2)
+    if len(params) != kinds * num_layers * directions or not 0 <= projected <= (cell == "lstm"):
+        return False
+    if batch_sizes is None:
+        if x.dim() != 3:
+            return False
+        batch = x.shape[0 if batch_first else 1]
+    else:
+        if x.dim() != 2 or batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
+            return False
+        batch = states[0].shape[1] if states[0].dim() == 3 else -1
+    w_hh = params[1]
+    if w_hh.dim() != 2:
+        return False
+    rows, width = w_hh.shape
+    hidden = rows // CELLS[cell].gates
+    if width != hidden and not projected:
+        return False
+    expected: list[tuple[int, ...]] = []
+    size = x.shape[-1]
+    for _ in range(num_layers):
+        shapes: list[tuple[int, ...]] = [(rows, size), (rows, width)]
+        if has_biases:
+            shapes += [(rows,), (rows,)]
+        if projected:
+            shapes.append((width, hidden))
+        expected += shapes * directions
+        size = directions * width
+    if [param.shape for param in params] != expected or hidden * CELLS[cell].gates != rows:
+        return False
+    depth = num_layers * directions
+    if cell != "lstm":
+        return states[0].shape == (depth, batch, width)
+    return len(states) == 2 and states[0].shape == (depth, batch, width) and states[1].shape == (depth, batch, hidden)
+
+
+def _fits_step(cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    """Do all shapes of a single step agree?"""
+    w_ih, w_hh, *biases = params
+    if x.dim() != 2 or w_hh.dim() != 2 or len(states) != 1 + (cell == "lstm"):
+        return False
+    batch, size = x.shape
+    rows, hidden = w_hh.shape
+    return (
+        rows == CELLS[cell].gates * hidden
+        and w_ih.shape == (rows, size)
+        and all(state.shape == (batch, hidden) for state in states)
+        and all(bias.shape == (rows,) for bias in biases)
+    )
+
+
+def _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str, batch_first: bool) -> None:
+    """Raise ValueError where the arguments of `layer` do not agree."""
+    if cell not in CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    directions = len(w_ih)
+    if directions not in (1, 2):
+        raise ValueError(f"w_ih: expected one tensor for each of 1 or 2 directions, got {directions}")
+    if x.dim() != (3 if batch_sizes is None else 2):
+        raise ValueError(f"x: expected {'[T, B, I]' if batch_sizes is None else '[N, I]'}, got {tuple(x.shape)}")
+    if batch_sizes is not None and batch_first:
+        raise ValueError("batch_first: packed input has no such layout")
+    if (c0 is None) != (cell != "lstm"):
+        raise ValueError(f"c0: {'needed by' if cell == 'lstm' else 'not an argument of'} cell {cell!r}")
+    if len(w_hh) != directions or w_hh[0].dim() != 2:
+        raise ValueError(f"w_hh: expected {directions} tensors [G * H, R]")
+    if x.numel() == 0:
+        raise ValueError(f"x: expected at least one step, row and feature, got {tuple(x.shape)}")
+    rows, width = w_hh[0].shape
+    hidden = rows // CELLS[cell].gates
+    batch = h0.shape[1] if batch_sizes is not None and h0.dim() == 3 else x.shape[0 if batch_first else 1]
+    shapes = {
+        "h0": ([h0], (directions, batch, width)),
+        "c0": ([] if c0 is None else [c0], (directions, batch, hidden)),
+        "w_ih": (w_ih, (hidden * CELLS[cell].gates, x.shape[-1])),
+        "w_hh": (w_hh, (hidden * CELLS[cell].gates, width if w_hr else hidden)),
+        "b_ih": (b_ih, (rows,)),
+        "b_hh": (b_hh, (rows,)),
+        "w_hr": (w_hr, (width, hidden)),
+    }
+    for name, (tensors, shape) in shapes.items():
+        if name[0] != "c" and name != "h0" and len(tensors) not in (0, directions):
+            raise ValueError(f"{name}: expected {directions} tensors, got {len(tensors)}")
+        for tensor in tensors:
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
+    if len(b_ih) != len(b_hh):
+        raise ValueError("b_ih, b_hh: expected both or neither")
+
+
+def _reference(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first):
+    """`ops.layer` through plain operations."""
+    y, h_n, c_n, _ = reference.layer_forward(
+        x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
+    )
+    return y, h_n, c_n if cell == "lstm" else None
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """Rows of x with their elements next to each other, as the engines read them."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

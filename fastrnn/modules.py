@@ -1,0 +1,157 @@
+"""RNN, LSTM, GRU and their cells: torch.nn's classes with torch.nn's own code, whose arithmetic `functional` runs.
+
+Each class derives from the one it stands for and replaces `forward` alone, by torch's own code object with the name
+`_VF` bound to `fastrnn.functional`. So constructors, checks, error words, initial values, state_dict, pickling,
+parametrisations and `isinstance` are torch's, of the torch that is installed.
+
+Two parts of torch go by the class rather than by what the module does, and are met here: TorchScript and Dynamo.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import FunctionType, ModuleType
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fastrnn import functional as _VF  # noqa: F401  (torch's code looks it up)
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _rebound(function: _Function) -> _Function:
+    """`function`, its code unchanged, with globals looked up in this module, where `_VF` is `fastrnn.functional`."""
+    assert isinstance(function, FunctionType)
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            globals().setdefault(name, function.__globals__[name])
+    own = FunctionType(function.__code__, globals(), function.__name__, function.__defaults__, function.__closure__)
+    own.__kwdefaults__, own.__annotations__ = function.__kwdefaults__, function.__annotations__
+    own.__qualname__ = function.__qualname__
+    return own  # type: ignore[return-value]
+
+
+class _DropIn:
+    """What the six classes share: how they present themselves to TorchScript.
+
+    Second among the bases, so that the layout is that of torch.nn's class, which `convert` needs to assign `__class__`.
+    """
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles instead: torch.nn's module over the same attributes, on torch's kernels.
+
+        TorchScript puts that module in place of this one: once scripted, a model has torch.nn's layers.
+
+        Raises:
+            RuntimeError: for a subclass, whose own code TorchScript would have to compile around ours.
+        """
+        own_class: type = type(self)
+        for torch_class, drop_in in DROP_INS.items():
+            if own_class is drop_in:
+                twin = torch_class.__new__(torch_class)
+                twin.__dict__ = self.__dict__
+                return twin
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
+            "Use torch.jit.trace, or derive the class from torch.nn for scripting."
+        )
+
+
+class RNN(nn.RNN, _DropIn):
+    """`torch.nn.RNN`, arguments and behaviour, on fastrnn's engines."""
+
+    forward = _rebound(nn.RNN.forward)
+
+
+class LSTM(nn.LSTM, _DropIn):
+    """`torch.nn.LSTM`, arguments and behaviour, on fastrnn's engines."""
+
+    forward = _rebound(nn.LSTM.forward)
+
+
+class GRU(nn.GRU, _DropIn):
+    """`torch.nn.GRU`, arguments and behaviour, on fastrnn's engines."""
+
+    forward = _rebound(nn.GRU.forward)
+
+
+class RNNCell(nn.RNNCell, _DropIn):
+    """`torch.nn.RNNCell`, arguments and behaviour, on fastrnn's engines."""
+
+    forward = _rebound(nn.RNNCell.forward)
+
+
+class LSTMCell(nn.LSTMCell, _DropIn):
+    """`torch.nn.LSTMCell`, arguments and behaviour, on fastrnn's engines."""
+
+    forward = _rebound(nn.LSTMCell.forward)
+
+
+class GRUCell(nn.GRUCell, _DropIn):
+    """`torch.nn.GRUCell`, arguments and behaviour, on fastrnn's engines."""
+
+    forward = _rebound(nn.GRUCell.forward)
+
+
+# Each class of torch.nn and the one that stands in for it.
+DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: RNN,
+    nn.LSTM: LSTM,
+    nn.GRU: GRU,
+    nn.RNNCell: RNNCell,
+    nn.LSTMCell: LSTMCell,
+    nn.GRUCell: GRUCell,
+}
+
+
+# Dynamo stops at every instance of nn.RNN, nn.LSTM and nn.GRU unless `torch._dynamo.config.allow_rnn` is set. That is
+# global and would change stock layers too, so it is on only while Dynamo wraps one of ours. A class that hides its base
+# from Dynamo will not do: in a compiled forward `isinstance(m, (nn.LSTM, nn.GRU))` would be False, without a word.
+_BUILDER = "torch._dynamo.variables.builder"
+
+
+def _admit(builder: ModuleType) -> None:
+    """Have Dynamo accept fastrnn's modules: `wrap_module` runs with `allow_rnn` for them, as ever for all others."""
+    wrap_module = builder.VariableBuilder.wrap_module
+
+    def wrap_module_or_ours(self: Any, value: nn.Module) -> Any:
+        if not isinstance(value, (RNN, LSTM, GRU)):
+            return wrap_module(self, value)
+        with builder.config.patch(allow_rnn=True):
+            return wrap_module(self, value)
+
+    builder.VariableBuilder.wrap_module = wrap_module_or_ours
+
+
+class _AdmittingLoader(importlib.machinery.SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _admit(module)
+
+
+class _BuilderFinder:
+    """Waits for Dynamo's import, which takes seconds and which most programs never need, then steps aside."""
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _BUILDER:
+            return None
+        sys.meta_path.remove(cls)
+        found = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if found is None or found.origin is None:
+            return found
+        return importlib.util.spec_from_file_location(name, found.origin, loader=_AdmittingLoader(name, found.origin))
+
+
+if _BUILDER in sys.modules:
+    _admit(sys.modules[_BUILDER])
+else:
+    sys.meta_path.insert(0, _BuilderFinder)

@@ -1,0 +1,327 @@
+"""The operators: one recurrent layer forward, and its gradients, each once for every cell and device.
+
+Raw ops (no autograd; engines register them per device). They assume T >= 1, B >= 1, one dtype and one device.
+
+    layer_forward -> y, h_n, c_n, saved
+    layer_backward -> dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
+
+    x            dense [T, B, I], or [B, T, I] with batch_first, last stride 1; or packed [N, I] with
+    batch_sizes  int64 [T] on the CPU, rows of each step, never increasing, sum N
+    h0, c0       [D, B, R], [D, B, H] (lstm only)
+    w_ih, ...    one tensor a direction, D in {1, 2}: w_ih [G*H, I], w_hh [G*H, R], b_* [G*H] or no tensors,
+                 w_hr [R, H] or no tensors. Direction 1 runs opposite to direction 0.
+    cell         a key of fastrnn.kernels.cells.CELLS
+    reverse      direction 0 runs from the last step to the first
+    save         keep what layer_backward needs
+    y            contiguous [T, B, D*R] | [B, T, D*R] | [N, D*R]
+    h_n, c_n     [D, B, R], [D, B, H] (lstm, otherwise [0])
+    saved        [D, rows, slots*H], rows step-major (also when batch_first) or packed; one more slot, the output before
+                 the projection, where there is one. [0] without `save`.
+    dx, dw_*     like x, contiguous; weights' gradients stacked as [D, ...]. [0] where not needed or not there.
+
+`layer` is the differentiable entry: reverse mode through `Layer`, whose backward is `LayerBackward`, differentiable to
+any order through the reference; vmap by folding or looping; forward mode by running the reference on dual numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import Function
+
+from fastrnn import dispatch
+from fastrnn.kernels import reference
+from fastrnn.kernels.cells import CELLS
+
+Kinds: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+_LAYER = (
+    "Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, "
+    "Tensor[] w_ih, Tensor[] w_hh, Tensor[] b_ih, Tensor[] b_hh, Tensor[] w_hr"
+)
+_library = torch.library.Library("fastrnn", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library.define(
+    f"layer_forward({_LAYER}, str cell, bool reverse, bool batch_first, bool save) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)",
+    tags=_tags,
+)
+_library.define(
+    f"layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER}, Tensor y, Tensor saved, "
+    "str cell, bool reverse, bool batch_first, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, "
+    "Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
+    tags=_tags,
+)
+_forward = torch.ops.fastrnn.layer_forward.default
+_backward = torch.ops.fastrnn.layer_backward.default
+
+
+@torch.library.register_fake("fastrnn::layer_forward", lib=_library)
+def _(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
+    rows, directions, batch = x.shape[:-1], len(w_ih), h0.shape[1]
+    hidden, width = w_hh[0].shape[0] // CELLS[cell].gates, w_hh[0].shape[1]
+    slots = CELLS[cell].slots + bool(w_hr)
+    saved = (directions, rows.numel(), slots * hidden) if save else (0,)
+    c_n = (directions, batch, hidden) if CELLS[cell].carry == "cell" else (0,)
+    return (
+        x.new_empty((*rows, directions * width)),
+        x.new_empty((directions, batch, width)),
+        x.new_empty(c_n),
+        x.new_empty(saved),
+    )
+
+
+@torch.library.register_fake("fastrnn::layer_backward", lib=_library)
+def _(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved,
+    cell, reverse, batch_first, need_dx, need_dw
+):  # fmt: skip
+    def stacked(weights):
+        return x.new_empty((len(weights), *weights[0].shape) if need_dw and weights else (0,))
+
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(h0.shape),
+        x.new_empty((0,) if c0 is None else c0.shape),
+        *map(stacked, (w_ih, w_hh, b_ih, b_hh, w_hr)),
+    )
+
+
+def layer(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor],
+    b_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    cell: str,
+    reverse: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One layer, differentiable: y, h_n, and c_n for lstm, None otherwise. Arguments are the raw ops', see above."""
+    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+    weights = (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
+    if _forward_mode() or (compiling and transformed):
+        # not a `jvp` rule: dual numbers flow through plain operations, and Dynamo refuses a Function that has one;
+        # of a Function's vmap rule, and of its backward inside torch.func.grad, Dynamo knows nothing
+        y, h_n, c_n, _ = reference.layer_forward(
+            x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
+        )
+    elif transformed or (torch.is_grad_enabled() and _requires_grad((x, h0, *weights), c0)):
+        function = Layer if compiling or transformed else EagerLayer
+        y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, len(w_ih), *weights)
+    else:
+        y, h_n, c_n, _ = _forward(
+            x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False
+        )
+    return y, h_n, c_n if cell == "lstm" else None
+
+
+class Layer(Function):
+    """`layer` with a gradient. Arguments are flat, weights as `_kinds` takes them apart; the last output is `saved`."""
+
+    @staticmethod
+    def forward(x, batch_sizes, h0, c0, cell, reverse, batch_first, directions, *weights):
+        kinds = _kinds(weights, directions)
+        return _forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, _, c_n, saved = output
+        ctx.options = inputs[4:8]
+        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[8:])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*((saved,) if c_n.dim() > 1 else (c_n, saved)))
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, _):
+        x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
+        cell, reverse, batch_first, directions = ctx.options
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * (8 + len(weights))
+        need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[8:])
+        options = cell, reverse, batch_first, directions, need_dx, need_dw
+        kinds = _kinds(weights, directions)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (_forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n)):
+            grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options)
+        elif not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+            grads = LayerBackward.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
+        else:
+            grads = _backward(
+                dy, dh_n, dc_n, x, batch_sizes, h0, c0, *kinds, y, saved, cell, reverse, batch_first, need_dx, need_dw
+            )
+        dx, dh0, dc0, *stacked = grads
+        present = [grad for grad, kind in zip(stacked, kinds, strict=True) if kind]
+        dw = [part for grad in present for part in grad.unbind()] if need_dw else [None] * len(weights)
+        return dx if need_dx else None, None, dh0, None if c0 is None else dc0, None, None, None, None, *dw
+
+    @staticmethod
+    def vmap(info, in_dims, x, batch_sizes, h0, c0, cell, reverse, batch_first, directions, *weights):
+        V, at = info.batch_size, 0 if batch_first else 1
+        options = cell, reverse, batch_first, directions
+        if batch_sizes is not None or _any_mapped(in_dims[8:]):
+            outputs = _loop(Layer, V, in_dims, (x, batch_sizes, h0, c0, *options, *weights))
+            return outputs, (0, 0, 0, 0)
+        x, h0, c0 = _fold(x, in_dims[0], at, V), _fold(h0, in_dims[2], 1, V), _fold(c0, in_dims[3], 1, V)
+        y, h_n, c_n, saved = Layer.apply(_unit_stride(x), None, h0, c0, *options, *weights)
+        c_n, c_dim = (c_n, None) if c0 is None else (_unfold(c_n, 1, V), 1)
+        saved = saved.unflatten(1, (x.shape[1 - at], V, h0.shape[1] // V)).movedim(2, 0).flatten(2, 3)
+        return (_unfold(y, at, V), _unfold(h_n, 1, V), c_n, saved), (at, 1, c_dim, 0)
+
+
+class EagerLayer(Function):
+    """`Layer` where no transform is active: with setup_context torch inspects forward's signature, 90 us a call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = Layer.forward(*inputs)
+        Layer.setup_context(ctx, inputs, output)
+        return output
+
+    backward = Layer.backward
+
+
+class LayerBackward(Function):
+    """The gradients of `Layer`, as layer_backward returns them; their own gradients come from the reference."""
+
+    @staticmethod
+    def forward(
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
+        cell, reverse, batch_first, directions, need_dx, need_dw, *weights
+    ):  # fmt: skip
+        kinds = _kinds(weights, directions)
+        return _backward(
+            dy, dh_n, dc_n, x, batch_sizes, h0, c0, *kinds, y, saved, cell, reverse, batch_first, need_dx, need_dw
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options = inputs[9:15]
+        # not y and saved: they are functions of the rest, and their share of the gradient is taken through it
+        ctx.save_for_backward(*inputs[:7], *inputs[15:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, *weights = ctx.saved_tensors
+        if all(grad is None for grad in grads):
+            return (None,) * (15 + len(weights))
+        inputs = dy, dh_n, dc_n, x, h0, c0, *weights
+        here = [index for index, tensor in enumerate(inputs) if tensor is not None]
+
+        def gradients(*tensors):
+            full = dict(zip(here, tensors, strict=True))
+            dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
+            return _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, ctx.options)
+
+        outputs, pull = torch.func.vjp(gradients, *(inputs[index] for index in here))[:2]
+        pairs = zip(grads, outputs, strict=True)
+        pulled = pull(tuple(torch.zeros_like(out) if grad is None else grad for grad, out in pairs))
+        full = dict(zip(here, pulled, strict=True))
+        dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
+        return dy, dh_n, dc_n, x, None, h0, c0, *(None,) * 8, *weights
+
+    @staticmethod
+    def vmap(
+        info, in_dims, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
+        cell, reverse, batch_first, directions, need_dx, need_dw, *weights
+    ):  # fmt: skip
+        V, at = info.batch_size, 0 if batch_first else 1
+        options = cell, reverse, batch_first, directions, need_dx, need_dw
+        if batch_sizes is not None or need_dw or _any_mapped(in_dims[15:]):
+            arguments = dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights
+            return _loop(LayerBackward, V, in_dims, arguments), (0,) * 8
+        dy, x, y = (_fold(t, in_dims[k], at, V) for k, t in ((0, dy), (3, x), (7, y)))
+        dh_n, dc_n, h0, c0 = (_fold(t, in_dims[k], 1, V) for k, t in ((1, dh_n), (2, dc_n), (5, h0), (6, c0)))
+        saved = saved.expand(V, *saved.shape) if in_dims[8] is None else saved.movedim(in_dims[8], 0)
+        saved = saved.unflatten(2, (x.shape[1 - at], h0.shape[1] // V)).movedim(0, 2).flatten(1, 3)
+        dx, dh0, dc0, *empty = LayerBackward.apply(
+            dy, dh_n, dc_n, _unit_stride(x), None, h0, c0, y.contiguous(), saved, *options, *weights
+        )
+        dx, x_dim = (_unfold(dx, at, V), at) if need_dx else (dx, None)
+        dc0, c_dim = (dc0, None) if c0 is None else (_unfold(dc0, 1, V), 1)
+        return (dx, _unfold(dh0, 1, V), dc0, *empty), (x_dim, 1, c_dim, *(None,) * 5)
+
+
+def _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options):
+    """What layer_backward returns, as plain operations on the layer's inputs."""
+    cell, reverse, batch_first, directions, need_dx, need_dw = options
+    inputs = x, batch_sizes, h0, c0, *_kinds(weights, directions)
+    y, _, _, saved = reference.layer_forward(*inputs, cell, reverse, batch_first, True)
+    return reference.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, need_dx, need_dw)
+
+
+def _kinds(weights: Sequence[Tensor], directions: int) -> Kinds:
+    """w_ih, w_hh, b_ih, b_hh, w_hr, one tensor a direction each, from the flat sequence of those that are there."""
+    kinds = [list(weights[k * directions : (k + 1) * directions]) for k in range(len(weights) // directions)]
+    w_ih, w_hh, *biases = kinds[: 4 if len(kinds) > 3 else 2]
+    b_ih, b_hh = biases or ([], [])
+    return w_ih, w_hh, b_ih, b_hh, kinds[-1] if len(kinds) in (3, 5) else []
+
+
+def _forward_mode() -> bool:
+    """Is a level of forward-mode differentiation open? torch.func's levels open one of torch.autograd's too."""
+    return forward_ad._current_level >= 0
+
+
+def _vmapped_the_old_way(*grads: Tensor | None) -> bool:
+    """autograd.grad(is_grads_batched=True) maps by a mechanism older than torch.func's, without rules for our ops."""
+    return any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads)
+
+
+def _requires_grad(tensors: Sequence[Tensor], c0: Tensor | None) -> bool:
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return True
+    return c0 is not None and c0.requires_grad
+
+
+def _any_mapped(in_dims: Sequence[int | None]) -> bool:
+    return any(dim is not None for dim in in_dims)
+
+
+def _loop(
+    function: type[Function], size: int, in_dims: Sequence[int | None], arguments: Sequence
+) -> tuple[Tensor, ...]:
+    """The function on each member of a mapped axis, stacked along a new first axis."""
+    if size == 0:
+        raise ValueError("vmap over an axis of size 0: a recurrent layer has no member to take the output's shape from")
+    members = [
+        function.apply(
+            *(a if dim is None else _unit_stride(a.select(dim, v)) for a, dim in zip(arguments, in_dims, strict=True))
+        )
+        for v in range(size)
+    ]
+    return tuple(torch.stack(outputs) for outputs in zip(*members, strict=True))
+
+
+def _fold(tensor: Tensor | None, dim: int | None, at: int, size: int) -> Tensor | None:
+    """The mapped axis folded into the batch axis `at`, members outermost; what is not mapped is repeated."""
+    if tensor is None:
+        return None
+    if dim is None:
+        tensor = tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
+    else:
+        tensor = tensor.movedim(dim, at)
+    return tensor.flatten(at, at + 1)
+
+
+def _unfold(tensor: Tensor, at: int, size: int) -> Tensor:
+    return tensor.unflatten(at, (size, tensor.shape[at] // size))
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    """The engines read rows of x: elements next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+dispatch.load()  # after the schemas it registers against

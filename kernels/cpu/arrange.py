@@ -1,0 +1,106 @@
+"""Fill in a call's schedule and lay out its workspace: the first thing a call does, and again if fewer threads came."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from numba import njit
+
+from ..cells import Cell, bind
+from . import plan
+from .plan import unit_vectors, wide_columns
+from .product import ceil_div, options
+from .team import RECORD_BYTES, record_at
+from .processor import Target
+from .vector import VectorLibrary
+
+SCRATCH_VECTORS = 128  # two tiles of at most eight rows by eight vectors
+
+
+def compiled_plan() -> dict:
+    """The functions of plan.py, compiled; each finds those before it under their own names."""
+    compiled = {"ceil_div": ceil_div}
+    for function in (plan.align, plan.block_length, plan.step_cost, plan.choose_groups, plan.worth_threads, plan.schedule):
+        compiled[function.__name__] = njit(bind(function, **compiled), **options)
+    return compiled
+
+
+PLAN = compiled_plan()
+align, block_length, schedule = PLAN["align"], PLAN["block_length"], PLAN["schedule"]
+
+
+@cache
+def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
+    """arrange(records, threads) -> bytes of workspace: call it once to learn the size, and again with `workspace` set."""
+    size, lanes, vector = v.size, v.lanes, v.lanes * v.size
+    gates, slots, preactivations = cell.gates, cell.slots, cell.preactivations
+    per_panel = unit_vectors(gates, target.registers)
+    wide = wide_columns(target.registers) * lanes
+    columns = gates * per_panel if forward else wide_columns(target.registers)
+
+    @njit(**options)
+    def arrange(records, threads):
+        p = record_at(records)
+        H, R, I, B = p.hidden_size, p.output_size, p.input_size, p.batch
+        units = ceil_div(H, lanes * per_panel) * lanes * per_panel
+        if forward:
+            depth, panels = R, units // (lanes * per_panel)
+        else:
+            depth, panels = gates * H, ceil_div(R, wide)
+        crews, row_groups, unit_groups = schedule(
+            p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns, vector,
+            1 if forward else 2,
+        )  # fmt: skip
+        team = crews * row_groups * unit_groups
+        if forward:
+            block = block_length(p.steps, B, max(64, 2 * plan.FORWARD_BLOCK_BYTES // (gates * H * size)))
+            tables = 3 * B + 2 * block * B
+        else:
+            block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
+            tables = 3 * B + max(max(gates * H, 2 * H), max(2 * block * B, B))
+        own = align(SCRATCH_VECTORS * vector + 8 * tables)
+
+        offset = 0
+        for direction in range(p.directions):
+            d = record_at(records + direction * RECORD_BYTES)
+            d.threads, d.crews, d.row_groups, d.unit_groups, d.block_steps = team, crews, row_groups, unit_groups, block
+            if crews == 1:
+                offset = 0  # directions take turns in one workspace
+            d.ih_panels = d.workspace + offset
+            if forward:
+                offset += align(units * gates * I * size)
+            elif d.need_dx:
+                offset += align(ceil_div(I, wide) * wide * gates * H * size)
+            d.hh_panels = d.workspace + offset
+            offset += align(units * gates * R * size if forward else ceil_div(R, wide) * wide * gates * H * size)
+            d.hr_panels = d.workspace + offset
+            if d.projected:
+                offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)
+            d.bias_sums = d.workspace + offset
+            d.zeros = d.workspace + offset
+            offset += align((preactivations * units if forward else gates * H) * size)
+            d.shared = d.workspace + offset
+            if forward:
+                if slots > 0 and not d.save:
+                    offset += align(block * B * gates * H * size)
+            else:
+                offset += (block * B + B) * (align(preactivations * H * size) + plan.LINE)
+            d.tails = d.workspace + offset
+            if d.projected:
+                offset += align(B * H * size if forward else block * B * R * size)
+            d.operands = d.workspace + offset
+            if not forward and d.need_dw:
+                widths = ceil_div(I, wide) + ceil_div(R, wide) + d.projected * ceil_div(H, wide)
+                offset += align(widths * wide * block * B * size)
+            d.own, d.own_bytes = d.workspace + offset, own
+            offset += row_groups * unit_groups * own
+        if not forward and p.directions == 2 and p.need_dx:
+            other = record_at(records + RECORD_BYTES)
+            other.dx_add = crews == 1
+            other.dx = p.dx if crews == 1 else p.workspace + offset
+            p.dx_other = other.dx
+            if crews == 2:
+                offset += align(p.rows * I * size)
+        return offset
+
+    return arrange

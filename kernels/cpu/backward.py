@@ -1,0 +1,417 @@
+"""A layer backward: gradients of the gates carried back through time, and every other gradient from them, block by block.
+
+The product that brings a step's gate gradients to the step before ends in the cell's vector-Jacobian product, as forward's
+ends in the gate maths. Gate gradients of one block of steps are held at a time; from them come the block's share of the
+weights' and biases' gradients, in a fixed order of summation, and its rows of dx.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from numba import njit
+
+from ..cells import Cell, bind
+from .plan import LINE, wide_columns
+from .product import ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
+from .team import (
+    RECORD_BYTES,
+    active_rows,
+    first_row,
+    record_at,
+    share,
+    split_row,
+    step_base,
+    wait_crew,
+    wait_group,
+    wait_team,
+)
+from .processor import Target
+from .vector import VectorLibrary, load_int, store_int
+
+BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
+
+
+@cache
+def make_backward(cell: Cell, v: VectorLibrary, target: Target):
+    """backward(records, rank): the share of thread `rank` in one call; records is the address of one record a direction."""
+    size, lanes, vector = v.size, v.lanes, v.lanes * v.size
+    load, store, load_all, store_all, zero = v.load, v.store, v.load_all, v.store_all, v.zero
+    gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
+    columns = wide_columns(target.registers)
+    wide = columns * lanes
+    most = tile_rows(target, columns)
+    product = make_product(v, target, columns)
+    multiply = make_multiply(v, target, columns)
+    pack_rows = make_pack_rows(v, columns)
+    input_order = cell.input
+    has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
+    names = {"tanh": v.tanh, "where_positive": v.where_positive}
+    differentiate = njit(bind(cell.backward, **names), **options)
+
+    def slot_reader(count):
+        """Slots 0 .. count-1 of one vector of units, as a tuple."""
+        if count == 0:
+            return njit(lambda row, gate_stride, n: (), **options)
+        before, s = slot_reader(count - 1), count - 1
+
+        @njit(**options)
+        def read(row, gate_stride, n):
+            return before(row, gate_stride, n) + (load(row + s * gate_stride, n),)
+
+        return read
+
+    def gradient_writer(count):
+        if count == 0:
+            return njit(lambda row, gate_stride, result, n: None, **options)
+        before, s = gradient_writer(count - 1), count - 1
+
+        @njit(**options)
+        def write(row, gate_stride, result, n):
+            before(row, gate_stride, result, n)
+            store(row + s * gate_stride, result[s], n)
+
+        return write
+
+    read_slots = slot_reader(max(slots, 1))  # a cell without slots keeps its output in their place
+    write_gradients = gradient_writer(preactivations)
+
+    @njit(**options)
+    def pitch(p):
+        """Bytes from one row of gate gradients to the next: a line more, so that columns do not share a cache set."""
+        return ceil_div(preactivations * p.hidden_size * size, LINE) * LINE + LINE
+
+    @njit(**options)
+    def pack_weights(p, member, members, table):
+        """This member's share of the panels of W_hh, W_ih and W_hr, their rows being the k of the product."""
+        fill_rows(table, gates * p.hidden_size, p.w_hh, p.output_size * size)
+        panels = ceil_div(p.output_size, wide)
+        for panel in range(share(panels, members, member), share(panels, members, member + 1)):
+            pack_rows(table, gates * p.hidden_size, p.output_size, panel, p.hh_panels)
+        if p.need_dx:
+            for s in range(gates):  # in the order in which gradients of the input pre-activations are kept
+                row = p.w_ih + input_order[s] * p.hidden_size * p.input_size * size
+                fill_rows(table + 8 * s * p.hidden_size, p.hidden_size, row, p.input_size * size)
+            panels = ceil_div(p.input_size, wide)
+            for panel in range(share(panels, members, member), share(panels, members, member + 1)):
+                pack_rows(table, gates * p.hidden_size, p.input_size, panel, p.ih_panels)
+        if p.projected:
+            fill_rows(table, p.output_size, p.w_hr, p.hidden_size * size)
+            panels = ceil_div(p.hidden_size, wide)
+            for panel in range(share(panels, members, member), share(panels, members, member + 1)):
+                pack_rows(table, p.output_size, p.hidden_size, panel, p.hr_panels)
+
+    @njit(**options)
+    def earlier(p, t, b):
+        """The step that came before step t of row b, or -1 where the initial state did."""
+        if p.reverse:
+            return t + 1 if t + 1 < p.steps and b < active_rows(p, t + 1) else -1
+        return t - 1
+
+    @njit(**options)
+    def hidden_before(p, t, b):
+        """Address of the hidden state that step t of row b read."""
+        before = earlier(p, t, b)
+        if before < 0:
+            return p.h0 + b * p.output_size * size
+        return p.y + step_base(p, before) * p.y_step + b * p.y_row
+
+    @njit(**options)
+    def gate_gradients(p, t, b, at, n, dh, gradients, saved_row):
+        """The cell's vector-Jacobian product for one vector of units of row b at step t."""
+        gate_stride = p.hidden_size * size
+        if slots == 0:
+            kept = read_slots(p.y + step_base(p, t) * p.y_step + b * p.y_row + at, 0, n)
+        else:
+            kept = read_slots(p.saved + (first_row(p, t) + b) * saved_row + at, gate_stride, n)
+        if has_cell_state:
+            before = earlier(p, t, b)
+            if before < 0:
+                c = p.c0 + b * gate_stride
+            else:
+                c = p.saved + (first_row(p, before) + b) * saved_row + (slots - 1) * gate_stride
+            dc = p.dc0 + b * gate_stride + at
+            result = differentiate(*((dh, load(dc, n)) + kept + (load(c + at, n),)))
+            write_gradients(gradients + at, gate_stride, result, n)
+            store(dc, result[preactivations], n)
+        elif reads_hidden:
+            result = differentiate(*((dh, dh) + kept + (load(hidden_before(p, t, b) + at, n),)))
+            write_gradients(gradients + at, gate_stride, result, n)
+            store(p.dh0 + b * gate_stride + at, result[preactivations], n)
+        else:
+            result = differentiate(*((dh, dh) + kept + (dh,)))
+            write_gradients(gradients + at, gate_stride, result, n)
+
+    @njit(**options)
+    def step(p, t, base, r0, count, later, extra, gradients, projected_gradients, first, last, scratch, saved_row):
+        """Step t of rows r0 .. r0+count-1: later * W_hh + dy + extra is dh; unprojected, the cell takes it from the tile."""
+        spare = scratch + most * columns * vector
+        depth = gates * p.hidden_size
+        row_bytes = pitch(p)
+        for panel in range(first, last):
+            i, tiles = 0, ceil_div(count, most)
+            while i < count:
+                rows = ceil_div(count - i, tiles)
+                product(rows, later + 8 * i, size, p.hh_panels + panel * depth * wide * size, depth, scratch, spare)
+                for m in range(rows):
+                    b = r0 + i + m
+                    dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
+                    more = load_int(extra + 8 * (i + m))
+                    for j in range(columns):
+                        unit = (panel * columns + j) * lanes
+                        if unit < p.output_size:
+                            n, at = p.output_size - unit, unit * size
+                            dh = load_all(scratch + (m * columns + j) * vector) + load(dy + at, n) + load(more + at, n)
+                            if p.projected:
+                                store(projected_gradients + (base + b) * p.output_size * size + at, dh, n)
+                            else:
+                                gate_gradients(p, t, b, at, n, dh, gradients + (base + b) * row_bytes, saved_row)
+                i += rows
+                tiles -= 1
+
+    @njit(**options)
+    def unproject(p, t, base, r0, count, out_rows, gradients, first, last, scratch, saved_row):
+        """The rest of a projected step: gradients of the output, their addresses in out_rows, through W_hr to the cell."""
+        spare = scratch + most * columns * vector
+        row_bytes = pitch(p)
+        depth = p.output_size
+        for panel in range(first, last):
+            i, tiles = 0, ceil_div(count, most)
+            while i < count:
+                rows = ceil_div(count - i, tiles)
+                product(rows, out_rows + 8 * i, size, p.hr_panels + panel * depth * wide * size, depth, scratch, spare)
+                for m in range(rows):
+                    b = r0 + i + m
+                    for j in range(columns):
+                        unit = (panel * columns + j) * lanes
+                        if unit < p.hidden_size:
+                            dh = load_all(scratch + (m * columns + j) * vector)
+                            n, row = p.hidden_size - unit, gradients + (base + b) * row_bytes
+                            gate_gradients(p, t, b, unit * size, n, dh, row, saved_row)
+                i += rows
+                tiles -= 1
+
+    @njit(**options)
+    def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch):
+        """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
+        count = to_row - from_row
+        if count > 0:
+            fill_rows(table, count, p.dh0 + (r0 + from_row) * p.output_size * size, p.output_size * size)
+            for i in range(from_row, to_row):  # rows without a carried part start from zero
+                dh0 = p.dh0 + (r0 + i) * p.output_size * size
+                if load_int(extra + 8 * i) != dh0:
+                    for unit in range(first * wide, min(last * wide, p.output_size), lanes):
+                        store(dh0 + unit * size, zero(), p.output_size - unit)
+            depth = gates * p.hidden_size
+            multiply(count, later + 8 * from_row, size, p.hh_panels, depth, p.output_size, first, last, table, 1, scratch)
+
+    @njit(**options)
+    def sum_columns(gradients, rows, row_bytes, unit, n, total_bytes):
+        """Sum over rows of the vector at column `unit`, in chains of BIAS_CHAIN."""
+        total, i = zero(), 0
+        while i < rows:
+            part, end = zero(), min(rows, i + BIAS_CHAIN)
+            while i < end:
+                part = part + load(gradients + i * row_bytes + unit * size, n)
+                i += 1
+            total = total + part
+        return total
+
+    @njit(**options)
+    def accumulate(destination, value, n, add):
+        if add:
+            value = value + load(destination, n)
+        store(destination, value, n)
+
+    @njit(**options)
+    def pack_operand(p, member, members, rows, width, table, panels):
+        count = ceil_div(width, wide)
+        for panel in range(share(count, members, member), share(count, members, member + 1)):
+            pack_rows(table, rows, width, panel, panels)
+
+    @njit(**options)
+    def weight_gradient(p, member, members, a, a_bytes, slot, depth, units, width, panels, out, add, tables, scratch):
+        """out[units, width] (+)= a[depth, units]^T * panels[depth, width]; a_bytes from one row of a to the next."""
+        u0, u1 = share(units, members, member), share(units, members, member + 1)
+        fill_rows(tables, u1 - u0, a + (slot * units + u0) * size, size)
+        fill_rows(tables + 8 * units, u1 - u0, out + u0 * width * size, width * size)
+        last = ceil_div(width, wide)
+        multiply(u1 - u0, tables, a_bytes, panels, depth, width, 0, last, tables + 8 * units, add, scratch)
+
+    @njit(**options)
+    def parameter_gradients(p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch):
+        """One block's share of the gradients of weights and biases: `rows` rows, steps t_low .. t_high."""
+        row_bytes, units = pitch(p), p.hidden_size
+        x_rows, h_rows = tables, tables + 8 * rows
+        i = 0
+        for t in range(t_low, t_high + 1):
+            for b in range(active_rows(p, t)):
+                store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + b * p.x_row)
+                store_int(h_rows + 8 * i, hidden_before(p, t, b))
+                i += 1
+        h_panels = p.operands + ceil_div(p.input_size, wide) * wide * rows * size
+        r_panels = h_panels + ceil_div(p.output_size, wide) * wide * rows * size
+        pack_operand(p, member, members, rows, p.input_size, x_rows, p.operands)
+        pack_operand(p, member, members, rows, p.output_size, h_rows, h_panels)
+        if p.projected:
+            saved_row = (slots + 1) * units * size
+            fill_rows(x_rows, rows, p.saved + first_row(p, t_low) * saved_row + slots * units * size, saved_row)
+            pack_operand(p, member, members, rows, units, x_rows, r_panels)
+        wait_crew(p)
+
+        for s in range(gates):
+            out = p.dw_ih + input_order[s] * units * p.input_size * size
+            weight_gradient(
+                p, member, members, gradients, row_bytes, s, rows, units, p.input_size, p.operands, out, add, tables, scratch
+            )
+            out = p.dw_hh + s * units * p.output_size * size
+            weight_gradient(
+                p, member, members, gradients, row_bytes, hidden + s, rows, units, p.output_size, h_panels, out, add, tables, scratch
+            )
+        if p.projected:
+            weight_gradient(
+                p, member, members, out_gradients, p.output_size * size, 0, rows, p.output_size, units, r_panels, p.dw_hr, add, tables, scratch
+            )
+        if p.bias:
+            blocks = ceil_div(units, lanes)
+            for block in range(share(blocks, members, member), share(blocks, members, member + 1)):
+                unit = block * lanes
+                n = units - unit
+                for s in range(preactivations):
+                    total = sum_columns(gradients + s * units * size, rows, row_bytes, unit, n, 0)
+                    if s < gates:
+                        accumulate(p.db_ih + (input_order[s] * units + unit) * size, total, n, add)
+                    if s >= hidden:
+                        accumulate(p.db_hh + ((s - hidden) * units + unit) * size, total, n, add)
+
+    @njit(**options)
+    def input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch):
+        """dx of this member's share of the block's rows."""
+        first, last = share(rows, members, member), share(rows, members, member + 1)
+        fill_rows(tables, last - first, gradients + first * pitch(p), pitch(p))
+        out_rows, i = tables + 8 * (last - first), 0
+        for t in range(t_low, t_high + 1):
+            for b in range(active_rows(p, t)):
+                if first <= i < last:
+                    store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + b * p.dx_row)
+                i += 1
+        panels, depth = ceil_div(p.input_size, wide), gates * p.hidden_size
+        multiply(last - first, tables, size, p.ih_panels, depth, p.input_size, 0, panels, out_rows, p.dx_add, scratch)
+
+    @njit(**options)
+    def run_direction(p, member):
+        members = p.row_groups * p.unit_groups
+        row_group, unit_group = member // p.unit_groups, member % p.unit_groups
+        r0, r1 = split_row(p, row_group), split_row(p, row_group + 1)
+        hidden_bytes, output_bytes = p.hidden_size * size, p.output_size * size
+        panels = ceil_div(p.output_size, wide)
+        first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
+        cell_panels = ceil_div(p.hidden_size, wide)
+        first_cell = share(cell_panels, p.unit_groups, unit_group)
+        last_cell = share(cell_panels, p.unit_groups, unit_group + 1)
+        row_bytes = pitch(p)
+        saved_row = (slots + p.projected) * hidden_bytes
+
+        # This thread's own memory: scratch tiles, then tables of row addresses.
+        scratch = p.own + member * p.own_bytes
+        later = scratch + 2 * 8 * 8 * vector
+        extra = later + 8 * p.batch
+        out_rows = extra + 8 * p.batch
+        tables = out_rows + 8 * p.batch
+        gradients = p.shared  # of the pre-activations, a block of steps
+        out_gradients = p.tails  # of the projected output, a block of steps
+        carried = p.shared + p.block_steps * p.batch * row_bytes  # the last step of the block before
+
+        if member == 0:
+            for unit in range(0, gates * p.hidden_size, lanes):
+                store(p.zeros + unit * size, zero(), gates * p.hidden_size - unit)
+        pack_weights(p, member, members, tables)
+        for b in range(r0, r1):
+            store_int(later + 8 * (b - r0), p.zeros)
+            store_int(extra + 8 * (b - r0), p.dh0 + b * output_bytes)
+            for panel in range(first, last):
+                for j in range(columns):
+                    unit = (panel * columns + j) * lanes
+                    if unit < p.output_size:
+                        n = p.output_size - unit
+                        given = load(p.dh_n + b * output_bytes + unit * size, n) if p.dh_n else zero()
+                        store(p.dh0 + b * output_bytes + unit * size, given, n)
+            if has_cell_state:
+                for panel in range(first_cell, last_cell):
+                    for j in range(columns):
+                        unit = (panel * columns + j) * lanes
+                        if unit < p.hidden_size:
+                            n = p.hidden_size - unit
+                            given = load(p.dc_n + b * hidden_bytes + unit * size, n) if p.dc_n else zero()
+                            store(p.dc0 + b * hidden_bytes + unit * size, given, n)
+        wait_crew(p)
+
+        end, previous_count = p.steps, 0
+        while end > 0:
+            start = max(0, end - p.block_steps)
+            t_low = p.steps - end if p.reverse else start
+            t_high = p.steps - 1 - start if p.reverse else end - 1
+            rows = first_row(p, t_high) + active_rows(p, t_high) - first_row(p, t_low)
+            for k in range(end - 1, start - 1, -1):
+                t = p.steps - 1 - k if p.reverse else k
+                count = max(0, min(r1, active_rows(p, t)) - r0)
+                finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch)
+                base = first_row(p, t) - first_row(p, t_low)
+                step(p, t, base, r0, count, later, extra, gradients, out_gradients, first, last, scratch, saved_row)
+                if p.projected:
+                    wait_group(p, row_group)
+                    fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)
+                    unproject(p, t, base, r0, count, out_rows, gradients, first_cell, last_cell, scratch, saved_row)
+                wait_group(p, row_group)
+                for i in range(count):
+                    store_int(later + 8 * i, gradients + (base + r0 + i) * row_bytes + hidden * hidden_bytes)
+                    if not reads_hidden:
+                        store_int(extra + 8 * i, p.zeros)
+                previous_count = count
+            if start == 0:
+                finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch)
+            wait_crew(p)
+            if start > 0:  # the next block overwrites the gradients that its first step reads
+                share0, share1 = share(previous_count, p.unit_groups, unit_group), share(previous_count, p.unit_groups, unit_group + 1)
+                for i in range(share0, share1):
+                    source, destination = load_int(later + 8 * i), carried + (r0 + i) * row_bytes
+                    for unit in range(0, gates * p.hidden_size, lanes):
+                        n = gates * p.hidden_size - unit
+                        store(destination + unit * size, load(source + unit * size, n), n)
+                for i in range(previous_count):
+                    store_int(later + 8 * i, carried + (r0 + i) * row_bytes)
+            if p.need_dw:
+                add = 1 if end < p.steps else 0
+                parameter_gradients(p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch)
+            if p.need_dx:
+                input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch)
+            wait_crew(p)
+            end = start
+
+    @njit(**options)
+    def add_other_direction(p, rank):
+        """dx of direction 1 was kept apart while both directions ran: add it."""
+        count = p.rows * p.input_size
+        step_size = ceil_div(ceil_div(count, p.threads), lanes) * lanes
+        for i in range(rank * step_size, min(count, (rank + 1) * step_size), lanes):
+            n = min(count, (rank + 1) * step_size) - i
+            store(p.dx + i * size, load(p.dx + i * size, n) + load(p.dx_other + i * size, n), n)
+
+    @njit(**options)
+    def backward(records, rank):
+        p = record_at(records)
+        crew = p.row_groups * p.unit_groups
+        if p.crews > 1:
+            direction, member = rank // crew, rank % crew
+            if direction < p.directions:
+                run_direction(record_at(records + direction * RECORD_BYTES), member)
+            if p.need_dx:
+                wait_team(p)
+                add_other_direction(p, rank)
+        else:
+            for direction in range(p.directions):
+                if rank < crew:
+                    run_direction(record_at(records + direction * RECORD_BYTES), rank)
+                wait_team(p)
+
+    return backward

@@ -1,0 +1,208 @@
+"""The raw ops without the C++ runtime: the same kernels, compiled at run time and called from Python on one thread.
+
+Compiled objects are kept in a directory that only the user can write, under a hash of everything that shaped them, and
+loaded without importing numba.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import stat
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cells import CELLS
+from .plan import BARRIER_BYTES, FIELDS
+from .processor import chosen_processor
+from .source import kernel_hash
+
+TYPES = {torch.float32: "f32", torch.float64: "f64"}
+
+
+def cache_directory() -> Path:
+    """A directory of the user's own; a fresh temporary one where that cannot be had."""
+    base = Path(os.environ.get("FASTRNN_CACHE_DIR") or Path.home() / ".cache" / "fastrnn")
+    try:
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = base.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return base
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="fastrnn-"))
+
+
+@cache
+def _engine():
+    """LLVM's loader, and the objects it holds."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+
+@cache
+def unit(cell: str, scalar: str, which: str):
+    """(run, arrange): the compiled kernel of one pass and the function that lays out its workspace."""
+    import llvmlite.binding as llvm
+
+    processor = chosen_processor()
+    shaped_by = [kernel_hash(), processor.name, version("llvmlite"), version("numba"), cell, scalar, which]
+    key = hashlib.sha256("\n".join(shaped_by).encode()).hexdigest()[:32]
+    directory = cache_directory()
+    entry = f"fastrnn_{cell}_{scalar}_{which}"
+    paths = {point: directory / f"{point}-{key}.o" for point in (entry, f"{entry}_arrange")}
+    if not all(path.exists() for path in paths.values()):
+        from . import compile as compiler
+
+        compiler.configure(processor)
+        for point, code in compiler.compile_unit(cell, scalar, which, processor).items():
+            partial = paths[point].with_suffix(f".{os.getpid()}")
+            partial.write_bytes(code)
+            partial.replace(paths[point])  # whole or not at all, whoever else compiles the same
+    engine = _engine()
+    for path in paths.values():
+        engine.add_object_file(llvm.object_file.ObjectFileRef.from_path(str(path)))
+    engine.finalize_object()
+    int64 = ctypes.c_int64
+    run = ctypes.CFUNCTYPE(None, int64, int64)(engine.get_function_address(entry))
+    arrange = ctypes.CFUNCTYPE(int64, int64, int64)(engine.get_function_address(f"{entry}_arrange"))
+    return run, arrange
+
+
+class Call:
+    """One record a direction, filled field by field as runtime.cpp does, and everything they point to kept alive."""
+
+    def __init__(self, cell: str, x: Tensor, batch_sizes: Tensor | None, h0: Tensor, w_ih, w_hh, b_ih, w_hr, reverse: bool,
+                 batch_first: bool):  # fmt: skip
+        D = len(w_ih)
+        self.records = np.zeros(D, [(name, np.int64) for name in FIELDS])
+        self.keep = [self.records]
+        self.cell, self.scalar, self.batch_first = cell, TYPES[x.dtype], batch_first
+        self.packed = batch_sizes is not None
+        packed = self.packed
+        T = len(batch_sizes) if packed else x.shape[1 if batch_first else 0]
+        B, R, H = h0.shape[1], h0.shape[2], w_ih[0].shape[0] // CELLS[cell].gates
+        rows = x.shape[0] if packed else T * B
+        barriers = np.zeros(64 * BARRIER_BYTES, np.uint8)
+        sizes = dict(
+            steps=T, batch=B, rows=rows, input_size=x.shape[-1], hidden_size=H, output_size=R, bias=bool(b_ih),
+            projected=bool(w_hr), directions=D, barriers=barriers.ctypes.data, l2_bytes=1 << 20,
+        )  # fmt: skip
+        self.keep.append(barriers)
+        for name, value in sizes.items():
+            self.records[name] = value
+        if packed:
+            offsets = torch.cumsum(batch_sizes, 0) - batch_sizes
+            self.point("batch_sizes", [batch_sizes.contiguous()] * D)
+            self.point("offsets", [offsets] * D)
+        self.records["direction"] = np.arange(D)
+        self.records["reverse"] = [reverse ^ bool(d) for d in range(D)]
+
+    def point(self, field: str, tensors) -> None:
+        """Pointers to each direction's tensor."""
+        for d, tensor in enumerate(tensors):
+            self.records[field][d] = tensor.data_ptr()
+        self.keep += list(tensors)
+
+    def rows(self, field: str, tensor: Tensor, width: int = 0) -> None:
+        """Pointer and strides of a sequence; direction d starts d * width numbers into a row."""
+        if tensor.stride(-1) != 1:
+            tensor = tensor.contiguous()
+        size = tensor.element_size()
+        if self.packed:
+            step = row = tensor.stride(0)
+        else:
+            step, row = (tensor.stride(1), tensor.stride(0)) if self.batch_first else tensor.stride()[:2]
+        self.keep.append(tensor)
+        for d in range(len(self.records)):
+            self.records[field][d] = tensor.data_ptr() + d * width * size
+        self.records[f"{field}_step"], self.records[f"{field}_row"] = step * size, row * size
+
+    def run(self, which: str) -> None:
+        run, arrange = unit(self.cell, self.scalar, which)
+        address = self.records.ctypes.data
+        workspace = torch.empty(arrange(address, 1) + 64, dtype=torch.uint8)
+        self.records["workspace"] = -(-workspace.data_ptr() // 64) * 64
+        arrange(address, 1)
+        run(address, 0)
+
+
+def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
+    call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
+    D, B, R = h0.shape
+    H, rows = int(call.records["hidden_size"][0]), int(call.records["rows"][0])
+    slots = CELLS[cell].slots + bool(w_hr)
+    y = x.new_empty(*x.shape[:-1], D * R)
+    h_n = x.new_empty(D, B, R)
+    c_n = x.new_empty(D, B, H) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
+    saved = x.new_empty(D, rows, slots * H) if save else x.new_empty(0)
+    call.records["save"] = save
+    call.rows("x", x)
+    call.rows("y", y, R)
+    call.point("h0", h0.contiguous())
+    call.point("h_n", h_n)
+    if c0 is not None:
+        call.point("c0", c0.contiguous())
+        call.point("c_n", c_n)
+    if save:
+        call.point("saved", saved)
+    for name, weights in (("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh), ("w_hr", w_hr)):
+        call.point(name, [w.contiguous() for w in weights])
+    call.run("forward")
+    return y, h_n, c_n, saved
+
+
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse,
+                   batch_first, need_dx, need_dw):  # fmt: skip
+    call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
+    D, B, R = h0.shape
+    H, G, inputs = int(call.records["hidden_size"][0]), CELLS[cell].gates, x.shape[-1]
+    dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
+    dh0 = x.new_empty(D, B, R)
+    dc0 = x.new_empty(D, B, H) if c0 is not None else x.new_empty(0)
+    shapes = {
+        "dw_ih": (D, G * H, inputs),
+        "dw_hh": (D, G * H, R),
+        "db_ih": (D, G * H) if b_ih else None,
+        "db_hh": (D, G * H) if b_ih else None,
+        "dw_hr": (D, R, H) if w_hr else None,
+    }
+    weights = {name: x.new_empty(shape if need_dw and shape else 0) for name, shape in shapes.items()}
+    call.records["need_dx"], call.records["need_dw"] = need_dx, need_dw
+    call.rows("x", x)
+    call.rows("y", y, R)
+    call.rows("dy", torch.zeros_like(y) if dy is None else dy, R)
+    if need_dx:
+        call.rows("dx", dx)
+    for name, tensor in (("h0", h0), ("dh_n", dh_n), ("c0", c0), ("dc_n", dc_n), ("saved", saved)):
+        if tensor is not None:
+            call.point(name, tensor.contiguous())
+    call.point("dh0", dh0)
+    if c0 is not None:
+        call.point("dc0", dc0)
+    for name, tensor in weights.items():
+        if tensor.numel():
+            call.point(name, tensor)
+    for name, given in (("w_ih", w_ih), ("w_hh", w_hh), ("w_hr", w_hr)):
+        call.point(name, [w.contiguous() for w in given])
+    call.run("backward")
+    return dx, dh0, dc0, *weights.values()
+
+
+def register() -> None:
+    """Make these functions the CPU implementation of the raw ops."""
+    library = torch.library.Library("fastrnn", "IMPL", "CPU")  # lives as long as the process: the ops hold it
+    library.impl("layer_forward", layer_forward)
+    library.impl("layer_backward", layer_backward)
+    register.library = library  # type: ignore[attr-defined]

@@ -1,0 +1,274 @@
+"""A layer forward: project the input, carry the state through time, gate maths on the tile that the product just left."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from numba import njit
+
+from ..cells import Cell, bind
+from .plan import unit_vectors, wide_columns
+from .product import (
+    ceil_div,
+    make_multiply,
+    make_pack_columns,
+    make_product,
+    options,
+    tile_rows,
+)
+from .team import (
+    RECORD_BYTES,
+    active_rows,
+    first_row,
+    record_at,
+    share,
+    split_row,
+    step_base,
+    wait_crew,
+    wait_group,
+    wait_team,
+)
+from .processor import Target
+from .vector import VectorLibrary, load_int, store_int
+
+
+@cache
+def make_forward(cell: Cell, v: VectorLibrary, target: Target):
+    """forward(records, rank): the share of thread `rank` in one call; records is the address of one record a direction."""
+    size, lanes, vector = v.size, v.lanes, v.lanes * v.size
+    load, store, load_all, store_all, zero = v.load, v.store, v.load_all, v.store_all, v.zero
+    gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
+    per_panel = unit_vectors(gates, target.registers)
+    columns = gates * per_panel
+    most = tile_rows(target, columns)
+    product = make_product(v, target, columns)
+    wide = wide_columns(target.registers)
+    multiply = make_multiply(v, target, wide)
+    pack_columns = make_pack_columns(v)
+    input_order = cell.input
+    has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
+    apply = njit(bind(cell.forward, sigmoid=v.sigmoid, tanh=v.tanh, relu=v.relu), **options)
+
+    def preactivation_tuple(count):
+        """Pre-activations 0 .. count-1 of one vector of units, as a tuple."""
+        if count == 0:
+            return njit(lambda z, z_gate, sums, bias, bias_gate, n: (), **options)
+        before, s = preactivation_tuple(count - 1), count - 1
+
+        @njit(**options)
+        def all_of(z, z_gate, sums, bias, bias_gate, n):
+            if s < gates:
+                value = load(z + s * z_gate, n)  # input product and biases
+            else:
+                value = load_all(bias + s * bias_gate)
+            if s >= hidden:
+                value = value + load_all(sums + (s - hidden) * per_panel * vector)
+            return before(z, z_gate, sums, bias, bias_gate, n) + (value,)
+
+        return all_of
+
+    preactivations_of = preactivation_tuple(preactivations)
+
+    def slot_writer(count):
+        if count == 0:
+            return njit(lambda row, gate_stride, result, n: None, **options)
+        before, s = slot_writer(count - 1), count - 1
+
+        @njit(**options)
+        def write(row, gate_stride, result, n):
+            before(row, gate_stride, result, n)
+            store(row + s * gate_stride, result[1 + s], n)
+
+        return write
+
+    write_slots = slot_writer(slots)
+
+    @njit(**options)
+    def pack_weights(p, member, members):
+        """This member's share of the panels: all gates of a block of units together, k running down."""
+        panels = ceil_div(p.hidden_size, lanes * per_panel)
+        for panel in range(share(panels, members, member), share(panels, members, member + 1)):
+            for j in range(per_panel):
+                unit = (panel * per_panel + j) * lanes
+                for g in range(gates):
+                    column = (g * per_panel + j) * vector
+                    units = p.hidden_size - unit
+                    row = (input_order[g] * p.hidden_size + unit) * p.input_size * size
+                    out = p.ih_panels + panel * p.input_size * columns * vector + column
+                    pack_columns(p.w_ih + row, p.input_size * size, units, p.input_size, out, columns * vector)
+                    row = (g * p.hidden_size + unit) * p.output_size * size
+                    out = p.hh_panels + panel * p.output_size * columns * vector + column
+                    pack_columns(p.w_hh + row, p.output_size * size, units, p.output_size, out, columns * vector)
+                for s in range(preactivations):  # both biases of a pre-activation, summed
+                    total = zero()
+                    if p.bias and unit < p.hidden_size:
+                        n = p.hidden_size - unit
+                        if s < gates:
+                            total = total + load(p.b_ih + (input_order[s] * p.hidden_size + unit) * size, n)
+                        if s >= hidden:
+                            total = total + load(p.b_hh + ((s - hidden) * p.hidden_size + unit) * size, n)
+                    store_all(p.bias_sums + (s * panels * per_panel + panel * per_panel + j) * vector, total)
+        if p.projected:
+            outputs = ceil_div(p.output_size, lanes * wide)
+            for panel in range(share(outputs, members, member), share(outputs, members, member + 1)):
+                for j in range(wide):
+                    unit = (panel * wide + j) * lanes
+                    out = p.hr_panels + (panel * p.hidden_size * wide + j) * vector
+                    source = p.w_hr + unit * p.hidden_size * size
+                    units = max(0, p.output_size - unit)
+                    pack_columns(source, p.hidden_size * size, units, p.hidden_size, out, wide * vector)
+
+    @njit(**options)
+    def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch):
+        """Input product and biases of `count` rows, for the units of panels first .. last-1."""
+        spare = scratch + most * columns * vector
+        for panel in range(first, last):
+            i, tiles = 0, ceil_div(count, most)
+            while i < count:
+                rows = ceil_div(count - i, tiles)
+                weights = p.ih_panels + panel * p.input_size * columns * vector
+                product(rows, x_rows + 8 * i, size, weights, p.input_size, scratch, spare)
+                for m in range(rows):
+                    z = load_int(z_rows + 8 * (i + m))
+                    for j in range(per_panel):
+                        unit = (panel * per_panel + j) * lanes
+                        if unit < p.hidden_size:
+                            for g in range(gates):
+                                value = load_all(scratch + ((m * gates + g) * per_panel + j) * vector)
+                                value = value + load_all(p.bias_sums + g * bias_gate + unit * size)
+                                store(z + g * z_gate + unit * size, value, p.hidden_size - unit)
+                i += rows
+                tiles -= 1
+
+    @njit(**options)
+    def step(p, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch):
+        """One step of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
+        spare = scratch + most * columns * vector
+        gate_stride = p.hidden_size * size
+        for panel in range(first, last):
+            i, tiles = 0, ceil_div(count, most)
+            while i < count:
+                rows = ceil_div(count - i, tiles)
+                weights = p.hh_panels + panel * p.output_size * columns * vector
+                product(rows, previous + 8 * i, size, weights, p.output_size, scratch, spare)
+                for m in range(rows):
+                    z = load_int(z_rows + 8 * (i + m))
+                    h = load_int(h_rows + 8 * (i + m))
+                    for j in range(per_panel):
+                        unit = (panel * per_panel + j) * lanes
+                        if unit < p.hidden_size:
+                            n, at = p.hidden_size - unit, unit * size
+                            sums = scratch + (m * columns + j) * vector
+                            a = preactivations_of(z + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
+                            if has_cell_state:
+                                c = c_rows + (i + m) * gate_stride + at
+                                result = apply(*(a + (load(c, n),)))
+                                store(c, result[slots], n)
+                            elif reads_hidden:
+                                result = apply(*(a + (load(load_int(previous + 8 * (i + m)) + at, n),)))
+                            else:
+                                result = apply(*(a + (a[0],)))
+                            if p.save:
+                                write_slots(z + at, gate_stride, result, n)
+                            store(h + at, result[0], n)
+                i += rows
+                tiles -= 1
+
+    @njit(**options)
+    def copy_units(source, destination, first, last, n):
+        for unit in range(first, min(last, n), lanes):
+            store(destination + unit * size, load(source + unit * size, min(n, last) - unit), min(n, last) - unit)
+
+    @njit(**options)
+    def run_direction(p, member):
+        row_group, unit_group = member // p.unit_groups, member % p.unit_groups
+        r0, r1 = split_row(p, row_group), split_row(p, row_group + 1)
+        hidden_bytes, output_bytes = p.hidden_size * size, p.output_size * size
+        panels = ceil_div(p.hidden_size, lanes * per_panel)
+        first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
+        bias_gate = panels * per_panel * vector
+        outputs = ceil_div(p.output_size, lanes * wide)
+        first_out, last_out = share(outputs, p.unit_groups, unit_group), share(outputs, p.unit_groups, unit_group + 1)
+        unit0, unit1 = first * per_panel * lanes, last * per_panel * lanes
+
+        # This thread's own memory: scratch tiles, then tables of row addresses.
+        scratch = p.own + member * p.own_bytes
+        previous = scratch + 2 * 8 * 8 * vector
+        h_rows = previous + 8 * p.batch
+        y_rows = h_rows + 8 * p.batch
+        x_rows = y_rows + 8 * p.batch
+        z_rows = x_rows + 8 * p.block_steps * p.batch
+
+        pack_weights(p, member, p.row_groups * p.unit_groups)
+        for b in range(r0, r1):
+            store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
+            if has_cell_state:
+                copy_units(p.c0 + b * hidden_bytes, p.c_n + b * hidden_bytes, unit0, unit1, p.hidden_size)
+        wait_crew(p)
+
+        # Pre-activations live where what is kept goes afterwards: saved, or y for a cell without slots, or a block's buffer.
+        in_saved = p.save and slots > 0
+        saved_row = (slots + p.projected) * hidden_bytes
+        s = 0
+        while s < p.steps:
+            end = min(p.steps, s + p.block_steps)
+            n = 0
+            for k in range(s, end):
+                t = p.steps - 1 - k if p.reverse else k
+                for b in range(r0, min(r1, active_rows(p, t))):
+                    store_int(x_rows + 8 * n, p.x + step_base(p, t) * p.x_step + b * p.x_row)
+                    if slots == 0:
+                        z = p.y + step_base(p, t) * p.y_step + b * p.y_row
+                    elif in_saved:
+                        z = p.saved + (first_row(p, t) + b) * saved_row
+                    else:
+                        z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
+                    store_int(z_rows + 8 * n, z)
+                    n += 1
+            project(p, n, x_rows, z_rows, hidden_bytes, first, last, bias_gate, scratch)
+
+            n = 0
+            for k in range(s, end):
+                t = p.steps - 1 - k if p.reverse else k
+                count = max(0, min(r1, active_rows(p, t)) - r0)
+                for i in range(count):
+                    y = p.y + step_base(p, t) * p.y_step + (r0 + i) * p.y_row
+                    store_int(y_rows + 8 * i, y)
+                    if not p.projected:
+                        h = y
+                    elif p.save:
+                        h = p.saved + (first_row(p, t) + r0 + i) * saved_row + slots * hidden_bytes
+                    else:
+                        h = p.tails + (r0 + i) * hidden_bytes
+                    store_int(h_rows + 8 * i, h)
+                z, c = z_rows + 8 * n, p.c_n + r0 * hidden_bytes
+                step(p, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch)
+                if p.projected:
+                    wait_group(p, row_group)
+                    depth = p.hidden_size
+                    multiply(count, h_rows, size, p.hr_panels, depth, p.output_size, first_out, last_out, y_rows, 0, scratch)
+                wait_group(p, row_group)
+                for i in range(count):
+                    store_int(previous + 8 * i, load_int(y_rows + 8 * i))
+                n += count
+            s = end
+
+        own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
+        for b in range(r0, r1):
+            copy_units(load_int(previous + 8 * (b - r0)), p.h_n + b * output_bytes, own, owns, p.output_size)
+
+    @njit(**options)
+    def forward(records, rank):
+        p = record_at(records)
+        crew = p.row_groups * p.unit_groups
+        if p.crews > 1:
+            direction, member = rank // crew, rank % crew
+            if direction < p.directions:
+                run_direction(record_at(records + direction * RECORD_BYTES), member)
+        else:
+            for direction in range(p.directions):
+                if rank < crew:
+                    run_direction(record_at(records + direction * RECORD_BYTES), rank)
+                wait_team(p)
+
+    return forward

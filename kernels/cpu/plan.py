@@ -1,0 +1,97 @@
+"""How a call is shared out over threads, and the record in which a kernel finds everything it needs.
+
+Pure integer arithmetic: compiled into the engine at build time, and run as plain Python by `describe`.
+
+A team of threads works on one call. A bidirectional layer gives each direction a crew of its own where there are threads for
+two. A crew splits its batch over `row_groups` (no synchronisation between them) and, within a group, the hidden units over
+`unit_groups` (one barrier a step, each thread streaming only its share of the recurrent weights).
+"""
+
+from __future__ import annotations
+
+# One record of int64 per direction, shared by the C++ runtime (which gets it as a generated struct) and the kernels.
+# Names are those of the op; *_step and *_row are strides in bytes of a step and of a batch row; a pointer may be 0 (absent).
+FIELDS = tuple(
+    """
+    steps batch rows input_size hidden_size output_size bias projected reverse save need_dx need_dw
+    batch_sizes offsets
+    x x_step x_row y y_step y_row h0 c0 h_n c_n
+    w_ih w_hh b_ih b_hh w_hr saved
+    dy dy_step dy_row dh_n dc_n dx dx_step dx_row dx_add dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr
+    threads l2_bytes directions direction
+    crews row_groups unit_groups block_steps
+    ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other workspace
+    wait barriers
+    """.split()
+)
+
+BARRIER_BYTES = 128  # each barrier has two cache lines of its own
+LINE = 64
+FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them
+BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
+
+
+def ceil_div(a, b):
+    return (a + b - 1) // b
+
+
+def align(size):
+    """Round up to whole cache lines."""
+    return ceil_div(size, LINE) * LINE
+
+
+def unit_vectors(gates, registers):
+    """Vectors of units in a panel: a cell of one gate takes several, to keep the multipliers busy."""
+    return 1 if gates > 1 else wide_columns(registers)
+
+
+def wide_columns(registers):
+    """Vectors in a row of a panel that is not split by gates."""
+    return 4 if registers >= 32 else 2
+
+
+def step_cost(rows, depth, panels, panel_vectors, vector_bytes, row_groups, unit_groups, l2_bytes):
+    """Estimated cycles of one step of one thread: the product, or the streaming of its share of the weights, and the barrier.
+
+    Rates measured on two AVX-512 cores: one FMA a cycle, 32 bytes a cycle from L2, 12 from beyond it, 500 cycles a barrier.
+    """
+    group_rows = ceil_div(rows, row_groups)
+    own_panels = ceil_div(panels, unit_groups)
+    fma = own_panels * depth * panel_vectors * group_rows
+    weights = own_panels * depth * panel_vectors * vector_bytes
+    stream = weights // 32 if 4 * weights <= 3 * l2_bytes else weights // 12
+    elementwise = own_panels * group_rows * 200
+    barrier = 500 if unit_groups > 1 else 0
+    return max(fma, stream) + elementwise + barrier
+
+
+def choose_groups(rows, depth, panels, panel_vectors, vector_bytes, threads, l2_bytes):
+    """(row_groups, unit_groups) of a crew of `threads`: the pair with the least estimated time a step."""
+    best, best_cost = (1, 1), step_cost(rows, depth, panels, panel_vectors, vector_bytes, 1, 1, l2_bytes)
+    for row_groups in range(1, min(threads, rows) + 1):
+        unit_groups = min(threads // row_groups, panels)
+        cost = step_cost(rows, depth, panels, panel_vectors, vector_bytes, row_groups, unit_groups, l2_bytes)
+        if cost < best_cost:
+            best, best_cost = (row_groups, unit_groups), cost
+    return best
+
+
+def worth_threads(flops, threads):
+    """Threads that a call of `flops` operations keeps busy: waking another costs as much as 200,000 operations do."""
+    return max(1, min(threads, flops // 400_000))
+
+
+def block_length(steps, batch, rows):
+    """Steps in a block of about `rows` rows, evened out over the sequence."""
+    blocks = ceil_div(steps, max(1, rows // batch))
+    return ceil_div(steps, blocks)
+
+
+def schedule(steps, rows, batch, input_size, hidden_size, output_size, directions, threads, l2_bytes, gates, depth, panels,
+             panel_vectors, vector_bytes, passes):
+    """(crews, row_groups, unit_groups) of one call. passes: products a forward or backward pass does per weight (1 or 2)."""
+    flops = 2 * passes * directions * rows * gates * hidden_size * (input_size + output_size)
+    threads = worth_threads(flops, threads)
+    crews = 2 if directions == 2 and threads > 1 else 1
+    row_groups, unit_groups = choose_groups(batch, depth, panels, panel_vectors, vector_bytes, threads // crews, l2_bytes)
+    return crews, row_groups, unit_groups

@@ -1,0 +1,171 @@
+"""Products of rows with packed panels, and the packing.
+
+A panel holds, for each k in turn, `columns` vectors of numbers that are multiplied with a[row, k]; what the columns stand for
+(the gates of a block of units, or neighbouring columns of a matrix) is the packer's choice. Every product sums in one fixed
+order, whatever the number of rows computed together: a row has the same bits in any company.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from numba import njit, types
+
+from .plan import ceil_div as _ceil_div
+from .processor import Target
+from .vector import VectorLibrary, load_int, product_tile, store_int
+
+# Longest chain of additions in one register: longer sums are sums of such chains, which keeps rounding small.
+CHAIN = 256
+
+options = {"error_model": "numpy", "boundscheck": False}
+
+
+def integers(count: int):
+    """Signature void(int64, ...): with it Numba compiles a function once, not again for every constant argument."""
+    return types.void(*[types.int64] * count)
+
+
+ceil_div = njit(_ceil_div, **options)
+
+
+def tile_rows(target: Target, columns: int) -> int:
+    """Rows of the largest tile whose sums, one panel row and one broadcast fit the registers."""
+    return max(1, min(8, (target.registers - columns - 1) // columns))
+
+
+@cache
+def make_product(v: VectorLibrary, target: Target, columns: int):
+    """product(count, a_rows, a_stride, panel, depth, out, spare): `count` <= tile_rows rows times one panel.
+
+    out and spare hold count * columns vectors.
+    """
+    panel_row = columns * v.lanes * v.size
+    vector = v.lanes * v.size
+    load_all, store_all = v.load_all, v.store_all
+
+    def tiles(rows):
+        tile = product_tile(v, rows, columns)
+        if rows == 1:
+
+            @njit(integers(7), **options)
+            def run(count, a_rows, a_offset, a_stride, panel, depth, out):
+                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out)
+
+            return run
+        fewer = tiles(rows - 1)
+
+        @njit(integers(7), **options)
+        def run(count, a_rows, a_offset, a_stride, panel, depth, out):
+            if count == rows:
+                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out)
+            else:
+                fewer(count, a_rows, a_offset, a_stride, panel, depth, out)
+
+        return run
+
+    run = tiles(tile_rows(target, columns))
+
+    @njit(integers(7), **options)
+    def product(count, a_rows, a_stride, panel, depth, out, spare):
+        run(count, a_rows, 0, a_stride, panel, min(depth, CHAIN), out)
+        done = CHAIN
+        while done < depth:
+            run(count, a_rows, done * a_stride, a_stride, panel + done * panel_row, min(depth - done, CHAIN), spare)
+            for i in range(count * columns):
+                store_all(out + i * vector, load_all(out + i * vector) + load_all(spare + i * vector))
+            done += CHAIN
+
+    return product
+
+
+@cache
+def make_multiply(v: VectorLibrary, target: Target, columns: int):
+    """multiply(...): out[i, :width] (=, or += if add) sum over k of a[i, k] * panels[k, :width].
+
+    a_rows, out_rows: address of `count` int64 row addresses.
+    first, last:      the panels (columns * lanes numbers wide each) to do.
+    scratch:          2 * tile_rows * columns vectors.
+    """
+    product = make_product(v, target, columns)
+    most = tile_rows(target, columns)
+    vector, size, lanes = v.lanes * v.size, v.size, v.lanes
+    wide = columns * lanes
+    load, store, load_all = v.load, v.store, v.load_all
+
+    @njit(integers(11), **options)
+    def multiply(count, a_rows, a_stride, panels, depth, width, first, last, out_rows, add, scratch):
+        spare = scratch + most * columns * vector
+        for panel in range(first, last):
+            i, tiles = 0, ceil_div(count, most)
+            while i < count:
+                rows = ceil_div(count - i, tiles)
+                product(rows, a_rows + 8 * i, a_stride, panels + panel * depth * wide * size, depth, scratch, spare)
+                for m in range(rows):
+                    row = load_int(out_rows + 8 * (i + m))
+                    for j in range(columns):
+                        column = (panel * columns + j) * lanes
+                        if column < width:
+                            value = load_all(scratch + (m * columns + j) * vector)
+                            if add:
+                                value = value + load(row + column * size, width - column)
+                            store(row + column * size, value, width - column)
+                i += rows
+                tiles -= 1
+
+    return multiply
+
+
+@cache
+def make_pack_rows(v: VectorLibrary, columns: int):
+    """pack_rows(...): panel `panel` of the matrix whose `depth` rows of `width` numbers are at the addresses in `rows`."""
+    vector, size, lanes = v.lanes * v.size, v.size, v.lanes
+    load, store_all, zero = v.load, v.store_all, v.zero
+
+    @njit(integers(5), **options)
+    def pack_rows(rows, depth, width, panel, panels):
+        out = panels + panel * depth * columns * vector
+        for k in range(depth):
+            row = load_int(rows + 8 * k)
+            for j in range(columns):
+                column = (panel * columns + j) * lanes
+                if column < width:
+                    store_all(out, load(row + column * size, width - column))
+                else:
+                    store_all(out, zero())
+                out += vector
+
+    return pack_rows
+
+
+@cache
+def make_pack_columns(v: VectorLibrary):
+    """pack_columns(...): `units` <= lanes rows of `depth` numbers at `source`, turned so that k runs down `out`.
+
+    out: `depth` vectors, out_stride bytes apart, one lane a row, zero in the lanes past `units`.
+    """
+    size, lanes = v.size, v.lanes
+    load_scalar, store_scalar, store_all, zero, transpose = v.load_scalar, v.store_scalar, v.store_all, v.zero, v.transpose
+
+    @njit(integers(6), **options)
+    def pack_columns(source, source_stride, units, depth, out, out_stride):
+        k = 0
+        if units >= lanes:
+            while k + lanes <= depth:
+                transpose(source + k * size, source_stride, out + k * out_stride, out_stride)
+                k += lanes
+        while k < depth:
+            store_all(out + k * out_stride, zero())
+            for unit in range(min(units, lanes)):
+                value = load_scalar(source + unit * source_stride + k * size)
+                store_scalar(out + k * out_stride + unit * size, value)
+            k += 1
+
+    return pack_columns
+
+
+@njit(integers(4), **options)
+def fill_rows(table, count, first, stride):
+    """Write `count` addresses, `stride` bytes apart from `first` on, to `table`."""
+    for i in range(count):
+        store_int(table + 8 * i, first + i * stride)

@@ -1,0 +1,30 @@
+"""Hashes of everything that shapes the compiled engine, so that a stale one is found out."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parent.parent
+RUNTIME = KERNELS.parent / "csrc"  # beside the kernels in a source tree; an installed package has none
+
+
+def _hash(paths) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+COMPILED = ("arrange", "backward", "compile", "forward", "plan", "processor", "product", "team", "vector")
+
+
+def kernel_hash() -> str:
+    """Of the cells' and the CPU engine's Python sources that machine code is made from."""
+    return _hash([KERNELS / "cells.py", *(KERNELS / "cpu" / f"{name}.py" for name in COMPILED)])
+
+
+def source_hash() -> str:
+    """Of the kernels and the C++ runtime; the runtime's part is empty where its source is not at hand."""
+    runtime = _hash(sorted(RUNTIME.glob("*.*"))) if RUNTIME.is_dir() else ""
+    return f"{kernel_hash()}:{runtime}"

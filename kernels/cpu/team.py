@@ -1,0 +1,94 @@
+"""A thread's place in the team, the layout's addresses, and the barriers, as every kernel needs them."""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import from_dtype, njit, types
+from numba.extending import intrinsic
+
+from .plan import BARRIER_BYTES, FIELDS
+from .product import options
+from .vector import call, load_int
+
+RECORD = np.dtype([(name, np.int64) for name in FIELDS])
+RECORD_BYTES = RECORD.itemsize
+record_type = from_dtype(RECORD)
+
+
+@intrinsic
+def record_at(typing_context, address):
+    """The record of FIELDS at `address`."""
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(record_type))
+
+    return record_type(types.int64), codegen
+
+
+@intrinsic
+def address_of(typing_context, record):
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(args[0], ir.IntType(64))
+
+    return types.int64(record_type), codegen
+
+
+@njit(**options)
+def wait_team(p):
+    """Every thread of the team."""
+    if p.threads > 1:
+        call(p.wait, p.barriers)
+
+
+@njit(**options)
+def wait_crew(p):
+    """Every thread of this direction's crew."""
+    if p.row_groups * p.unit_groups > 1:
+        call(p.wait, p.barriers + BARRIER_BYTES * (1 + p.direction * (1 + p.row_groups)))
+
+
+@njit(**options)
+def wait_group(p, row_group):
+    """The threads that share this thread's rows."""
+    if p.unit_groups > 1:
+        call(p.wait, p.barriers + BARRIER_BYTES * (1 + p.direction * (1 + p.row_groups) + 1 + row_group))
+
+
+@njit(**options)
+def share(count, parts, index):
+    """First of `count` things that part `index` of `parts` takes."""
+    return count * index // parts
+
+
+@njit(**options)
+def active_rows(p, t):
+    """Rows of the batch that have a step t."""
+    return load_int(p.batch_sizes + 8 * t) if p.batch_sizes else p.batch
+
+
+@njit(**options)
+def step_base(p, t):
+    """What p.x_step and p.y_step are multiplied with: rows before step t if packed, else t."""
+    return load_int(p.offsets + 8 * t) if p.offsets else t
+
+
+@njit(**options)
+def first_row(p, t):
+    """Rows before step t, counting in steps: the row of `saved`."""
+    return load_int(p.offsets + 8 * t) if p.offsets else t * p.batch
+
+
+@njit(**options)
+def split_row(p, group):
+    """First row of the batch that row group `group` takes: equal numbers of steps, not of rows, where they differ."""
+    if not p.batch_sizes:
+        return share(p.batch, p.row_groups, group)
+    target = share(p.rows, p.row_groups, group)
+    row, steps, t = 0, 0, p.steps
+    while row < p.batch and steps < target:
+        while t > 0 and load_int(p.batch_sizes + 8 * (t - 1)) <= row:
+            t -= 1
+        steps += t
+        row += 1
+    return p.batch if group == p.row_groups else row

@@ -1,0 +1,420 @@
+"""Registers as Numba values: arithmetic, memory access and elementary functions over a fixed number of lanes.
+
+A `Vector` is an LLVM vector that Numba carries like a number, so that a cell's plain arithmetic (cells.py) compiles straight
+to the widest registers of the target, whatever LLVM's own loop vectoriser would have made of it. Addresses are int64.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from .processor import Target
+
+I32, I64 = ir.IntType(32), ir.IntType(64)
+
+
+class Vector(types.Type):
+    """`lanes` numbers of one scalar type in one register."""
+
+    def __init__(self, scalar: types.Float, lanes: int):
+        self.scalar, self.lanes = scalar, lanes
+        self.element = ir.FloatType() if scalar == types.float32 else ir.DoubleType()
+        self.llvm = ir.VectorType(self.element, lanes)
+        self.integer = ir.VectorType(I32 if scalar == types.float32 else I64, lanes)
+        super().__init__(name=f"Vector({scalar}, {lanes})")
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, vector.llvm)
+
+
+def _splat(builder, value, lanes):
+    """The scalar in every lane."""
+    empty = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(empty, value, I32(0))
+    return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+
+
+def _constant(vector: Vector, value: float):
+    return ir.Constant(vector.llvm, [ir.Constant(vector.element, value)] * vector.lanes)
+
+
+@cache
+def _register_arithmetic(vector: Vector) -> None:
+    """Teach Numba + - * / and unary minus on this vector type; Python integers are constants in every lane."""
+    binary = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul", operator.truediv: "fdiv"}
+
+    for function, opcode in binary.items():
+
+        @infer_global(function)
+        class Typing(ConcreteTemplate):
+            cases = [
+                signature(vector, vector, vector),
+                signature(vector, types.int64, vector),
+                signature(vector, vector, types.int64),
+            ]
+
+        def lower(context, builder, sig, args, opcode=opcode):
+            scalar_to_vector = [
+                a if t == vector else _splat(builder, builder.sitofp(a, vector.element), vector.lanes)
+                for a, t in zip(args, sig.args, strict=True)
+            ]
+            return getattr(builder, opcode)(*scalar_to_vector)
+
+        for case in Typing.cases:
+            lower_builtin(function, *case.args)(lower)
+
+
+def _pointer(builder, address, pointee):
+    return builder.inttoptr(address, pointee.as_pointer())
+
+
+def _load_at(builder, vector: Vector, address):
+    value = builder.load(_pointer(builder, address, vector.llvm))
+    value.align = vector.scalar.bitwidth // 8
+    return value
+
+
+def _store_at(builder, address, value):
+    builder.store(value, _pointer(builder, address, value.type)).align = 4
+
+
+def _fma(builder, vector, a, b, c):
+    """a * b + c, fused where the target can: `llvm.fma` would call libm where it cannot."""
+    name = f"llvm.fmuladd.v{vector.lanes}f{vector.element.intrinsic_name[1:]}"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector.llvm, [vector.llvm] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+class VectorLibrary:
+    """The functions of one vector type, by name."""
+
+    def __init__(self, **members):
+        self.__dict__.update(members)
+
+
+@cache
+def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
+    """Everything a kernel may do with vectors of `scalar` on `target`, as Numba intrinsics."""
+    size = scalar.bitwidth // 8
+    lanes = max(target.vector_bytes // size, 1)
+    V = Vector(scalar, lanes)
+    _register_arithmetic(V)
+
+    def unary(emit):
+        @intrinsic
+        def function(typing_context, x):
+            return V(V), lambda context, builder, sig, args: emit(builder, args[0])
+
+        return function
+
+    def _mask(builder, count):
+        """Lanes below `count`."""
+        index = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
+        return builder.icmp_signed("<", index, _splat(builder, count, lanes))
+
+    masked_type = f"v{lanes}f{8 * size}.p0"
+
+    def _masked(builder, count, whole, masked):
+        """All lanes at once where there are enough of them: a masked access costs more on many processors."""
+        full = builder.icmp_signed(">=", count, I64(lanes))
+        with builder.if_else(full, likely=True) as (then, otherwise):
+            with then:
+                a = whole()
+                a_block = builder.block
+            with otherwise:
+                b = masked(_mask(builder, count))
+                b_block = builder.block
+        if a is None:
+            return None
+        merged = builder.phi(V.llvm)
+        merged.add_incoming(a, a_block)
+        merged.add_incoming(b, b_block)
+        return merged
+
+    @intrinsic
+    def load(typing_context, address, count):
+        """The `count` numbers at `address`, zero in the other lanes."""
+
+        def codegen(context, builder, sig, args):
+            address, count = args
+
+            def masked(mask):
+                pointer = _pointer(builder, address, V.llvm)
+                kind = ir.FunctionType(V.llvm, [pointer.type, I32, mask.type, V.llvm])
+                name = f"llvm.masked.load.{masked_type}"
+                function = cgutils.get_or_insert_function(builder.module, kind, name)
+                return builder.call(function, [pointer, I32(size), mask, _constant(V, 0.0)])
+
+            return _masked(builder, count, lambda: _load_at(builder, V, address), masked)
+
+        return V(types.int64, types.int64), codegen
+
+    @intrinsic
+    def store(typing_context, address, value, count):
+        """Write the first `count` lanes to `address`."""
+
+        def codegen(context, builder, sig, args):
+            address, value, count = args
+
+            def masked(mask):
+                pointer = _pointer(builder, address, V.llvm)
+                kind = ir.FunctionType(ir.VoidType(), [V.llvm, pointer.type, I32, mask.type])
+                name = f"llvm.masked.store.{masked_type}"
+                function = cgutils.get_or_insert_function(builder.module, kind, name)
+                builder.call(function, [value, pointer, I32(size), mask])
+
+            _masked(builder, count, lambda: _store_at(builder, address, value), masked)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, V, types.int64), codegen
+
+    @intrinsic
+    def load_all(typing_context, address):
+        return V(types.int64), lambda context, builder, sig, args: _load_at(builder, V, args[0])
+
+    @intrinsic
+    def store_all(typing_context, address, value):
+        def codegen(context, builder, sig, args):
+            _store_at(builder, *args)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, V), codegen
+
+    @intrinsic
+    def zero(typing_context):
+        return V(), lambda context, builder, sig, args: _constant(V, 0.0)
+
+    # Elementary functions. Constants of exp and tanh: Cephes (S. Moshier), single and double.
+    def below(builder, a, b):
+        """Lanes where a < b; false where a is NaN."""
+        return builder.fcmp_ordered("<", a, b)
+
+    def clamp(builder, x, low, high):
+        """x within [low, high]; NaN stays NaN."""
+        low, high = _constant(V, low), _constant(V, high)
+        x = builder.select(below(builder, x, low), low, x)
+        return builder.select(below(builder, high, x), high, x)
+
+    def polynomial(builder, x, coefficients):
+        total = _constant(V, coefficients[0])
+        for c in coefficients[1:]:
+            total = _fma(builder, V, total, x, _constant(V, c))
+        return total
+
+    if size == 4:
+        EXP_RANGE, MAGIC, MANTISSA, ONE = (-87.0, 88.0), 12582912.0, 23, 0x3F800000
+        LN2 = (0.693359375, -2.12194440e-4)
+        EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+        TANH_P = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+        TANH_Q = None
+    else:
+        EXP_RANGE, MAGIC, MANTISSA, ONE = (-708.0, 709.0), 6755399441055744.0, 52, 0x3FF0000000000000
+        LN2 = (6.93145751953125e-1, 1.42860682030941723212e-6)
+        EXP = tuple(1.0 / float(f) for f in np.cumprod(np.arange(1.0, 15.0))[:0:-1])  # 1/14! .. 1/2!
+        TANH_P = (-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3)
+        TANH_Q = (1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3)
+
+    def emit_exp(builder, x):
+        # x = n ln 2 + r. Adding MAGIC rounds to an integer whose bits are the low bits of the sum.
+        x = clamp(builder, x, *EXP_RANGE)
+        shifted = _fma(builder, V, x, _constant(V, 1.4426950408889634), _constant(V, MAGIC))
+        n = builder.fsub(shifted, _constant(V, MAGIC))
+        r = _fma(builder, V, n, _constant(V, -LN2[0]), x)
+        r = _fma(builder, V, n, _constant(V, -LN2[1]), r)
+        p = polynomial(builder, r, EXP)
+        p = _fma(builder, V, builder.fmul(r, r), p, builder.fadd(r, _constant(V, 1.0)))
+        integer = V.integer.element
+        bits = builder.bitcast(shifted, V.integer)
+        bits = builder.shl(bits, ir.Constant(V.integer, [integer(MANTISSA)] * lanes))
+        bits = builder.add(bits, ir.Constant(V.integer, [integer(ONE)] * lanes))
+        return builder.fmul(p, builder.bitcast(bits, V.llvm))
+
+    def emit_sigmoid(builder, x):
+        one = _constant(V, 1.0)
+        return builder.fdiv(one, builder.fadd(one, emit_exp(builder, builder.fneg(x))))
+
+    def emit_tanh(builder, x):
+        # Near zero 1 - 2 / (e^2x + 1) cancels: there an odd polynomial of its own.
+        one, two = _constant(V, 1.0), _constant(V, 2.0)
+        far = builder.fdiv(two, builder.fadd(emit_exp(builder, builder.fadd(x, x)), one))
+        far = builder.fsub(one, far)
+        square = builder.fmul(x, x)
+        near = builder.fmul(square, polynomial(builder, square, TANH_P))
+        if TANH_Q:
+            near = builder.fdiv(near, polynomial(builder, square, TANH_Q))
+        near = _fma(builder, V, near, x, x)
+        return builder.select(below(builder, square, _constant(V, 0.625 * 0.625)), near, far)
+
+    def emit_relu(builder, x):
+        zero = _constant(V, 0.0)
+        return builder.select(below(builder, x, zero), zero, x)
+
+    @intrinsic
+    def where_positive(typing_context, x, y):
+        """y where x > 0, else 0."""
+
+        def codegen(context, builder, sig, args):
+            x, y = args
+            zero = _constant(V, 0.0)
+            return builder.select(below(builder, zero, x), y, zero)
+
+        return V(V, V), codegen
+
+    @intrinsic
+    def transpose(typing_context, source, source_stride, destination, destination_stride):
+        """Write the lanes x lanes block of rows at `source` as columns: rows at `destination`. Strides in bytes."""
+
+        def codegen(context, builder, sig, args):
+            source, source_stride, destination, destination_stride = args
+
+            def row(base, stride, i):
+                return builder.add(base, builder.mul(stride, I64(i)))
+
+            rows = [_load_at(builder, V, row(source, source_stride, i)) for i in range(lanes)]
+            width = 1
+            while width < lanes:  # interleave rows i and i + width: log2(lanes) rounds
+                for i in range(lanes):
+                    if i & width:
+                        continue
+                    a, b = rows[i], rows[i + width]
+                    low = [k if not k & width else lanes + k - width for k in range(lanes)]
+                    high = [k + width if not k & width else lanes + k for k in range(lanes)]
+                    shuffle = ir.VectorType(I32, lanes)
+                    rows[i] = builder.shuffle_vector(a, b, ir.Constant(shuffle, low))
+                    rows[i + width] = builder.shuffle_vector(a, b, ir.Constant(shuffle, high))
+                width *= 2
+            for i in range(lanes):
+                _store_at(builder, row(destination, destination_stride, i), rows[i])
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    @intrinsic
+    def load_scalar(typing_context, address):
+        def codegen(context, builder, sig, args):
+            return builder.load(_pointer(builder, args[0], V.element))
+
+        return scalar(types.int64), codegen
+
+    @intrinsic
+    def store_scalar(typing_context, address, value):
+        def codegen(context, builder, sig, args):
+            builder.store(args[1], _pointer(builder, args[0], V.element))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, scalar), codegen
+
+    return VectorLibrary(
+        type=V,
+        size=size,
+        lanes=lanes,
+        load=load,
+        store=store,
+        load_all=load_all,
+        store_all=store_all,
+        zero=zero,
+        sigmoid=unary(emit_sigmoid),
+        tanh=unary(emit_tanh),
+        relu=unary(emit_relu),
+        where_positive=where_positive,
+        transpose=transpose,
+        load_scalar=load_scalar,
+        store_scalar=store_scalar,
+    )
+
+
+@intrinsic
+def load_int(typing_context, address):
+    """The int64 at `address`."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(_pointer(builder, args[0], I64))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store_int(typing_context, address, value):
+    def codegen(context, builder, sig, args):
+        builder.store(args[1], _pointer(builder, args[0], I64))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def call(typing_context, function, argument):
+    """Call the C function `void (*)(int64_t)` at address `function`."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [I64])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@cache
+def product_tile(vectors: VectorLibrary, rows: int, columns: int):
+    """The register tile: out[rows, columns * lanes] = sum over k of a[row, k] * panel[k, :], one chain of FMAs in order of k.
+
+    a_rows:  address of `rows` int64 addresses; a[row, k] is `a_offset + k * a_stride` bytes after its row's.
+    panel:   `depth` groups of `columns` vectors, `panel_stride` bytes apart.
+    out:     rows * columns vectors, contiguous.
+    """
+    V, size, lanes = vectors.type, vectors.size, vectors.lanes
+    broadcast = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+
+    @intrinsic
+    def tile(typing_context, a_rows, a_offset, a_stride, panel, panel_stride, depth, out):
+        def codegen(context, b, sig, args):
+            a_rows, a_first, a_stride, panel, panel_stride, depth, out = args
+            undefined = ir.Constant(V.llvm, ir.Undefined)
+            table = b.inttoptr(a_rows, I64.as_pointer())
+            a = [b.load(b.gep(table, [I64(m)])) for m in range(rows)]
+            before, loop, after = b.block, b.append_basic_block("k"), b.append_basic_block("done")
+            b.branch(loop)
+            b.position_at_end(loop)
+            k, a_offset, weights = b.phi(I64), b.phi(I64), b.phi(I64)
+            total = [[b.phi(V.llvm) for _ in range(columns)] for _ in range(rows)]
+            w = []
+            for n in range(columns):
+                w.append(_load_at(b, V, b.add(weights, I64(n * lanes * size))))
+            new = []
+            for m in range(rows):
+                x = b.load(b.inttoptr(b.add(a[m], a_offset), V.element.as_pointer()))
+                x = b.shuffle_vector(b.insert_element(undefined, x, I32(0)), undefined, broadcast)
+                new.append([_fma(b, V, x, w[n], total[m][n]) for n in range(columns)])
+            steps = (
+                (k, I64(0), b.add(k, I64(1))),
+                (a_offset, a_first, b.add(a_offset, a_stride)),
+                (weights, panel, b.add(weights, panel_stride)),
+            )
+            for phi, first, following in steps:
+                phi.add_incoming(first, before)
+                phi.add_incoming(following, loop)
+            for m in range(rows):
+                for n in range(columns):
+                    total[m][n].add_incoming(_constant(V, 0.0), before)
+                    total[m][n].add_incoming(new[m][n], loop)
+            b.cbranch(b.icmp_signed("<", steps[0][2], depth), loop, after)
+            b.position_at_end(after)
+            for m in range(rows):
+                for n in range(columns):
+                    _store_at(b, b.add(out, I64((m * columns + n) * lanes * size)), new[m][n])
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return tile

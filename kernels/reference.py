@@ -1,0 +1,231 @@
+"""The definition the engines are held to: one recurrent layer as a slow, obvious time loop in torch over cells.py.
+
+Plain differentiable torch operations, out of place: any dtype and device, any order of gradient, forward mode, vmap.
+Arguments, results and the layout of `saved` are those of the raw ops in fastrnn/ops.py.
+
+Letters: T steps, B rows, I input size, H hidden size, G gates, R projected size or H, D directions, b rows of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from fastrnn.kernels.cells import CELLS, Cell, bind
+from torch import Tensor, relu, sigmoid, tanh
+
+
+def where_positive(h: Tensor, dh: Tensor) -> Tensor:
+    return torch.where(h > 0, dh, torch.zeros_like(dh))
+
+
+# The cells' free names are this module's, and the bound functions are too: there Dynamo looks them up.
+_NAMES = {
+    "__name__": __name__,
+    "sigmoid": sigmoid,
+    "tanh": tanh,
+    "relu": relu,
+    "where_positive": where_positive,
+}
+_FORWARD = {name: bind(cell.forward, **_NAMES) for name, cell in CELLS.items()}
+_BACKWARD = {name: bind(cell.backward, **_NAMES) for name, cell in CELLS.items()}
+
+
+def layer_forward(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor],
+    b_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    cell: str,
+    reverse: bool = False,
+    batch_first: bool = False,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The layer's outputs y, h_n [D, B, R], c_n [D, B, H] or [0], and saved [D, rows, slots * H] or [0]."""
+    kind = CELLS[cell]
+    xs = _steps(x, batch_sizes, batch_first)
+    ys, states, carries, kept = [], [], [], []
+    for d in range(len(w_ih)):
+        weights = w_ih[d], w_hh[d], _at(b_ih, d), _at(b_hh, d), _at(w_hr, d)
+        h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], weights, reverse != bool(d))
+        ys.append(out)
+        kept.append(torch.cat(slots))
+        states.append(h)
+        carries.append(c)
+    y = _join([torch.cat(step, -1) for step in zip(*ys, strict=True)], batch_sizes, batch_first)
+    empty = x.new_empty(0)
+    c_n = torch.stack(carries) if kind.carry == "cell" else empty
+    return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
+
+
+def layer_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor],
+    b_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    y: Tensor,
+    saved: Tensor,
+    cell: str,
+    reverse: bool = False,
+    batch_first: bool = False,
+    need_dx: bool = True,
+    need_dw: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; of weights [D, ...]; [0] where there is none."""
+    kind = CELLS[cell]
+    xs = _steps(x, batch_sizes, batch_first)
+    rows = [len(step) for step in xs]
+    ys, dys = _steps(y, batch_sizes, batch_first), None if dy is None else _steps(dy, batch_sizes, batch_first)
+    dxs, dstates, dcarries, dweights = [], [], [], []
+    for d in range(len(w_ih)):
+        dx, dh, dc, dw = _backward(
+            kind,
+            xs,
+            [step.chunk(len(w_ih), -1)[d] for step in ys],
+            saved[d].split(rows),
+            h0[d],
+            None if c0 is None else c0[d],
+            (w_ih[d], w_hh[d], _at(b_ih, d), _at(b_hh, d), _at(w_hr, d)),
+            reverse != bool(d),
+            None if dys is None else [step.chunk(len(w_ih), -1)[d] for step in dys],
+            None if dh_n is None else dh_n[d],
+            None if dc_n is None else dc_n[d],
+        )
+        dxs.append(dx)
+        dstates.append(dh)
+        dcarries.append(dc)
+        dweights.append(dw)
+    empty = x.new_empty(0)
+    dx = _join([sum(step) for step in zip(*dxs, strict=True)], batch_sizes, batch_first) if need_dx else empty
+    dc0 = torch.stack(dcarries) if kind.carry == "cell" else empty
+    dw_ih, dw_hh, db_ih, db_hh, dw_hr = (
+        torch.stack(dw) if need_dw and dw[0] is not None else empty for dw in zip(*dweights, strict=True)
+    )
+    return dx, torch.stack(dstates), dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
+
+
+def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool):
+    """One direction: last h [B, R] and c [B, H]; of each step in time's order, outputs [b, R], slots [b, slots*H]."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    ys: list = [None] * len(xs)
+    kept: list = [None] * len(xs)
+    for t in _order(len(xs), reverse):
+        b = len(xs[t])
+        p = _first(b, h if c is None else c)
+        a = _preactivations(kind, _affine(xs[t], w_ih, b_ih), _affine(_first(b, h), w_hh, b_hh))
+        out, *slots = _FORWARD[kind.name](*a, p)
+        if c is not None:
+            c = _replace(c, slots[-1])
+        if w_hr is not None:
+            slots.append(out)
+            out = out @ w_hr.T
+        h = _replace(h, out)
+        ys[t], kept[t] = out, torch.cat(slots, -1) if slots else out[:, :0]
+    return h, c, ys, kept
+
+
+def _backward(
+    kind: Cell, xs, ys, saved, h0: Tensor, c0: Tensor | None, weights, reverse: bool, dys, dh, dc: Tensor | None
+):
+    """One direction: dx of every step, dh0 [B, R], dc0 [B, H] or None, and the gradient of each weight or None."""
+    w_ih, w_hh, b_ih, _, w_hr = weights
+    hidden = len(w_hh) // kind.gates
+    order = _order(len(xs), reverse)
+    slots = [step.split(hidden, -1) if step.shape[-1] else (ys[t],) for t, step in enumerate(saved)]
+    before = _before(order, ys, h0)
+    carried = before if c0 is None else _before(order, [step[kind.slots - 1] for step in slots], c0)
+    dh = torch.zeros_like(h0) if dh is None else dh
+    if dc is None and c0 is not None:
+        dc = torch.zeros_like(c0)
+    dxs: list = [None] * len(xs)
+    dw_ih = dw_hh = db_ih = db_hh = dw_hr = h0.new_zeros(())
+    for t in reversed(order):
+        b = len(xs[t])
+        d_out = _first(b, dh) if dys is None else _first(b, dh) + dys[t]
+        if w_hr is not None:
+            dw_hr = dw_hr + d_out.T @ slots[t][-1]
+            d_out = d_out @ w_hr
+        grads = _BACKWARD[kind.name](
+            d_out, None if dc is None else _first(b, dc), *slots[t][: max(kind.slots, 1)], carried[t]
+        )
+        da = grads[:-1] if kind.carry else grads
+        d_input = torch.cat([da[kind.input.index(gate)] for gate in range(kind.gates)], -1)  # [b, G * H]
+        d_hidden = torch.cat(da[kind.hidden :], -1)  # [b, G * H]
+        d_before = d_hidden @ w_hh
+        if kind.carry == "hidden":
+            d_before = d_before + grads[-1]
+        if dc is not None:
+            dc = _replace(dc, grads[-1])
+        dh = _replace(dh, d_before)
+        dxs[t] = d_input @ w_ih
+        dw_ih, dw_hh = dw_ih + d_input.T @ xs[t], dw_hh + d_hidden.T @ before[t]
+        db_ih, db_hh = db_ih + d_input.sum(0), db_hh + d_hidden.sum(0)
+    biased, projected = b_ih is not None, w_hr is not None
+    dw = (dw_ih, dw_hh, db_ih if biased else None, db_hh if biased else None, dw_hr if projected else None)
+    return dxs, dh, dc, dw
+
+
+def _preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Tensor]:
+    """Arguments of the cell's forward function, each [b, H], from the products [b, G * H] in torch's gate order."""
+    inputs, hiddens = a_input.chunk(kind.gates, -1), a_hidden.chunk(kind.gates, -1)
+    for k in range(kind.preactivations):
+        own = [inputs[kind.input[k]]] if k < len(kind.input) else []
+        own += [hiddens[k - kind.hidden]] if k >= kind.hidden else []
+        yield sum(own[1:], own[0])
+
+
+def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return x @ w.T if b is None else x @ w.T + b
+
+
+def _order(length: int, reverse: bool) -> range:
+    return range(length - 1, -1, -1) if reverse else range(length)
+
+
+def _before(order: range, after, first: Tensor) -> list[Tensor]:
+    """State of the rows of each step before it, from the states after each step and the first one [B, ...]."""
+    before: list = [None] * len(order)
+    state = first
+    for t in order:
+        before[t] = _first(len(after[t]), state)
+        state = _replace(state, after[t])
+    return before
+
+
+def _first(b: int, state: Tensor) -> Tensor:
+    return state.narrow(0, 0, b)
+
+
+def _replace(state: Tensor, rows: Tensor) -> Tensor:
+    """The first rows replaced: a row that has ended keeps its last state, in reverse one yet to begin its first."""
+    b, B = len(rows), len(state)
+    return rows if b == B else torch.cat((rows, state.narrow(0, b, B - b)))
+
+
+def _steps(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Sequence[Tensor]:
+    """Rows [b, ...] of every step."""
+    if batch_sizes is not None:
+        return x.split(batch_sizes.tolist())
+    return x.unbind(1 if batch_first else 0)
+
+
+def _join(steps: list[Tensor], batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
+    """The inverse of `_steps`."""
+    return torch.cat(steps) if batch_sizes is not None else torch.stack(steps, 1 if batch_first else 0)
+
+
+def _at(tensors: Sequence[Tensor], d: int) -> Tensor | None:
+    return tensors[d] if tensors else None

@@ -1,0 +1,121 @@
+"""Fixtures for all tests, and a check that the tests see one tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fastrnn.kernels
+import pytest
+import torch
+from torch import Tensor
+
+import fastrnn
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """An editable install maps fastrnn.kernels on its own: it must be the one beside, or inside, this fastrnn."""
+    package, kernels = (Path(module.__file__).resolve().parent for module in (fastrnn, fastrnn.kernels))
+    assert kernels in (package / "kernels", package.parent / "kernels"), f"two trees: {package} and {kernels}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison():
+    """Fill memory that torch.empty hands out in Python with NaN, so that reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def make_layer():
+    """Random float64 arguments of `ops.layer`, as a dict."""
+    return _make_layer
+
+
+@pytest.fixture
+def plain_layer():
+    """`ops.layer` written out from torch.nn's documentation, row by row: the truth for what torch.nn cannot do."""
+    return _plain_layer
+
+
+def _make_layer(
+    cell: str,
+    directions: int = 1,
+    bias: bool = True,
+    project: bool = False,
+    packed: bool = False,
+    batch_first: bool = False,
+    reverse: bool = False,
+    sizes: tuple[int, int, int, int] = (3, 2, 3, 2),
+    dtype: torch.dtype = torch.float64,
+) -> dict:
+    """sizes: T, B, I, H; a packed batch loses a row on its way."""
+    T, B, I, H = sizes  # noqa: E741
+    R, rows = (1 if project else H), {"lstm": 4, "gru": 3}.get(cell, 1) * H
+    steps = torch.tensor([B] * (T - 1) + [max(B - 1, 1)])
+
+    def each(*shape: int) -> list[Tensor]:
+        return [torch.randn(shape, dtype=dtype) for _ in range(directions)]
+
+    shape = (int(steps.sum()), I) if packed else (B, T, I) if batch_first else (T, B, I)
+    return {
+        "x": torch.randn(shape, dtype=dtype),
+        "batch_sizes": steps if packed else None,
+        "h0": torch.randn(directions, B, R, dtype=dtype),
+        "c0": torch.randn(directions, B, H, dtype=dtype) if cell == "lstm" else None,
+        "w_ih": each(rows, I),
+        "w_hh": each(rows, R),
+        "b_ih": each(rows) if bias else [],
+        "b_hh": each(rows) if bias else [],
+        "w_hr": each(R, H) if project else [],
+        "cell": cell,
+        "reverse": reverse,
+        "batch_first": batch_first,
+    }
+
+
+def _plain_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse=False, batch_first=False):
+    rows = x.unbind(1 if batch_first else 0) if batch_sizes is None else x.split(batch_sizes.tolist())
+    outputs, h_n, c_n = {}, [], []
+    for d in range(len(w_ih)):
+        for b in range(h0.shape[1]):
+            times = [t for t in range(len(rows)) if b < len(rows[t])]
+            h, c = h0[d, b], None if c0 is None else c0[d, b]
+            for t in reversed(times) if reverse != bool(d) else times:
+                gi, gh = w_ih[d] @ rows[t][b], w_hh[d] @ h
+                if b_ih:
+                    gi, gh = gi + b_ih[d], gh + b_hh[d]
+                h, c = _plain_step(cell, gi, gh, h, c)
+                h = w_hr[d] @ h if w_hr else h
+                outputs[t, b, d] = h
+            h_n.append(h)
+            c_n.append(c)
+
+    def output(t: int, b: int) -> Tensor:
+        return torch.cat([outputs[t, b, d] for d in range(len(w_ih))])
+
+    ys = [torch.stack([output(t, b) for b in range(len(rows[t]))]) for t in range(len(rows))]
+    y = torch.cat(ys) if batch_sizes is not None else torch.stack(ys, 1 if batch_first else 0)
+    shape = h0.shape[:2]
+    return y, torch.stack(h_n).unflatten(0, shape), None if c0 is None else torch.stack(c_n).unflatten(0, shape)
+
+
+def _plain_step(cell: str, gi: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if cell == "lstm":
+        i, f, g, o = (gi + gh).chunk(4)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+    if cell == "gru":
+        (ir, iz, in_), (hr, hz, hn) = gi.chunk(3), gh.chunk(3)
+        r, z = torch.sigmoid(ir + hr), torch.sigmoid(iz + hz)
+        n = torch.tanh(in_ + r * hn)
+        return (1 - z) * n + z * h, None
+    return (torch.tanh if cell == "rnn_tanh" else torch.relu)(gi + gh), None

@@ -1,0 +1,160 @@
+"""The benchmark measures what it says: the grid, its sums, and peers that compute the same thing."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import nn
+
+import fastrnn
+from bench import memory, record, report, run, timing
+from bench.grid import GRID, Case, Point, cases
+from bench.subjects import Subject, difference, onnx_model
+
+FEW = Point("few", 1, 64, 100)
+STEP = Point("apart", 1, 64, 1)
+
+
+def result(point: Point, cell: str, mode: str, **ratios: float) -> dict:
+    """A handmade result in which fastrnn takes 10 ms."""
+    case = Case(point, cell, mode)
+    times = {name: {"median": 0.01 * ratio} for name, ratio in {"fastrnn": 1.0, **ratios}.items()}
+    fields = {"name": case.name, "cell": cell, "mode": mode, "faults": []}
+    return json.loads(json.dumps({**fields, "point": asdict(point), "ratios": ratios, "times": times}))
+
+
+def test_grid_is_the_agreed_one():
+    plain = {(p.group, p.batch, p.hidden, p.steps) for p in GRID if p == Point(p.group, p.batch, p.hidden, p.steps)}
+    few = {(1, 64, 100), (1, 128, 100), (1, 256, 100), (1, 512, 50), (1, 1024, 50)}
+    few |= {(batch, hidden, 100) for batch in (4, 8) for hidden in (128, 256)}
+    middle = {(32, 64, 100), (32, 128, 100), (32, 256, 100), (32, 512, 50), (64, 512, 100)}
+    large = {(128, 256, 50), (128, 512, 50), (128, 1024, 25), (32, 1024, 25), (32, 2048, 10)}
+    step = {(batch, hidden, 1) for batch in (1, 8) for hidden in (64, 256)}
+    groups = {"few": few, "middle": middle, "large": large, "apart": step}
+    assert plain == {(group, *sizes) for group, points in groups.items() for sizes in points}
+    assert {p for p in GRID if p != Point(p.group, p.batch, p.hidden, p.steps)} == {
+        Point("apart", 16, 256, 64, layers=2, directions=2),
+        Point("apart", 32, 256, 100, fill=0.57),
+        Point("apart", 1, 200, 15, input=250, modes=("infer",)),
+        Point("apart", 128, 1024, 50, modes=("train",)),
+    }
+    assert len(GRID) == len({p.name for p in GRID}) == 27
+    assert len(list(cases())) == 3 * (2 * 25 + 2)
+    assert [case.name for case in cases("lstm train B1 T100 H64$")] == ["few lstm train B1 T100 H64"]
+
+
+def test_packed_lengths_fill_what_they_say():
+    lengths = Point("apart", 32, 256, 100, fill=0.57).lengths()
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == 100
+    assert min(lengths) > 0
+    assert sum(lengths) / (32 * 100) == pytest.approx(0.57, abs=0.002)
+
+
+@pytest.mark.parametrize("point", [Point("few", 2, 5, 4, input=3), Point("apart", 3, 4, 9, 0, 2, 2, 0.57)])
+@pytest.mark.parametrize("mode", ["train", "infer"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_subjects_agree_and_a_wrong_one_is_caught(cell, mode, point):
+    case = Case(point, cell, mode)
+    subject, truth = Subject(case, fastrnn), Subject(case, nn)
+    assert run.wrong(subject, truth) == []
+    names = subject.results().keys()
+    assert {"y", "h_n"} <= names
+    assert ("c_n" in names) == (cell == "lstm")
+    assert ({"grad x", "grad weight_hh_l0", "grad bias_ih_l0"} <= names) == (mode == "train")
+    with torch.no_grad():
+        subject.module.weight_hh_l0 += 0.1
+    assert run.wrong(subject, truth)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_onnx_model_equals_torch(cell):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    subject = Subject(Case(Point("few", 3, 17, 5, input=4), cell, "infer"), nn)
+    session = onnxruntime.InferenceSession(onnx_model(subject.module, 5, 3), providers=["CPUExecutionProvider"])
+    y, *states = session.run(None, {"x": subject.x.numpy()})
+    expected = subject.results()
+    assert difference(torch.from_numpy(y[:, 0]), expected["y"]) < 1e-5
+    for name, state in zip(("h_n", "c_n"), states, strict=False):
+        assert difference(torch.from_numpy(state), expected[name]) < 1e-5
+
+
+def test_difference_is_relative_where_it_can_be():
+    zero, two = torch.zeros(3), torch.full((3,), 2.0)
+    assert difference(two + 0.02, two) == pytest.approx(0.01, rel=1e-4)
+    assert difference(zero, zero) == 0
+    assert difference(two, zero) == pytest.approx(12**0.5)
+    assert not difference(two * math.nan, two) <= run.TOLERANCE
+
+
+def test_interleave_counts_and_takes_turns():
+    calls: list[str] = []
+    rivals = {name: (lambda loops, name=name: calls.append(name)) for name in ("a", "b")}
+    times = timing.interleave(rivals, seconds=1e9, most=7)
+    assert all(len(taken["seconds"]) == 7 for taken in times.values())
+    assert all(taken["p20"] <= taken["median"] <= taken["p80"] for taken in times.values())
+    assert calls.count("a") == calls.count("b")
+    assert calls[6:] != sorted(calls[6:])
+
+
+def test_report_sums():
+    assert report.geomean([2, 8]) == pytest.approx(4)
+    packed = Point("apart", 32, 256, 100, fill=0.57)
+    results = [
+        result(FEW, "lstm", "train", torch=2.0),
+        result(Point("few", 1, 128, 100), "lstm", "train", torch=8.0),
+        result(FEW, "gru", "infer", torch=0.8, onnxruntime=0.5),
+        result(STEP, "rnn", "infer", torch=3.0),
+        result(packed, "gru", "train", torch=2.0, **{"fastrnn padded": 1.6, "torch padded": 0.8}),
+    ]
+    assert report.ratios(results, group="few", cell="lstm", mode="train") == [2.0, 8.0]
+    assert "| few rows | 4.00x |  |  |  | 0.80x |  |" in report.class_table(results)
+    assert "| B1 T1 H64 |  |  |  |  |  | 3.00x |" in report.apart_table(results)
+    assert "| onnxruntime, few rows |  | 0.50x |  |" in report.peer_table(results)
+    assert report.worst(results).startswith("Of 5 points 1 are below 0.85x. The least: GRU infer B1 T100 H64 (0.80x)")
+    assert "at 57% fill, in padded steps: GRU 0.62 (torch.nn 2.50)" in report.packed(results)
+
+
+def test_report_names_wrong_results():
+    broken = result(FEW, "lstm", "train", torch=2.0) | {"faults": ["y differs by 1"]}
+    del broken["ratios"]
+    results = [broken, result(STEP, "lstm", "train", torch=1.0)]
+    assert "Wrong results, no time taken: few lstm train B1 T100 H64" in report.worst(results)
+    assert "x" not in report.class_table(results).splitlines()[2]
+
+
+def test_memory_sums():
+    megabyte = 2**20
+    same = dict.fromkeys(memory.STEPS, 40 * megabyte)
+    less = dict.fromkeys(memory.STEPS, 10 * megabyte)
+    cases = [
+        {"name": "one", "median": {"fastrnn": less, "torch": same}},
+        {"name": "two", "median": {"fastrnn": same | {"first": 41 * megabyte}, "torch": same}},
+    ]
+    assert [memory.above(case) for case in cases] == [False, True]
+    text = report.memory({"cases": cases, "settings": {"resolution": memory.RESOLUTION}})
+    assert "0.50 of torch.nn's" in text
+    assert text.endswith("at two.")
+
+
+def test_report_goes_between_the_markers():
+    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    assert report.insert("new", page) == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    with pytest.raises(ValueError, match="no <!-- bench:begin"):
+        report.insert("new", "a page without")
+
+
+def test_heatmap_and_record_are_written(tmp_path):
+    results = [result(FEW, "lstm", "train", torch=2.0), result(STEP, "gru", "infer", torch=0.5)]
+    report.heatmap(results, tmp_path / "new" / "map.png")
+    assert (tmp_path / "new" / "map.png").read_bytes().startswith(b"\x89PNG")
+    record.write(tmp_path / "new.json", {"a": [1.5, math.pi], "cases": results, "none": None, "empty": {}})
+    read = json.loads((tmp_path / "new.json").read_text())
+    assert read["a"] == pytest.approx([1.5, math.pi], rel=1e-5)
+    assert read["cases"][0]["ratios"] == {"torch": 2.0}
+    assert {"machine", "versions", "commit", "date", "settings"} <= record.header(threads=1).keys()
+    record.one_tree()

@@ -1,0 +1,165 @@
+"""fastrnn against torch.nn in float64: outputs, final states and every gradient, as contract.py measures and bounds them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import CELLS, Case, arguments, assert_contract, bound, cases, relative, run, twins
+from torch.nn.utils.rnn import PackedSequence
+
+import fastrnn
+
+# Around one lane, one vector and one tile of any register width, and 1; even where they can be, mostly not.
+SIZES = (1, 2, 7, 17, 33, 63, 65, 130)
+GRID = {
+    "input_size": SIZES,
+    "hidden_size": SIZES,
+    "layers": (1, 2, 3),
+    "bidirectional": (False, True),
+    "bias": (True, False),
+    "layout": ("time", "batch", "strided", "packed", "unsorted", "unbatched"),
+    "batch": (1, 2, 3, 5, 8, 17, 33),
+    "steps": (1, 2, 7, 40),
+    "hx": (True, False),
+    "loss": ("all", "output", "h_n"),
+    "grad": ("all", "input", "weights"),
+}
+# Every pair of values meets in each cell by itself; the projection, which only lstm has, takes part in a table of its own.
+CASES = [
+    *(case for cell in CELLS for case in cases({**GRID, "cell": (cell,)})),
+    *cases({**GRID, "cell": ("lstm",), "loss": ("all", "output", "h_n", "c_n"), "proj_size": (0, *SIZES[:-1])}),
+]
+# In float64 every formula has been held to torch.nn already: what is left is the type, whose vectors are half as long.
+CASES_DOUBLE = cases({**GRID, "cell": tuple(CELLS), "proj_size": (0, 1, 7, 33, 65), "dtype": (torch.float64,)})
+
+
+def each(values):
+    return pytest.mark.parametrize("case", list(values), ids=str)
+
+
+@each(CASES)
+def test_float32(case):
+    assert_contract(case)
+
+
+@each(CASES_DOUBLE)
+def test_float64(case):
+    assert_contract(case)
+
+
+@each(
+    Case(cell, 17, 33, layout=layout, batch=len(lengths), steps=max(lengths), bidirectional=True, lengths=lengths)
+    for cell in CELLS
+    for layout, lengths in (
+        ("packed", (1, 1, 1)),
+        ("packed", (40,)),
+        ("packed", (40,) + (1,) * 20),
+        ("packed", (64, 63, 9, 9, 8, 8, 1)),
+        ("unsorted", (1, 40, 1, 1, 39, 2)),
+        ("unsorted", (5, 5, 5, 5)),
+    )
+)
+def test_lengths(case):
+    """Very uneven ones, equal ones, all of them 1."""
+    assert_contract(case)
+
+
+@each(
+    Case(cell, 33, 65, layers=2, batch=5, steps=20, bias=scale >= 1, hx=scale >= 1, scale=scale, dtype=dtype)
+    for cell in CELLS
+    for dtype in (torch.float32, torch.float64)
+    for scale in (1e-4, 1e-3, 1, 30)
+)
+def test_magnitudes(case):
+    """Down to where only relative accuracy counts (without biases, or they would decide), up to saturation."""
+    assert_contract(case)
+
+
+def gate_values(library, gate: str, a: torch.Tensor) -> torch.Tensor:
+    """What `library` computes for the elementary function `gate` of each element of `a`.
+
+    tanh is an RNN over one input and unit weight. sigmoid is the input gate of an LSTM from zero states: c = sigmoid(a) * tanh(30).
+    """
+    module = library.LSTM(1, 1, dtype=a.dtype) if gate == "sigmoid" else library.RNN(1, 1, dtype=a.dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.weight_ih_l0[0] = 1
+        if gate == "sigmoid":
+            module.bias_ih_l0[2] = 30
+        _, state = module(torch.stack((a, a))[..., None])  # two steps: one alone may take a path of its own
+        if gate == "tanh":
+            return state.flatten()
+        module.weight_ih_l0[1] = 0
+        module.bias_ih_l0[1] = -1e4  # forget the first step
+        return module(torch.stack((a, a))[..., None])[1][1].flatten()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize(("gate", "lowest", "highest"), (("tanh", 1e-30, 100), ("sigmoid", 1e-10, 85)))
+def test_elementary_functions(gate, lowest, highest, dtype):
+    """Relative error element by element, over every magnitude and both signs, as a plain product would hide it."""
+    magnitude = torch.logspace(*torch.tensor((lowest, highest)).log10().tolist(), 4001, dtype=torch.float64).to(dtype)
+    near_switches = torch.linspace(0, 2, 4001, dtype=dtype)[1:]
+    a = torch.cat((-magnitude, magnitude, -near_switches, near_switches))
+    truth = getattr(a.double(), gate)()
+
+    def worst(values):
+        return ((values.double() - truth) / truth).abs().max().item()
+
+    stock, ours = worst(getattr(a, gate)()), worst(gate_values(fastrnn, gate, a))
+    allowed = bound(dtype, stock)
+    assert ours <= allowed, f"{gate} in {dtype}: {ours:.3g} > {allowed:.3g}, torch's own {stock:.3g}"
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")), ids=str)
+@pytest.mark.parametrize("layout", ("time", "packed"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_not_finite(cell, layout, value):
+    """A value that is not finite does to its own row what it does in torch.nn, in gradients too, and to other rows nothing."""
+    case = Case(cell, 9, 33, layers=2, layout=layout, batch=6, steps=8, lengths=(8, 8, 7, 5, 5, 2))
+    stock, ours = twins(case, 0)
+    clean, tainted = case.sample(0), case.sample(0)
+    tainted.x[4, 2, 3] = value
+    theirs, mine, before = run(stock, case, tainted), run(ours, case, tainted), run(ours, case, clean)
+    for name, expected in theirs.items():
+        torch.testing.assert_close(
+            mine[name], expected, rtol=1e-3, atol=1e-4, equal_nan=True, msg=lambda m: f"{name}: {m}"
+        )  # noqa: B023
+    for name in ("h_n", "dx", "dh0"):
+        others = [row for row in range(6) if row != 2]
+        assert mine[name].isfinite()[:, others].all(), name
+        assert torch.equal(mine[name][:, others], before[name][:, others]), f"{name} of other rows changed"
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding(cell):
+    """Padding is no part of a packed sequence: NaN in it changes nothing, and its gradient is 0."""
+    case = Case(cell, 9, 17, layout="packed", batch=4, steps=6, lengths=(6, 4, 2, 1))
+    _, ours = twins(case, 0)
+    clean, padded = case.sample(0), case.sample(0)
+    for row, length in enumerate(case.lengths):
+        padded.x[length:, row] = float("nan")
+    mine, before = run(ours, case, padded), run(ours, case, clean)
+    for name, value in mine.items():
+        assert torch.equal(value, before[name]), name
+    for row, length in enumerate(case.lengths):
+        assert not mine["dx"][length:, row].any()
+    output, _ = ours(*arguments(case, clean.x, clean.states, clean.lengths))
+    assert isinstance(output, PackedSequence)
+
+
+def test_can_fail():
+    """The measure itself: an error of ten times the bound in one parameter's gradient is named."""
+
+    class Broken(torch.nn.GRU):
+        def forward(self, *args):
+            self.bias_hh_l0.register_hook(lambda grad: grad * (1 + 1e-4)) if self.bias_hh_l0.requires_grad else None
+            return super().forward(*args)
+
+    library = type("Library", (), {"GRU": Broken})
+    with pytest.raises(AssertionError, match=r"dbias_hh_l0: error 0\.0001 >") as broken:
+        assert_contract(Case("gru"), library=library)
+    assert "dbias_ih_l0" not in str(broken.value)
+    assert_contract(Case("gru"), library=torch.nn)
+    assert relative(torch.ones(3), torch.ones(3)) == 0

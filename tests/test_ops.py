@@ -1,0 +1,374 @@
+"""The layer op: schemas, fakes, and every order and mode of derivative against a plain torch loop in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fastrnn
+from fastrnn import dispatch, ops
+
+CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
+FORMS = {
+    "dense": {},
+    "batch_first": {"batch_first": True, "reverse": True},
+    "two_directions": {"directions": 2, "batch_first": True},
+    "no_bias": {"bias": False},
+    "packed": {"packed": True},
+    "packed_two": {"packed": True, "directions": 2, "bias": False},
+}
+LAYERS = [(cell, form) for cell in CELLS for form in FORMS.values()]
+LAYERS += [("lstm", {**form, "project": True}) for form in FORMS.values()]
+NAMES = [f"{cell}-{form}" for cell in CELLS for form in FORMS] + [f"lstm-{form}-projected" for form in FORMS]
+every_layer = pytest.mark.parametrize(("cell", "form"), LAYERS, ids=NAMES)
+some = [NAMES.index(name) for name in ("rnn_tanh-dense", "rnn_relu-two_directions", "lstm-batch_first", "lstm-packed")]
+some += [NAMES.index(name) for name in ("gru-two_directions", "lstm-packed_two-projected")]
+some_layers = pytest.mark.parametrize(("cell", "form"), [LAYERS[i] for i in some], ids=[NAMES[i] for i in some])
+
+pytestmark = [
+    pytest.mark.skipif(dispatch.unavailable is not None, reason=f"the CPU engine: {dispatch.unavailable}"),
+    # torch's own: forward mode, at its first use, and Dynamo, at every autograd.Function
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+
+class Flat:
+    """A layer function over a flat tuple of its differentiable tensors; outputs that are None are left out."""
+
+    def __init__(self, arguments: dict) -> None:
+        self.arguments = arguments
+        self.names = [name for name, value in arguments.items() if name != "batch_sizes" and _tensors(value)]
+        self.tensors = tuple(t for name in self.names for t in _tensors(arguments[name]))
+        self.labels = [f"{name}{d}" for name in self.names for d in range(len(_tensors(arguments[name])))]
+
+    def bind(self, function):
+        def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+            rest, arguments = iter(tensors), dict(self.arguments)
+            for name in self.names:
+                value = arguments[name]
+                arguments[name] = [next(rest) for _ in value] if isinstance(value, list) else next(rest)
+            return tuple(out for out in function(**arguments) if out is not None)
+
+        return flat
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone().requires_grad_() for tensor in self.tensors)
+
+
+def _tensors(value) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else value if isinstance(value, list) else []
+
+
+def _scalar(function):
+    """A scalar that weighs every output differently and is not linear in any."""
+
+    def scalar(*tensors: Tensor) -> Tensor:
+        return sum((index + 1) * (out.sin() * out).sum() for index, out in enumerate(function(*tensors)))
+
+    return scalar
+
+
+def _close(found, expected, labels=None) -> None:
+    found, expected = (torch.utils._pytree.tree_leaves(value) for value in (found, expected))
+    labels = labels or range(len(expected))
+    for label, one, other in zip(labels, found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda text, label=label: f"{label}: {text}")
+
+
+def _pair(make_layer, plain_layer, cell, form, **more):
+    flat = Flat(make_layer(cell, **form, **more))
+    return flat, flat.bind(ops.layer), flat.bind(plain_layer)
+
+
+@every_layer
+def test_values_and_gradients(make_layer, plain_layer, cell, form):
+    flat, ours, plain = _pair(make_layer, plain_layer, cell, form, sizes=(4, 3, 3, 2))
+    _close(ours(*flat.tensors), plain(*flat.tensors), ["y", "h_n", "c_n"][: 3 if cell == "lstm" else 2])
+    mine, theirs = flat.leaves(), flat.leaves()
+    grads = torch.autograd.grad(_scalar(ours)(*mine), mine), torch.autograd.grad(_scalar(plain)(*theirs), theirs)
+    _close(*grads, flat.labels)
+
+
+@some_layers
+def test_opcheck(make_layer, cell, form):
+    arguments = make_layer(cell, **form)
+    options = arguments["cell"], arguments["reverse"], arguments["batch_first"]
+    tensors = tuple(arguments.values())[:9]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    for save in (False, True):
+        torch.library.opcheck(torch.ops.fastrnn.layer_forward, (*tensors, *options, save), test_utils=checks)
+    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*tensors, *options, True)
+    dc_n = torch.randn_like(c_n) if cell == "lstm" else None
+    for need_dx, need_dw in ((True, True), (False, True), (True, False)):
+        grads = torch.randn_like(y), torch.randn_like(h_n), dc_n
+        backward = (*grads, *tensors, y, saved, *options, need_dx, need_dw)
+        torch.library.opcheck(torch.ops.fastrnn.layer_backward, backward, test_utils=checks)
+
+
+def test_fakes_take_symbolic_sizes(make_layer):
+    """Steps and rows stay symbols; the rows of a packed batch come from h0."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    for form in ({}, {"packed": True}):
+        arguments = make_layer("lstm", **form)
+        tensors = tuple(arguments.values())[:9]
+
+        def forward(*tensors):
+            return torch.ops.fastrnn.layer_forward(*tensors, "lstm", False, False, True)
+
+        y, *_ = make_fx(forward, tracing_mode="symbolic")(*tensors)(*tensors)
+        assert y.shape == forward(*tensors)[0].shape
+
+
+@every_layer
+def test_gradcheck(make_layer, cell, form):
+    flat = Flat(make_layer(cell, **form, sizes=(2, 2, 2, 1)))
+    torch.autograd.gradcheck(flat.bind(ops.layer), flat.leaves(), check_forward_ad=True, check_batched_grad=True)
+
+
+@every_layer
+def test_gradgradcheck(make_layer, cell, form):
+    flat = Flat(make_layer(cell, **form, sizes=(2, 2, 2, 1)))
+    torch.autograd.gradgradcheck(flat.bind(ops.layer), flat.leaves(), check_fwd_over_rev=True, fast_mode=True)
+
+
+@some_layers
+def test_third_order(make_layer, plain_layer, cell, form):
+    flat, ours, plain = _pair(make_layer, plain_layer, cell, form)
+
+    def third(function):
+        leaves = flat.leaves()
+        value = _scalar(function)(*leaves)
+        for _ in range(3):
+            value = sum(grad.pow(2).sum() for grad in torch.autograd.grad(value, leaves, create_graph=True))
+        return torch.autograd.grad(value, leaves)
+
+    _close(third(ours), third(plain), flat.labels)
+
+
+@every_layer
+def test_missing_gradients(make_layer, plain_layer, cell, form):
+    """Any subset of the outputs may be used, any subset of the inputs may need a gradient."""
+    flat, ours, plain = _pair(make_layer, plain_layer, cell, form)
+    outputs = 3 if cell == "lstm" else 2
+    for used in itertools.chain.from_iterable(itertools.combinations(range(outputs), n) for n in (1, 2)):
+        grads = []
+        for function in (ours, plain):
+            leaves = flat.leaves()
+            results = function(*leaves)
+            loss = sum(results[index].sin().sum() for index in used)
+            grads.append(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+        _close(*grads, flat.labels)
+    for index, label in enumerate(flat.labels):
+        grads = []
+        for function in (ours, plain):
+            leaf = flat.tensors[index].clone().requires_grad_()
+            tensors = (*flat.tensors[:index], leaf, *flat.tensors[index + 1 :])
+            grads.append(torch.autograd.grad(_scalar(function)(*tensors), leaf))
+        _close(*grads, [label])
+
+
+@some_layers
+def test_backward_again(make_layer, cell, form):
+    """retain_graph, twice: the same bits; without it torch's own error."""
+    flat = Flat(make_layer(cell, **form))
+    leaves = flat.leaves()
+    loss = _scalar(flat.bind(ops.layer))(*leaves)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+def test_output_changed_in_place(make_layer):
+    """y is kept for backward: changing it is torch's error, never a wrong gradient; h_n and c_n are free."""
+    flat = Flat(make_layer("lstm"))
+    leaves = flat.leaves()
+    y, h_n, c_n = flat.bind(ops.layer)(*leaves)
+    h_n.mul_(2)
+    c_n.mul_(2)
+    (y.sum() + h_n.sum() + c_n.sum()).backward(retain_graph=True)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
+
+
+def test_without_gradients(make_layer):
+    """No graph where grad is off or no input needs one."""
+    flat = Flat(make_layer("gru"))
+    ours = flat.bind(ops.layer)
+    assert not any(out.requires_grad for out in ours(*flat.tensors))
+    with torch.no_grad():
+        assert not any(out.requires_grad for out in ours(*flat.leaves()))
+    with torch.inference_mode():
+        assert all(out.is_inference() for out in ours(*flat.leaves()))
+
+
+@every_layer
+def test_func_jvp_and_vjp(make_layer, plain_layer, cell, form):
+    flat, ours, plain = _pair(make_layer, plain_layer, cell, form)
+    tangents = tuple(torch.randn_like(tensor) for tensor in flat.tensors)
+    _close(torch.func.jvp(ours, flat.tensors, tangents), torch.func.jvp(plain, flat.tensors, tangents))
+    out, pull = torch.func.vjp(ours, *flat.tensors)
+    expected, pull_plain = torch.func.vjp(plain, *flat.tensors)
+    _close(out, expected)
+    cotangents = tuple(torch.randn_like(tensor) for tensor in out)
+    _close(pull(cotangents), pull_plain(cotangents), flat.labels)
+
+
+def test_forward_mode_over_a_graph_from_before(make_layer, plain_layer):
+    """A dual gradient that meets a layer run before the level was opened."""
+    flat, ours, plain = _pair(make_layer, plain_layer, "lstm", {})
+    weights, tangents = ([torch.randn_like(out) for out in plain(*flat.tensors)] for _ in range(2))
+    found = []
+    for function in (ours, plain):
+        leaves = flat.leaves()
+        outputs = function(*leaves)
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(weights, tangents, strict=True)]
+            grads = torch.autograd.grad(outputs, leaves, duals, create_graph=True)
+            found.append([forward_ad.unpack_dual(grad).tangent for grad in grads])
+    _close(*found, flat.labels)
+
+
+@some_layers
+def test_func_jacobians_and_hessian(make_layer, plain_layer, cell, form):
+    flat, ours, plain = _pair(make_layer, plain_layer, cell, form, sizes=(2, 2, 2, 1))
+    every = tuple(range(len(flat.tensors)))
+    for transform in (torch.func.jacfwd, torch.func.jacrev):
+        _close(transform(ours, every)(*flat.tensors), transform(plain, every)(*flat.tensors))
+    for which in (every[:2], every[2:5]):
+        _close(*(torch.func.hessian(_scalar(function), which)(*flat.tensors) for function in (ours, plain)))
+
+    def reverse_twice(function):
+        return torch.func.jacrev(torch.func.jacrev(_scalar(function), every[:2]), every[:2])
+
+    _close(reverse_twice(ours)(*flat.tensors), reverse_twice(plain)(*flat.tensors))
+
+
+MAPPED = {
+    "input": (("x",), 0),
+    "input_last": (("x",), -1),
+    "states": (("h0", "c0"), 1),
+    "input_and_states": (("x", "h0", "c0"), 1),
+    "weights": (("w_ih", "w_hh"), 0),
+    "everything": (None, 0),
+}
+
+
+def _mapped(flat: Flat, names, dim: int, size: int = 3):
+    """The layer's tensors with a new axis in those named, and vmap's in_dims."""
+    tensors, dims = [], []
+    for label, tensor in zip(flat.labels, flat.tensors, strict=True):
+        mapped = names is None or label.startswith(names)
+        tensors.append(torch.stack([tensor + member * 0.1 for member in range(size)], dim) if mapped else tensor)
+        dims.append(dim if mapped else None)
+    return tuple(tensors), tuple(dims)
+
+
+@some_layers
+@pytest.mark.parametrize("mapped", MAPPED)
+def test_func_vmap(make_layer, plain_layer, cell, form, mapped):
+    flat, ours, plain = _pair(make_layer, plain_layer, cell, form)
+    tensors, dims = _mapped(flat, *MAPPED[mapped])
+    _close(torch.func.vmap(ours, dims)(*tensors), torch.func.vmap(plain, dims)(*tensors))
+
+    # per-sample gradients of everything, then of the states alone, which the backward can fold too
+    for which in (tuple(range(len(tensors))), (0, 1)):
+        grads = [torch.func.vmap(torch.func.grad(_scalar(f), which), dims)(*tensors) for f in (ours, plain)]
+        _close(*grads, [flat.labels[index] for index in which])
+
+    # gradients through vmap, by torch.func and by plain autograd
+    def total(function):
+        return lambda *members: torch.func.vmap(_scalar(function), dims)(*members).pow(2).sum()
+
+    every = tuple(range(len(tensors)))
+    _close(torch.func.grad(total(ours), every)(*tensors), torch.func.grad(total(plain), every)(*tensors), flat.labels)
+    mine, theirs = (tuple(t.clone().requires_grad_() for t in tensors) for _ in range(2))
+    grads = torch.autograd.grad(total(ours)(*mine), mine), torch.autograd.grad(total(plain)(*theirs), theirs)
+    _close(*grads, flat.labels)
+
+
+def test_func_nested(make_layer, plain_layer):
+    """vmap in vmap, vmap of jvp, vmap of a Hessian's product."""
+    flat, ours, plain = _pair(make_layer, plain_layer, "gru", {"batch_first": True})
+    x, *rest = flat.tensors
+    xs = torch.randn(2, 3, *x.shape, dtype=x.dtype)
+
+    def nested(function):
+        scalar = _scalar(function)
+        single = lambda x: torch.func.grad(scalar)(x, *rest)  # noqa: E731
+        return (
+            torch.func.vmap(torch.func.vmap(single))(xs),
+            torch.func.vmap(lambda x: torch.func.jvp(single, (x,), (x.cos(),))[1])(xs[0]),
+            torch.func.vmap(lambda x: torch.func.jvp(lambda x: function(x, *rest), (x,), (x.cos(),)))(xs[0]),
+        )
+
+    _close(nested(ours), nested(plain))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_functional_call(name):
+    """An ensemble of modules by vmap over their parameters, with per-sample gradients, equal to one after the other."""
+    modules = [getattr(fastrnn, name)(3, 2, 2, bidirectional=True, dtype=torch.float64) for _ in range(3)]
+    parameters, _ = torch.func.stack_module_state(modules)
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(modules[0], parameters, (x,))[0].pow(2).sum()
+
+    grads, values = torch.func.vmap(torch.func.grad_and_value(loss), (0, None))(parameters, x)
+    for index, module in enumerate(modules):
+        value = module(x)[0].pow(2).sum()
+        value.backward()
+        _close(values[index], value)
+        for key, parameter in module.named_parameters():
+            _close(grads[key][index], parameter.grad, [key])
+
+
+def test_vmap_of_nothing(make_layer):
+    flat = Flat(make_layer("lstm"))
+    tensors, dims = _mapped(flat, None, 0)
+    with pytest.raises(ValueError, match="size 0"):
+        torch.func.vmap(flat.bind(ops.layer), dims)(*(tensor[:0] for tensor in tensors))
+
+
+@pytest.mark.parametrize(
+    "form", [{"directions": 2}, {"packed": True, "project": True}], ids=["two_directions", "packed"]
+)
+def test_compile(make_layer, form):
+    """One graph, with gradients; the same for other lengths."""
+    torch._dynamo.reset()
+    flat = Flat(make_layer("lstm", **form, dtype=torch.float32))
+    ours = flat.bind(ops.layer)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    mine, theirs = flat.leaves(), flat.leaves()
+    _close(compiled(*mine), ours(*theirs))
+    _close(torch.autograd.grad(_scalar(compiled)(*mine), mine), torch.autograd.grad(_scalar(ours)(*theirs), theirs))
+    with torch.no_grad():
+        _close(compiled(*mine), ours(*theirs))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_compiled_transforms(make_layer, plain_layer, transform):
+    """Dynamo traces transforms without our rules: never a raw op there, whose gradient would be lost."""
+    torch._dynamo.reset()
+    flat, ours, plain = _pair(make_layer, plain_layer, "gru", {})
+
+    def transformed(function):
+        if transform == "grad":
+            return lambda *tensors: torch.func.grad(_scalar(function), (0, 2))(*tensors)
+        if transform == "vmap":
+            return lambda x, *rest: torch.func.vmap(lambda x: torch.func.grad(_scalar(function))(x, *rest))(
+                x.expand(2, *x.shape)
+            )
+        return lambda *tensors: torch.func.jvp(function, tensors, tensors)
+
+    compiled = torch.compile(transformed(ours), fullgraph=True, backend="aot_eager")
+    _close(compiled(*flat.tensors), transformed(plain)(*flat.tensors))
