@@ -14,10 +14,10 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
-NATIVE := setup.py pyproject.toml $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h')
+NATIVE := setup.py pyproject.toml $(sort $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h'))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-all bench check format clean
+.PHONY: install demo test test-all bench check format clean force
 
 install: $(VENV)/.built
 
@@ -27,8 +27,12 @@ $(VENV)/.tools: constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0 setuptools numba numpy
 	touch $@
 
+# The list of native sources, written when it changes: a file that has gone must rebuild too.
+$(VENV)/.sources: $(VENV)/.tools force
+	@echo $(NATIVE) | cmp -s - $@ || echo $(NATIVE) > $@
+
 # Editable, so that Python files are used where they lie; not isolated, because an isolated build would fetch another torch.
-$(VENV)/.built: $(VENV)/.tools $(NATIVE)
+$(VENV)/.built: $(VENV)/.tools $(VENV)/.sources $(NATIVE)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
 

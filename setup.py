@@ -116,6 +116,7 @@ class BuildEngine(build_ext):
             *["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-fvisibility=hidden", "-fvisibility-inlines-hidden"],
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
             f"-DFASTRNN_LEVEL={number}",
+            f"-fmacro-prefix-map={ROOT}/=",  # error messages name files, not where they were built
             f'-DFASTRNN_BUILT_FROM="{level} {source.source_hash()}"',
             *[f"-I{path}" for path in (ROOT / "csrc", objects, torch_root / "include")],
             f"-I{torch_root / 'include/torch/csrc/api/include'}",

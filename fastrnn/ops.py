@@ -25,6 +25,7 @@ any order through the reference; vmap by folding or looping; forward mode by run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -66,7 +67,7 @@ def _(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch
     rows, directions, batch = x.shape[:-1], len(w_ih), h0.shape[1]
     hidden, width = w_hh[0].shape[0] // CELLS[cell].gates, w_hh[0].shape[1]
     slots = CELLS[cell].slots + bool(w_hr)
-    saved = (directions, rows.numel(), slots * hidden) if save else (0,)
+    saved = (directions, math.prod(rows), slots * hidden) if save else (0,)
     c_n = (directions, batch, hidden) if CELLS[cell].carry == "cell" else (0,)
     return (
         x.new_empty((*rows, directions * width)),

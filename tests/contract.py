@@ -1,14 +1,14 @@
 """The numerical contract: what it measures, what it allows, and the configurations it is held over.
 
-Truth is torch.nn in float64, over the same weights, inputs, initial states and loss. Every tensor that a user can see has a
-name: output, h_n, c_n, and the gradients dx, dh0, dc0 and d<parameter>.
+Truth is torch.nn in float64, over the same weights, inputs, initial states and loss. Every tensor that a user can see
+has a name: output, h_n, c_n, and the gradients dx, dh0, dc0 and d<parameter>.
 
-Error of a tensor: relative L2 over all seeds at once, sqrt(sum |ours - truth|^2 / sum |truth|^2). Pooled, not averaged per seed:
-one seed whose truth nearly cancels (a single unit, say) would otherwise decide both sides by chance, while one seed that is
-really wrong still shows. Accuracy near zero has tests of its own.
+Error of a tensor: relative L2 over all seeds at once, sqrt(sum |ours - truth|^2 / sum |truth|^2). Pooled, not averaged
+over seeds: one whose truth nearly cancels (a single unit, say) would otherwise decide both sides by chance, while one
+that is really wrong still shows. Accuracy near zero has tests of its own.
 
-Allowed in float32: FACTOR times torch.nn's own error at that dtype plus SLACK eps. In float64 a fixed bound, because torch.nn's
-error against itself is zero.
+Allowed in float32: FACTOR times torch.nn's own error at that dtype plus SLACK eps. In float64 a fixed bound, because
+torch.nn's error against itself is zero.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def run(module: nn.Module, case: Case, sample: Sample) -> dict[str, Tensor]:
 
 
 def twins(case: Case, seed: int, library=fastrnn) -> tuple[nn.Module, nn.Module]:
-    """(torch.nn's module, library's module) over equal weights, which `load_state_dict` carries from one to the other."""
+    """(torch.nn's module, library's module) over equal weights, carried across by `load_state_dict`."""
     stock, ours = case.module(nn, seed), case.module(library, seed)
     ours.load_state_dict(stock.state_dict())
     return stock, ours

@@ -1,4 +1,4 @@
-"""fastrnn against torch.nn in float64: outputs, final states and every gradient, as contract.py measures and bounds them."""
+"""fastrnn against torch.nn in float64: outputs, states and every gradient, as contract.py measures and bounds them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GRID = {
     "loss": ("all", "output", "h_n"),
     "grad": ("all", "input", "weights"),
 }
-# Every pair of values meets in each cell by itself; the projection, which only lstm has, takes part in a table of its own.
+# Every pair of values meets in each cell by itself; the projection, which only lstm has, has a table of its own.
 CASES = [
     *(case for cell in CELLS for case in cases({**GRID, "cell": (cell,)})),
     *cases({**GRID, "cell": ("lstm",), "loss": ("all", "output", "h_n", "c_n"), "proj_size": (0, *SIZES[:-1])}),
@@ -78,7 +78,7 @@ def test_magnitudes(case):
 def gate_values(library, gate: str, a: torch.Tensor) -> torch.Tensor:
     """What `library` computes for the elementary function `gate` of each element of `a`.
 
-    tanh is an RNN over one input and unit weight. sigmoid is the input gate of an LSTM from zero states: c = sigmoid(a) * tanh(30).
+    tanh is an RNN over one input and unit weight. sigmoid is the input gate of an LSTM: c = sigmoid(a) * tanh(30).
     """
     module = library.LSTM(1, 1, dtype=a.dtype) if gate == "sigmoid" else library.RNN(1, 1, dtype=a.dtype)
     with torch.no_grad():
@@ -95,8 +95,8 @@ def gate_values(library, gate: str, a: torch.Tensor) -> torch.Tensor:
         return module(torch.stack((a, a))[..., None])[1][1].flatten()
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
-@pytest.mark.parametrize(("gate", "lowest", "highest"), (("tanh", 1e-30, 100), ("sigmoid", 1e-10, 85)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("gate", "lowest", "highest"), [("tanh", 1e-30, 100), ("sigmoid", 1e-10, 85)])
 def test_elementary_functions(gate, lowest, highest, dtype):
     """Relative error element by element, over every magnitude and both signs, as a plain product would hide it."""
     magnitude = torch.logspace(*torch.tensor((lowest, highest)).log10().tolist(), 4001, dtype=torch.float64).to(dtype)
@@ -112,20 +112,24 @@ def test_elementary_functions(gate, lowest, highest, dtype):
     assert ours <= allowed, f"{gate} in {dtype}: {ours:.3g} > {allowed:.3g}, torch's own {stock:.3g}"
 
 
-@pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")), ids=str)
-@pytest.mark.parametrize("layout", ("time", "packed"))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("layout", ["time", "packed"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_not_finite(cell, layout, value):
-    """A value that is not finite does to its own row what it does in torch.nn, in gradients too, and to other rows nothing."""
+    """To its own row such a value does what it does in torch.nn, in gradients too, and to other rows nothing."""
     case = Case(cell, 9, 33, layers=2, layout=layout, batch=6, steps=8, lengths=(8, 8, 7, 5, 5, 2))
     stock, ours = twins(case, 0)
     clean, tainted = case.sample(0), case.sample(0)
     tainted.x[4, 2, 3] = value
     theirs, mine, before = run(stock, case, tainted), run(ours, case, tainted), run(ours, case, clean)
     for name, expected in theirs.items():
+        found = mine[name]
+        if name.startswith("d") and name not in ("dx", "dh0", "dc0"):
+            # infinity times a saturated gate's gradient, which is 0 or nearly: NaN or infinity, by how nearly
+            found, expected = (value.masked_fill(~value.isfinite(), torch.nan) for value in (found, expected))
         torch.testing.assert_close(
-            mine[name], expected, rtol=1e-3, atol=1e-4, equal_nan=True, msg=lambda m: f"{name}: {m}"
-        )  # noqa: B023
+            found, expected, rtol=1e-3, atol=1e-4, equal_nan=True, msg=f"{name} is not torch.nn's"
+        )
     for name in ("h_n", "dx", "dh0"):
         others = [row for row in range(6) if row != 2]
         assert mine[name].isfinite()[:, others].all(), name

@@ -1,4 +1,4 @@
-"""What the CPU engine promises beyond numbers: the same bits, whatever shares the call; any strides; no stale memory; no leaks."""
+"""What the CPU engine promises beyond numbers: the same bits whatever shares the call, any strides, clean memory."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def rows_of(case: Case, sample: Sample, rows: list[int]) -> tuple[Case, Sample]:
 
 
 def per_row(case: Case, sample: Sample, rows: list[int], module) -> list[dict[str, torch.Tensor]]:
-    """Results and gradients of each row of the batch, where the loss is one fixed weight a position, whatever the batch."""
+    """Results and gradients of each row of the batch, where the loss weights a position alike in any batch."""
     part, chosen = rows_of(case, sample, rows)
     leaves = [leaf.clone().requires_grad_() for leaf in (chosen.x, *chosen.states)]
     output, state = module(*arguments(part, leaves[0], leaves[1:], chosen.lengths))
@@ -187,11 +187,11 @@ def test_bits_of_a_packed_row_are_those_of_a_dense_one(case):
 
 @pytest.fixture
 def dirty():
-    """Call it to leave NaN in memory that is handed out next: freed blocks of every size, and what torch.empty returns."""
+    """Call it to leave NaN in memory handed out next: freed blocks of every size, and what torch.empty returns."""
 
     def soil() -> None:
-        sizes = [scale << power for power in range(4, 21) for scale in (2, 3)]
-        blocks = [torch.full((size,), float("nan")) for size in sizes for _ in range(4)]
+        sizes = [scale << power for power in range(4, 19) for scale in (2, 3)]
+        blocks = [torch.full((size,), float("nan")) for size in sizes for _ in range(2)]
         del blocks
 
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -213,24 +213,27 @@ def test_nothing_is_read_before_it_is_written(case, dirty):
 
 
 def test_nothing_is_read_before_it_is_written_by_the_allocator_either():
-    """As above where the C library fills what it hands out, workspaces of the runtime included, and maps no fresh zero pages."""
+    """Where the C library itself fills what it hands out, workspaces too, and maps no pages of zeros."""
     tunables = "glibc.malloc.perturb=128:glibc.malloc.tcache_count=0:glibc.malloc.mmap_threshold=4294967296"
     code = """
+from dataclasses import replace
 import torch
-from contract import replace, run, twins
+from contract import run, twins
 from test_engine import SHAPES
-assert not (torch.empty(99_999) == 0).all() or {torch.__file__!r} == "", "the tunables do not work here"
+if FILLED:
+    assert (torch.empty(99_999) > 1e38).all(), "the C library does not fill its memory here"
 for case in SHAPES:
     for layout in ("time", "packed"):
         case = replace(case, layout=layout)
         for name, value in run(twins(case, 0)[1], case, case.sample(0)).items():
             print(case, name, value.double().norm().item().hex())
 """
-    assert python(code, GLIBC_TUNABLES=tunables) == python(code.replace("assert", "0 and"))
+    filled = python(code.replace("FILLED", "True"), GLIBC_TUNABLES=tunables)
+    assert filled == python(code.replace("FILLED", "False"))
 
 
 @each(
-    Case(cell, 64, 128, batch=8, steps=30, layers=2, layout=layout) for cell in CELLS for layout in ("time", "packed")
+    Case(cell, 64, 128, batch=8, steps=12, layers=2, layout=layout) for cell in CELLS for layout in ("time", "packed")
 )
 def test_training_does_not_leak(case):
     module, sample = twins(case, 0)[1], case.sample(0)
@@ -250,10 +253,13 @@ def test_training_does_not_leak(case):
     assert grown < 10 * saved, f"{grown / 2**20:.1f} MiB more after 50 steps, {saved / 2**20:.2f} MiB are kept in each"
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_100_000_steps(cell):
-    """One row of them, forward and backward, in float64: rounding errors add up, so the bound is that of a long sum."""
-    case = Case(cell, 4, 8, batch=1, steps=100_000, dtype=F64, bidirectional=cell == "gru")
+# torch.nn needs most of a minute for the gradients of the gated ones: by default they run forward only.
+@pytest.mark.parametrize(
+    "cell", ["rnn_tanh", *(pytest.param(cell, marks=pytest.mark.slow) for cell in ("lstm", "gru"))]
+)
+def test_gradients_of_100_000_steps(cell):
+    """In float64. Rounding errors add up over the steps: ten times the usual bound."""
+    case = Case(cell, 4, 8, batch=1, steps=100_000, dtype=F64)
     stock, ours = twins(case, 0)
     sample = case.sample(0)
     truth, found = run(stock, case, sample), run(ours, case, sample)
@@ -261,10 +267,24 @@ def test_100_000_steps(cell):
         assert relative(found[name], value) < 1e-11, name
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_100_000_steps(cell):
+    case = Case(cell, 4, 8, batch=1, steps=100_000, dtype=F64)
+    sample = case.sample(0)
+    given = arguments(case, sample.x, sample.states, sample.lengths)
+    stock, ours = twins(case, 0)
+    with torch.no_grad():
+        truth, found = stock(*given)[0], ours(*given)[0]
+    assert relative(found, truth) < 1e-11
+    ours(*given)[0][-1].sum().backward()
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
 # --- layouts of the arguments
 
 
-@pytest.mark.parametrize("batch_first", (False, True))
+@pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_any_strides(cell, batch_first):
     """Views of every kind, of inputs, states, weights and incoming gradients: right, each in every place."""
@@ -359,7 +379,7 @@ def test_inputs_stay_as_they_are(cell, layout):
     copies = [leaf.clone() for leaf in leaves]
     x = sample.x.clone().requires_grad_()
     output, _ = module(*arguments(case, x, sample.states, sample.lengths))
-    data = output.data
+    data = output.data if case.layout == "packed" else output
     dy, before = torch.randn_like(data), data.detach().clone()
     incoming = dy.clone()
     data.backward(dy, retain_graph=True)

@@ -8,13 +8,12 @@ from numba import njit
 
 from ..cells import Cell, bind
 from . import plan
-from .plan import unit_vectors, wide_columns
+from .plan import SCRATCH_VECTORS, unit_vectors, wide_columns
 from .product import ceil_div, options
 from .team import RECORD_BYTES, record_at
 from .processor import Target
 from .vector import VectorLibrary
 
-SCRATCH_VECTORS = 128  # two tiles of at most eight rows by eight vectors
 
 
 def compiled_plan() -> dict:
@@ -55,10 +54,15 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         if forward:
             block = block_length(p.steps, B, max(64, 2 * plan.FORWARD_BLOCK_BYTES // (gates * H * size)))
             tables = 3 * B + 2 * block * B
+            # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
+            ih_once, hh_once = row_groups == 1 and block == p.steps, row_groups == 1 and p.steps == 1
+            panel_bytes = align(columns * vector * max(I if ih_once else 0, R if hh_once else 0))
         else:
             block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
-            tables = 3 * B + max(max(gates * H, 2 * H), max(2 * block * B, B))
-        own = align(SCRATCH_VECTORS * vector + 8 * tables)
+            tables = 3 * B + max(2 * H, gates * H + 2 * block * B)
+            ih_once, hh_once = True, False
+            panel_bytes = align(wide * gates * H * size) if p.need_dx else 0
+        own = align(SCRATCH_VECTORS * vector + panel_bytes + 8 * tables)
 
         offset = 0
         for direction in range(p.directions):
@@ -66,13 +70,13 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.threads, d.crews, d.row_groups, d.unit_groups, d.block_steps = team, crews, row_groups, unit_groups, block
             if crews == 1:
                 offset = 0  # directions take turns in one workspace
+            d.ih_once, d.hh_once, d.panel_bytes = ih_once, hh_once, panel_bytes
             d.ih_panels = d.workspace + offset
-            if forward:
+            if not ih_once:
                 offset += align(units * gates * I * size)
-            elif d.need_dx:
-                offset += align(ceil_div(I, wide) * wide * gates * H * size)
             d.hh_panels = d.workspace + offset
-            offset += align(units * gates * R * size if forward else ceil_div(R, wide) * wide * gates * H * size)
+            if not hh_once:
+                offset += align(units * gates * R * size if forward else ceil_div(R, wide) * wide * gates * H * size)
             d.hr_panels = d.workspace + offset
             if d.projected:
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)

@@ -12,7 +12,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import LINE, wide_columns
+from .plan import LINE, SCRATCH_VECTORS, wide_columns
 from .product import ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
 from .team import (
     RECORD_BYTES,
@@ -83,23 +83,17 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def pack_weights(p, member, members, table):
-        """This member's share of the panels of W_hh, W_ih and W_hr, their rows being the k of the product."""
+        """This member's share of the panels that every step needs, of W_hh and W_hr: their rows are the k of the product."""
         fill_rows(table, gates * p.hidden_size, p.w_hh, p.output_size * size)
         panels = ceil_div(p.output_size, wide)
         for panel in range(share(panels, members, member), share(panels, members, member + 1)):
-            pack_rows(table, gates * p.hidden_size, p.output_size, panel, p.hh_panels)
-        if p.need_dx:
-            for s in range(gates):  # in the order in which gradients of the input pre-activations are kept
-                row = p.w_ih + input_order[s] * p.hidden_size * p.input_size * size
-                fill_rows(table + 8 * s * p.hidden_size, p.hidden_size, row, p.input_size * size)
-            panels = ceil_div(p.input_size, wide)
-            for panel in range(share(panels, members, member), share(panels, members, member + 1)):
-                pack_rows(table, gates * p.hidden_size, p.input_size, panel, p.ih_panels)
+            out = p.hh_panels + panel * gates * p.hidden_size * wide * size
+            pack_rows(table, gates * p.hidden_size, p.output_size, panel, out)
         if p.projected:
             fill_rows(table, p.output_size, p.w_hr, p.hidden_size * size)
             panels = ceil_div(p.hidden_size, wide)
             for panel in range(share(panels, members, member), share(panels, members, member + 1)):
-                pack_rows(table, p.output_size, p.hidden_size, panel, p.hr_panels)
+                pack_rows(table, p.output_size, p.hidden_size, panel, p.hr_panels + panel * p.output_size * wide * size)
 
     @njit(**options)
     def earlier(p, t, b):
@@ -152,7 +146,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             i, tiles = 0, ceil_div(count, most)
             while i < count:
                 rows = ceil_div(count - i, tiles)
-                product(rows, later + 8 * i, size, p.hh_panels + panel * depth * wide * size, depth, scratch, spare)
+                if load_int(later + 8 * i) == p.zeros:  # no later step, nor for the rows after: they are shorter still
+                    for k in range(rows * columns):
+                        store_all(scratch + k * vector, zero())
+                else:
+                    product(rows, later + 8 * i, size, p.hh_panels + panel * depth * wide * size, depth, scratch, spare)
                 for m in range(rows):
                     b = r0 + i + m
                     dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
@@ -227,7 +225,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     def pack_operand(p, member, members, rows, width, table, panels):
         count = ceil_div(width, wide)
         for panel in range(share(count, members, member), share(count, members, member + 1)):
-            pack_rows(table, rows, width, panel, panels)
+            pack_rows(table, rows, width, panel, panels + panel * rows * wide * size)
 
     @njit(**options)
     def weight_gradient(p, member, members, a, a_bytes, slot, depth, units, width, panels, out, add, tables, scratch):
@@ -285,18 +283,31 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                         accumulate(p.db_hh + ((s - hidden) * units + unit) * size, total, n, add)
 
     @njit(**options)
-    def input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch):
-        """dx of this member's share of the block's rows."""
-        first, last = share(rows, members, member), share(rows, members, member + 1)
-        fill_rows(tables, last - first, gradients + first * pitch(p), pitch(p))
-        out_rows, i = tables + 8 * (last - first), 0
+    def input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel):
+        """dx of the block's rows: this member's share of the panels of W_ih, or of the rows where there are few panels."""
+        panels, depth = ceil_div(p.input_size, wide), gates * p.hidden_size
+        panel_parts = min(panels, members)
+        row_parts = members // panel_parts
+        panel_part, row_part = member % panel_parts, member // panel_parts
+        if row_part >= row_parts:
+            return
+        first, last = share(rows, row_parts, row_part), share(rows, row_parts, row_part + 1)
+        weight_rows, gradient_rows = tables, tables + 8 * depth
+        out_rows = gradient_rows + 8 * rows
+        for s in range(gates):  # in the order in which gradients of the input pre-activations are kept
+            row = p.w_ih + input_order[s] * p.hidden_size * p.input_size * size
+            fill_rows(weight_rows + 8 * s * p.hidden_size, p.hidden_size, row, p.input_size * size)
+        fill_rows(gradient_rows, last - first, gradients + first * pitch(p), pitch(p))
+        i = 0
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
                 if first <= i < last:
                     store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + b * p.dx_row)
                 i += 1
-        panels, depth = ceil_div(p.input_size, wide), gates * p.hidden_size
-        multiply(last - first, tables, size, p.ih_panels, depth, p.input_size, 0, panels, out_rows, p.dx_add, scratch)
+        for panel in range(share(panels, panel_parts, panel_part), share(panels, panel_parts, panel_part + 1)):
+            pack_rows(weight_rows, depth, p.input_size, panel, own_panel)
+            base = own_panel - panel * depth * wide * size
+            multiply(last - first, gradient_rows, size, base, depth, p.input_size, panel, panel + 1, out_rows, p.dx_add, scratch)
 
     @njit(**options)
     def run_direction(p, member):
@@ -312,9 +323,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         row_bytes = pitch(p)
         saved_row = (slots + p.projected) * hidden_bytes
 
-        # This thread's own memory: scratch tiles, then tables of row addresses.
+        # This thread's own memory: scratch tiles, a panel packed to be used once, tables of row addresses.
         scratch = p.own + member * p.own_bytes
-        later = scratch + 2 * 8 * 8 * vector
+        own_panel = scratch + SCRATCH_VECTORS * vector
+        later = own_panel + p.panel_bytes
         extra = later + 8 * p.batch
         out_rows = extra + 8 * p.batch
         tables = out_rows + 8 * p.batch
@@ -384,7 +396,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 add = 1 if end < p.steps else 0
                 parameter_gradients(p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch)
             if p.need_dx:
-                input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch)
+                input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel)
             wait_crew(p)
             end = start
 

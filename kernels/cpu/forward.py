@@ -7,7 +7,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import unit_vectors, wide_columns
+from .plan import SCRATCH_VECTORS, unit_vectors, wide_columns
 from .product import (
     ceil_div,
     make_multiply,
@@ -45,7 +45,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     wide = wide_columns(target.registers)
     multiply = make_multiply(v, target, wide)
     pack_columns = make_pack_columns(v)
-    input_order = cell.input
+    input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
     apply = njit(bind(cell.forward, sigmoid=v.sigmoid, tanh=v.tanh, relu=v.relu), **options)
 
@@ -84,30 +84,42 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     write_slots = slot_writer(slots)
 
     @njit(**options)
-    def pack_weights(p, member, members):
-        """This member's share of the panels: all gates of a block of units together, k running down."""
+    def pack_gates(p, w, depth, order, panel, out):
+        """One panel of a gate matrix [gates * hidden_size, depth]: all gates of a block of units, k running down."""
+        for j in range(per_panel):
+            unit = (panel * per_panel + j) * lanes
+            for g in range(gates):
+                source = w + (order[g] * p.hidden_size + unit) * depth * size
+                column = (g * per_panel + j) * vector
+                pack_columns(source, depth * size, p.hidden_size - unit, depth, out + column, columns * vector)
+
+    @njit(**options)
+    def sum_biases(p, panel, bias_gate):
+        """Both biases of each pre-activation of a panel's units, summed."""
+        for j in range(per_panel):
+            unit = (panel * per_panel + j) * lanes
+            n = p.hidden_size - unit
+            for s in range(preactivations):
+                total = zero()
+                if p.bias and n > 0:
+                    if s < gates:
+                        total = total + load(p.b_ih + (input_order[s] * p.hidden_size + unit) * size, n)
+                    if s >= hidden:
+                        total = total + load(p.b_hh + ((s - hidden) * p.hidden_size + unit) * size, n)
+                store_all(p.bias_sums + s * bias_gate + unit * size, total)
+
+    @njit(**options)
+    def pack_weights(p, member, members, bias_gate):
+        """This member's share of the panels that are packed once for all, and of the biases."""
         panels = ceil_div(p.hidden_size, lanes * per_panel)
         for panel in range(share(panels, members, member), share(panels, members, member + 1)):
-            for j in range(per_panel):
-                unit = (panel * per_panel + j) * lanes
-                for g in range(gates):
-                    column = (g * per_panel + j) * vector
-                    units = p.hidden_size - unit
-                    row = (input_order[g] * p.hidden_size + unit) * p.input_size * size
-                    out = p.ih_panels + panel * p.input_size * columns * vector + column
-                    pack_columns(p.w_ih + row, p.input_size * size, units, p.input_size, out, columns * vector)
-                    row = (g * p.hidden_size + unit) * p.output_size * size
-                    out = p.hh_panels + panel * p.output_size * columns * vector + column
-                    pack_columns(p.w_hh + row, p.output_size * size, units, p.output_size, out, columns * vector)
-                for s in range(preactivations):  # both biases of a pre-activation, summed
-                    total = zero()
-                    if p.bias and unit < p.hidden_size:
-                        n = p.hidden_size - unit
-                        if s < gates:
-                            total = total + load(p.b_ih + (input_order[s] * p.hidden_size + unit) * size, n)
-                        if s >= hidden:
-                            total = total + load(p.b_hh + ((s - hidden) * p.hidden_size + unit) * size, n)
-                    store_all(p.bias_sums + (s * panels * per_panel + panel * per_panel + j) * vector, total)
+            if not p.ih_once:
+                out = p.ih_panels + panel * p.input_size * columns * vector
+                pack_gates(p, p.w_ih, p.input_size, input_order, panel, out)
+            if not p.hh_once:
+                out = p.hh_panels + panel * p.output_size * columns * vector
+                pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, out)
+            sum_biases(p, panel, bias_gate)
         if p.projected:
             outputs = ceil_div(p.output_size, lanes * wide)
             for panel in range(share(outputs, members, member), share(outputs, members, member + 1)):
@@ -119,14 +131,17 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     pack_columns(source, p.hidden_size * size, units, p.hidden_size, out, wide * vector)
 
     @njit(**options)
-    def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch):
+    def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
         """Input product and biases of `count` rows, for the units of panels first .. last-1."""
         spare = scratch + most * columns * vector
         for panel in range(first, last):
+            weights = p.ih_panels + panel * p.input_size * columns * vector
+            if p.ih_once:
+                weights = own_panel
+                pack_gates(p, p.w_ih, p.input_size, input_order, panel, weights)
             i, tiles = 0, ceil_div(count, most)
             while i < count:
                 rows = ceil_div(count - i, tiles)
-                weights = p.ih_panels + panel * p.input_size * columns * vector
                 product(rows, x_rows + 8 * i, size, weights, p.input_size, scratch, spare)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
@@ -141,15 +156,18 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 tiles -= 1
 
     @njit(**options)
-    def step(p, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch):
+    def step(p, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
         """One step of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
         spare = scratch + most * columns * vector
         gate_stride = p.hidden_size * size
         for panel in range(first, last):
+            weights = p.hh_panels + panel * p.output_size * columns * vector
+            if p.hh_once:
+                weights = own_panel
+                pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, weights)
             i, tiles = 0, ceil_div(count, most)
             while i < count:
                 rows = ceil_div(count - i, tiles)
-                weights = p.hh_panels + panel * p.output_size * columns * vector
                 product(rows, previous + 8 * i, size, weights, p.output_size, scratch, spare)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
@@ -191,15 +209,16 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         first_out, last_out = share(outputs, p.unit_groups, unit_group), share(outputs, p.unit_groups, unit_group + 1)
         unit0, unit1 = first * per_panel * lanes, last * per_panel * lanes
 
-        # This thread's own memory: scratch tiles, then tables of row addresses.
+        # This thread's own memory: scratch tiles, a panel packed to be used once, tables of row addresses.
         scratch = p.own + member * p.own_bytes
-        previous = scratch + 2 * 8 * 8 * vector
+        own_panel = scratch + SCRATCH_VECTORS * vector
+        previous = own_panel + p.panel_bytes
         h_rows = previous + 8 * p.batch
         y_rows = h_rows + 8 * p.batch
         x_rows = y_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
 
-        pack_weights(p, member, p.row_groups * p.unit_groups)
+        pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
         for b in range(r0, r1):
             store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
             if has_cell_state:
@@ -225,7 +244,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
                     store_int(z_rows + 8 * n, z)
                     n += 1
-            project(p, n, x_rows, z_rows, hidden_bytes, first, last, bias_gate, scratch)
+            project(p, n, x_rows, z_rows, hidden_bytes, first, last, bias_gate, scratch, own_panel)
 
             n = 0
             for k in range(s, end):
@@ -242,7 +261,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         h = p.tails + (r0 + i) * hidden_bytes
                     store_int(h_rows + 8 * i, h)
                 z, c = z_rows + 8 * n, p.c_n + r0 * hidden_bytes
-                step(p, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch)
+                step(p, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch, own_panel)
                 if p.projected:
                     wait_group(p, row_group)
                     depth = p.hidden_size

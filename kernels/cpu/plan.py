@@ -20,13 +20,14 @@ FIELDS = tuple(
     dy dy_step dy_row dh_n dc_n dx dx_step dx_row dx_add dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr
     threads l2_bytes directions direction
     crews row_groups unit_groups block_steps
-    ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other workspace
+    ih_once hh_once panel_bytes ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other workspace
     wait barriers
     """.split()
 )
 
 BARRIER_BYTES = 128  # each barrier has two cache lines of its own
 LINE = 64
+SCRATCH_VECTORS = 128  # two tiles of at most eight rows by eight vectors
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them
 BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
 
@@ -93,5 +94,7 @@ def schedule(steps, rows, batch, input_size, hidden_size, output_size, direction
     flops = 2 * passes * directions * rows * gates * hidden_size * (input_size + output_size)
     threads = worth_threads(flops, threads)
     crews = 2 if directions == 2 and threads > 1 else 1
+    if steps == 1:  # packing the weights outweighs the rest: each thread packs its own share
+        return crews, 1, min(threads // crews, panels)
     row_groups, unit_groups = choose_groups(batch, depth, panels, panel_vectors, vector_bytes, threads // crews, l2_bytes)
     return crews, row_groups, unit_groups

@@ -118,13 +118,12 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int):
 
 @cache
 def make_pack_rows(v: VectorLibrary, columns: int):
-    """pack_rows(...): panel `panel` of the matrix whose `depth` rows of `width` numbers are at the addresses in `rows`."""
+    """pack_rows(...): panel `panel` of the matrix whose `depth` rows of `width` numbers are at the addresses in `rows`, to `out`."""
     vector, size, lanes = v.lanes * v.size, v.size, v.lanes
     load, store_all, zero = v.load, v.store_all, v.zero
 
     @njit(integers(5), **options)
-    def pack_rows(rows, depth, width, panel, panels):
-        out = panels + panel * depth * columns * vector
+    def pack_rows(rows, depth, width, panel, out):
         for k in range(depth):
             row = load_int(rows + 8 * k)
             for j in range(columns):
