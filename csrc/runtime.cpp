@@ -27,6 +27,20 @@ using MaybeTensor = std::optional<Tensor>;
 
 int64_t address(const Tensor& t) { return reinterpret_cast<int64_t>(t.data_ptr()); }
 
+// torch.empty, by the call that does not go through the dispatcher: a step of a small layer makes eight of these.
+Tensor empty_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  const int32_t code = dtype == ScalarType::Byte    ? aoti_torch_dtype_uint8()
+                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
+                                                    : aoti_torch_dtype_float64();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 const Cell& find_cell(const std::string& name) {
   const auto cell = std::find_if(std::begin(CELLS), std::end(CELLS), [&](const Cell& c) { return name == c.name; });
   STD_TORCH_CHECK(cell != std::end(CELLS), "fastrnn: unknown cell '", name, "'");
@@ -119,7 +133,7 @@ class Call {
     }
   }
 
-  Tensor empty(std::vector<int64_t> sizes) const { return torch::stable::new_empty(x_, sizes); }
+  Tensor empty(const std::vector<int64_t>& sizes) const { return empty_tensor(sizes, x_.scalar_type()); }
 
   void run(bool forward) {
     const Unit& unit = *std::find_if(std::begin(UNITS), std::end(UNITS), [&](const Unit& u) {
@@ -127,7 +141,7 @@ class Call {
     });
     const auto at = reinterpret_cast<int64_t>(records.data());
     const int64_t bytes = unit.arrange(at, torch::stable::get_num_threads());
-    const Tensor workspace = torch::stable::empty({bytes + 64}, ScalarType::Byte);
+    const Tensor workspace = empty_tensor({bytes + 64}, ScalarType::Byte);
     const int64_t aligned = (address(workspace) + 63) / 64 * 64;
     for (Record& r : records) r.workspace = aligned;
     unit.arrange(at, torch::stable::get_num_threads());

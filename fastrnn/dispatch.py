@@ -63,14 +63,13 @@ def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
     if dtype not in cpu.DTYPES:
         return f"{dtype}, it takes {', '.join(map(str, cpu.DTYPES))}"
     for tensor in (x, *states, *weights):
+        if type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.is_cpu and tensor.layout is torch.strided:
+            continue
         if type(tensor) not in _PLAIN:
             return f"{type(tensor).__name__} is not a plain tensor"
-        if tensor.dtype != dtype:
+        if tensor.dtype is not dtype:
             return f"dtypes differ: {dtype} and {tensor.dtype}"
-        if not tensor.is_cpu:
-            return f"device {tensor.device}"
-        if tensor.layout != torch.strided:
-            return f"layout {tensor.layout}"
+        return f"layout {tensor.layout}" if tensor.is_cpu else f"device {tensor.device}"
     if x.is_nested:
         return "nested tensor"
     if 0 in x.shape:

@@ -232,20 +232,20 @@ def _fits(
         return False
     rows, width = w_hh.shape
     hidden = rows // CELLS[cell].gates
-    if width != hidden and not projected:
+    if (width != hidden and not projected) or hidden * CELLS[cell].gates != rows:
         return False
-    expected: list[tuple[int, ...]] = []
+    after_w_ih: list[tuple[int, ...]] = [(rows, width)]
+    if has_biases:
+        after_w_ih += [(rows,), (rows,)]
+    if projected:
+        after_w_ih.append((width, hidden))
     size = x.shape[-1]
-    for _ in range(num_layers):
-        shapes: list[tuple[int, ...]] = [(rows, size), (rows, width)]
-        if has_biases:
-            shapes += [(rows,), (rows,)]
-        if projected:
-            shapes.append((width, hidden))
-        expected += shapes * directions
-        size = directions * width
-    if [param.shape for param in params] != expected or hidden * CELLS[cell].gates != rows:
-        return False
+    for start in range(0, len(params), kinds):
+        if start == kinds * directions:
+            size = directions * width
+        w_ih, *others = params[start : start + kinds]
+        if w_ih.shape != (rows, size) or [param.shape for param in others] != after_w_ih:
+            return False
     depth = num_layers * directions
     if cell != "lstm":
         return states[0].shape == (depth, batch, width)

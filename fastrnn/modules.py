@@ -1,6 +1,6 @@
 """RNN, LSTM, GRU and their cells: torch.nn's classes with torch.nn's own code, whose arithmetic `functional` runs.
 
-Each class derives from the one it stands for and replaces `forward` alone, by torch's own code object with the name
+Each class derives from the one it stands for and replaces `forward`, by torch's own code object with the name
 `_VF` bound to `fastrnn.functional`. So constructors, checks, error words, initial values, state_dict, pickling,
 parametrisations and `isinstance` are torch's, of the torch that is installed.
 
@@ -63,22 +63,37 @@ class _DropIn:
         )
 
 
+def _weights_have_changed(self: nn.RNNBase) -> bool:
+    """torch.nn's answer, without eight calls of nn.Module.__getattr__ where every weight is a plain parameter."""
+    parameters = self._parameters
+    for reference, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
+        weight = parameters.get(name)
+        if weight is None or reference is None:
+            return nn.RNNBase._weights_have_changed(self)
+        if reference() is not weight:
+            return True
+    return False
+
+
 class RNN(nn.RNN, _DropIn):
     """`torch.nn.RNN`, arguments and behaviour, on fastrnn's engines."""
 
     forward = _rebound(nn.RNN.forward)
+    _weights_have_changed = _weights_have_changed
 
 
 class LSTM(nn.LSTM, _DropIn):
     """`torch.nn.LSTM`, arguments and behaviour, on fastrnn's engines."""
 
     forward = _rebound(nn.LSTM.forward)
+    _weights_have_changed = _weights_have_changed
 
 
 class GRU(nn.GRU, _DropIn):
     """`torch.nn.GRU`, arguments and behaviour, on fastrnn's engines."""
 
     forward = _rebound(nn.GRU.forward)
+    _weights_have_changed = _weights_have_changed
 
 
 class RNNCell(nn.RNNCell, _DropIn):

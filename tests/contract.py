@@ -301,19 +301,20 @@ def pairwise(factors: Mapping[str, Sequence], valid: Callable[[dict], bool] = la
     valid: whether a row can be; also asked of rows that lack factors, where it must not say no too early.
     """
     names = list(factors)
+    always = {name: values[0] for name, values in factors.items() if len(values) == 1}
     missing = {
         frozenset(((a, x), (b, y)))
         for a, b in itertools.combinations(names, 2)
         for x in factors[a]
         for y in factors[b]
-        if valid({a: x, b: y})
+        if valid({**always, a: x, b: y})
     }
     order = sorted(missing, key=lambda pair: str(sorted(pair, key=str)))
     rows = []
     for seed_pair in order:
         if seed_pair not in missing:
             continue
-        row = dict(seed_pair)
+        row = {**always, **dict(seed_pair)}
         for name in sorted(names, key=lambda name: -len(factors[name])):
             if name not in row:
                 choices = [value for value in factors[name] if valid({**row, name: value})]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from contract import CELLS
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -305,7 +305,14 @@ FAULTS: dict[str, Fault] = {
 }
 
 
+def crashes_torch(options: dict, call: dict, fault: str) -> bool:
+    """torch.nn does not check the states of a packed LSTM, and reads past its weights where there are too many states."""
+    packed = call["form"] in ("packed", "unsorted")
+    return options["cell"] == "lstm" and packed and fault.endswith("state more layers")
+
+
 def check_refusals(options: dict, call: dict, fault: str) -> None:
+    assume(not crashes_torch(options, call, fault))
     assert_same({**options, "dtype": torch.float64}, {**call, "batch": call["batch"] or 2}, FAULTS[fault])
 
 
@@ -321,5 +328,7 @@ def test_refuses_what_torch_refuses(cell, form, fault):
     options = dict(cell=cell, input_size=4, hidden_size=6, num_layers=2, bidirectional=True, dtype=torch.float64)  # noqa: C408
     call = dict(form=form, batch=3, steps=4, hx="given", view="contiguous", x_grad=True, hx_grad=True, frozen="none")  # noqa: C408
     call |= {"training": True, "no_grad": False, "scale": 1.0, "seed": 0}
+    if crashes_torch(options, call, fault):
+        pytest.skip("torch.nn crashes")
     for extra in ({"proj_size": 3}, {}) if cell == "lstm" else ({},):
         assert_same({**options, "batch_first": False, "bias": True, **extra}, call, FAULTS[fault])

@@ -97,17 +97,6 @@ print("done")
 """)
 
 
-def test_inside_a_parallel_region():
-    """Calls from torch's own workers (a forked jit task) get a team of one and the same bits."""
-    script("""
-expected = step(1)
-futures = [torch.jit.fork(lambda: step(1)) for _ in range(4)]
-for future in futures:
-    same_bits(torch.jit.wait(future), expected)
-print("done")
-""")
-
-
 @pytest.mark.parametrize("before", [False, True], ids=["fresh", "used before"])
 def test_forked_loader_workers(before):
     """Workers of a DataLoader run the module, before and after the parent did: the same bits, then the parent again."""

@@ -60,8 +60,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         else:
             block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
             tables = 3 * B + max(2 * H, gates * H + 2 * block * B)
-            ih_once, hh_once = True, False
-            panel_bytes = align(wide * gates * H * size) if p.need_dx else 0
+            ih_once, hh_once = True, p.steps == 1
+            panel_bytes = align(wide * gates * H * size) if p.need_dx or hh_once else 0
         own = align(SCRATCH_VECTORS * vector + panel_bytes + 8 * tables)
 
         offset = 0

@@ -84,11 +84,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def pack_weights(p, member, members, table):
         """This member's share of the panels that every step needs, of W_hh and W_hr: their rows are the k of the product."""
-        fill_rows(table, gates * p.hidden_size, p.w_hh, p.output_size * size)
-        panels = ceil_div(p.output_size, wide)
-        for panel in range(share(panels, members, member), share(panels, members, member + 1)):
-            out = p.hh_panels + panel * gates * p.hidden_size * wide * size
-            pack_rows(table, gates * p.hidden_size, p.output_size, panel, out)
+        if not p.hh_once:
+            fill_rows(table, gates * p.hidden_size, p.w_hh, p.output_size * size)
+            panels = ceil_div(p.output_size, wide)
+            for panel in range(share(panels, members, member), share(panels, members, member + 1)):
+                out = p.hh_panels + panel * gates * p.hidden_size * wide * size
+                pack_rows(table, gates * p.hidden_size, p.output_size, panel, out)
         if p.projected:
             fill_rows(table, p.output_size, p.w_hr, p.hidden_size * size)
             panels = ceil_div(p.hidden_size, wide)
@@ -190,7 +191,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 tiles -= 1
 
     @njit(**options)
-    def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch):
+    def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel):
         """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
         count = to_row - from_row
         if count > 0:
@@ -200,8 +201,16 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 if load_int(extra + 8 * i) != dh0:
                     for unit in range(first * wide, min(last * wide, p.output_size), lanes):
                         store(dh0 + unit * size, zero(), p.output_size - unit)
-            depth = gates * p.hidden_size
-            multiply(count, later + 8 * from_row, size, p.hh_panels, depth, p.output_size, first, last, table, 1, scratch)
+            depth, rows = gates * p.hidden_size, later + 8 * from_row
+            if p.hh_once:
+                weight_rows = table + 8 * count
+                fill_rows(weight_rows, depth, p.w_hh, p.output_size * size)
+                for panel in range(first, last):
+                    pack_rows(weight_rows, depth, p.output_size, panel, own_panel)
+                    base = own_panel - panel * depth * wide * size
+                    multiply(count, rows, size, base, depth, p.output_size, panel, panel + 1, table, 1, scratch)
+            else:
+                multiply(count, rows, size, p.hh_panels, depth, p.output_size, first, last, table, 1, scratch)
 
     @njit(**options)
     def sum_columns(gradients, rows, row_bytes, unit, n, total_bytes):
@@ -367,7 +376,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             for k in range(end - 1, start - 1, -1):
                 t = p.steps - 1 - k if p.reverse else k
                 count = max(0, min(r1, active_rows(p, t)) - r0)
-                finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch)
+                finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel)
                 base = first_row(p, t) - first_row(p, t_low)
                 step(p, t, base, r0, count, later, extra, gradients, out_gradients, first, last, scratch, saved_row)
                 if p.projected:
@@ -381,7 +390,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                         store_int(extra + 8 * i, p.zeros)
                 previous_count = count
             if start == 0:
-                finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch)
+                finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel)
             wait_crew(p)
             if start > 0:  # the next block overwrites the gradients that its first step reads
                 share0, share1 = share(previous_count, p.unit_groups, unit_group), share(previous_count, p.unit_groups, unit_group + 1)
