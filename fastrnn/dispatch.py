@@ -149,7 +149,7 @@ def _weights(module: Any) -> list[Tensor | None]:
 
 def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
     """What the CPU engine says it would do in each layer."""
-    threads, I, H = torch.get_num_threads(), module.input_size, module.hidden_size  # noqa: E741
+    threads, I, H = torch.get_num_threads(), module.input_size, module.hidden_size
     if not isinstance(module, nn.RNNBase):
         cell = {3: "gru", 4: "lstm"}.get(len(module.weight_hh) // H) or f"rnn_{module.nonlinearity}"
         rows = x.shape[0] if x.dim() == 2 else 1

@@ -8,10 +8,11 @@ in torch._VF (torch.lstm and so on) and return the same. What no engine takes, a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import _VF, Tensor
+from torch import _VF, Tensor, nn
 
 from fastrnn import dispatch, ops
 from fastrnn.kernels import reference
@@ -135,6 +136,8 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     if engine == "torch" or not _fits(
         cell, x, batch_sizes, states, params, has_biases, num_layers, directions, kinds, batch_first
     ):
+        if cell == "lstm" and batch_sizes is not None and len(states) == 2:
+            _LSTMChecks.of(params, kinds, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
         return fallback(*args)
     run = ops.layer if engine == "cpu" else _reference
     x = _unit_stride(x)
@@ -168,6 +171,26 @@ def _stack(cell: str, fallback: Callable, args: tuple):
         if dropped and not last:
             y = F.dropout(y, dropout, True)
     return (y, torch.cat(hs)) if c0 is None else (y, torch.cat(hs), torch.cat(cs))
+
+
+class _LSTMChecks(SimpleNamespace):
+    """torch.nn's own checks of LSTM's input. For packed input torch omits them, and oneDNN reads past the tensors' ends."""
+
+    check_input, check_hidden_size = nn.LSTM.check_input, nn.LSTM.check_hidden_size
+    get_expected_hidden_size, get_expected_cell_size = nn.LSTM.get_expected_hidden_size, nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor], kinds: int, num_layers: int, bidirectional: bool) -> _LSTMChecks:
+        gates, width = params[1].shape
+        return cls(
+            _flat_weights=params,
+            input_size=params[0].shape[1],
+            hidden_size=gates // 4,
+            proj_size=width if kinds in (3, 5) else 0,
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+        )
 
 
 def _step(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
@@ -308,9 +331,7 @@ def _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str
 
 def _reference(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first):
     """`ops.layer` through plain operations."""
-    y, h_n, c_n, _ = reference.layer_forward(
-        x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
-    )
+    y, h_n, c_n, _ = reference.layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
     return y, h_n, c_n if cell == "lstm" else None
 
 

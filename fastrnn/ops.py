@@ -120,9 +120,7 @@ def layer(
         function = Layer if compiling or transformed else EagerLayer
         y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, len(w_ih), *weights)
     else:
-        y, h_n, c_n, _ = _forward(
-            x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False
-        )
+        y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
     return y, h_n, c_n if cell == "lstm" else None
 
 
@@ -200,9 +198,7 @@ class LayerBackward(Function):
         cell, reverse, batch_first, directions, need_dx, need_dw, *weights
     ):  # fmt: skip
         kinds = _kinds(weights, directions)
-        return _backward(
-            dy, dh_n, dc_n, x, batch_sizes, h0, c0, *kinds, y, saved, cell, reverse, batch_first, need_dx, need_dw
-        )
+        return _backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, *kinds, y, saved, cell, reverse, batch_first, need_dx, need_dw)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -290,9 +286,7 @@ def _any_mapped(in_dims: Sequence[int | None]) -> bool:
     return any(dim is not None for dim in in_dims)
 
 
-def _loop(
-    function: type[Function], size: int, in_dims: Sequence[int | None], arguments: Sequence
-) -> tuple[Tensor, ...]:
+def _loop(function: type[Function], size: int, in_dims: Sequence[int | None], arguments: Sequence) -> tuple[Tensor, ...]:
     """The function on each member of a mapped axis, stacked along a new first axis."""
     if size == 0:
         raise ValueError("vmap over an axis of size 0: a recurrent layer has no member to take the output's shape from")

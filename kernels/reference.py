@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from fastrnn.kernels.cells import CELLS, Cell, bind
 from torch import Tensor, relu, sigmoid, tanh
+
+from fastrnn.kernels.cells import CELLS, Cell, bind
 
 
 def where_positive(h: Tensor, dh: Tensor) -> Tensor:
@@ -137,9 +138,7 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool
     return h, c, ys, kept
 
 
-def _backward(
-    kind: Cell, xs, ys, saved, h0: Tensor, c0: Tensor | None, weights, reverse: bool, dys, dh, dc: Tensor | None
-):
+def _backward(kind: Cell, xs, ys, saved, h0: Tensor, c0: Tensor | None, weights, reverse: bool, dys, dh, dc: Tensor | None):
     """One direction: dx of every step, dh0 [B, R], dc0 [B, H] or None, and the gradient of each weight or None."""
     w_ih, w_hh, b_ih, _, w_hr = weights
     hidden = len(w_hh) // kind.gates
@@ -158,9 +157,7 @@ def _backward(
         if w_hr is not None:
             dw_hr = dw_hr + d_out.T @ slots[t][-1]
             d_out = d_out @ w_hr
-        grads = _BACKWARD[kind.name](
-            d_out, None if dc is None else _first(b, dc), *slots[t][: max(kind.slots, 1)], carried[t]
-        )
+        grads = _BACKWARD[kind.name](d_out, None if dc is None else _first(b, dc), *slots[t][: max(kind.slots, 1)], carried[t])
         da = grads[:-1] if kind.carry else grads
         d_input = torch.cat([da[kind.input.index(gate)] for gate in range(kind.gates)], -1)  # [b, G * H]
         d_hidden = torch.cat(da[kind.hidden :], -1)  # [b, G * H]

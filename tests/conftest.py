@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import fastrnn.kernels
 import pytest
 import torch
 from torch import Tensor
 
 import fastrnn
+import fastrnn.kernels
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -58,7 +58,7 @@ def _make_layer(
     dtype: torch.dtype = torch.float64,
 ) -> dict:
     """sizes: T, B, I, H; a packed batch loses a row on its way."""
-    T, B, I, H = sizes  # noqa: E741
+    T, B, I, H = sizes
     R, rows = (1 if project else H), {"lstm": 4, "gru": 3}.get(cell, 1) * H
     steps = torch.tensor([B] * (T - 1) + [max(B - 1, 1)])
 

@@ -44,9 +44,7 @@ CELLS = {
 }
 PACKED = ("packed", "unsorted")
 
-with (
-    warnings.catch_warnings()
-):  # torch says once a process that oneDNN takes no projections; tests make warnings errors
+with warnings.catch_warnings():  # torch says once a process that oneDNN takes no projections; tests make warnings errors
     warnings.simplefilter("ignore")
     nn.LSTM(2, 2, proj_size=1)(torch.zeros(1, 1, 2))
 
@@ -115,9 +113,7 @@ class Case:
             return (torch.randn(shape, generator=draw, dtype=torch.float64) * self.scale).to(self.dtype)
 
         shape = {"batch": (B, T), "unbatched": (T,), "strided": (T, B, 2)}.get(self.layout, (T, B))
-        states = [normal(D, B, self.proj_size or self.hidden_size), normal(D, B, self.hidden_size)][
-            : 1 + (self.cell == "lstm")
-        ]
+        states = [normal(D, B, self.proj_size or self.hidden_size), normal(D, B, self.hidden_size)][: 1 + (self.cell == "lstm")]
         if self.layout == "unbatched":
             states = [state[:, 0] for state in states]
         if self.lengths is not None:
@@ -261,9 +257,7 @@ def same_bits(ours: Tensor | Mapping[str, Tensor], theirs: Tensor | Mapping[str,
     whole = {4: torch.int32, 8: torch.int64}[ours.element_size()]
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
     differ = ours.contiguous().view(whole) != theirs.contiguous().view(whole)
-    assert not differ.any(), (
-        f"{what}: {int(differ.sum())} of {differ.numel()} differ, first at {differ.nonzero()[0].tolist()}"
-    )
+    assert not differ.any(), f"{what}: {int(differ.sum())} of {differ.numel()} differ, first at {differ.nonzero()[0].tolist()}"
 
 
 @contextlib.contextmanager
@@ -283,7 +277,8 @@ def python(code: str, *, timeout: float = 120, cwd: Path = TESTS, **environment:
     A hang becomes a failure here, and a crash cannot take the suite with it.
     """
     path = os.pathsep.join(filter(None, (environment.pop("PYTHONPATH", ""), str(TESTS))))
-    env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", **environment}
+    kernels = str(ROOT / "build" / "kernels-of-tests")  # what is compiled at run time, kept between runs
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", "FASTRNN_CACHE_DIR": kernels, **environment}
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True, check=False

@@ -52,11 +52,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@each(
-    replace(case, layout=layout, batch=3)
-    for case in SHAPES
-    for layout in (*LAYOUTS, "unsorted", "strided", "unbatched")
-)
+@each(replace(case, layout=layout, batch=3) for case in SHAPES for layout in (*LAYOUTS, "unsorted", "strided", "unbatched"))
 def test_the_engine_runs(case):
     """Forward and backward are the engine's, so that everything else here is about it."""
     module, sample = twins(case, 0)[1], case.sample(0)
@@ -109,9 +105,7 @@ def per_row(case: Case, sample: Sample, rows: list[int], module) -> list[dict[st
     ats = dict(zip(("output", "dx", "h_n", "c_n", "dh0", "dc0"), (at, at, 1, 1, 1, 1)))
     found = dict(zip(("h_n", "c_n"), states)) | dict(zip(("dx", "dh0", "dc0"), grads)) | {"output": output}
     result = []
-    for row, length in enumerate(
-        chosen.lengths.tolist() if case.layout in ("packed", "unsorted") else [None] * len(rows)
-    ):
+    for row, length in enumerate(chosen.lengths.tolist() if case.layout in ("packed", "unsorted") else [None] * len(rows)):
         one = {name: value.detach().select(ats[name], row) for name, value in found.items()}
         result.append(one | {name: one[name][:length] for name in ("output", "dx")})
     return result
@@ -135,8 +129,7 @@ def test_bits_of_every_layout(case):
     T, B = case.steps, case.batch
     sample = case.sample(0)
     modules = {
-        batch_first: replace(case, layout="batch" if batch_first else "time").module(fastrnn, 0)
-        for batch_first in (0, 1)
+        batch_first: replace(case, layout="batch" if batch_first else "time").module(fastrnn, 0) for batch_first in (0, 1)
     }
 
     def results(batch_first, form, back=lambda output: output) -> dict[str, torch.Tensor]:
@@ -176,9 +169,7 @@ def test_bits_of_a_packed_row_are_those_of_a_dense_one(case):
     packed = per_row(case, sample, list(range(7)), module)
     for row, length in enumerate(sample.lengths.tolist()):
         x, states = sample.x[:length, row : row + 1], [state[:, row : row + 1] for state in sample.states]
-        (dense,) = per_row(
-            replace(case, layout="time", steps=length), Sample(x, states, sample.lengths[:1], 0), [0], module
-        )
+        (dense,) = per_row(replace(case, layout="time", steps=length), Sample(x, states, sample.lengths[:1], 0), [0], module)
         same_bits(dense, packed[row], f"{case}, row {row} of length {length}:")
 
 
@@ -232,9 +223,7 @@ for case in SHAPES:
     assert filled == python(code.replace("FILLED", "False"))
 
 
-@each(
-    Case(cell, 64, 128, batch=8, steps=12, layers=2, layout=layout) for cell in CELLS for layout in ("time", "packed")
-)
+@each(Case(cell, 64, 128, batch=8, steps=12, layers=2, layout=layout) for cell in CELLS for layout in ("time", "packed"))
 def test_training_does_not_leak(case):
     module, sample = twins(case, 0)[1], case.sample(0)
     page = 4096
@@ -254,9 +243,7 @@ def test_training_does_not_leak(case):
 
 
 # torch.nn needs most of a minute for the gradients of the gated ones: by default they run forward only.
-@pytest.mark.parametrize(
-    "cell", ["rnn_tanh", *(pytest.param(cell, marks=pytest.mark.slow) for cell in ("lstm", "gru"))]
-)
+@pytest.mark.parametrize("cell", ["rnn_tanh", *(pytest.param(cell, marks=pytest.mark.slow) for cell in ("lstm", "gru"))])
 def test_gradients_of_100_000_steps(cell):
     """In float64. Rounding errors add up over the steps: ten times the usual bound."""
     case = Case(cell, 4, 8, batch=1, steps=100_000, dtype=F64)
@@ -325,9 +312,7 @@ def test_any_strides(cell, batch_first):
         for name, parameter in stock.named_parameters():
             if parameter.dim() == 2:
                 getattr(stock, name).data = getattr(ours, name).data = parameter.t().contiguous().t()
-    for mine, theirs in zip(
-        outcome(ours, sample.x, sample.states, weight), outcome(stock, sample.x, sample.states, weight)
-    ):
+    for mine, theirs in zip(outcome(ours, sample.x, sample.states, weight), outcome(stock, sample.x, sample.states, weight)):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12, msg="transposed weights")
 
 

@@ -339,9 +339,7 @@ def test_vmap_of_nothing(make_layer):
         torch.func.vmap(flat.bind(ops.layer), dims)(*(tensor[:0] for tensor in tensors))
 
 
-@pytest.mark.parametrize(
-    "form", [{"directions": 2}, {"packed": True, "project": True}], ids=["two_directions", "packed"]
-)
+@pytest.mark.parametrize("form", [{"directions": 2}, {"packed": True, "project": True}], ids=["two_directions", "packed"])
 def test_compile(make_layer, form):
     """One graph, with gradients; the same for other lengths."""
     torch._dynamo.reset()

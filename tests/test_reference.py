@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastrnn.kernels import cells, reference
 from torch import nn
+
+from fastrnn.kernels import cells, reference
 
 FORMS = {
     "dense": {},

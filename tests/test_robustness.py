@@ -66,9 +66,7 @@ print("done")
     indices = "[0, 0, 0, 0]" if shared else "range(4)"
     output = script(body.replace("INDICES", indices).replace("TEAM", str(team)))
     with capsys.disabled():
-        print(
-            f"\n  teams of {team}, {output.splitlines()[0]}"
-        )  # reported, not gated: it is the machine's as much as ours
+        print(f"\n  teams of {team}, {output.splitlines()[0]}")  # reported, not gated: it is the machine's as much as ours
 
 
 def test_more_threads_than_cores():

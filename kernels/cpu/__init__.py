@@ -82,7 +82,7 @@ def load() -> str:
     return "run time"
 
 
-def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool) -> str:  # noqa: E741
+def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool) -> str:
     """How the engine would share a dense layer's work out, in words.
 
     cell: a name of cells.CELLS; T steps, B rows, I inputs, H units, R outputs (projection, or H), D directions.

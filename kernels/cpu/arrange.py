@@ -9,17 +9,23 @@ from numba import njit
 from ..cells import Cell, bind
 from . import plan
 from .plan import SCRATCH_VECTORS, unit_vectors, wide_columns
+from .processor import Target
 from .product import ceil_div, options
 from .team import RECORD_BYTES, record_at
-from .processor import Target
 from .vector import VectorLibrary
-
 
 
 def compiled_plan() -> dict:
     """The functions of plan.py, compiled; each finds those before it under their own names."""
     compiled = {"ceil_div": ceil_div}
-    for function in (plan.align, plan.block_length, plan.step_cost, plan.choose_groups, plan.worth_threads, plan.schedule):
+    for function in (
+        plan.align,
+        plan.block_length,
+        plan.step_cost,
+        plan.choose_groups,
+        plan.worth_threads,
+        plan.schedule,
+    ):
         compiled[function.__name__] = njit(bind(function, **compiled), **options)
     return compiled
 

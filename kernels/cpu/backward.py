@@ -13,6 +13,7 @@ from numba import njit
 
 from ..cells import Cell, bind
 from .plan import LINE, SCRATCH_VECTORS, wide_columns
+from .processor import Target
 from .product import ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
 from .team import (
     RECORD_BYTES,
@@ -26,7 +27,6 @@ from .team import (
     wait_group,
     wait_team,
 )
-from .processor import Target
 from .vector import VectorLibrary, load_int, store_int
 
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
@@ -213,7 +213,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 multiply(count, rows, size, p.hh_panels, depth, p.output_size, first, last, table, 1, scratch)
 
     @njit(**options)
-    def sum_columns(gradients, rows, row_bytes, unit, n, total_bytes):
+    def sum_columns(gradients, rows, row_bytes, unit, n):
         """Sum over rows of the vector at column `unit`, in chains of BIAS_CHAIN."""
         total, i = zero(), 0
         while i < rows:
@@ -269,15 +269,54 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for s in range(gates):
             out = p.dw_ih + input_order[s] * units * p.input_size * size
             weight_gradient(
-                p, member, members, gradients, row_bytes, s, rows, units, p.input_size, p.operands, out, add, tables, scratch
+                p,
+                member,
+                members,
+                gradients,
+                row_bytes,
+                s,
+                rows,
+                units,
+                p.input_size,
+                p.operands,
+                out,
+                add,
+                tables,
+                scratch,
             )
             out = p.dw_hh + s * units * p.output_size * size
             weight_gradient(
-                p, member, members, gradients, row_bytes, hidden + s, rows, units, p.output_size, h_panels, out, add, tables, scratch
+                p,
+                member,
+                members,
+                gradients,
+                row_bytes,
+                hidden + s,
+                rows,
+                units,
+                p.output_size,
+                h_panels,
+                out,
+                add,
+                tables,
+                scratch,
             )
         if p.projected:
             weight_gradient(
-                p, member, members, out_gradients, p.output_size * size, 0, rows, p.output_size, units, r_panels, p.dw_hr, add, tables, scratch
+                p,
+                member,
+                members,
+                out_gradients,
+                p.output_size * size,
+                0,
+                rows,
+                p.output_size,
+                units,
+                r_panels,
+                p.dw_hr,
+                add,
+                tables,
+                scratch,
             )
         if p.bias:
             blocks = ceil_div(units, lanes)
@@ -285,7 +324,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 unit = block * lanes
                 n = units - unit
                 for s in range(preactivations):
-                    total = sum_columns(gradients + s * units * size, rows, row_bytes, unit, n, 0)
+                    total = sum_columns(gradients + s * units * size, rows, row_bytes, unit, n)
                     if s < gates:
                         accumulate(p.db_ih + (input_order[s] * units + unit) * size, total, n, add)
                     if s >= hidden:
@@ -316,7 +355,19 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for panel in range(share(panels, panel_parts, panel_part), share(panels, panel_parts, panel_part + 1)):
             pack_rows(weight_rows, depth, p.input_size, panel, own_panel)
             base = own_panel - panel * depth * wide * size
-            multiply(last - first, gradient_rows, size, base, depth, p.input_size, panel, panel + 1, out_rows, p.dx_add, scratch)
+            multiply(
+                last - first,
+                gradient_rows,
+                size,
+                base,
+                depth,
+                p.input_size,
+                panel,
+                panel + 1,
+                out_rows,
+                p.dx_add,
+                scratch,
+            )
 
     @njit(**options)
     def run_direction(p, member):
@@ -393,7 +444,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel)
             wait_crew(p)
             if start > 0:  # the next block overwrites the gradients that its first step reads
-                share0, share1 = share(previous_count, p.unit_groups, unit_group), share(previous_count, p.unit_groups, unit_group + 1)
+                share0, share1 = (
+                    share(previous_count, p.unit_groups, unit_group),
+                    share(previous_count, p.unit_groups, unit_group + 1),
+                )
                 for i in range(share0, share1):
                     source, destination = load_int(later + 8 * i), carried + (r0 + i) * row_bytes
                     for unit in range(0, gates * p.hidden_size, lanes):

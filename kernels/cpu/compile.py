@@ -29,6 +29,7 @@ SCALARS = {"f32": types.float32, "f64": types.float64}
 PASSES = ("forward", "backward")
 UNITS = tuple((cell, scalar, which) for cell in CELLS for scalar in SCALARS for which in PASSES)
 
+
 def machine_for(processor: Processor) -> llvm.TargetMachine:
     triple = llvm.get_default_triple()
     return llvm.Target.from_triple(triple).create_target_machine(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
-from .plan import BARRIER_BYTES, FIELDS
+from .plan import FIELDS
 from .processor import chosen_processor
 from .source import kernel_hash
 
@@ -87,22 +87,27 @@ class Call:
                  batch_first: bool):  # fmt: skip
         D = len(w_ih)
         self.records = np.zeros(D, [(name, np.int64) for name in FIELDS])
-        self.keep = [self.records]
-        self.cell, self.scalar, self.batch_first = cell, TYPES[x.dtype], batch_first
-        self.packed = batch_sizes is not None
-        packed = self.packed
-        T = len(batch_sizes) if packed else x.shape[1 if batch_first else 0]
+        self.keep: list = [self.records]
+        self.cell, self.scalar = cell, TYPES[x.dtype]
+        self.batch_first, self.packed = batch_first, batch_sizes is not None
+        T = x.shape[1 if batch_first else 0] if batch_sizes is None else len(batch_sizes)
         B, R, H = h0.shape[1], h0.shape[2], w_ih[0].shape[0] // CELLS[cell].gates
-        rows = x.shape[0] if packed else T * B
-        barriers = np.zeros(64 * BARRIER_BYTES, np.uint8)
-        sizes = dict(
-            steps=T, batch=B, rows=rows, input_size=x.shape[-1], hidden_size=H, output_size=R, bias=bool(b_ih),
-            projected=bool(w_hr), directions=D, barriers=barriers.ctypes.data, l2_bytes=1 << 20,
-        )  # fmt: skip
-        self.keep.append(barriers)
+        rows = x.shape[0] if self.packed else T * B
+        sizes = {
+            "steps": T,
+            "batch": B,
+            "rows": rows,
+            "input_size": x.shape[-1],
+            "hidden_size": H,
+            "output_size": R,
+            "bias": bool(b_ih),
+            "projected": bool(w_hr),
+            "directions": D,
+            "l2_bytes": 1 << 20,
+        }
         for name, value in sizes.items():
             self.records[name] = value
-        if packed:
+        if batch_sizes is not None:
             offsets = torch.cumsum(batch_sizes, 0) - batch_sizes
             self.point("batch_sizes", [batch_sizes.contiguous()] * D)
             self.point("offsets", [offsets] * D)

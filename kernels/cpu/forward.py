@@ -8,6 +8,7 @@ from numba import njit
 
 from ..cells import Cell, bind
 from .plan import SCRATCH_VECTORS, unit_vectors, wide_columns
+from .processor import Target
 from .product import (
     ceil_div,
     make_multiply,
@@ -28,7 +29,6 @@ from .team import (
     wait_group,
     wait_team,
 )
-from .processor import Target
 from .vector import VectorLibrary, load_int, store_int
 
 

@@ -11,19 +11,29 @@ from __future__ import annotations
 
 # One record of int64 per direction, shared by the C++ runtime (which gets it as a generated struct) and the kernels.
 # Names are those of the op; *_step and *_row are strides in bytes of a step and of a batch row; a pointer may be 0 (absent).
-FIELDS = tuple(
-    """
-    steps batch rows input_size hidden_size output_size bias projected reverse save need_dx need_dw
-    batch_sizes offsets
-    x x_step x_row y y_step y_row h0 c0 h_n c_n
-    w_ih w_hh b_ih b_hh w_hr saved
-    dy dy_step dy_row dh_n dc_n dx dx_step dx_row dx_add dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr
-    threads l2_bytes directions direction
-    crews row_groups unit_groups block_steps
-    ih_once hh_once panel_bytes ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other workspace
-    wait barriers
-    """.split()
+_GROUPS = (
+    # sizes and flags; rows counts those of all steps, output_size is hidden_size or the projection's
+    "steps batch rows input_size hidden_size output_size bias projected reverse save need_dx need_dw",
+    # packed only: rows of each step, and rows before it
+    "batch_sizes offsets",
+    # the op's tensors; y and dy point at this direction's columns
+    "x x_step x_row y y_step y_row h0 c0 h_n c_n w_ih w_hh b_ih b_hh w_hr saved",
+    # dx_add: add to dx, which the other direction has written
+    "dy dy_step dy_row dh_n dc_n dx dx_step dx_row dx_add dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr",
+    # the machine; `threads` becomes the team's size
+    "threads l2_bytes directions direction",
+    # the schedule (see above); steps in a block of time
+    "crews row_groups unit_groups block_steps",
+    # *_once: a panel of W_ih or W_hh is packed where it is used, into the thread's own buffer of panel_bytes
+    "ih_once hh_once panel_bytes",
+    # the workspace: packed weights, summed biases, a row of zeros; of the crew: pre-activations or their gradients (shared),
+    # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
+    # (own, own_bytes apart); dx of direction 1 while both directions run (dx_other)
+    "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other",
+    # the runtime's barrier function, and its barriers: the team's, then each crew's followed by its row groups'
+    "wait barriers",
 )
+FIELDS = tuple(" ".join(_GROUPS).split())
 
 BARRIER_BYTES = 128  # each barrier has two cache lines of its own
 LINE = 64
@@ -88,8 +98,23 @@ def block_length(steps, batch, rows):
     return ceil_div(steps, blocks)
 
 
-def schedule(steps, rows, batch, input_size, hidden_size, output_size, directions, threads, l2_bytes, gates, depth, panels,
-             panel_vectors, vector_bytes, passes):
+def schedule(
+    steps,
+    rows,
+    batch,
+    input_size,
+    hidden_size,
+    output_size,
+    directions,
+    threads,
+    l2_bytes,
+    gates,
+    depth,
+    panels,
+    panel_vectors,
+    vector_bytes,
+    passes,
+):
     """(crews, row_groups, unit_groups) of one call. passes: products a forward or backward pass does per weight (1 or 2)."""
     flops = 2 * passes * directions * rows * gates * hidden_size * (input_size + output_size)
     threads = worth_threads(flops, threads)

@@ -118,7 +118,7 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int):
 
 @cache
 def make_pack_rows(v: VectorLibrary, columns: int):
-    """pack_rows(...): panel `panel` of the matrix whose `depth` rows of `width` numbers are at the addresses in `rows`, to `out`."""
+    """pack_rows(...): to `out`, panel `panel` of the matrix whose `depth` rows, `width` wide, have addresses `rows`."""
     vector, size, lanes = v.lanes * v.size, v.size, v.lanes
     load, store_all, zero = v.load, v.store_all, v.zero
 
@@ -144,7 +144,13 @@ def make_pack_columns(v: VectorLibrary):
     out: `depth` vectors, out_stride bytes apart, one lane a row, zero in the lanes past `units`.
     """
     size, lanes = v.size, v.lanes
-    load_scalar, store_scalar, store_all, zero, transpose = v.load_scalar, v.store_scalar, v.store_all, v.zero, v.transpose
+    load_scalar, store_scalar, store_all, zero, transpose = (
+        v.load_scalar,
+        v.store_scalar,
+        v.store_all,
+        v.zero,
+        v.transpose,
+    )
 
     @njit(integers(6), **options)
     def pack_columns(source, source_stride, units, depth, out, out_stride):

@@ -58,11 +58,11 @@ def _register_arithmetic(vector: Vector) -> None:
 
         @infer_global(function)
         class Typing(ConcreteTemplate):
-            cases = [
+            cases = (
                 signature(vector, vector, vector),
                 signature(vector, types.int64, vector),
                 signature(vector, vector, types.int64),
-            ]
+            )
 
         def lower(context, builder, sig, args, opcode=opcode):
             scalar_to_vector = [
