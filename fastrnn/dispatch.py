@@ -59,10 +59,12 @@ def choose(x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weig
 
 def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
     """Why the compiled CPU engine declines a call, or None where it takes it. Cheap checks: they are on every call."""
+    if type(x) not in _PLAIN:
+        return f"{type(x).__name__} is not a plain tensor"
     dtype = x.dtype
     if dtype not in cpu.DTYPES:
         return f"{dtype}, it takes {', '.join(map(str, cpu.DTYPES))}"
-    for tensor in (x, *states, *weights):
+    for tensor in (x, *states, *weights):  # the usual case first
         if type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.is_cpu and tensor.layout is torch.strided:
             continue
         if type(tensor) not in _PLAIN:

@@ -136,7 +136,7 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     if engine == "torch" or not _fits(
         cell, x, batch_sizes, states, params, has_biases, num_layers, directions, kinds, batch_first
     ):
-        if cell == "lstm" and batch_sizes is not None and len(states) == 2:
+        if cell == "lstm" and batch_sizes is not None and _checkable(x, states, params):
             _LSTMChecks.of(params, kinds, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
         return fallback(*args)
     run = ops.layer if engine == "cpu" else _reference
@@ -171,6 +171,11 @@ def _stack(cell: str, fallback: Callable, args: tuple):
         if dropped and not last:
             y = F.dropout(y, dropout, True)
     return (y, torch.cat(hs)) if c0 is None else (y, torch.cat(hs), torch.cat(cs))
+
+
+def _checkable(x, states, params) -> bool:
+    """Would torch get as far as reading these tensors?"""
+    return len(states) == 2 and all(isinstance(t, Tensor) and t.dtype is params[0].dtype for t in (x, *states))
 
 
 class _LSTMChecks(SimpleNamespace):
@@ -242,6 +247,8 @@ def _fits(
     projected = kinds - (4 if has_biases else 2)
     if len(params) != kinds * num_layers * directions or not 0 <= projected <= (cell == "lstm"):
         return False
+    if len(states) != 1 + (cell == "lstm"):
+        return False
     if batch_sizes is None:
         if x.dim() != 3:
             return False
@@ -250,6 +257,9 @@ def _fits(
         if x.dim() != 2 or batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
             return False
         batch = states[0].shape[1] if states[0].dim() == 3 else -1
+        # torch.nn's modules have checked this, but for LSTM's
+        if cell == "lstm" and not torch.compiler.is_compiling() and int(batch_sizes[0]) != batch:
+            return False
     w_hh = params[1]
     if w_hh.dim() != 2:
         return False
@@ -272,7 +282,7 @@ def _fits(
     depth = num_layers * directions
     if cell != "lstm":
         return states[0].shape == (depth, batch, width)
-    return len(states) == 2 and states[0].shape == (depth, batch, width) and states[1].shape == (depth, batch, hidden)
+    return states[0].shape == (depth, batch, width) and states[1].shape == (depth, batch, hidden)
 
 
 def _fits_step(cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> bool:

@@ -160,7 +160,8 @@ class Layer(Function):
             )
         dx, dh0, dc0, *stacked = grads
         present = [grad for grad, kind in zip(stacked, kinds, strict=True) if kind]
-        dw = [part for grad in present for part in grad.unbind()] if need_dw else [None] * len(weights)
+        parts = [(grad.squeeze(0),) if directions == 1 else grad.unbind() for grad in present]  # squeeze is the faster
+        dw = [part for each in parts for part in each] if need_dw else [None] * len(weights)
         return dx if need_dx else None, None, dh0, None if c0 is None else dc0, None, None, None, None, *dw
 
     @staticmethod

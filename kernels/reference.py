@@ -17,7 +17,7 @@ from fastrnn.kernels.cells import CELLS, Cell, bind
 
 
 def where_positive(h: Tensor, dh: Tensor) -> Tensor:
-    return torch.where(h > 0, dh, torch.zeros_like(dh))
+    return torch.where(h <= 0, torch.zeros_like(dh), dh)
 
 
 # The cells' free names are this module's, and the bound functions are too: there Dynamo looks them up.

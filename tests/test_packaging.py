@@ -130,8 +130,9 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, fastrnn
     module = fastrnn.RNN(3, 4)
-    for _ in range(2):
-        module(torch.zeros(2, 1, 3))[0].sum().backward()
+    with torch.no_grad():  # each pass costs a compilation; gradients are the narrower processors' test's
+        output = [module(torch.ones(2, 1, 3))[0] for _ in range(2)]
+    torch.testing.assert_close(output[0], torch.nn.RNN.forward(module, torch.ones(2, 1, 3))[0].detach())
     print(fastrnn.explain(module, torch.zeros(2, 1, 3)).engine)
 (warning,) = caught
 assert warning.category is RuntimeWarning and "missing" in str(warning.message) and "compiler" in str(warning.message)

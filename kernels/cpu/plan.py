@@ -117,9 +117,11 @@ def schedule(
 ):
     """(crews, row_groups, unit_groups) of one call. passes: products a forward or backward pass does per weight (1 or 2)."""
     flops = 2 * passes * directions * rows * gates * hidden_size * (input_size + output_size)
+    if steps == 1:  # turning the weights into panels is most of the work
+        flops = max(flops, 8 * directions * gates * hidden_size * (input_size + output_size))
     threads = worth_threads(flops, threads)
     crews = 2 if directions == 2 and threads > 1 else 1
-    if steps == 1:  # packing the weights outweighs the rest: each thread packs its own share
+    if steps == 1:  # each thread packs its own share of the weights
         return crews, 1, min(threads // crews, panels)
     row_groups, unit_groups = choose_groups(batch, depth, panels, panel_vectors, vector_bytes, threads // crews, l2_bytes)
     return crews, row_groups, unit_groups

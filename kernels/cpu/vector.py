@@ -262,12 +262,12 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
 
     @intrinsic
     def where_positive(typing_context, x, y):
-        """y where x > 0, else 0."""
+        """0 where x <= 0, else y: where x is NaN, as in torch, y."""
 
         def codegen(context, builder, sig, args):
             x, y = args
             zero = _constant(V, 0.0)
-            return builder.select(below(builder, zero, x), y, zero)
+            return builder.select(builder.fcmp_ordered("<=", x, zero), zero, y)
 
         return V(V, V), codegen
 
