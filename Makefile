@@ -69,4 +69,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastrnn/*.so
+	rm -rf $(VENV) build dist *.egg-info kernels/cpu/*.so

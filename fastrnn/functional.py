@@ -136,8 +136,8 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     if engine == "torch" or not _fits(
         cell, x, batch_sizes, states, params, has_biases, num_layers, directions, kinds, batch_first
     ):
-        if cell == "lstm" and batch_sizes is not None and _checkable(x, states, params):
-            _LSTMChecks.of(params, kinds, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
+        if cell == "lstm" and batch_sizes is not None and _unchecked_by_torch(x, states, params, kinds):
+            _LSTMChecks.of(params, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
         return fallback(*args)
     run = ops.layer if engine == "cpu" else _reference
     x = _unit_stride(x)
@@ -173,9 +173,11 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     return (y, torch.cat(hs)) if c0 is None else (y, torch.cat(hs), torch.cat(cs))
 
 
-def _checkable(x, states, params) -> bool:
-    """Would torch get as far as reading these tensors?"""
-    return len(states) == 2 and all(isinstance(t, Tensor) and t.dtype is params[0].dtype for t in (x, *states))
+def _unchecked_by_torch(x, states, params, kinds: int) -> bool:
+    """Would torch hand these tensors to oneDNN as they are? Its other path fails in an operation, with words of its own."""
+    if len(states) != 2 or kinds in (3, 5) or params[0].dtype is torch.float64:
+        return False
+    return all(isinstance(tensor, Tensor) and tensor.dtype is params[0].dtype for tensor in (x, *states))
 
 
 class _LSTMChecks(SimpleNamespace):
@@ -186,13 +188,12 @@ class _LSTMChecks(SimpleNamespace):
     check_forward_args = nn.LSTM.check_forward_args
 
     @classmethod
-    def of(cls, params: Sequence[Tensor], kinds: int, num_layers: int, bidirectional: bool) -> _LSTMChecks:
-        gates, width = params[1].shape
-        return cls(
+    def of(cls, params: Sequence[Tensor], num_layers: int, bidirectional: bool) -> _LSTMChecks:
+                return cls(
             _flat_weights=params,
             input_size=params[0].shape[1],
-            hidden_size=gates // 4,
-            proj_size=width if kinds in (3, 5) else 0,
+            hidden_size=params[1].shape[1],
+            proj_size=0,
             num_layers=num_layers,
             bidirectional=bidirectional,
         )
