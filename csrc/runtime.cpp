@@ -164,12 +164,20 @@ class Call {
         for (int64_t group = 0; group < r.row_groups; ++group) of_crew[1 + group].size = r.unit_groups;
       }
     };
-    run_team(threads, gathered, [&](int64_t rank) { unit.run(at, rank); });
+    run_team(threads, patience(forward ? 1 : 2), gathered, [&](int64_t rank) { unit.run(at, rank); });
   }
 
   const Cell& cell;
 
  private:
+  // How long to wait for a thread: waking one takes 5 to 50 us, on a virtual machine now and then a millisecond, which a long
+  // call should rather wait for than go without. A quarter of what one thread needs, at 50 operations a nanosecond.
+  std::chrono::nanoseconds patience(int64_t passes) const {
+    const Record& r = records[0];
+    const int64_t operations = 2 * passes * r.directions * r.rows * cell.gates * r.hidden_size * (r.input_size + r.output_size);
+    return std::chrono::nanoseconds(std::max<int64_t>(100'000, operations / 200));
+  }
+
   bool same_kind(const Tensor& t) const { return t.scalar_type() == x_.scalar_type() && t.is_cpu(); }
   int64_t element_size() const { return static_cast<int64_t>(x_.element_size()); }
   const Tensor& hold(const Tensor& t) { return kept_.emplace_back(t); }

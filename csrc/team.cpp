@@ -1,6 +1,5 @@
 #include "team.h"
 
-#include <chrono>
 #include <thread>
 
 #include <torch/csrc/stable/ops.h>
@@ -26,8 +25,7 @@ void spin_until(const Done& done) {
   while (!done()) std::this_thread::yield();
 }
 
-constexpr int64_t CLOSED = int64_t{1} << 32;           // set in `arrivals` once the team's size is settled
-constexpr auto PATIENCE = std::chrono::microseconds(100);  // waking a sleeping thread takes 5 to 50
+constexpr int64_t CLOSED = int64_t{1} << 32;  // set in `arrivals` once the team's size is settled
 
 }  // namespace
 
@@ -42,7 +40,8 @@ void wait_at(int64_t address) {
   }
 }
 
-void run_team(int64_t threads, const std::function<void(int64_t)>& gathered, const std::function<void(int64_t)>& work) {
+void run_team(int64_t threads, std::chrono::nanoseconds patience, const std::function<void(int64_t)>& gathered,
+              const std::function<void(int64_t)>& work) {
   std::atomic<int64_t> arrivals{0}, shares{0};
   std::atomic<bool> ready{false};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -51,7 +50,7 @@ void run_team(int64_t threads, const std::function<void(int64_t)>& gathered, con
     shares.fetch_add(end - begin, std::memory_order_acq_rel);
     if (rank == 0) {
       const auto start = std::chrono::steady_clock::now();
-      while (shares.load(std::memory_order_acquire) < threads && std::chrono::steady_clock::now() - start < PATIENCE) pause();
+      while (shares.load(std::memory_order_acquire) < threads && std::chrono::steady_clock::now() - start < patience) pause();
       gathered(arrivals.fetch_or(CLOSED, std::memory_order_acq_rel));
       ready.store(true, std::memory_order_release);
     } else {

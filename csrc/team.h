@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 
@@ -20,7 +21,9 @@ static_assert(sizeof(Barrier) == 128);
 void wait_at(int64_t address);
 
 // Run work(rank) on up to `threads` of torch's threads, for rank 0 .. size-1. `gathered(size)` runs first, on one of them,
-// once it is known how many came: a nested call gets one, a busy machine fewer than asked for; nobody waits for the rest.
-void run_team(int64_t threads, const std::function<void(int64_t)>& gathered, const std::function<void(int64_t)>& work);
+// once it is known how many came: a nested call gets one, a busy machine fewer than asked for. The first to come waits for
+// the others for at most `patience`, then goes on without them.
+void run_team(int64_t threads, std::chrono::nanoseconds patience, const std::function<void(int64_t)>& gathered,
+              const std::function<void(int64_t)>& work);
 
 }  // namespace fastrnn

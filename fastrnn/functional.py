@@ -189,7 +189,7 @@ class _LSTMChecks(SimpleNamespace):
 
     @classmethod
     def of(cls, params: Sequence[Tensor], num_layers: int, bidirectional: bool) -> _LSTMChecks:
-                return cls(
+        return cls(
             _flat_weights=params,
             input_size=params[0].shape[1],
             hidden_size=params[1].shape[1],
