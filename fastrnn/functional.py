@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +186,7 @@ class _LSTMChecks(SimpleNamespace):
 
     check_input, check_hidden_size = nn.LSTM.check_input, nn.LSTM.check_hidden_size
     get_expected_hidden_size, get_expected_cell_size = nn.LSTM.get_expected_hidden_size, nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
+    check_forward_args: Any = nn.LSTM.check_forward_args
 
     @classmethod
     def of(cls, params: Sequence[Tensor], num_layers: int, bidirectional: bool) -> _LSTMChecks:
