@@ -150,7 +150,9 @@ class Call {
 
     std::unique_ptr<Barrier[]> barriers;
     const auto gathered = [&](int64_t size) {
-      if (size < threads) unit.arrange(at, size);  // needs no more memory than the larger team did
+      if (size < threads) {  // share out anew, among as many as the workspace has room for: it has for one
+        for (int64_t workers = size; unit.arrange(at, workers) > bytes && workers > 1;) --workers;
+      }
       const Record& r = records[0];
       barriers.reset(new Barrier[1 + r.directions * (1 + r.row_groups)]);
       for (Record& record : records) {

@@ -1,0 +1,46 @@
+"""A team that turns out smaller than planned shares the planned workspace anew: one thread must fit it, or nothing does."""
+
+import ctypes
+import random
+
+import numpy as np
+import pytest
+import torch  # noqa: F401 (the extension links to it)
+
+from fastrnn.kernels import cpu
+from fastrnn.kernels.cells import CELLS
+from fastrnn.kernels.cpu.plan import FIELDS
+
+
+@pytest.mark.skipif(cpu.EXTENSION is None, reason="asks the compiled extension")
+@pytest.mark.parametrize("which", ["forward", "backward"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_thread_fits_the_workspace_of_any_team(cell, which):
+    arrange = getattr(ctypes.CDLL(str(cpu.EXTENSION)), f"fastrnn_{cell}_f32_{which}_arrange")
+    arrange.restype, arrange.argtypes = ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64]
+    draw = random.Random(0)
+    for _ in range(2000):
+        directions = draw.choice((1, 2))
+        records = np.zeros(directions, [(name, np.int64) for name in FIELDS])
+        hidden = draw.choice((1, 7, 33, 64, 130, 512, 1024))
+        projected = cell == "lstm" and hidden > 1 and draw.random() < 0.3
+        sizes = {
+            "steps": draw.choice((1, 2, 5, 60, 3000)),
+            "batch": draw.choice((1, 2, 3, 17, 200)),
+            "input_size": draw.choice((1, 9, 64, 700)),
+            "hidden_size": hidden,
+            "output_size": hidden // 2 if projected else hidden,
+            "projected": projected,
+            "directions": directions,
+            "save": draw.choice((0, 1)),
+            "need_dx": draw.choice((0, 1)),
+            "need_dw": draw.choice((0, 1)),
+            "l2_bytes": draw.choice((1 << 18, 1 << 20, 1 << 22)),
+        }
+        sizes["rows"] = sizes["steps"] * sizes["batch"]
+        for name, value in sizes.items():
+            records[name] = value
+        threads = draw.choice((2, 3, 8, 13, 64))
+        planned = arrange(records.ctypes.data, threads)
+        needed = arrange(records.ctypes.data, 1)
+        assert needed <= planned, f"{sizes}: one thread needs {needed} bytes, {planned} were planned for {threads}"
