@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <torch/csrc/stable/library.h>
@@ -27,6 +28,20 @@ using MaybeTensor = std::optional<Tensor>;
 
 int64_t address(const Tensor& t) { return reinterpret_cast<int64_t>(t.data_ptr()); }
 
+// The C library maps blocks of this size anew each time, and unmaps them when freed.
+constexpr int64_t MAPPED_BYTES = 32 << 20;
+constexpr int64_t HUGE_PAGE_BYTES = 2 << 20;
+
+// Have fresh memory come in huge pages: in small ones its first use costs up to a quarter of a forward pass. Only a wish.
+void want_huge_pages(int64_t begin, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  if (bytes < MAPPED_BYTES) return;
+  const int64_t first = (begin + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+  const int64_t last = (begin + bytes) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+  madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first), MADV_HUGEPAGE);
+#endif
+}
+
 // torch.empty, by the call that does not go through the dispatcher: a step of a small layer makes eight of these.
 Tensor empty_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
@@ -38,7 +53,9 @@ Tensor empty_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor tensor(handle);
+  want_huge_pages(address(tensor), stride * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
 }
 
 const Cell& find_cell(const std::string& name) {

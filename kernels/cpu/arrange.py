@@ -10,7 +10,7 @@ from ..cells import Cell, bind
 from . import plan
 from .plan import SCRATCH_VECTORS, unit_vectors, wide_columns
 from .processor import Target
-from .product import ceil_div, options
+from .product import CHAIN, ceil_div, options
 from .team import RECORD_BYTES, record_at
 from .vector import VectorLibrary
 
@@ -65,7 +65,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             panel_bytes = align(columns * vector * max(I if ih_once else 0, R if hh_once else 0))
         else:
             block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
-            tables = 3 * B + max(2 * H, gates * H + 2 * block * B)
+            tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
             ih_once, hh_once = True, p.steps == 1
             panel_bytes = align(wide * gates * H * size) if p.need_dx or hh_once else 0
         own = align(SCRATCH_VECTORS * vector + panel_bytes + 8 * tables)
@@ -81,7 +81,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if not ih_once:
                 offset += align(units * gates * I * size)
             d.hh_panels = d.workspace + offset
-            if not hh_once:
+            if not forward and d.need_dw and block == p.steps and R % wide == 0:
+                d.hh_panels = d.dw_hh  # of the panels' size, and written when no step needs them any more
+            elif not hh_once:
                 offset += align(units * gates * R * size if forward else ceil_div(R, wide) * wide * gates * H * size)
             d.hr_panels = d.workspace + offset
             if d.projected:
@@ -100,8 +102,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset += align(B * H * size if forward else block * B * R * size)
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
-                widths = ceil_div(I, wide) + ceil_div(R, wide) + d.projected * ceil_div(H, wide)
-                offset += align(widths * wide * block * B * size)
+                offset += align(ceil_div(max(I, R, H), wide) * wide * min(CHAIN, block * B) * size)
             d.own, d.own_bytes = d.workspace + offset, own
             offset += row_groups * unit_groups * own
         if not forward and p.directions == 2 and p.need_dx:

@@ -12,9 +12,9 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import LINE, SCRATCH_VECTORS, wide_columns
+from .plan import LINE, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
 from .processor import Target
-from .product import ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
+from .product import CHAIN, ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
 from .team import (
     RECORD_BYTES,
     active_rows,
@@ -23,6 +23,7 @@ from .team import (
     share,
     split_row,
     step_base,
+    there_and_back,
     wait_crew,
     wait_group,
     wait_team,
@@ -44,7 +45,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     product = make_product(v, target, columns)
     multiply = make_multiply(v, target, columns)
     pack_rows = make_pack_rows(v, columns)
-    input_order = cell.input
+    input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
     names = {"tanh": v.tanh, "where_positive": v.where_positive}
     differentiate = njit(bind(cell.backward, **names), **options)
@@ -138,12 +139,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             write_gradients(gradients + at, gate_stride, result, n)
 
     @njit(**options)
-    def step(p, t, base, r0, count, later, extra, gradients, projected_gradients, first, last, scratch, saved_row):
+    def step(p, k, t, base, r0, count, later, extra, gradients, projected_gradients, first, last, scratch, saved_row):
         """Step t of rows r0 .. r0+count-1: later * W_hh + dy + extra is dh; unprojected, the cell takes it from the tile."""
         spare = scratch + most * columns * vector
         depth = gates * p.hidden_size
         row_bytes = pitch(p)
-        for panel in range(first, last):
+        for index in range(first, last):
+            panel = there_and_back(k, first, last, index)
             i, tiles = 0, ceil_div(count, most)
             while i < count:
                 rows = ceil_div(count - i, tiles)
@@ -237,87 +239,69 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             pack_rows(table, rows, width, panel, panels + panel * rows * wide * size)
 
     @njit(**options)
-    def weight_gradient(p, member, members, a, a_bytes, slot, depth, units, width, panels, out, add, tables, scratch):
-        """out[units, width] (+)= a[depth, units]^T * panels[depth, width]; a_bytes from one row of a to the next."""
-        u0, u1 = share(units, members, member), share(units, members, member + 1)
-        fill_rows(tables, u1 - u0, a + (slot * units + u0) * size, size)
-        fill_rows(tables + 8 * units, u1 - u0, out + u0 * width * size, width * size)
-        last = ceil_div(width, wide)
-        multiply(u1 - u0, tables, a_bytes, panels, depth, width, 0, last, tables + 8 * units, add, scratch)
+    def weight_gradient(p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch):
+        """What is at out_rows, [units, width], (+)= a[rows, units]^T * operand[rows, width]; a_bytes from one row of a on.
+
+        The operand is packed by all members together; a block of units meets all its panels while their part of `a`, whose
+        columns are far apart, stays in L1.
+        """
+        wait_crew(p)  # panels of the product before are done with
+        pack_operand(p, member, members, rows, width, operand_rows, p.operands)
+        wait_crew(p)
+        panels = ceil_div(width, wide)
+        end = share(units, members, member + 1)
+        unit = share(units, members, member)
+        while unit < end:
+            count = min(UNIT_BLOCK, end - unit)
+            fill_rows(tables, count, a + unit * size, size)
+            multiply(count, tables, a_bytes, p.operands, rows, width, 0, panels, out_rows + 8 * unit, add, scratch)
+            unit += count
+
+    @njit(**options)
+    def fill_gate_rows(table, order, units, matrix, width):
+        """Addresses of the rows of a gate matrix [gates * units, width], the gates in `order`."""
+        for s in range(gates):
+            fill_rows(table + 8 * s * units, units, matrix + order[s] * units * width * size, width * size)
 
     @njit(**options)
     def parameter_gradients(p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch):
         """One block's share of the gradients of weights and biases: `rows` rows, steps t_low .. t_high."""
         row_bytes, units = pitch(p), p.hidden_size
+        depth = gates * units
         x_rows, h_rows = tables, tables + 8 * rows
+        out_rows = h_rows + 8 * rows
+        columns_of_a = out_rows + 8 * depth
         i = 0
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
                 store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + b * p.x_row)
                 store_int(h_rows + 8 * i, hidden_before(p, t, b))
                 i += 1
-        h_panels = p.operands + ceil_div(p.input_size, wide) * wide * rows * size
-        r_panels = h_panels + ceil_div(p.output_size, wide) * wide * rows * size
-        pack_operand(p, member, members, rows, p.input_size, x_rows, p.operands)
-        pack_operand(p, member, members, rows, p.output_size, h_rows, h_panels)
-        if p.projected:
-            saved_row = (slots + 1) * units * size
-            fill_rows(x_rows, rows, p.saved + first_row(p, t_low) * saved_row + slots * units * size, saved_row)
-            pack_operand(p, member, members, rows, units, x_rows, r_panels)
-        wait_crew(p)
-
-        for s in range(gates):
-            out = p.dw_ih + input_order[s] * units * p.input_size * size
+        i = 0
+        while i < rows:  # a chain of additions at a time: so much of the operands is packed
+            count, more = min(CHAIN, rows - i), add or i > 0
+            a = gradients + i * row_bytes
+            fill_gate_rows(out_rows, input_order, units, p.dw_ih, p.input_size)
             weight_gradient(
-                p,
-                member,
-                members,
-                gradients,
-                row_bytes,
-                s,
-                rows,
-                units,
-                p.input_size,
-                p.operands,
-                out,
-                add,
-                tables,
+                p, member, members, a, row_bytes, depth, x_rows + 8 * i, count, p.input_size, out_rows, more, columns_of_a,
                 scratch,
-            )
-            out = p.dw_hh + s * units * p.output_size * size
+            )  # fmt: skip
+            fill_gate_rows(out_rows, hidden_order, units, p.dw_hh, p.output_size)
             weight_gradient(
-                p,
-                member,
-                members,
-                gradients,
-                row_bytes,
-                hidden + s,
-                rows,
-                units,
-                p.output_size,
-                h_panels,
-                out,
-                add,
-                tables,
-                scratch,
-            )
-        if p.projected:
-            weight_gradient(
-                p,
-                member,
-                members,
-                out_gradients,
-                p.output_size * size,
-                0,
-                rows,
-                p.output_size,
-                units,
-                r_panels,
-                p.dw_hr,
-                add,
-                tables,
-                scratch,
-            )
+                p, member, members, a + hidden * units * size, row_bytes, depth, h_rows + 8 * i, count, p.output_size,
+                out_rows, more, columns_of_a, scratch,
+            )  # fmt: skip
+            if p.projected:
+                saved_row = (slots + 1) * units * size
+                first = p.saved + (first_row(p, t_low) + i) * saved_row + slots * units * size
+                fill_rows(x_rows + 8 * i, count, first, saved_row)
+                fill_rows(out_rows, p.output_size, p.dw_hr, units * size)
+                a, a_bytes = out_gradients + i * p.output_size * size, p.output_size * size
+                weight_gradient(
+                    p, member, members, a, a_bytes, p.output_size, x_rows + 8 * i, count, units, out_rows, more, columns_of_a,
+                    scratch,
+                )  # fmt: skip
+            i += count
         if p.bias:
             blocks = ceil_div(units, lanes)
             for block in range(share(blocks, members, member), share(blocks, members, member + 1)):
@@ -429,7 +413,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 count = max(0, min(r1, active_rows(p, t)) - r0)
                 finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel)
                 base = first_row(p, t) - first_row(p, t_low)
-                step(p, t, base, r0, count, later, extra, gradients, out_gradients, first, last, scratch, saved_row)
+                step(p, k, t, base, r0, count, later, extra, gradients, out_gradients, first, last, scratch, saved_row)
                 if p.projected:
                     wait_group(p, row_group)
                     fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)

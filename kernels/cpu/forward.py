@@ -25,6 +25,7 @@ from .team import (
     share,
     split_row,
     step_base,
+    there_and_back,
     wait_crew,
     wait_group,
     wait_team,
@@ -156,11 +157,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 tiles -= 1
 
     @njit(**options)
-    def step(p, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
-        """One step of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
+    def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
+        """The k-th step, of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
         spare = scratch + most * columns * vector
         gate_stride = p.hidden_size * size
-        for panel in range(first, last):
+        for index in range(first, last):
+            panel = there_and_back(k, first, last, index)
             weights = p.hh_panels + panel * p.output_size * columns * vector
             if p.hh_once:
                 weights = own_panel
@@ -261,7 +263,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         h = p.tails + (r0 + i) * hidden_bytes
                     store_int(h_rows + 8 * i, h)
                 z, c = z_rows + 8 * n, p.c_n + r0 * hidden_bytes
-                step(p, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch, own_panel)
+                step(p, k, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch, own_panel)
                 if p.projected:
                     wait_group(p, row_group)
                     depth = p.hidden_size

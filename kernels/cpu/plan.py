@@ -40,6 +40,7 @@ LINE = 64
 SCRATCH_VECTORS = 128  # two tiles of at most eight rows by eight vectors
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them
 BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
+UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all panels of an operand
 
 
 def ceil_div(a, b):

@@ -13,7 +13,7 @@ from numba import njit, types
 
 from .plan import ceil_div as _ceil_div
 from .processor import Target
-from .vector import VectorLibrary, load_int, product_tile, store_int
+from .vector import VectorLibrary, load_int, prefetch, product_tile, store_int
 
 # Longest chain of additions in one register: longer sums are sums of such chains, which keeps rounding small.
 CHAIN = 256
@@ -100,6 +100,10 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int):
             i, tiles = 0, ceil_div(count, most)
             while i < count:
                 rows = ceil_div(count - i, tiles)
+                if add:  # else the sums would wait for what they are added to
+                    for m in range(rows):
+                        for j in range(columns):
+                            prefetch(load_int(out_rows + 8 * (i + m)) + ((panel * columns + j) * lanes) * size)
                 product(rows, a_rows + 8 * i, a_stride, panels + panel * depth * wide * size, depth, scratch, spare)
                 for m in range(rows):
                     row = load_int(out_rows + 8 * (i + m))

@@ -62,6 +62,12 @@ def share(count, parts, index):
 
 
 @njit(**options)
+def there_and_back(step, first, last, index):
+    """The panels first .. last-1 up in one step and down in the next: of weights that a cache can't hold, what it has is used."""
+    return first + last - 1 - index if step % 2 else index
+
+
+@njit(**options)
 def active_rows(p, t):
     """Rows of the batch that have a step t."""
     return load_int(p.batch_sizes + 8 * t) if p.batch_sizes else p.batch

@@ -354,6 +354,20 @@ def store_int(typing_context, address, value):
 
 
 @intrinsic
+def prefetch(typing_context, address):
+    """Begin to bring the cache line of `address` near, to be read soon."""
+
+    def codegen(context, builder, sig, args):
+        pointer = _pointer(builder, args[0], ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, I32(0), I32(3), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def call(typing_context, function, argument):
     """Call the C function `void (*)(int64_t)` at address `function`."""
 
