@@ -56,18 +56,19 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns, vector,
             1 if forward else 2,
         )  # fmt: skip
+        one_step = p.steps == 1
         team = crews * row_groups * unit_groups
         if forward:
             block = block_length(p.steps, B, max(64, 2 * plan.FORWARD_BLOCK_BYTES // (gates * H * size)))
             tables = 3 * B + 2 * block * B
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
-            ih_once, hh_once = row_groups == 1 and block == p.steps, row_groups == 1 and p.steps == 1
-            panel_bytes = align(columns * vector * max(I if ih_once else 0, R if hh_once else 0))
+            ih_once = row_groups == 1 and block == p.steps
+            panel_bytes = align(columns * vector * I) if ih_once and not one_step else 0
         else:
             block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
-            ih_once, hh_once = True, p.steps == 1
-            panel_bytes = align(wide * gates * H * size) if p.need_dx or hh_once else 0
+            ih_once = True
+            panel_bytes = align(wide * gates * H * size) if p.need_dx or one_step else 0
         own = align(SCRATCH_VECTORS * vector + panel_bytes + 8 * tables)
 
         offset = 0
@@ -76,14 +77,14 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.threads, d.crews, d.row_groups, d.unit_groups, d.block_steps = team, crews, row_groups, unit_groups, block
             if crews == 1:
                 offset = 0  # directions take turns in one workspace
-            d.ih_once, d.hh_once, d.panel_bytes = ih_once, hh_once, panel_bytes
+            d.ih_once, d.one_step, d.panel_bytes = ih_once, one_step, panel_bytes
             d.ih_panels = d.workspace + offset
             if not ih_once:
                 offset += align(units * gates * I * size)
             d.hh_panels = d.workspace + offset
             if not forward and d.need_dw and block == p.steps and R % wide == 0:
                 d.hh_panels = d.dw_hh  # of the panels' size, and written when no step needs them any more
-            elif not hh_once:
+            elif not one_step:
                 offset += align(units * gates * R * size if forward else ceil_div(R, wide) * wide * gates * H * size)
             d.hr_panels = d.workspace + offset
             if d.projected:

@@ -12,9 +12,9 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import LINE, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
+from .plan import LINE, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
 from .processor import Target
-from .product import CHAIN, ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
+from .product import CHAIN, ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options
 from .team import (
     RECORD_BYTES,
     active_rows,
@@ -41,7 +41,6 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
     columns = wide_columns(target.registers)
     wide = columns * lanes
-    most = tile_rows(target, columns)
     product = make_product(v, target, columns)
     multiply = make_multiply(v, target, columns)
     pack_rows = make_pack_rows(v, columns)
@@ -85,7 +84,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def pack_weights(p, member, members, table):
         """This member's share of the panels that every step needs, of W_hh and W_hr: their rows are the k of the product."""
-        if not p.hh_once:
+        if not p.one_step:
             fill_rows(table, gates * p.hidden_size, p.w_hh, p.output_size * size)
             panels = ceil_div(p.output_size, wide)
             for panel in range(share(panels, members, member), share(panels, members, member + 1)):
@@ -139,21 +138,22 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             write_gradients(gradients + at, gate_stride, result, n)
 
     @njit(**options)
-    def step(p, k, t, base, r0, count, later, extra, gradients, projected_gradients, first, last, scratch, saved_row):
-        """Step t of rows r0 .. r0+count-1: later * W_hh + dy + extra is dh; unprojected, the cell takes it from the tile."""
-        spare = scratch + most * columns * vector
+    def step(p, k, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, saved_row):
+        """Step t of rows r0 .. r0+count-1, of which `live` have a later step: later * W_hh + dy + extra is dh.
+
+        Without a projection the cell takes it from the tile.
+        """
         depth = gates * p.hidden_size
         row_bytes = pitch(p)
         for index in range(first, last):
             panel = there_and_back(k, first, last, index)
-            i, tiles = 0, ceil_div(count, most)
+            i = 0
             while i < count:
-                rows = ceil_div(count - i, tiles)
-                if load_int(later + 8 * i) == p.zeros:  # no later step, nor for the rows after: they are shorter still
-                    for k in range(rows * columns):
-                        store_all(scratch + k * vector, zero())
-                else:
-                    product(rows, later + 8 * i, size, p.hh_panels + panel * depth * wide * size, depth, scratch, spare)
+                rows = min(count - i, ROW_BLOCK)
+                going_on = min(rows, max(0, live - i))
+                product(going_on, later + 8 * i, size, p.hh_panels + panel * depth * wide * size, depth, scratch)
+                for j in range(going_on * columns, rows * columns):
+                    store_all(scratch + j * vector, zero())
                 for m in range(rows):
                     b = r0 + i + m
                     dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
@@ -168,19 +168,17 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                             else:
                                 gate_gradients(p, t, b, at, n, dh, gradients + (base + b) * row_bytes, saved_row)
                 i += rows
-                tiles -= 1
 
     @njit(**options)
     def unproject(p, t, base, r0, count, out_rows, gradients, first, last, scratch, saved_row):
         """The rest of a projected step: gradients of the output, their addresses in out_rows, through W_hr to the cell."""
-        spare = scratch + most * columns * vector
         row_bytes = pitch(p)
         depth = p.output_size
         for panel in range(first, last):
-            i, tiles = 0, ceil_div(count, most)
+            i = 0
             while i < count:
-                rows = ceil_div(count - i, tiles)
-                product(rows, out_rows + 8 * i, size, p.hr_panels + panel * depth * wide * size, depth, scratch, spare)
+                rows = min(count - i, ROW_BLOCK)
+                product(rows, out_rows + 8 * i, size, p.hr_panels + panel * depth * wide * size, depth, scratch)
                 for m in range(rows):
                     b = r0 + i + m
                     for j in range(columns):
@@ -190,7 +188,6 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                             n, row = p.hidden_size - unit, gradients + (base + b) * row_bytes
                             gate_gradients(p, t, b, unit * size, n, dh, row, saved_row)
                 i += rows
-                tiles -= 1
 
     @njit(**options)
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel):
@@ -204,7 +201,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     for unit in range(first * wide, min(last * wide, p.output_size), lanes):
                         store(dh0 + unit * size, zero(), p.output_size - unit)
             depth, rows = gates * p.hidden_size, later + 8 * from_row
-            if p.hh_once:
+            if p.one_step:
                 weight_rows = table + 8 * count
                 fill_rows(weight_rows, depth, p.w_hh, p.output_size * size)
                 for panel in range(first, last):
@@ -413,7 +410,23 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 count = max(0, min(r1, active_rows(p, t)) - r0)
                 finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel)
                 base = first_row(p, t) - first_row(p, t_low)
-                step(p, k, t, base, r0, count, later, extra, gradients, out_gradients, first, last, scratch, saved_row)
+                step(
+                    p,
+                    k,
+                    t,
+                    base,
+                    r0,
+                    count,
+                    previous_count,
+                    later,
+                    extra,
+                    gradients,
+                    out_gradients,
+                    first,
+                    last,
+                    scratch,
+                    saved_row,
+                )
                 if p.projected:
                     wait_group(p, row_group)
                     fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)

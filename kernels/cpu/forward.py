@@ -7,15 +7,15 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import SCRATCH_VECTORS, unit_vectors, wide_columns
+from .plan import ROW_BLOCK, SCRATCH_VECTORS, unit_vectors, wide_columns
 from .processor import Target
 from .product import (
     ceil_div,
+    make_dot_rows,
     make_multiply,
     make_pack_columns,
     make_product,
     options,
-    tile_rows,
 )
 from .team import (
     RECORD_BYTES,
@@ -41,11 +41,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
     per_panel = unit_vectors(gates, target.registers)
     columns = gates * per_panel
-    most = tile_rows(target, columns)
     product = make_product(v, target, columns)
     wide = wide_columns(target.registers)
     multiply = make_multiply(v, target, wide)
-    pack_columns = make_pack_columns(v)
+    pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
     input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
     apply = njit(bind(cell.forward, sigmoid=v.sigmoid, tanh=v.tanh, relu=v.relu), **options)
@@ -95,6 +94,16 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 pack_columns(source, depth * size, p.hidden_size - unit, depth, out + column, columns * vector)
 
     @njit(**options)
+    def dot_gates(p, count, a_rows, w, depth, order, panel, sums):
+        """What the product with a panel of pack_gates gives, but for rounding, from the matrix where it lies."""
+        for j in range(per_panel):
+            unit = (panel * per_panel + j) * lanes
+            for g in range(gates):
+                rows = w + (order[g] * p.hidden_size + unit) * depth * size
+                out = sums + (g * per_panel + j) * vector
+                dot_rows(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector)
+
+    @njit(**options)
     def sum_biases(p, panel, bias_gate):
         """Both biases of each pre-activation of a panel's units, summed."""
         for j in range(per_panel):
@@ -117,7 +126,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             if not p.ih_once:
                 out = p.ih_panels + panel * p.input_size * columns * vector
                 pack_gates(p, p.w_ih, p.input_size, input_order, panel, out)
-            if not p.hh_once:
+            if not p.one_step:
                 out = p.hh_panels + panel * p.output_size * columns * vector
                 pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, out)
             sum_biases(p, panel, bias_gate)
@@ -134,16 +143,18 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
         """Input product and biases of `count` rows, for the units of panels first .. last-1."""
-        spare = scratch + most * columns * vector
         for panel in range(first, last):
             weights = p.ih_panels + panel * p.input_size * columns * vector
-            if p.ih_once:
+            if p.ih_once and not p.one_step:
                 weights = own_panel
                 pack_gates(p, p.w_ih, p.input_size, input_order, panel, weights)
-            i, tiles = 0, ceil_div(count, most)
+            i = 0
             while i < count:
-                rows = ceil_div(count - i, tiles)
-                product(rows, x_rows + 8 * i, size, weights, p.input_size, scratch, spare)
+                rows = min(count - i, ROW_BLOCK)
+                if p.one_step:
+                    dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch)
+                else:
+                    product(rows, x_rows + 8 * i, size, weights, p.input_size, scratch)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     for j in range(per_panel):
@@ -154,23 +165,21 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                                 value = value + load_all(p.bias_sums + g * bias_gate + unit * size)
                                 store(z + g * z_gate + unit * size, value, p.hidden_size - unit)
                 i += rows
-                tiles -= 1
 
     @njit(**options)
-    def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
+    def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch):
         """The k-th step, of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
-        spare = scratch + most * columns * vector
         gate_stride = p.hidden_size * size
         for index in range(first, last):
             panel = there_and_back(k, first, last, index)
-            weights = p.hh_panels + panel * p.output_size * columns * vector
-            if p.hh_once:
-                weights = own_panel
-                pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, weights)
-            i, tiles = 0, ceil_div(count, most)
+            i = 0
             while i < count:
-                rows = ceil_div(count - i, tiles)
-                product(rows, previous + 8 * i, size, weights, p.output_size, scratch, spare)
+                rows = min(count - i, ROW_BLOCK)
+                if p.one_step:
+                    dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel, scratch)
+                else:
+                    weights = p.hh_panels + panel * p.output_size * columns * vector
+                    product(rows, previous + 8 * i, size, weights, p.output_size, scratch)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     h = load_int(h_rows + 8 * (i + m))
@@ -192,7 +201,6 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                                 write_slots(z + at, gate_stride, result, n)
                             store(h + at, result[0], n)
                 i += rows
-                tiles -= 1
 
     @njit(**options)
     def copy_units(source, destination, first, last, n):
@@ -263,7 +271,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         h = p.tails + (r0 + i) * hidden_bytes
                     store_int(h_rows + 8 * i, h)
                 z, c = z_rows + 8 * n, p.c_n + r0 * hidden_bytes
-                step(p, k, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch, own_panel)
+                step(p, k, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch)
                 if p.projected:
                     wait_group(p, row_group)
                     depth = p.hidden_size

@@ -24,8 +24,9 @@ _GROUPS = (
     "threads l2_bytes directions direction",
     # the schedule (see above); steps in a block of time
     "crews row_groups unit_groups block_steps",
-    # *_once: a panel of W_ih or W_hh is packed where it is used, into the thread's own buffer of panel_bytes
-    "ih_once hh_once panel_bytes",
+    # ih_once: a panel of W_ih is packed where it is used, into the thread's own buffer of panel_bytes.
+    # one_step: W_hh is used but once; forward reads both matrices where they lie, backward packs as with ih_once
+    "ih_once one_step panel_bytes",
     # the workspace: packed weights, summed biases, a row of zeros; of the crew: pre-activations or their gradients (shared),
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
     # (own, own_bytes apart); dx of direction 1 while both directions run (dx_other)
@@ -37,7 +38,8 @@ FIELDS = tuple(" ".join(_GROUPS).split())
 
 BARRIER_BYTES = 128  # each barrier has two cache lines of its own
 LINE = 64
-SCRATCH_VECTORS = 128  # two tiles of at most eight rows by eight vectors
+ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
+SCRATCH_VECTORS = (ROW_BLOCK + 8) * 4  # sums of a block of rows and of one tile, four vectors wide at most
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them
 BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all panels of an operand
@@ -118,11 +120,11 @@ def schedule(
 ):
     """(crews, row_groups, unit_groups) of one call. passes: products a forward or backward pass does per weight (1 or 2)."""
     flops = 2 * passes * directions * rows * gates * hidden_size * (input_size + output_size)
-    if steps == 1:  # turning the weights into panels is most of the work
-        flops = max(flops, 8 * directions * gates * hidden_size * (input_size + output_size))
+    if steps == 1:  # reading the weights is most of the work
+        flops = max(flops, 6 * passes * directions * gates * hidden_size * (input_size + output_size))
     threads = worth_threads(flops, threads)
     crews = 2 if directions == 2 and threads > 1 else 1
-    if steps == 1:  # each thread packs its own share of the weights
+    if steps == 1:  # each thread reads its own share of the weights
         return crews, 1, min(threads // crews, panels)
     row_groups, unit_groups = choose_groups(batch, depth, panels, panel_vectors, vector_bytes, threads // crews, l2_bytes)
     return crews, row_groups, unit_groups

@@ -11,6 +11,7 @@ from functools import cache
 
 from numba import njit, types
 
+from .plan import ROW_BLOCK
 from .plan import ceil_div as _ceil_div
 from .processor import Target
 from .vector import VectorLibrary, load_int, prefetch, product_tile, store_int
@@ -36,9 +37,10 @@ def tile_rows(target: Target, columns: int) -> int:
 
 @cache
 def make_product(v: VectorLibrary, target: Target, columns: int):
-    """product(count, a_rows, a_stride, panel, depth, out, spare): `count` <= tile_rows rows times one panel.
+    """product(count, a_rows, a_stride, panel, depth, sums): `count` <= ROW_BLOCK rows times one panel.
 
-    out and spare hold count * columns vectors.
+    sums: SCRATCH_VECTORS vectors; the first count * columns become the result. Every part of the panel that is one chain
+    long meets all rows in turn: the rest of a deep panel, which no cache near holds, is read once.
     """
     panel_row = columns * v.lanes * v.size
     vector = v.lanes * v.size
@@ -64,19 +66,60 @@ def make_product(v: VectorLibrary, target: Target, columns: int):
 
         return run
 
-    run = tiles(tile_rows(target, columns))
+    most = tile_rows(target, columns)
+    run = tiles(most)
 
-    @njit(integers(7), **options)
-    def product(count, a_rows, a_stride, panel, depth, out, spare):
-        run(count, a_rows, 0, a_stride, panel, min(depth, CHAIN), out)
-        done = CHAIN
-        while done < depth:
-            run(count, a_rows, done * a_stride, a_stride, panel + done * panel_row, min(depth - done, CHAIN), spare)
-            for i in range(count * columns):
-                store_all(out + i * vector, load_all(out + i * vector) + load_all(spare + i * vector))
-            done += CHAIN
+    @njit(integers(6), **options)
+    def product(count, a_rows, a_stride, panel, depth, sums):
+        chain = sums + ROW_BLOCK * columns * vector
+        k = 0
+        while k < depth:
+            i, tiles, length = 0, ceil_div(count, most), min(depth - k, CHAIN)
+            while i < count:
+                rows, out = ceil_div(count - i, tiles), sums + i * columns * vector
+                if k == 0:
+                    run(rows, a_rows + 8 * i, 0, a_stride, panel, length, out)
+                else:
+                    run(rows, a_rows + 8 * i, k * a_stride, a_stride, panel + k * panel_row, length, chain)
+                    for j in range(rows * columns):
+                        store_all(out + j * vector, load_all(out + j * vector) + load_all(chain + j * vector))
+                i += rows
+                tiles -= 1
+            k += CHAIN
 
     return product
+
+
+@cache
+def make_dot_rows(v: VectorLibrary):
+    """dot_rows(...): rows times up to `lanes` rows of a matrix as torch keeps it, which are read once and never packed.
+
+    a_rows: address of `count` row addresses.
+    w:      `units` rows of `depth` numbers, next to each other.
+    sums:   where the vector of each row goes, `stride` bytes apart; lanes past `units` are not to be used.
+    """
+    size, lanes, dots = v.size, v.lanes, v.dots
+    store, load_all, store_all, zero = v.store, v.load_all, v.store_all, v.zero
+
+    @njit(integers(7), **options)
+    def dot_rows(count, a_rows, w, units, depth, sums, stride):
+        k = 0
+        while k < depth:  # a part that stays in L1 meets all rows
+            length = min(2 * CHAIN, depth - k)
+            for m in range(count):
+                x, out = load_int(a_rows + 8 * m) + k * size, sums + m * stride
+                if units >= lanes:
+                    total = dots(w + k * size, depth * size, x, length)
+                    store_all(out, total + load_all(out) if k > 0 else total)
+                else:
+                    if k == 0:
+                        store_all(out, zero())
+                    for unit in range(units):
+                        total = dots(w + (unit * depth + k) * size, 0, x, length)
+                        store(out + unit * size, total + load_all(out + unit * size) if k > 0 else total, 1)
+            k += length
+
+    return dot_rows
 
 
 @cache
@@ -85,26 +128,24 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int):
 
     a_rows, out_rows: address of `count` int64 row addresses.
     first, last:      the panels (columns * lanes numbers wide each) to do.
-    scratch:          2 * tile_rows * columns vectors.
+    scratch:          SCRATCH_VECTORS vectors.
     """
     product = make_product(v, target, columns)
-    most = tile_rows(target, columns)
     vector, size, lanes = v.lanes * v.size, v.size, v.lanes
     wide = columns * lanes
     load, store, load_all = v.load, v.store, v.load_all
 
     @njit(integers(11), **options)
     def multiply(count, a_rows, a_stride, panels, depth, width, first, last, out_rows, add, scratch):
-        spare = scratch + most * columns * vector
         for panel in range(first, last):
-            i, tiles = 0, ceil_div(count, most)
+            i = 0
             while i < count:
-                rows = ceil_div(count - i, tiles)
+                rows = min(count - i, ROW_BLOCK)
                 if add:  # else the sums would wait for what they are added to
                     for m in range(rows):
                         for j in range(columns):
                             prefetch(load_int(out_rows + 8 * (i + m)) + ((panel * columns + j) * lanes) * size)
-                product(rows, a_rows + 8 * i, a_stride, panels + panel * depth * wide * size, depth, scratch, spare)
+                product(rows, a_rows + 8 * i, a_stride, panels + panel * depth * wide * size, depth, scratch)
                 for m in range(rows):
                     row = load_int(out_rows + 8 * (i + m))
                     for j in range(columns):
@@ -115,7 +156,6 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int):
                                 value = value + load(row + column * size, width - column)
                             store(row + column * size, value, width - column)
                 i += rows
-                tiles -= 1
 
     return multiply
 

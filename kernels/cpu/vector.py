@@ -142,21 +142,20 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         merged.add_incoming(b, b_block)
         return merged
 
+    def load_where(builder, address, mask):
+        pointer = _pointer(builder, address, V.llvm)
+        kind = ir.FunctionType(V.llvm, [pointer.type, I32, mask.type, V.llvm])
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.{masked_type}")
+        return builder.call(function, [pointer, I32(size), mask, _constant(V, 0.0)])
+
     @intrinsic
     def load(typing_context, address, count):
         """The `count` numbers at `address`, zero in the other lanes."""
 
         def codegen(context, builder, sig, args):
             address, count = args
-
-            def masked(mask):
-                pointer = _pointer(builder, address, V.llvm)
-                kind = ir.FunctionType(V.llvm, [pointer.type, I32, mask.type, V.llvm])
-                name = f"llvm.masked.load.{masked_type}"
-                function = cgutils.get_or_insert_function(builder.module, kind, name)
-                return builder.call(function, [pointer, I32(size), mask, _constant(V, 0.0)])
-
-            return _masked(builder, count, lambda: _load_at(builder, V, address), masked)
+            whole, some = (lambda: _load_at(builder, V, address)), (lambda mask: load_where(builder, address, mask))
+            return _masked(builder, count, whole, some)
 
         return V(types.int64, types.int64), codegen
 
@@ -301,6 +300,63 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         return types.void(*[types.int64] * 4), codegen
 
     @intrinsic
+    def dots(typing_context, w, w_stride, x, depth):
+        """Lane u: the sum over k of w[u, k] * x[k], k < depth; w_stride bytes from one row of w, as torch keeps it, to the next.
+
+        A row's sum is as many chains of FMAs as there are lanes, which are then added in pairs.
+        """
+
+        def codegen(context, b, sig, args):
+            w, w_stride, x, depth = args
+            rows = [b.add(w, b.mul(w_stride, I64(u))) for u in range(lanes)]
+            before, loop, after, rest, done = b.block, *(b.append_basic_block(name) for name in ("k", "after", "rest", "done"))
+            whole = b.and_(depth, I64(-lanes))
+
+            def add_products(read, offset, totals):
+                factor = read(b.add(x, offset))
+                return [_fma(b, V, read(b.add(row, offset)), factor, total) for row, total in zip(rows, totals, strict=True)]
+
+            def merge(*origins):
+                phis = [b.phi(V.llvm) for _ in range(lanes)]
+                for values, block in origins:
+                    for phi, value in zip(phis, values, strict=True):
+                        phi.add_incoming(value, block)
+                return phis
+
+            zeros = [_constant(V, 0.0)] * lanes
+            b.cbranch(b.icmp_signed(">", whole, I64(0)), loop, after)
+            b.position_at_end(loop)
+            k = b.phi(I64)
+            totals = merge((zeros, before))
+            new = add_products(lambda address: _load_at(b, V, address), b.mul(k, I64(size)), totals)
+            following = b.add(k, I64(lanes))
+            k.add_incoming(I64(0), before)
+            k.add_incoming(following, loop)
+            for phi, value in zip(totals, new, strict=True):
+                phi.add_incoming(value, loop)
+            b.cbranch(b.icmp_signed("<", following, whole), loop, after)
+
+            b.position_at_end(after)
+            totals = merge((zeros, before), (new, loop))
+            b.cbranch(b.icmp_signed("<", whole, depth), rest, done)
+            b.position_at_end(rest)
+            mask = _mask(b, b.sub(depth, whole))
+            new = add_products(lambda address: load_where(b, address, mask), b.mul(whole, I64(size)), totals)
+            b.branch(done)
+            b.position_at_end(done)
+            sums, width = merge((totals, after), (new, rest)), 1
+            while width < lanes:  # of two vectors each, sums of neighbouring lanes: half as many vectors, log2(lanes) times
+                low = [k if not k & width else lanes + k - width for k in range(lanes)]
+                high = [k + width if not k & width else lanes + k for k in range(lanes)]
+                low, high = (ir.Constant(ir.VectorType(I32, lanes), order) for order in (low, high))
+                pairs = zip(sums[::2], sums[1::2], strict=True)
+                sums = [b.fadd(b.shuffle_vector(m, n, low), b.shuffle_vector(m, n, high)) for m, n in pairs]
+                width *= 2
+            return sums[0]
+
+        return V(*[types.int64] * 4), codegen
+
+    @intrinsic
     def load_scalar(typing_context, address):
         def codegen(context, builder, sig, args):
             return builder.load(_pointer(builder, args[0], V.element))
@@ -329,6 +385,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         relu=unary(emit_relu),
         where_positive=where_positive,
         transpose=transpose,
+        dots=dots,
         load_scalar=load_scalar,
         store_scalar=store_scalar,
     )
