@@ -1,6 +1,9 @@
 // The raw layer ops on a CPU: fills in one record a direction, gets the workspace, and runs the compiled kernels on torch's
 // threads. Schemas and shapes: fastrnn/ops.py. Built on torch's stable ABI: no Python and no ATen headers.
 #include <algorithm>
+#include <cstring>
+#include <forward_list>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <string>
@@ -21,15 +24,42 @@
 namespace fastrnn {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
 int64_t address(const Tensor& t) { return reinterpret_cast<int64_t>(t.data_ptr()); }
 
+// Without the conversion that Tensor::scalar_type makes: every tensor of every step is looked at.
+int32_t dtype_code(const Tensor& t) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
+
+bool is_strided_on_cpu(const Tensor& t) {
+  int32_t layout;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  return layout == aoti_torch_layout_strided() && t.is_cpu();
+}
+
+// One weight of each direction, so many tensors apart; or none.
+struct Weights {
+  const Tensor* first = nullptr;
+  int64_t apart = 1;
+
+  Weights() = default;
+  Weights(const Tensor* first, int64_t apart) : first(first), apart(apart) {}
+  Weights(const Tensors& all, size_t directions) : first(all.empty() ? nullptr : all.data()) {
+    STD_TORCH_CHECK(all.empty() || all.size() == directions, "fastrnn: expected a weight for each direction");
+  }
+  explicit operator bool() const { return first != nullptr; }
+  const Tensor& operator[](int64_t direction) const { return first[direction * apart]; }
+};
+
 // The C library maps blocks of this size anew each time, and unmaps them when freed.
 constexpr int64_t MAPPED_BYTES = 32 << 20;
+constexpr int64_t SMALL_WORKSPACE = 64 << 10;
 constexpr int64_t HUGE_PAGE_BYTES = 2 << 20;
 
 // Have fresh memory come in huge pages: in small ones its first use costs up to a quarter of a forward pass. Only a wish.
@@ -43,15 +73,12 @@ void want_huge_pages(int64_t begin, int64_t bytes) {
 }
 
 // torch.empty, by the call that does not go through the dispatcher: a step of a small layer makes eight of these.
-Tensor empty_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
+Tensor empty_tensor(const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
-  const int32_t code = dtype == ScalarType::Byte    ? aoti_torch_dtype_uint8()
-                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
-                                                    : aoti_torch_dtype_float64();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   want_huge_pages(address(tensor), stride * static_cast<int64_t>(tensor.element_size()));
@@ -64,35 +91,38 @@ const Cell& find_cell(const std::string& name) {
   return *cell;
 }
 
+// The axes of a sequence before its features.
+enum class Layout { time_batch, batch_time, packed, batch };  // batch: one step
+
 // One call: its records, and what they point to kept alive.
 class Call {
  public:
-  Call(const std::string& cell_name, const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const Tensors& w_ih,
-       const Tensors& w_hh, const Tensors& w_hr, bool bias, bool reverse, bool batch_first)
-      : cell(find_cell(cell_name)), x_(x), records(w_ih.size()) {
-    const auto directions = static_cast<int64_t>(w_ih.size());
+  Call(const Cell& cell, const Tensor& x, Layout layout, const MaybeTensor& batch_sizes, int64_t directions, Weights w_ih,
+       Weights w_hh, Weights w_hr, bool bias, bool reverse)
+      : cell(cell), x_(x), dtype_(dtype_code(x)), layout_(layout), records(directions) {
     STD_TORCH_CHECK(directions == 1 || directions == 2, "fastrnn: expected one or two directions, got ", directions);
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+    STD_TORCH_CHECK(dtype_ == aoti_torch_dtype_float32() || dtype_ == aoti_torch_dtype_float64(),
                     "fastrnn: the CPU engine takes float32 and float64");
-    STD_TORCH_CHECK(x.dim() == (batch_sizes ? 2 : 3), "fastrnn: x has ", x.dim(), " dimensions");
-    STD_TORCH_CHECK(h0.dim() == 3 && h0.size(0) == directions, "fastrnn: h0 must be [directions, batch, output_size]");
-    packed_ = batch_sizes.has_value();
-    batch_first_ = batch_first;
+    const bool packed = layout == Layout::packed, dense = layout == Layout::time_batch || layout == Layout::batch_time;
+    STD_TORCH_CHECK(x.dim() == (dense ? 3 : 2), "fastrnn: x has ", x.dim(), " dimensions");
+    STD_TORCH_CHECK(w_ih && w_hh && w_hh[0].dim() == 2, "fastrnn: expected matrices w_ih and w_hh");
     Record r{};
-    r.steps = packed_ ? batch_sizes->numel() : x.size(batch_first ? 1 : 0);
-    r.batch = h0.size(1);
-    r.rows = packed_ ? x.size(0) : r.steps * r.batch;
+    r.steps = packed ? batch_sizes->numel() : dense ? x.size(layout == Layout::batch_time ? 1 : 0) : 1;
+    STD_TORCH_CHECK(r.steps > 0, "fastrnn: expected at least one step");
+    if (packed) batch_sizes_ = torch::stable::contiguous(*batch_sizes);
+    r.batch = packed  ? *static_cast<const int64_t*>(batch_sizes_->data_ptr())
+              : dense ? x.size(layout == Layout::batch_time ? 0 : 1)
+                      : x.size(0);
+    STD_TORCH_CHECK(r.batch > 0, "fastrnn: expected at least one row");
+    r.rows = packed ? x.size(0) : r.steps * r.batch;
     r.input_size = x.size(-1);
-    r.output_size = h0.size(2);
-    r.hidden_size = w_ih[0].size(0) / cell.gates;
+    r.output_size = w_hh[0].size(1);
+    r.hidden_size = w_hh[0].size(0) / cell.gates;
     r.bias = bias;
-    r.projected = !w_hr.empty();
+    r.projected = static_cast<bool>(w_hr);
     r.directions = directions;
-    STD_TORCH_CHECK(r.steps > 0 && r.batch > 0, "fastrnn: expected at least one step and one row");
-    STD_TORCH_CHECK(packed_ || x.size(batch_first ? 0 : 1) == r.batch, "fastrnn: x and h0 differ in batch size");
-    STD_TORCH_CHECK(r.projected || r.output_size == r.hidden_size, "fastrnn: h0 and w_ih differ in hidden_size");
-    if (packed_) {
-      batch_sizes_ = torch::stable::contiguous(*batch_sizes);
+    STD_TORCH_CHECK(r.projected || r.output_size == r.hidden_size, "fastrnn: w_hh's shape does not fit the cell");
+    if (packed) {
       const auto* sizes = static_cast<const int64_t*>(batch_sizes_->data_ptr());
       int64_t total = 0, previous = r.batch;
       for (int64_t t = 0; t < r.steps; ++t) {
@@ -101,7 +131,7 @@ class Call {
         previous = sizes[t];
         total += previous;
       }
-      STD_TORCH_CHECK(sizes[0] == r.batch && total == r.rows, "fastrnn: batch_sizes do not fit x and h0");
+      STD_TORCH_CHECK(total == r.rows, "fastrnn: batch_sizes do not fit x");
       r.batch_sizes = reinterpret_cast<int64_t>(sizes);
       r.offsets = reinterpret_cast<int64_t>(offsets_.data());
     }
@@ -121,8 +151,7 @@ class Call {
   }
 
   // The matrices [height, width] of each direction.
-  void weights(const Tensors& given, int64_t Record::*field, int64_t height, int64_t width) {
-    STD_TORCH_CHECK(given.size() == records.size(), "fastrnn: expected a weight for each direction");
+  void weights(Weights given, int64_t Record::*field, int64_t height, int64_t width) {
     for (size_t d = 0; d < records.size(); ++d) {
       STD_TORCH_CHECK(given[d].numel() == height * width && given[d].size(0) == height && same_kind(given[d]),
                       "fastrnn: a weight's shape or dtype does not fit the layer");
@@ -130,27 +159,28 @@ class Call {
     }
   }
 
-  // A tensor with a leading axis for directions.
-  void states(const Tensor& given, int64_t Record::*field, int64_t numbers_a_direction) {
-    STD_TORCH_CHECK(given.numel() == numbers_a_direction * static_cast<int64_t>(records.size()) && same_kind(given),
+  // A tensor with a leading axis for directions, or for those of `layers` layers, of which this is the one with index `layer`.
+  void states(const Tensor& given, int64_t Record::*field, int64_t numbers_a_direction, int64_t layer = 0, int64_t layers = 1) {
+    const auto directions = static_cast<int64_t>(records.size());
+    STD_TORCH_CHECK(given.numel() == numbers_a_direction * directions * layers && same_kind(given),
                     "fastrnn: a state's shape or dtype does not fit the layer");
     const Tensor& kept = keep(given);
-    for (size_t d = 0; d < records.size(); ++d)
-      records[d].*field = address(kept) + static_cast<int64_t>(d) * numbers_a_direction * element_size();
+    for (int64_t d = 0; d < directions; ++d)
+      records[d].*field = address(kept) + (layer * directions + d) * numbers_a_direction * element_size();
   }
 
   // A sequence in x's layout; direction d starts d * width numbers into a row.
   void rows(const Tensor& given, int64_t Record::*field, int64_t Record::*step, int64_t Record::*row, int64_t width) {
     STD_TORCH_CHECK(given.dim() == x_.dim() && same_kind(given), "fastrnn: a sequence's layout or dtype does not fit x");
-    const Tensor& kept = given.stride(-1) == 1 ? hold(given) : keep(given);
+    const Tensor& kept = given.stride(-1) == 1 ? given : keep(given);
     for (size_t d = 0; d < records.size(); ++d) {
       records[d].*field = address(kept) + static_cast<int64_t>(d) * width * element_size();
-      records[d].*step = kept.stride(packed_ || !batch_first_ ? 0 : 1) * element_size();
-      records[d].*row = kept.stride(packed_ || batch_first_ ? 0 : 1) * element_size();
+      records[d].*step = kept.stride(layout_ == Layout::batch_time ? 1 : 0) * element_size();
+      records[d].*row = kept.stride(layout_ == Layout::time_batch ? 1 : 0) * element_size();
     }
   }
 
-  Tensor empty(const std::vector<int64_t>& sizes) const { return empty_tensor(sizes, x_.scalar_type()); }
+  Tensor empty(const std::vector<int64_t>& sizes) const { return empty_tensor(sizes, dtype_); }
 
   void run(bool forward) {
     const Unit& unit = *std::find_if(std::begin(UNITS), std::end(UNITS), [&](const Unit& u) {
@@ -158,8 +188,11 @@ class Call {
     });
     const auto at = reinterpret_cast<int64_t>(records.data());
     const int64_t bytes = unit.arrange(at, torch::stable::get_num_threads());
-    const Tensor workspace = empty_tensor({bytes + 64}, ScalarType::Byte);
-    const int64_t aligned = (address(workspace) + 63) / 64 * 64;
+    // A small workspace is kept from call to call.
+    alignas(64) static thread_local char small[SMALL_WORKSPACE];
+    std::optional<Tensor> large;
+    if (bytes > SMALL_WORKSPACE) large = empty_tensor({bytes + 64}, aoti_torch_dtype_uint8());
+    const int64_t aligned = large ? (address(*large) + 63) / 64 * 64 : reinterpret_cast<int64_t>(small);
     for (Record& r : records) r.workspace = aligned;
     unit.arrange(at, torch::stable::get_num_threads());
     const int64_t threads = records[0].threads;
@@ -197,31 +230,38 @@ class Call {
     return std::chrono::nanoseconds(std::max<int64_t>(100'000, operations / 200));
   }
 
-  bool same_kind(const Tensor& t) const { return t.scalar_type() == x_.scalar_type() && t.is_cpu(); }
-  int64_t element_size() const { return static_cast<int64_t>(x_.element_size()); }
-  const Tensor& hold(const Tensor& t) { return kept_.emplace_back(t); }
-  const Tensor& keep(const Tensor& t) { return hold(t.is_contiguous() ? t : torch::stable::contiguous(t)); }
+  bool same_kind(const Tensor& t) const { return dtype_code(t) == dtype_ && t.is_cpu(); }
+  int64_t element_size() const { return dtype_ == aoti_torch_dtype_float32() ? 4 : 8; }
+  const Tensor& keep(const Tensor& t) { return t.is_contiguous() ? t : copies_.emplace_front(torch::stable::contiguous(t)); }
 
-  Tensor x_;
+  const Tensor& x_;
+  int32_t dtype_;
+  Layout layout_;
   MaybeTensor batch_sizes_;
-  bool packed_, batch_first_;
   std::vector<int64_t> offsets_;
-  Tensors kept_;
+  std::forward_list<Tensor> copies_;
 
  public:
   std::vector<Record> records;
 };
 
+Layout layout_of(const MaybeTensor& batch_sizes, bool batch_first) {
+  return batch_sizes ? Layout::packed : batch_first ? Layout::batch_time : Layout::time_batch;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(
     const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0, const Tensors& w_ih,
     const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, const std::string& cell, bool reverse,
     bool batch_first, bool save) {
-  Call call(cell, x, batch_sizes, h0, w_ih, w_hh, w_hr, !b_ih.empty(), reverse, batch_first);
+  const auto directions = static_cast<int64_t>(w_ih.size());
+  const auto each = [&](const Tensors& weights) { return Weights(weights, w_ih.size()); };
+  const Layout layout = layout_of(batch_sizes, batch_first);
+  Call call(find_cell(cell), x, layout, batch_sizes, directions, each(w_ih), each(w_hh), each(w_hr), !b_ih.empty(), reverse);
   const Record& r = call.records[0];
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size;
   if (r.bias) {
-    call.weights(b_ih, &Record::b_ih, call.cell.gates * H, 1);
-    call.weights(b_hh, &Record::b_hh, call.cell.gates * H, 1);
+    call.weights(each(b_ih), &Record::b_ih, call.cell.gates * H, 1);
+    call.weights(each(b_hh), &Record::b_hh, call.cell.gates * H, 1);
   }
   std::vector<int64_t> y_sizes(x.sizes().begin(), x.sizes().end());
   y_sizes.back() = D * R;
@@ -250,7 +290,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     const Tensor& h0, const MaybeTensor& c0, const Tensors& w_ih, const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh,
     const Tensors& w_hr, const Tensor& y, const Tensor& saved, const std::string& cell, bool reverse, bool batch_first,
     bool need_dx, bool need_dw) {
-  Call call(cell, x, batch_sizes, h0, w_ih, w_hh, w_hr, !b_ih.empty(), reverse, batch_first);
+  const auto directions = static_cast<int64_t>(w_ih.size());
+  const auto each = [&](const Tensors& weights) { return Weights(weights, w_ih.size()); };
+  const Layout layout = layout_of(batch_sizes, batch_first);
+  Call call(find_cell(cell), x, layout, batch_sizes, directions, each(w_ih), each(w_hh), each(w_hr), !b_ih.empty(), reverse);
   const Record& r = call.records[0];
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, G = call.cell.gates * H;
   for (Record& record : call.records) {
@@ -288,16 +331,128 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
       out = call.empty(sizes);
       call.states(out, field, out.numel() / D);
     };
-    gradient(dw_ih, &Record::dw_ih, {D, G, r.input_size});
-    gradient(dw_hh, &Record::dw_hh, {D, G, R});
+    gradient(dw_ih, &Record::dw_ih, {D * G, r.input_size});
+    gradient(dw_hh, &Record::dw_hh, {D * G, R});
     if (r.bias) {
-      gradient(db_ih, &Record::db_ih, {D, G});
-      gradient(db_hh, &Record::db_hh, {D, G});
+      gradient(db_ih, &Record::db_ih, {D * G});
+      gradient(db_hh, &Record::db_hh, {D * G});
     }
-    if (r.projected) gradient(dw_hr, &Record::dw_hr, {D, R, H});
+    if (r.projected) gradient(dw_hr, &Record::dw_hr, {D * R, H});
   }
   call.run(false);
   return {dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr};
+}
+
+// Layers on top of each other, as a module holds them, without gradients and dropout.
+struct Stack {
+  const Cell& cell;
+  const Tensors& params;  // of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, those that are there
+  int64_t layers, directions, kinds = 0, batch = 0, hidden_size = 0, output_size = 0;
+  bool bias = false, projected = false;
+
+  Stack(const std::string& cell_name, const Tensors& params, int64_t layers, int64_t directions)
+      : cell(find_cell(cell_name)), params(params), layers(layers), directions(directions) {}
+
+  // Whether this can run: torch.nn has the words for what is wrong where it can't. fastrnn/functional.py: _fits.
+  bool takes(const Tensor& x, Layout layout, const MaybeTensor& h0, const MaybeTensor& c0) {
+    const auto count = static_cast<int64_t>(params.size()), sets = layers * directions;
+    const int32_t dtype = dtype_code(x);
+    const auto is = [&](const Tensor& t, std::initializer_list<int64_t> sizes) {
+      return dtype_code(t) == dtype && is_strided_on_cpu(t) && std::ranges::equal(t.sizes(), sizes);
+    };
+    if (sets < 1 || count % sets || !is_strided_on_cpu(x)) return false;
+    if (dtype != aoti_torch_dtype_float32() && dtype != aoti_torch_dtype_float64()) return false;
+    kinds = count / sets;
+    if (kinds < 2 || kinds > 5 || x.numel() == 0 || x.dim() != (layout == Layout::batch ? 2 : 3)) return false;
+    bias = kinds > 3;
+    projected = kinds % 2;
+    if (params[1].dim() != 2 || (projected && !cell.has_cell_state)) return false;
+    const int64_t gate_rows = params[1].size(0);
+    hidden_size = gate_rows / cell.gates;
+    output_size = params[1].size(1);
+    if (hidden_size * cell.gates != gate_rows || (!projected && output_size != hidden_size)) return false;
+    for (int64_t i = 0; i < count; i += kinds) {
+      if (!is(params[i], {gate_rows, i < directions * kinds ? x.size(-1) : directions * output_size})) return false;
+      if (!is(params[i + 1], {gate_rows, output_size})) return false;
+      if (bias && !(is(params[i + 2], {gate_rows}) && is(params[i + 3], {gate_rows}))) return false;
+      if (projected && !is(params[i + kinds - 1], {output_size, hidden_size})) return false;
+    }
+    batch = x.size(layout == Layout::time_batch ? 1 : 0);
+    const auto is_state = [&](const MaybeTensor& t, int64_t width) {
+      return !t || (t->dim() == 2 ? sets == 1 && is(*t, {batch, width}) : is(*t, {sets, batch, width}));
+    };
+    return is_state(h0, output_size) && is_state(c0, hidden_size) && (cell.has_cell_state || !c0);
+  }
+
+  // Writes y, h_n and c_n (where the cell has it), which may be h0 and c0 where there is one step. Absent states are zero.
+  void run(const Tensor& x, Layout layout, const MaybeTensor& h0, const MaybeTensor& c0, const Tensor& y, const Tensor& h_n,
+           const MaybeTensor& c_n) const {
+    MaybeTensor zeros;
+    if (!h0 || (cell.has_cell_state && !c0)) {
+      zeros = empty_tensor({layers * directions * batch * std::max(hidden_size, output_size)}, dtype_code(x));
+      std::memset(zeros->data_ptr(), 0, static_cast<size_t>(zeros->numel()) * zeros->element_size());
+    }
+    Tensor input = x;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const auto each = [&](int64_t kind) { return Weights(&params[layer * directions * kinds + kind], kinds); };
+      const Weights w_hr = projected ? each(kinds - 1) : Weights();
+      Call call(cell, input, layout, std::nullopt, directions, each(0), each(1), w_hr, bias, false);
+      if (bias) {
+        call.weights(each(2), &Record::b_ih, cell.gates * hidden_size, 1);
+        call.weights(each(3), &Record::b_hh, cell.gates * hidden_size, 1);
+      }
+      const auto initial = [&](const MaybeTensor& given, int64_t Record::*field, int64_t width) {
+        if (given) return call.states(*given, field, batch * width, layer, layers);
+        for (Record& record : call.records) record.*field = address(*zeros);
+      };
+      initial(h0, &Record::h0, output_size);
+      call.states(h_n, &Record::h_n, batch * output_size, layer, layers);
+      if (cell.has_cell_state) {
+        initial(c0, &Record::c0, hidden_size);
+        call.states(*c_n, &Record::c_n, batch * hidden_size, layer, layers);
+      }
+      std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+      sizes.back() = directions * output_size;
+      Tensor output = layer == layers - 1 ? y : call.empty(sizes);
+      call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
+      call.run(true);
+      input = std::move(output);
+    }
+  }
+};
+
+// y, h_n, c_n of a module's layers; for x of two dimensions, one step, of a cell. y is [0] where the engine does not take it.
+std::tuple<Tensor, Tensor, Tensor> stack_forward(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                                                 const Tensors& params, const std::string& cell, int64_t layers,
+                                                 bool bidirectional, bool batch_first) {
+  const Layout layout = x.dim() == 2 ? Layout::batch : layout_of(std::nullopt, batch_first);
+  Stack stack(cell, params, layers, bidirectional ? 2 : 1);
+  if (!stack.takes(x, layout, h0, c0)) {
+    const auto nothing = [&] { return empty_tensor({0}, dtype_code(x)); };
+    return {nothing(), nothing(), nothing()};
+  }
+  const auto state = [&](int64_t width) {
+    if (x.dim() == 2) return empty_tensor({stack.batch, width}, dtype_code(x));
+    return empty_tensor({layers * stack.directions, stack.batch, width}, dtype_code(x));
+  };
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = stack.directions * stack.output_size;
+  Tensor y = empty_tensor(sizes, dtype_code(x)), h_n = state(stack.output_size);
+  Tensor c_n = stack.cell.has_cell_state ? state(stack.hidden_size) : empty_tensor({0}, dtype_code(x));
+  stack.run(x, layout, h0, c0, y, h_n, c_n);
+  return {y, h_n, c_n};
+}
+
+// One step, x [B, I] to y [B, R], into tensors of the caller's: h_n and c_n may be h0 and c0. False where it isn't taken.
+bool stack_step(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const Tensors& params, const std::string& cell,
+                int64_t layers, const Tensor& y, const Tensor& h_n, const MaybeTensor& c_n) {
+  Stack stack(cell, params, layers, 1);
+  if (!stack.takes(x, Layout::batch, h0, c0) || !stack.takes(x, Layout::batch, h_n, c_n)) return false;
+  const bool fits = y.dim() == 2 && y.size(0) == stack.batch && y.size(1) == stack.output_size && is_strided_on_cpu(y);
+  if (!fits || dtype_code(y) != dtype_code(x) || !y.is_contiguous() || !h_n.is_contiguous()) return false;
+  if (c_n.has_value() != stack.cell.has_cell_state || (c_n && !c_n->is_contiguous())) return false;
+  stack.run(x, Layout::batch, h0, c0, y, h_n, c_n);
+  return true;
 }
 
 }  // namespace
@@ -306,6 +461,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
+}
+
+// For tensors of any device: these say of themselves what they take.
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("stack_forward", TORCH_BOX(&fastrnn::stack_forward));
+  m.impl("stack_step", TORCH_BOX(&fastrnn::stack_step));
 }
 
 #define EXPORTED __attribute__((visibility("default")))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -27,16 +28,18 @@ from fastrnn.kernels.cells import CELLS
 
 forced = os.environ.get("FASTRNN_BACKEND")
 
+native = False  # are stack_forward and stack_step there?
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+_EAGER = frozenset((Tensor, nn.Parameter))
 _MODES = {cell.mode: cell.name for cell in CELLS.values()}
 unavailable: str | None = "its operators are not registered yet"  # or None
 
 
 def load() -> None:
     """Have the compiled engine register its operators; where it cannot, remember why: torch.nn takes its calls."""
-    global unavailable
+    global native, unavailable
     try:
-        cpu.load()
+        native = cpu.load() == "compiled" and forced in (None, "cpu")
         unavailable = None
     except RuntimeError as error:
         unavailable = str(error)
@@ -55,6 +58,26 @@ def choose(x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weig
     if reason := _WHY_NOT[forced](x, batch_sizes, states, weights):
         raise RuntimeError(f"FASTRNN_BACKEND={forced}: the engine cannot run this call: {reason}")
     return forced
+
+
+def takes_stack(*tensors: Tensor) -> bool:
+    """Are these plain tensors, in a call that nobody looks at from outside: no gradient, trace, transform or mode?
+
+    Then the compiled engine's stack_forward and stack_step, which check the rest themselves, may be asked.
+    """
+    if not native or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _EAGER:
+            return False
+    return not (
+        torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
 def why_not_cpu(x, batch_sizes, states, weights) -> str | None:

@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+_CELLS = {cell.mode: cell.name for cell in CELLS.values()}  # by torch.nn's name
+
+
 def layer(
     x: Tensor,
     h0: Tensor,
@@ -118,6 +121,66 @@ def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """torch.rnn_relu_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
     return _step("rnn_relu", _VF.rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
+    """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it.
+
+    Without a gradient it is one call of the compiled engine.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3 or module._weights_have_changed():
+        return None
+    cell, lstm, weights = _CELLS[module.mode], module.mode == "LSTM", module._flat_weights
+    num_layers, bidirectional, batch_first = module.num_layers, module.bidirectional, module.batch_first
+    dropout = module.dropout if module.training else 0.0
+    if not (torch.is_grad_enabled() or dropout):
+        done = _run_stack(cell, x, hx, weights, 3, num_layers, bidirectional, batch_first)
+        if done is not None:
+            y, h_n, c_n = done
+            return y, (h_n, c_n) if lstm else h_n
+    if hx is None:
+        depth, batch = num_layers * (1 + bidirectional), x.size(0 if batch_first else 1)
+        hx = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
+        if lstm:
+            hx = hx, x.new_zeros(depth, batch, module.hidden_size)
+    done = _stack(cell, _decline, (x, hx, weights, module.bias, num_layers, dropout, dropout > 0, bidirectional, batch_first))
+    return done and (done[0], done[1:] if lstm else done[1])
+
+
+def _decline(*args) -> None:
+    return None
+
+
+def cell_forward(cell: str, module: nn.RNNCellBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
+    """A cell's step without gradient by one call of the engine: h, or (h, c); None where torch.nn's code has to run."""
+    if type(x) is not Tensor:
+        return None
+    done = _run_stack(cell, x, hx, _cell_weights(module), 2)
+    if done is None:
+        return None
+    h, _, c = done
+    return (h, c) if cell == "lstm" else h
+
+
+def _cell_weights(module: nn.RNNCellBase) -> list[Tensor | None]:
+    """A cell's parameters; None in the place of one that is something else by now, such as parametrized."""
+    find = module._parameters.get
+    return [find(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]]
+
+
+def _run_stack(cell: str, x, hx, weights, axes: int, num_layers=1, bidirectional=False, batch_first=False):
+    """ops.stack_forward of input and states of so many axes; None where it does not take them."""
+    states = () if hx is None else hx if cell == "lstm" else (hx,)
+    if type(states) not in (tuple, list) or len(states) not in (0, 1 + (cell == "lstm")):
+        return None
+    if not dispatch.takes_stack(x, *states, *weights) or x.dim() != axes:
+        return None
+    for state in states:
+        if state.dim() != axes:
+            return None
+    h0, c0 = (None, None) if not states else (states[0], None) if len(states) == 1 else states
+    y, h_n, c_n = ops.stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
+    return None if y.dim() == 1 else (y, h_n, c_n)
 
 
 def _stack(cell: str, fallback: Callable, args: tuple):

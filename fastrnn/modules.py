@@ -2,13 +2,15 @@
 
 Each class derives from the one it stands for and replaces `forward`, by torch's own code object with the name
 `_VF` bound to `fastrnn.functional`. So constructors, checks, error words, initial values, state_dict, pickling,
-parametrisations and `isinstance` are torch's, of the torch that is installed.
+parametrisations and `isinstance` are torch's, of the torch that is installed. Before that code, whose checks take longer
+than a small step, the compiled engine is asked to do all in one call, which it does where nothing is out of the ordinary.
 
 Two parts of torch go by the class rather than by what the module does, and are met here: TorchScript and Dynamo.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import sys
@@ -18,7 +20,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from fastrnn import functional as _VF  # noqa: F401  (torch's code looks it up)
+from fastrnn import functional as _VF
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -35,6 +37,29 @@ def _rebound(function: _Function) -> _Function:
     own.__kwdefaults__, own.__annotations__ = function.__kwdefaults__, function.__annotations__
     own.__qualname__ = function.__qualname__
     return own  # type: ignore[return-value]
+
+
+def _forward(torch_class: type[nn.RNNBase]) -> Any:
+    by_torch = _rebound(torch_class.forward)
+
+    @functools.wraps(torch_class.forward)
+    def forward(self, input, hx=None):
+        result = _VF.module_forward(self, input, hx)
+        return by_torch(self, input, hx) if result is None else result
+
+    return forward
+
+
+def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
+    by_torch = _rebound(torch_class.forward)
+    cell = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}.get(torch_class)
+
+    @functools.wraps(torch_class.forward)
+    def forward(self, input, hx=None):
+        result = _VF.cell_forward(cell or f"rnn_{self.nonlinearity}", self, input, hx)
+        return by_torch(self, input, hx) if result is None else result
+
+    return forward
 
 
 class _DropIn:
@@ -78,40 +103,40 @@ def _weights_have_changed(self: nn.RNNBase) -> bool:
 class RNN(nn.RNN, _DropIn):
     """`torch.nn.RNN`, arguments and behaviour, on fastrnn's engines."""
 
-    forward = _rebound(nn.RNN.forward)
+    forward = _forward(nn.RNN)
     _weights_have_changed = _weights_have_changed
 
 
 class LSTM(nn.LSTM, _DropIn):
     """`torch.nn.LSTM`, arguments and behaviour, on fastrnn's engines."""
 
-    forward = _rebound(nn.LSTM.forward)
+    forward = _forward(nn.LSTM)
     _weights_have_changed = _weights_have_changed
 
 
 class GRU(nn.GRU, _DropIn):
     """`torch.nn.GRU`, arguments and behaviour, on fastrnn's engines."""
 
-    forward = _rebound(nn.GRU.forward)
+    forward = _forward(nn.GRU)
     _weights_have_changed = _weights_have_changed
 
 
 class RNNCell(nn.RNNCell, _DropIn):
     """`torch.nn.RNNCell`, arguments and behaviour, on fastrnn's engines."""
 
-    forward = _rebound(nn.RNNCell.forward)
+    forward = _cell_forward(nn.RNNCell)
 
 
 class LSTMCell(nn.LSTMCell, _DropIn):
     """`torch.nn.LSTMCell`, arguments and behaviour, on fastrnn's engines."""
 
-    forward = _rebound(nn.LSTMCell.forward)
+    forward = _cell_forward(nn.LSTMCell)
 
 
 class GRUCell(nn.GRUCell, _DropIn):
     """`torch.nn.GRUCell`, arguments and behaviour, on fastrnn's engines."""
 
-    forward = _rebound(nn.GRUCell.forward)
+    forward = _cell_forward(nn.GRUCell)
 
 
 # Each class of torch.nn and the one that stands in for it.

@@ -17,7 +17,16 @@ Raw ops (no autograd; engines register them per device). They assume T >= 1, B >
     h_n, c_n     [D, B, R], [D, B, H] (lstm, otherwise [0])
     saved        [D, rows, slots*H], rows step-major (also when batch_first) or packed; one more slot, the output before
                  the projection, where there is one. [0] without `save`.
-    dx, dw_*     like x, contiguous; weights' gradients stacked as [D, ...]. [0] where not needed or not there.
+    dx, dw_*     like x, contiguous; weights' gradients one below the other, dw_ih [D*G*H, I] and so on. [0] where not needed
+                 or not there.
+
+Two more, of the compiled CPU engine alone, take a module's layers in one call, without gradients and dropout. They check
+shapes, dtypes and devices themselves, so that little Python is in the way of a step:
+
+    stack_forward -> y, h_n, c_n; y is [0] where the engine does not take the call. x is [T, B, I], [B, T, I] with
+                  batch_first, or [B, I], a step of a cell; absent states are zero; params as torch.lstm takes them.
+    stack_step -> whether it took the call, x [B, I] and states [L, B, R], [L, B, H]; writes y [B, R], h_n and c_n, which
+                  may be h0 and c0.
 
 `layer` is the differentiable entry: reverse mode through `Layer`, whose backward is `LayerBackward`, differentiable to
 any order through the reference; vmap by folding or looping; forward mode by running the reference on dual numbers.
@@ -58,6 +67,16 @@ _library.define(
     "Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
     tags=_tags,
 )
+_library.define(
+    "stack_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, str cell, int num_layers, bool bidirectional, "
+    "bool batch_first) -> (Tensor y, Tensor h_n, Tensor c_n)"
+)
+_library.define(
+    "stack_step(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, str cell, int num_layers, "
+    "Tensor(a!) y, Tensor(b!) h_n, Tensor(c!)? c_n) -> bool"
+)
+stack_forward = torch.ops.fastrnn.stack_forward.default
+stack_step = torch.ops.fastrnn.stack_step.default
 _forward = torch.ops.fastrnn.layer_forward.default
 _backward = torch.ops.fastrnn.layer_backward.default
 
@@ -82,14 +101,14 @@ def _(
     dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved,
     cell, reverse, batch_first, need_dx, need_dw
 ):  # fmt: skip
-    def stacked(weights):
-        return x.new_empty((len(weights), *weights[0].shape) if need_dw and weights else (0,))
+    def joined(weights):
+        return x.new_empty((len(weights) * weights[0].shape[0], *weights[0].shape[1:]) if need_dw and weights else (0,))
 
     return (
         x.new_empty(x.shape if need_dx else (0,)),
         x.new_empty(h0.shape),
         x.new_empty((0,) if c0 is None else c0.shape),
-        *map(stacked, (w_ih, w_hh, b_ih, b_hh, w_hr)),
+        *map(joined, (w_ih, w_hh, b_ih, b_hh, w_hr)),
     )
 
 
@@ -158,10 +177,12 @@ class Layer(Function):
             grads = _backward(
                 dy, dh_n, dc_n, x, batch_sizes, h0, c0, *kinds, y, saved, cell, reverse, batch_first, need_dx, need_dw
             )
-        dx, dh0, dc0, *stacked = grads
-        present = [grad for grad, kind in zip(stacked, kinds, strict=True) if kind]
-        parts = [(grad.squeeze(0),) if directions == 1 else grad.unbind() for grad in present]  # squeeze is the faster
-        dw = [part for each in parts for part in each] if need_dw else [None] * len(weights)
+        dx, dh0, dc0, *joined = grads
+        if need_dw:
+            dw = [grad for grad, kind in zip(joined, kinds, strict=True) if kind]
+            dw = dw if directions == 1 else [part for grad in dw for part in grad.chunk(directions)]
+        else:
+            dw = [None] * len(weights)
         return dx if need_dx else None, None, dh0, None if c0 is None else dc0, None, None, None, None, *dw
 
     @staticmethod

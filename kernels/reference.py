@@ -85,7 +85,10 @@ def layer_backward(
     need_dx: bool = True,
     need_dw: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; of weights [D, ...]; [0] where there is none."""
+    """Gradients dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; [0] where there is none.
+
+    The two directions' gradients of a weight are one below the other.
+    """
     kind = CELLS[cell]
     xs = _steps(x, batch_sizes, batch_first)
     rows = [len(step) for step in xs]
@@ -113,7 +116,7 @@ def layer_backward(
     dx = _join([sum(step) for step in zip(*dxs, strict=True)], batch_sizes, batch_first) if need_dx else empty
     dc0 = torch.stack(dcarries) if kind.carry == "cell" else empty
     dw_ih, dw_hh, db_ih, db_hh, dw_hr = (
-        torch.stack(dw) if need_dw and dw[0] is not None else empty for dw in zip(*dweights, strict=True)
+        torch.cat(dw) if need_dw and dw[0] is not None else empty for dw in zip(*dweights, strict=True)
     )
     return dx, torch.stack(dstates), dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
 

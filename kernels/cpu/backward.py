@@ -14,7 +14,7 @@ from numba import njit
 from ..cells import Cell, bind
 from .plan import LINE, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
 from .processor import Target
-from .product import CHAIN, ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options
+from .product import CHAIN, ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
 from .team import (
     RECORD_BYTES,
     active_rows,
@@ -30,6 +30,7 @@ from .team import (
 )
 from .vector import VectorLibrary, load_int, store_int
 
+FEW_ROWS = 4
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
 
 
@@ -38,9 +39,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     """backward(records, rank): the share of thread `rank` in one call; records is the address of one record a direction."""
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     load, store, load_all, store_all, zero = v.load, v.store, v.load_all, v.store_all, v.zero
+    multiply_add = v.multiply_add
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
     columns = wide_columns(target.registers)
-    wide = columns * lanes
+    wide, panel_row, most = columns * lanes, columns * vector, tile_rows(target, columns)
     product = make_product(v, target, columns)
     multiply = make_multiply(v, target, columns)
     pack_rows = make_pack_rows(v, columns)
@@ -151,7 +153,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
                 going_on = min(rows, max(0, live - i))
-                product(going_on, later + 8 * i, size, p.hh_panels + panel * depth * wide * size, depth, scratch)
+                product(going_on, later + 8 * i, size, p.hh_panels + panel * depth * panel_row, panel_row, depth, scratch)
                 for j in range(going_on * columns, rows * columns):
                     store_all(scratch + j * vector, zero())
                 for m in range(rows):
@@ -178,7 +180,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                product(rows, out_rows + 8 * i, size, p.hr_panels + panel * depth * wide * size, depth, scratch)
+                product(rows, out_rows + 8 * i, size, p.hr_panels + panel * depth * panel_row, panel_row, depth, scratch)
                 for m in range(rows):
                     b = r0 + i + m
                     for j in range(columns):
@@ -188,6 +190,24 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                             n, row = p.hidden_size - unit, gradients + (base + b) * row_bytes
                             gate_gradients(p, t, b, unit * size, n, dh, row, saved_row)
                 i += rows
+
+    @njit(**options)
+    def multiply_once(
+        count, a_rows, weight_rows, in_order, depth, width, first, last, out_rows, add, scratch, own_panel
+    ):  # fmt: skip
+        """`multiply` with a matrix that is used this once, its rows of `width` at weight_rows, one after the other if in_order.
+
+        A panel is packed before many rows meet it; few read it where it lies.
+        """
+        for panel in range(first, last):
+            if in_order and count <= most and (panel + 1) * wide <= width:
+                weights, row_bytes = load_int(weight_rows) + panel * panel_row, width * size
+            else:
+                pack_rows(weight_rows, depth, width, panel, own_panel)
+                weights, row_bytes = own_panel, panel_row
+            multiply(
+                count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
+            )  # fmt: skip
 
     @njit(**options)
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel):
@@ -204,12 +224,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             if p.one_step:
                 weight_rows = table + 8 * count
                 fill_rows(weight_rows, depth, p.w_hh, p.output_size * size)
-                for panel in range(first, last):
-                    pack_rows(weight_rows, depth, p.output_size, panel, own_panel)
-                    base = own_panel - panel * depth * wide * size
-                    multiply(count, rows, size, base, depth, p.output_size, panel, panel + 1, table, 1, scratch)
+                multiply_once(
+                    count, rows, weight_rows, True, depth, p.output_size, first, last, table, 1, scratch, own_panel
+                )  # fmt: skip
             else:
-                multiply(count, rows, size, p.hh_panels, depth, p.output_size, first, last, table, 1, scratch)
+                multiply(
+                    count, rows, size, p.hh_panels, depth * panel_row, panel_row, depth, p.output_size, first, last, table, 1,
+                    scratch,
+                )  # fmt: skip
 
     @njit(**options)
     def sum_columns(gradients, rows, row_bytes, unit, n):
@@ -236,22 +258,39 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             pack_rows(table, rows, width, panel, panels + panel * rows * wide * size)
 
     @njit(**options)
+    def outer_products(a, a_bytes, units, operand_rows, rows, width, out_rows, add):
+        """The sum that weight_gradient takes, to the bit, of rows so few that neither packing nor a tile pays."""
+        for unit in range(units):
+            out = load_int(out_rows + 8 * unit)
+            for column in range(0, width, lanes):
+                total, n = zero(), width - column
+                for i in range(rows):
+                    value = load(load_int(operand_rows + 8 * i) + column * size, n)
+                    total = multiply_add(a + i * a_bytes + unit * size, value, total)
+                accumulate(out + column * size, total, n, add)
+
+    @njit(**options)
     def weight_gradient(p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch):
         """What is at out_rows, [units, width], (+)= a[rows, units]^T * operand[rows, width]; a_bytes from one row of a on.
 
         The operand is packed by all members together; a block of units meets all its panels while their part of `a`, whose
         columns are far apart, stays in L1.
         """
+        unit, end = share(units, members, member), share(units, members, member + 1)
+        if rows <= FEW_ROWS:
+            outer_products(a + unit * size, a_bytes, end - unit, operand_rows, rows, width, out_rows + 8 * unit, add)
+            return
         wait_crew(p)  # panels of the product before are done with
         pack_operand(p, member, members, rows, width, operand_rows, p.operands)
         wait_crew(p)
         panels = ceil_div(width, wide)
-        end = share(units, members, member + 1)
-        unit = share(units, members, member)
         while unit < end:
             count = min(UNIT_BLOCK, end - unit)
             fill_rows(tables, count, a + unit * size, size)
-            multiply(count, tables, a_bytes, p.operands, rows, width, 0, panels, out_rows + 8 * unit, add, scratch)
+            multiply(
+                count, tables, a_bytes, p.operands, rows * panel_row, panel_row, rows, width, 0, panels, out_rows + 8 * unit,
+                add, scratch,
+            )  # fmt: skip
             unit += count
 
     @njit(**options)
@@ -333,22 +372,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 if first <= i < last:
                     store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + b * p.dx_row)
                 i += 1
-        for panel in range(share(panels, panel_parts, panel_part), share(panels, panel_parts, panel_part + 1)):
-            pack_rows(weight_rows, depth, p.input_size, panel, own_panel)
-            base = own_panel - panel * depth * wide * size
-            multiply(
-                last - first,
-                gradient_rows,
-                size,
-                base,
-                depth,
-                p.input_size,
-                panel,
-                panel + 1,
-                out_rows,
-                p.dx_add,
-                scratch,
-            )
+        multiply_once(
+            last - first, gradient_rows, weight_rows, input_order == hidden_order, depth, p.input_size,
+            share(panels, panel_parts, panel_part), share(panels, panel_parts, panel_part + 1), out_rows, p.dx_add, scratch,
+            own_panel,
+        )  # fmt: skip
 
     @njit(**options)
     def run_direction(p, member):

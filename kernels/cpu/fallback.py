@@ -177,11 +177,11 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
     dh0 = x.new_empty(D, B, R)
     dc0 = x.new_empty(D, B, H) if c0 is not None else x.new_empty(0)
     shapes = {
-        "dw_ih": (D, G * H, inputs),
-        "dw_hh": (D, G * H, R),
-        "db_ih": (D, G * H) if b_ih else None,
-        "db_hh": (D, G * H) if b_ih else None,
-        "dw_hr": (D, R, H) if w_hr else None,
+        "dw_ih": (D * G * H, inputs),
+        "dw_hh": (D * G * H, R),
+        "db_ih": (D * G * H,) if b_ih else None,
+        "db_hh": (D * G * H,) if b_ih else None,
+        "dw_hr": (D * R, H) if w_hr else None,
     }
     weights = {name: x.new_empty(shape if need_dw and shape else 0) for name, shape in shapes.items()}
     call.records["need_dx"], call.records["need_dw"] = need_dx, need_dw
@@ -198,7 +198,7 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
         call.point("dc0", dc0)
     for name, tensor in weights.items():
         if tensor.numel():
-            call.point(name, tensor)
+            call.point(name, tensor.chunk(D))
     for name, given in (("w_ih", w_ih), ("w_hh", w_hh), ("w_hr", w_hr)):
         call.point(name, [w.contiguous() for w in given])
     call.run("backward")

@@ -154,7 +154,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch)
                 else:
-                    product(rows, x_rows + 8 * i, size, weights, p.input_size, scratch)
+                    product(rows, x_rows + 8 * i, size, weights, columns * vector, p.input_size, scratch)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     for j in range(per_panel):
@@ -179,7 +179,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel, scratch)
                 else:
                     weights = p.hh_panels + panel * p.output_size * columns * vector
-                    product(rows, previous + 8 * i, size, weights, p.output_size, scratch)
+                    product(rows, previous + 8 * i, size, weights, columns * vector, p.output_size, scratch)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     h = load_int(h_rows + 8 * (i + m))
@@ -274,8 +274,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 step(p, k, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch)
                 if p.projected:
                     wait_group(p, row_group)
-                    depth = p.hidden_size
-                    multiply(count, h_rows, size, p.hr_panels, depth, p.output_size, first_out, last_out, y_rows, 0, scratch)
+                    panel_row = wide * vector
+                    multiply(
+                        count, h_rows, size, p.hr_panels, p.hidden_size * panel_row, panel_row, p.hidden_size, p.output_size,
+                        first_out, last_out, y_rows, 0, scratch,
+                    )  # fmt: skip
                 wait_group(p, row_group)
                 for i in range(count):
                     store_int(previous + 8 * i, load_int(y_rows + 8 * i))

@@ -37,12 +37,13 @@ def tile_rows(target: Target, columns: int) -> int:
 
 @cache
 def make_product(v: VectorLibrary, target: Target, columns: int):
-    """product(count, a_rows, a_stride, panel, depth, sums): `count` <= ROW_BLOCK rows times one panel.
+    """product(count, a_rows, a_stride, panel, panel_row, depth, sums): `count` <= ROW_BLOCK rows times one panel.
+
+    panel_row: bytes from one row of the panel to the next.
 
     sums: SCRATCH_VECTORS vectors; the first count * columns become the result. Every part of the panel that is one chain
     long meets all rows in turn: the rest of a deep panel, which no cache near holds, is read once.
     """
-    panel_row = columns * v.lanes * v.size
     vector = v.lanes * v.size
     load_all, store_all = v.load_all, v.store_all
 
@@ -50,27 +51,27 @@ def make_product(v: VectorLibrary, target: Target, columns: int):
         tile = product_tile(v, rows, columns)
         if rows == 1:
 
-            @njit(integers(7), **options)
-            def run(count, a_rows, a_offset, a_stride, panel, depth, out):
+            @njit(integers(8), **options)
+            def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out):
                 tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out)
 
             return run
         fewer = tiles(rows - 1)
 
-        @njit(integers(7), **options)
-        def run(count, a_rows, a_offset, a_stride, panel, depth, out):
+        @njit(integers(8), **options)
+        def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out):
             if count == rows:
                 tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out)
             else:
-                fewer(count, a_rows, a_offset, a_stride, panel, depth, out)
+                fewer(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out)
 
         return run
 
     most = tile_rows(target, columns)
     run = tiles(most)
 
-    @njit(integers(6), **options)
-    def product(count, a_rows, a_stride, panel, depth, sums):
+    @njit(integers(7), **options)
+    def product(count, a_rows, a_stride, panel, panel_row, depth, sums):
         chain = sums + ROW_BLOCK * columns * vector
         k = 0
         while k < depth:
@@ -78,9 +79,10 @@ def make_product(v: VectorLibrary, target: Target, columns: int):
             while i < count:
                 rows, out = ceil_div(count - i, tiles), sums + i * columns * vector
                 if k == 0:
-                    run(rows, a_rows + 8 * i, 0, a_stride, panel, length, out)
+                    run(rows, a_rows + 8 * i, 0, a_stride, panel, panel_row, length, out)
                 else:
-                    run(rows, a_rows + 8 * i, k * a_stride, a_stride, panel + k * panel_row, length, chain)
+                    part = panel + k * panel_row
+                    run(rows, a_rows + 8 * i, k * a_stride, a_stride, part, panel_row, length, chain)
                     for j in range(rows * columns):
                         store_all(out + j * vector, load_all(out + j * vector) + load_all(chain + j * vector))
                 i += rows
@@ -127,16 +129,18 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int):
     """multiply(...): out[i, :width] (=, or += if add) sum over k of a[i, k] * panels[k, :width].
 
     a_rows, out_rows: address of `count` int64 row addresses.
+    panels:           `panel_bytes` apart, each of `depth` rows, `panel_row` bytes apart.
     first, last:      the panels (columns * lanes numbers wide each) to do.
     scratch:          SCRATCH_VECTORS vectors.
     """
     product = make_product(v, target, columns)
     vector, size, lanes = v.lanes * v.size, v.size, v.lanes
-    wide = columns * lanes
     load, store, load_all = v.load, v.store, v.load_all
 
-    @njit(integers(11), **options)
-    def multiply(count, a_rows, a_stride, panels, depth, width, first, last, out_rows, add, scratch):
+    @njit(integers(13), **options)
+    def multiply(
+        count, a_rows, a_stride, panels, panel_bytes, panel_row, depth, width, first, last, out_rows, add, scratch
+    ):  # fmt: skip
         for panel in range(first, last):
             i = 0
             while i < count:
@@ -145,7 +149,7 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int):
                     for m in range(rows):
                         for j in range(columns):
                             prefetch(load_int(out_rows + 8 * (i + m)) + ((panel * columns + j) * lanes) * size)
-                product(rows, a_rows + 8 * i, a_stride, panels + panel * depth * wide * size, depth, scratch)
+                product(rows, a_rows + 8 * i, a_stride, panels + panel * panel_bytes, panel_row, depth, scratch)
                 for m in range(rows):
                     row = load_int(out_rows + 8 * (i + m))
                     for j in range(columns):

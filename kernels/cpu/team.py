@@ -63,7 +63,7 @@ def share(count, parts, index):
 
 @njit(**options)
 def there_and_back(step, first, last, index):
-    """The panels first .. last-1, up in one step and down in the next: where a cache can't hold them all, it helps with some."""
+    """The panels first .. last-1, up in one step and down in the next: what a cache can't hold all of, it holds in part."""
     return first + last - 1 - index if step % 2 else index
 
 

@@ -194,6 +194,17 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
     def zero(typing_context):
         return V(), lambda context, builder, sig, args: _constant(V, 0.0)
 
+    @intrinsic
+    def multiply_add(typing_context, number, value, total):
+        """total + the number at address `number` * value, as the register tile computes it."""
+
+        def codegen(context, builder, sig, args):
+            number, value, total = args
+            factor = _splat(builder, builder.load(_pointer(builder, number, V.element)), lanes)
+            return _fma(builder, V, factor, value, total)
+
+        return V(types.int64, V, V), codegen
+
     # Elementary functions. Constants of exp and tanh: Cephes (S. Moshier), single and double.
     def below(builder, a, b):
         """Lanes where a < b; false where a is NaN."""
@@ -301,7 +312,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
 
     @intrinsic
     def dots(typing_context, w, w_stride, x, depth):
-        """Lane u: the sum over k of w[u, k] * x[k], k < depth; w_stride bytes from one row of w, as torch keeps it, to the next.
+        """Lane u: the sum over k < depth of w[u, k] * x[k]; w_stride bytes from one row of w, as torch keeps it, to the next.
 
         A row's sum is as many chains of FMAs as there are lanes, which are then added in pairs.
         """
@@ -380,6 +391,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         load_all=load_all,
         store_all=store_all,
         zero=zero,
+        multiply_add=multiply_add,
         sigmoid=unary(emit_sigmoid),
         tanh=unary(emit_tanh),
         relu=unary(emit_relu),
