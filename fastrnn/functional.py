@@ -128,9 +128,11 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
 
     Without a gradient it is one call of the compiled engine.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3 or module._weights_have_changed():
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3:
         return None
-    cell, lstm, weights = _CELLS[module.mode], module.mode == "LSTM", module._flat_weights
+    cell, lstm, weights = _CELLS[module.mode], module.mode == "LSTM", own_weights(module)
+    if weights is None:
+        return None
     num_layers, bidirectional, batch_first = module.num_layers, module.bidirectional, module.batch_first
     dropout = module.dropout if module.training else 0.0
     if not (torch.is_grad_enabled() or dropout):
@@ -147,8 +149,58 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
     return done and (done[0], done[1:] if lstm else done[1])
 
 
+def own_weights(module: nn.RNNBase) -> list[Tensor] | None:
+    """The module's flat weights where they are its parameters still; None where one is computed, or has been replaced.
+
+    Nothing is computed to find out: a parametrization may change at every look.
+    """
+    parameters = module._parameters
+    for known, name in zip(module._flat_weight_refs, module._flat_weights_names, strict=True):
+        weight = parameters.get(name)
+        if weight is None or known is None or known() is not weight:
+            return None
+    return module._flat_weights
+
+
 def _decline(*args) -> None:
     return None
+
+
+def module_step(module: nn.RNNBase, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
+    """`module.step(x, state, out=out)`: by one call of the engine where it takes it, else as a sequence of one step."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return module_step(module, x, state, out)
+    if module.bidirectional:
+        raise ValueError("step: a bidirectional module needs the whole sequence")
+    if x.dim() != 2:
+        raise ValueError(f"step: expected x of shape [batch, input_size], got {tuple(x.shape)}")
+    lstm = module.mode == "LSTM"
+    if out is None:
+        layers, batch, hidden = module.num_layers, x.shape[0], module.hidden_size
+        width = module.proj_size or hidden
+        h_n = x.new_empty(layers, batch, width)
+        y, h_n, c_n = x.new_empty(batch, width), h_n, x.new_empty(layers, batch, hidden) if lstm else None
+    else:
+        y, (h_n, c_n) = out[0], out[1] if lstm else (out[1], None)
+    h0, c0 = (None, None) if state is None else state if lstm else (state, None)
+    given = [tensor for tensor in (h0, c0, y, h_n, c_n) if tensor is not None]
+    weights = None if module.training and module.dropout else own_weights(module)
+    if weights is not None and dispatch.takes_stack(x, *given, *weights):
+        if ops.stack_step(x, h0, c0, weights, _CELLS[module.mode], module.num_layers, y, h_n, c_n):
+            return y, (h_n, c_n) if lstm else h_n
+    time = 1 if module.batch_first else 0
+    result, last = module(x.unsqueeze(time), state)
+    result = result.squeeze(time)
+    if out is None:
+        return result, last
+    for name, into, value in zip(("y", "h", "c"), (y, h_n, c_n), (result, *(last if lstm else (last,))), strict=False):
+        if into.shape != value.shape or into.dtype != value.dtype:
+            raise ValueError(
+                f"step: out's {name} must be {value.dtype} of shape {tuple(value.shape)}, got {into.dtype} {tuple(into.shape)}"
+            )
+        into.copy_(value)
+    return out
 
 
 def cell_forward(cell: str, module: nn.RNNCellBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastrnn import functional as _VF
 
@@ -90,32 +90,44 @@ class _DropIn:
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:
     """torch.nn's answer, without eight calls of nn.Module.__getattr__ where every weight is a plain parameter."""
-    parameters = self._parameters
-    for reference, name in zip(self._flat_weight_refs, self._flat_weights_names, strict=True):
-        weight = parameters.get(name)
-        if weight is None or reference is None:
-            return nn.RNNBase._weights_have_changed(self)
-        if reference() is not weight:
-            return True
-    return False
+    return _VF.own_weights(self) is None and nn.RNNBase._weights_have_changed(self)
 
 
-class RNN(nn.RNN, _DropIn):
-    """`torch.nn.RNN`, arguments and behaviour, on fastrnn's engines."""
+class _Layers(_DropIn):
+    """What RNN, LSTM and GRU have beyond torch.nn's."""
+
+    def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
+        """One step of a stream, without gradients: y [B, R] and the state after it.
+
+        x:     [B, I], the step's input.
+        state: as `forward` takes and returns it: h [L, B, R], for LSTM (h, c) with c [L, B, H]; zeros if None.
+        out:   (y, state) to write instead of new tensors, for a loop that allocates nothing; its state may be `state` itself.
+
+        Numbers differ from those of a longer sequence by rounding: a step reads the weights in another order.
+
+        Raises:
+            ValueError: the module is bidirectional, x has not two dimensions, or a tensor of `out` is not of its result's
+                shape and dtype. Whatever else `forward` refuses, with its words.
+        """
+        return _VF.module_step(self, x, state, out)
+
+
+class RNN(nn.RNN, _Layers):
+    """`torch.nn.RNN`, arguments and behaviour, on fastrnn's engines; and `step`, for streams."""
 
     forward = _forward(nn.RNN)
     _weights_have_changed = _weights_have_changed
 
 
-class LSTM(nn.LSTM, _DropIn):
-    """`torch.nn.LSTM`, arguments and behaviour, on fastrnn's engines."""
+class LSTM(nn.LSTM, _Layers):
+    """`torch.nn.LSTM`, arguments and behaviour, on fastrnn's engines; and `step`, for streams."""
 
     forward = _forward(nn.LSTM)
     _weights_have_changed = _weights_have_changed
 
 
-class GRU(nn.GRU, _DropIn):
-    """`torch.nn.GRU`, arguments and behaviour, on fastrnn's engines."""
+class GRU(nn.GRU, _Layers):
+    """`torch.nn.GRU`, arguments and behaviour, on fastrnn's engines; and `step`, for streams."""
 
     forward = _forward(nn.GRU)
     _weights_have_changed = _weights_have_changed

@@ -1,0 +1,202 @@
+"""Calls without gradients, which are one call of the native runtime: a module's, a cell's, and `step`."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastrnn
+
+I, H, B, T = 5, 7, 3, 6
+LAYERS = ("RNN", "LSTM", "GRU")
+
+
+def state_of(name, *states):
+    return states if name == "LSTM" else states[0]
+
+
+def parts(state):
+    return list(state) if isinstance(state, tuple) else [state]
+
+
+VARIANTS = [{}, {"num_layers": 3, "bidirectional": True}, {"bias": False}, {"batch_first": True}]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 70])
+@pytest.mark.parametrize("options", [*VARIANTS, {"proj_size": 3, "num_layers": 2}], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_same_bits_as_with_gradients(name, options, steps):
+    if "proj_size" in options and name != "LSTM":
+        options = {"num_layers": 2}
+    module = getattr(fastrnn, name)(I, H, **options)
+    x = torch.randn(B, steps, I) if module.batch_first else torch.randn(steps, B, I)
+    depth = module.num_layers * (1 + module.bidirectional)
+    states = state_of(name, torch.randn(depth, B, module.proj_size or H), torch.randn(depth, B, H))
+    for state in (None, states, list(states) if name == "LSTM" else states):
+        expected, last = module(x, state)
+        with torch.no_grad():
+            found, found_last = module(x, state)
+        assert torch.equal(found, expected)
+        assert all(torch.equal(a, b) for a, b in zip(parts(found_last), parts(last), strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cell_has_same_bits_as_with_gradients(name, bias):
+    module = getattr(fastrnn, name)(I, H, bias=bias)
+    x, state = torch.randn(B, I), state_of(name[:-4], torch.randn(B, H), torch.randn(B, H))
+    for given in (None, state):
+        expected = module(x, given)
+        with torch.no_grad():
+            found = module(x, given)
+        assert all(torch.equal(a, b) for a, b in zip(parts(found), parts(expected), strict=True))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_call_of_the_engine_and_no_more(name, monkeypatch):
+    def never(*args):
+        raise AssertionError("torch.nn's code ran")
+
+    module = getattr(fastrnn, name)(I, H, 2)
+    monkeypatch.setattr(nn.RNNBase, "check_input", never)
+    module(torch.randn(T, B, I))  # with gradients neither
+    with torch.no_grad():
+        module(torch.randn(T, B, I))
+
+
+@pytest.mark.parametrize("bad", ["features", "state", "state dtype", "input dtype", "dimensions"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_refused_with_the_words_of_torch(name, bad):
+    x, h, c = torch.randn(T, B, I), torch.zeros(1, B, H), torch.zeros(1, B, H)
+    if bad == "features":
+        x = x[..., :-1]
+    elif bad == "input dtype":
+        x = x.double()
+    elif bad == "dimensions":
+        h = h[0]
+    else:
+        h = h.double() if bad == "state dtype" else torch.zeros(B, 1, H)
+    errors = []
+    for library in (nn, fastrnn):
+        with torch.no_grad(), pytest.raises((RuntimeError, ValueError)) as caught:
+            getattr(library, name)(I, H)(x, state_of(name, h, c))
+        errors.append((caught.type, str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 3}, {"bias": False}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 9])
+@pytest.mark.parametrize("name", LAYERS)
+def test_steps_are_the_sequence(name, batch, options):
+    torch.manual_seed(0)
+    module = getattr(fastrnn, name)(I, H, dtype=torch.float64, **options)
+    x = torch.randn(T, batch, I, dtype=torch.float64)
+    expected, last = module(x.transpose(0, 1) if module.batch_first else x)
+    expected = expected.transpose(0, 1) if module.batch_first else expected
+    state = None
+    for t in range(T):
+        y, state = module.step(x[t], state)
+        assert not y.requires_grad
+        torch.testing.assert_close(y, expected[t].detach(), rtol=1e-12, atol=1e-13)
+    for found, right in zip(parts(state), parts(last), strict=True):
+        torch.testing.assert_close(found, right.detach(), rtol=1e-12, atol=1e-13)
+
+
+def test_projection():
+    module = fastrnn.LSTM(I, H, 2, proj_size=3, dtype=torch.float64)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    expected, last = module(x)
+    state = None
+    for t in range(T):
+        y, state = module.step(x[t], state)
+        torch.testing.assert_close(y, expected[t].detach(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(state, tuple(part.detach() for part in last), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_out_is_written_and_may_be_the_state_itself(name, layers):
+    module = getattr(fastrnn, name)(I, H, layers)
+    x = torch.randn(T, B, I)
+    y = torch.full((B, H), torch.nan)
+    state = state_of(name, torch.zeros(layers, B, H), torch.zeros(layers, B, H))
+    expected_state = None
+    for t in range(T):
+        expected, expected_state = module.step(x[t], expected_state)
+        found, found_state = module.step(x[t], state, out=(y, state))
+        assert found is y
+        assert all(a is b for a, b in zip(parts(found_state), parts(state), strict=True))
+        assert torch.equal(y, expected)
+        assert all(torch.equal(a, b) for a, b in zip(parts(state), parts(expected_state), strict=True))
+
+
+def test_dropout_between_layers_is_drawn_in_training_alone():
+    module = fastrnn.LSTM(I, H, 2, dropout=0.5)
+    x = torch.randn(B, I)
+    assert not torch.equal(module.step(x)[0], module.step(x)[0])
+    module.eval()
+    assert torch.equal(module.step(x)[0], module.step(x)[0])
+
+
+def write_in_place(module):
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(0.5)
+
+
+def write_data(module):
+    module.weight_hh_l0.data.mul_(0.5)
+
+
+def swap_data(module):
+    module.weight_hh_l0.data = module.weight_hh_l0.detach() * 0.5
+
+
+def write_numpy(module):
+    view = module.weight_hh_l0.detach().numpy()
+    np.multiply(view, 0.5, out=view)
+
+
+def reassign(module):
+    module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach() * 0.5)
+
+
+def load(module):
+    module.load_state_dict({name: value * 0.5 for name, value in module.state_dict().items()})
+
+
+def optimise(module):
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(module.parameters(), 0.5).step()
+
+
+@pytest.mark.parametrize("change", [write_in_place, write_data, swap_data, write_numpy, reassign, load, optimise])
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_change_of_a_weight_is_seen(name, change):
+    module, twin = (getattr(library, name)(I, H) for library in (fastrnn, nn))
+    x, state = torch.randn(B, I), state_of(name, torch.randn(1, B, H), torch.randn(1, B, H))
+    before, _ = module.step(x, state)
+    change(module)
+    twin.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        expected, _ = twin(x[None], state)
+        for found in (module.step(x, state)[0], module(x[None], state)[0][0]):
+            torch.testing.assert_close(found, expected[0])
+    assert not torch.allclose(before, expected[0])
+
+
+def test_refusals():
+    module, x = fastrnn.LSTM(I, H), torch.randn(B, I)
+    with pytest.raises(ValueError, match="bidirectional module needs the whole sequence"):
+        fastrnn.LSTM(I, H, bidirectional=True).step(x)
+    with pytest.raises(ValueError, match=r"expected x of shape \[batch, input_size\], got \(1, 3, 5\)"):
+        module.step(x[None])
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size. Expected 5, got 4"):
+        module.step(x[:, :4])
+    states = torch.zeros(1, B, H), torch.zeros(1, B, H)
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size \(1, 3, 7\), got \[1, 3, 6\]"):
+        module.step(x, (states[0][..., :6], states[1]))
+    with pytest.raises(ValueError, match=r"out's y must be torch.float32 of shape \(3, 7\), got torch.float32 \(3, 6\)"):
+        module.step(x, None, out=(torch.empty(B, 6), states))
+    with pytest.raises(ValueError, match=r"out's c must be torch.float32 of shape \(1, 3, 7\), got torch.float64"):
+        module.step(x, None, out=(torch.empty(B, H), (states[0], states[1].double())))
