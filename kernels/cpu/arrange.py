@@ -103,7 +103,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset += align(B * H * size if forward else block * B * R * size)
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
-                offset += align(ceil_div(max(I, R, H), wide) * wide * min(CHAIN, block * B) * size)
+                panels = min(ceil_div(max(I, R, H), wide), plan.OPERAND_PANELS)
+                offset += align(panels * wide * min(CHAIN, block * B) * size)
             d.own, d.own_bytes = d.workspace + offset, own
             offset += row_groups * unit_groups * own
         if not forward and p.directions == 2 and p.need_dx:

@@ -12,7 +12,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import LINE, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
+from .plan import LINE, OPERAND_PANELS, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
 from .processor import Target
 from .product import CHAIN, ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
 from .team import (
@@ -252,12 +252,6 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         store(destination, value, n)
 
     @njit(**options)
-    def pack_operand(p, member, members, rows, width, table, panels):
-        count = ceil_div(width, wide)
-        for panel in range(share(count, members, member), share(count, members, member + 1)):
-            pack_rows(table, rows, width, panel, panels + panel * rows * wide * size)
-
-    @njit(**options)
     def outer_products(a, a_bytes, units, operand_rows, rows, width, out_rows, add):
         """The sum that weight_gradient takes, to the bit, of rows so few that neither packing nor a tile pays."""
         for unit in range(units):
@@ -273,25 +267,28 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     def weight_gradient(p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch):
         """What is at out_rows, [units, width], (+)= a[rows, units]^T * operand[rows, width]; a_bytes from one row of a on.
 
-        The operand is packed by all members together; a block of units meets all its panels while their part of `a`, whose
-        columns are far apart, stays in L1.
+        The operand is packed by all members together, some panels at a time; a block of units meets those while their part of
+        `a`, whose columns are far apart, stays in L1.
         """
         unit, end = share(units, members, member), share(units, members, member + 1)
         if rows <= FEW_ROWS:
             outer_products(a + unit * size, a_bytes, end - unit, operand_rows, rows, width, out_rows + 8 * unit, add)
             return
-        wait_crew(p)  # panels of the product before are done with
-        pack_operand(p, member, members, rows, width, operand_rows, p.operands)
-        wait_crew(p)
         panels = ceil_div(width, wide)
-        while unit < end:
-            count = min(UNIT_BLOCK, end - unit)
-            fill_rows(tables, count, a + unit * size, size)
-            multiply(
-                count, tables, a_bytes, p.operands, rows * panel_row, panel_row, rows, width, 0, panels, out_rows + 8 * unit,
-                add, scratch,
-            )  # fmt: skip
-            unit += count
+        for first in range(0, panels, OPERAND_PANELS):
+            count = min(OPERAND_PANELS, panels - first)
+            wait_crew(p)  # the panels before are done with
+            for i in range(share(count, members, member), share(count, members, member + 1)):
+                pack_rows(operand_rows, rows, width, first + i, p.operands + i * rows * panel_row)
+            wait_crew(p)
+            base = p.operands - first * rows * panel_row
+            for u in range(unit, end, UNIT_BLOCK):
+                n = min(UNIT_BLOCK, end - u)
+                fill_rows(tables, n, a + u * size, size)
+                multiply(
+                    n, tables, a_bytes, base, rows * panel_row, panel_row, rows, width, first, first + count, out_rows + 8 * u,
+                    add, scratch,
+                )  # fmt: skip
 
     @njit(**options)
     def fill_gate_rows(table, order, units, matrix, width):

@@ -42,7 +42,8 @@ ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
 SCRATCH_VECTORS = (ROW_BLOCK + 8) * 4  # sums of a block of rows and of one tile, four vectors wide at most
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them
 BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
-UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all panels of an operand
+OPERAND_PANELS = 8  # panels of an operand of the weights' gradients that are packed at a time
+UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
 
 
 def ceil_div(a, b):
