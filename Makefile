@@ -14,7 +14,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
-NATIVE := setup.py pyproject.toml $(sort $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h'))
+NATIVE := setup.py pyproject.toml $(sort $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.map'))
 
 .DELETE_ON_ERROR:
 .PHONY: install demo test test-all bench check format clean force
