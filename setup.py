@@ -3,7 +3,7 @@
 Static metadata is in pyproject.toml. Kernels are compiled for every tier of processors (kernels/cpu/processor.py), or for
 those that the environment variable FASTRNN_TIERS lists ("x86-64-v3,x86-64-v4"). Objects are kept under build/ by a hash of what
 shaped them, so that an unchanged kernel is not compiled again. Without numba, llvmlite or a C++ compiler the package installs
-without the extension and compiles the kernels at run time instead.
+without the extension and compiles the kernels at run time instead. CXX and CXXFLAGS are the compiler's, as everywhere.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class BuildEngine(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [
             *os.environ.get("CXX", "g++").split(),
+            *os.environ.get("CXXFLAGS", "").split(),
             *["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-fvisibility=hidden", "-fvisibility-inlines-hidden"],
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
             f"-fmacro-prefix-map={ROOT}/=",  # error messages name files, not where they were built

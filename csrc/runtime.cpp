@@ -74,11 +74,19 @@ void want_huge_pages(int64_t begin, int64_t bytes) {
 #endif
 }
 
+// The product of sizes; an error where 64 bits do not hold it.
+int64_t product(std::initializer_list<int64_t> sizes) {
+  int64_t total = 1;
+  for (const int64_t size : sizes)
+    STD_TORCH_CHECK(!__builtin_mul_overflow(total, size, &total), "fastrnn: sizes too large for 64 bits to count");
+  return total;
+}
+
 // torch.empty, by the call that does not go through the dispatcher: a step of a small layer makes eight of these.
 Tensor empty_tensor(const std::vector<int64_t>& sizes, int32_t dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  for (size_t i = sizes.size(); i-- > 0; stride = product({stride, std::max<int64_t>(sizes[i], 1)})) strides[i] = stride;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
@@ -116,13 +124,16 @@ class Call {
               : dense ? x.size(layout == Layout::batch_time ? 0 : 1)
                       : x.size(0);
     STD_TORCH_CHECK(r.batch > 0, "fastrnn: expected at least one row");
-    r.rows = packed ? x.size(0) : r.steps * r.batch;
+    r.rows = packed ? x.size(0) : product({r.steps, r.batch});
     r.input_size = x.size(-1);
     r.output_size = w_hh[0].size(1);
     r.hidden_size = w_hh[0].size(0) / cell.gates;
     r.bias = bias;
     r.projected = static_cast<bool>(w_hr);
     r.directions = directions;
+    // More than the bytes of anything and than the operations, whatever is rounded up to whole vectors and panels: nothing that
+    // is computed from sizes below, or in a kernel, overflows.
+    product({8, directions, r.rows + r.steps, cell.gates, r.hidden_size + 256, r.input_size + r.output_size + 256});
     STD_TORCH_CHECK(r.projected || r.output_size == r.hidden_size, "fastrnn: w_hh's shape does not fit the cell");
     if (packed) {
       const auto* sizes = static_cast<const int64_t*>(batch_sizes_->data_ptr());
@@ -200,13 +211,13 @@ class Call {
     const int64_t threads = records[0].threads;
     if (threads == 1) return unit.run(at, 0);
 
-    std::unique_ptr<Barrier[]> barriers;
+    // As many as any smaller team needs: nothing may fail once threads have come.
+    const auto barriers = std::make_unique<Barrier[]>(1 + records[0].directions * (1 + threads));
     const auto gathered = [&](int64_t size) {
       if (size < threads) {  // share out anew, among as many as the workspace has room for: it has for one
         for (int64_t workers = size; unit.arrange(at, workers) > bytes && workers > 1;) --workers;
       }
       const Record& r = records[0];
-      barriers.reset(new Barrier[1 + r.directions * (1 + r.row_groups)]);
       for (Record& record : records) {
         record.threads = size;
         record.barriers = reinterpret_cast<int64_t>(barriers.get());
@@ -391,7 +402,7 @@ struct Stack {
            const MaybeTensor& c_n) const {
     MaybeTensor zeros;
     if (!h0 || (cell.has_cell_state && !c0)) {
-      zeros = empty_tensor({layers * directions * batch * std::max(hidden_size, output_size)}, dtype_code(x));
+      zeros = empty_tensor({layers, directions, batch, std::max(hidden_size, output_size)}, dtype_code(x));
       std::memset(zeros->data_ptr(), 0, static_cast<size_t>(zeros->numel()) * zeros->element_size());
     }
     Tensor input = x;
@@ -460,13 +471,13 @@ bool stack_step(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, c
 }  // namespace
 }  // namespace fastrnn
 
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+static void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("layer_forward", TORCH_BOX(&fastrnn::layer_forward));
   m.impl("layer_backward", TORCH_BOX(&fastrnn::layer_backward));
 }
 
 // For tensors of any device: these say of themselves what they take.
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+static void register_stacks(torch::stable::detail::StableLibrary& m) {
   m.impl("stack_forward", TORCH_BOX(&fastrnn::stack_forward));
   m.impl("stack_step", TORCH_BOX(&fastrnn::stack_step));
 }
@@ -488,8 +499,13 @@ EXPORTED const char* fastrnn_tiers() {
   return names.c_str();
 }
 
-// Run the kernels of the tier `name`, one of fastrnn_tiers(); before the first op.
+// Register the ops, which run the kernels of the tier `name`, one of fastrnn_tiers(). Not when this library is opened, as
+// STABLE_TORCH_LIBRARY_IMPL would: it may turn out to hold nothing for this processor.
 EXPORTED void fastrnn_use_tier(const char* name) {
+  using Library = torch::stable::detail::StableTorchLibraryInit;
+  constexpr auto kind = torch::stable::detail::StableLibrary::Kind::IMPL;
+  static const Library ops(kind, register_ops, "fastrnn", "CPU", __FILE__, __LINE__);
+  static const Library stacks(kind, register_stacks, "fastrnn", "CompositeExplicitAutograd", __FILE__, __LINE__);
   fastrnn::tier = std::find_if(std::begin(fastrnn::TIERS), std::end(fastrnn::TIERS),
                                [&](const fastrnn::Tier& t) { return t.name == name; });
 }

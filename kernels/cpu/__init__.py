@@ -27,7 +27,7 @@ def _load_extension() -> Tier | str:
     """Register the extension's ops and choose the tier whose kernels they run, or say why it cannot be.
 
     Raises:
-        ImportError: the extension was built from other sources than those beside it.
+        ImportError: the extension was built from other sources than those beside it, or FASTRNN_ISA names no tier in it.
     """
     if EXTENSION is None:
         return "the compiled extension is missing (no numba or no C++ compiler when fastrnn was installed)"
@@ -43,11 +43,7 @@ def _load_extension() -> Tier | str:
     names = library.fastrnn_tiers().decode().split()
     if not names:
         return "the compiled extension holds no kernels for this processor"
-    asked = os.environ.get("FASTRNN_ISA")
-    if asked in processor.NAMES and asked not in names:
-        return f"the compiled extension holds kernels for {', '.join(names)}, FASTRNN_ISA asks for {asked}"
     tier = processor.chosen(names)
-    torch.ops.load_library(str(EXTENSION))
     library.fastrnn_use_tier(tier.name.encode())
     return tier
 
@@ -56,29 +52,30 @@ def _load_extension() -> Tier | str:
 def load() -> tuple[str, Tier]:
     """Register the CPU implementation of the raw ops, once: ("compiled" or "run time", the tier that runs).
 
-    FASTRNN_ISA names a tier of processors.tiers() to run, in place of the widest.
+    FASTRNN_ISA names the tier to run, in place of the widest: one that was compiled in, or any where none was.
 
     Raises:
         ImportError: the extension is stale, or FASTRNN_ISA names no tier that this processor runs.
         RuntimeError: there is neither an extension nor numba to compile with.
     """
-    tier = _load_extension()
-    if isinstance(tier, Tier):
-        return "compiled", tier
+    found = _load_extension()
+    if isinstance(found, Tier):
+        return "compiled", found
     try:
         import llvmlite.binding  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"{tier}; and there is no numba to compile kernels with when they are used: {error}") from error
+        raise RuntimeError(f"{found}; and there is no numba to compile kernels with when they are used: {error}") from error
     from . import fallback
 
+    tier = fallback.tier()
     fallback.register()
     warnings.warn(
-        f"fastrnn runs slower than it could: {tier}. Kernels are compiled when first used and run on one thread. "
+        f"fastrnn runs slower than it could: {found}. Kernels are compiled when first used and run on one thread. "
         "Install numba and a C++ compiler, then fastrnn again.",
         RuntimeWarning,
         stacklevel=2,
     )
-    return "run time", fallback.tier()
+    return "run time", tier
 
 
 def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool) -> str:

@@ -26,6 +26,7 @@ from numba import types
 from numba.core import codegen
 from numba.core.registry import cpu_target
 
+
 class Lowered(codegen.AOTCodeLibrary):
     """A function as Numba lowers it. Numba would link, optimise and compile it with all that it calls, again for every
     caller: that is most of the time it takes, and `emit` does it once, over the whole of an entry point."""
@@ -76,7 +77,7 @@ def emit(name: str, function, returns: types.Type, tier: Tier) -> bytes:
     """Object code of a C function `name` of two int64 that calls `function`: only `name` leaves the object."""
     function.compile(returns(INT64, INT64))
     compiled = function.overloads[INT64, INT64]
-    # Numba's functions return a status, and their result through a pointer. Kernels raise nothing, as check_symbols sees.
+    # Numba's functions return a status, and their result through a pointer. Kernels raise nothing: setup.py sees to it.
     native = f'@"{compiled.fndesc.mangled_name}"'
     c_type, result = ("void", "void") if returns == types.void else ("i64", "i64 %result")
     module = llvm.parse_assembly(f"""
@@ -102,12 +103,12 @@ def emit(name: str, function, returns: types.Type, tier: Tier) -> bytes:
     return machine.emit_object(module)
 
 
-def write_unit(base: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
+def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
     """Compile a unit's two functions and write them, whole or not at all, whoever else does the same."""
     cell, scalar, which = unit
     v = vector_library(SCALARS[scalar], tier.target)
     make = make_forward if which == "forward" else make_backward
-    name, directory = tier.entry(*unit), object_directory(base, tier.name)
+    name = tier.entry(*unit)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for point, function, returns in (
         (name, make(CELLS[cell], v, tier.target), types.void),
@@ -119,15 +120,13 @@ def write_unit(base: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
     print(f"fastrnn: compiled {' '.join(unit)} for {tier.name}", flush=True)
 
 
-def main(base: Path, names: str, units: Sequence[tuple[str, str, str]] = UNITS) -> None:
-    """Compile the units that `base` does not hold yet."""
-    tasks = [
-        (base, tier, unit)
-        for tier in tiers()
-        for unit in units
-        if tier.name in names.split(",")
-        and not (object_directory(base, tier.name) / f"{tier.entry(*unit)}_arrange.o").exists()
-    ]
+def main(base: Path, names: Sequence[str], units: Sequence[tuple[str, str, str]]) -> None:
+    """Compile what `base` does not hold yet of these units for these tiers, on all processors."""
+    tasks = []
+    for tier in tiers():
+        directory = object_directory(base, tier.name)
+        missing = [unit for unit in units if not (directory / f"{tier.entry(*unit)}_arrange.o").exists()]
+        tasks += [(directory, tier, unit) for unit in missing if tier.name in names]
     if len(tasks) == 1:
         return write_unit(*tasks[0])
     # In order, so that a process meets the same helper functions again. At most eight: each holds several hundred megabytes.
@@ -137,4 +136,5 @@ def main(base: Path, names: str, units: Sequence[tuple[str, str, str]] = UNITS) 
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], *([(tuple(sys.argv[3:]),)] if sys.argv[3:] else []))
+    base, names, *unit = sys.argv[1:]
+    main(Path(base), names.split(","), [(unit[0], unit[1], unit[2])] if unit else UNITS)

@@ -43,7 +43,6 @@ X86_64 = (
 )
 AARCH64 = (Tier("neon", "generic", Target(16, 32)),)
 OTHER = (Tier("plain", "generic", Target(16, 16)),)  # LLVM splits what a processor's registers do not hold
-NAMES = frozenset(tier.name for tier in X86_64 + AARCH64 + OTHER)
 
 
 def tiers() -> tuple[Tier, ...]:
