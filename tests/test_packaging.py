@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import ROOT, python, tiers
+from contract import ROOT, WARNINGS, python, tiers
 
 import fastrnn
 import fastrnn.kernels
@@ -198,7 +198,8 @@ def test_the_wheel_in_an_empty_environment(empty_environment, tier, tmp_path):
     run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": False}
     assert subprocess.run([empty_environment, "-c", code], **run).stdout == "[]\n"
     core = [f"tests/test_{name}.py" for name in ("contract", "engine", "tiers", "workspace")]
-    done = subprocess.run([empty_environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", *core], **run)
+    quiet = WARNINGS.removeprefix("error,")
+    done = subprocess.run([empty_environment, "-m", "pytest", "-q", "-W", quiet, "-p", "no:cacheprovider", *core], **run)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from contract import ROOT, python, tiers
+from contract import ROOT, WARNINGS, python, tiers
 
 import fastrnn
 from fastrnn.kernels import cpu
@@ -165,7 +165,7 @@ def bare(copied):
     return str(copied)
 
 
-QUIET = "error,ignore:fastrnn runs slower than it could:RuntimeWarning"
+QUIET = f"{WARNINGS},ignore:fastrnn runs slower than it could:RuntimeWarning"
 
 
 def test_contract_at_run_time(bare):
