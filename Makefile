@@ -1,6 +1,7 @@
 # From a fresh clone, with Python >= 3.10 and a C++ compiler:
 #   make demo       install, build, and train a character language model side by side with torch.nn
 #   make test       the same set-up, then the tests           make test-all   with the slow ones
+#   make wheel      dist/*.whl, for every tier of processors, every Python >= 3.10 and torch >= 2.10
 #   make check      linter, formatter and type checker        make format     let the first two repair what they can
 #   make bench      every benchmark (some 25 minutes), then the figures in README.md and bench/results/
 # Another interpreter: make PYTHON=python3.12 VENV=.venv312
@@ -14,10 +15,10 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
-NATIVE := setup.py pyproject.toml $(sort $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h'))
+NATIVE := setup.py pyproject.toml $(sort $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.map'))
 
 .DELETE_ON_ERROR:
-.PHONY: install demo test test-all bench check format clean force
+.PHONY: install wheel demo test test-all bench check format clean force
 
 install: $(VENV)/.built
 
@@ -35,6 +36,10 @@ $(VENV)/.sources: $(VENV)/.tools force
 $(VENV)/.built: $(VENV)/.tools $(VENV)/.sources $(NATIVE)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"
 	touch $@
+
+wheel: $(VENV)/.tools
+	rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 
 demo: install
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)

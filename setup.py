@@ -1,13 +1,13 @@
 """Build the CPU engine: Numba compiles the kernels to object files, g++ links them with the runtime in csrc/.
 
-Static metadata is in pyproject.toml. Objects are kept under build/ by a hash of what shaped them, so that an unchanged kernel
-is not compiled again. Without numba, llvmlite or a C++ compiler the package installs without the extension and compiles the
-kernels at run time instead.
+Static metadata is in pyproject.toml. Kernels are compiled for every tier of processors (kernels/cpu/processor.py), or for
+those that the environment variable FASTRNN_TIERS lists ("x86-64-v3,x86-64-v4"). Objects are kept under build/ by a hash of what
+shaped them, so that an unchanged kernel is not compiled again. Without numba, llvmlite or a C++ compiler the package installs
+without the extension and compiles the kernels at run time instead. CXX and CXXFLAGS are the compiler's, as everywhere.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import subprocess
@@ -30,14 +30,32 @@ def engine(module: str):
     return importlib.import_module(f"kernels.{module}")
 
 
-def kernels_header(units, cells, fields) -> str:
-    """kernels.h: the record, the cells and the entry points, as C++ sees them."""
-    declarations, table = [], []
-    for cell, scalar, which in units:
-        name = f"fastrnn_{cell}_{scalar}_{which}"
-        declarations += [f"void {name}(int64_t, int64_t);", f"int64_t {name}_arrange(int64_t, int64_t);"]
-        forward = "true" if which == "forward" else "false"
-        table.append(f'    {{"{cell}", {scalar[1:]}, {forward}, {name}, {name}_arrange}},')
+def chosen_tiers():
+    """The tiers to compile for.
+
+    Raises:
+        RuntimeError: FASTRNN_TIERS lists none, or one that is not of this architecture.
+    """
+    tiers = {tier.name: tier for tier in engine("cpu.processor").tiers()}
+    listed = os.environ.get("FASTRNN_TIERS")
+    names = tiers if listed is None else listed.split(",")
+    if not names or not set(names) <= set(tiers):
+        raise RuntimeError(f"FASTRNN_TIERS={listed!r}: expected some of {','.join(tiers)}")
+    return [tier for tier in tiers.values() if tier.name in names]
+
+
+def kernels_header(tiers, units, cells, fields) -> str:
+    """kernels.h: the record, the cells, the tiers and their entry points, as C++ sees them."""
+    declarations, tables = [], []
+    for tier in tiers:
+        entries = []
+        for cell, scalar, which in units:
+            name = tier.entry(cell, scalar, which)
+            declarations += [f"void {name}(int64_t, int64_t);", f"int64_t {name}_arrange(int64_t, int64_t);"]
+            forward = "true" if which == "forward" else "false"
+            entries.append(f'    {{"{cell}", {scalar[1:]}, {forward}, {name}, {name}_arrange}},')
+        fits = f'__builtin_cpu_supports("{tier.processor}") != 0' if tier.features else "true"
+        tables += [f'    {{"{tier.name}", [] {{ return {fits}; }}, {{', *entries, "    }},"]
     cell_table = [
         f'    {{"{c.name}", {c.gates}, {c.slots}, {"true" if c.carry == "cell" else "false"}}},' for c in cells.values()
     ]
@@ -47,6 +65,7 @@ def kernels_header(units, cells, fields) -> str:
             "#pragma once",
             "#include <cstdint>",
             "#include <string>",
+            "#include <vector>",
             'extern "C" {',
             *declarations,
             "}",
@@ -55,11 +74,12 @@ def kernels_header(units, cells, fields) -> str:
             "struct Cell { std::string name; int64_t gates, slots; bool has_cell_state; };",
             "struct Unit { std::string cell; int64_t bits; bool forward; void (*run)(int64_t, int64_t);"
             " int64_t (*arrange)(int64_t, int64_t); };",
+            "struct Tier { std::string name; bool (*fits)(); std::vector<Unit> units; };",
             "inline const Cell CELLS[] = {",
             *cell_table,
             "};",
-            "inline const Unit UNITS[] = {",
-            *table,
+            "inline const Tier TIERS[] = {  // widest first",
+            *tables,
             "};",
             "}",
             "",
@@ -67,15 +87,20 @@ def kernels_header(units, cells, fields) -> str:
     )
 
 
-def check_symbols(path: Path) -> None:
-    """An object may need nothing but libm, and shows nothing but its entry point."""
-    nm = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout
+def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
+    """(kind, name) of each symbol, as nm tells them."""
+    listed = subprocess.run(["nm", *options, str(path)], capture_output=True, text=True, check=True).stdout
+    return [tuple(line.split()[-2:]) for line in listed.splitlines()]
+
+
+def check_object(path: Path) -> None:
+    """An object may need nothing but libm, and shows nothing but its entry point: so no tier runs another's code."""
     libm = {"fma", "fmaf", "floor", "floorf"}
-    for line in nm.splitlines():
-        kind, symbol = line.split()[-2:]
-        if kind == "U" and symbol not in libm and symbol not in {"memset", "memcpy", "_GLOBAL_OFFSET_TABLE_"}:
+    for kind, symbol in symbols(path):
+        needed = kind in "Uvw"
+        if needed and symbol not in libm and symbol not in {"memset", "memcpy", "_GLOBAL_OFFSET_TABLE_"}:
             raise RuntimeError(f"{path.name} needs {symbol}: kernels must be complete in themselves")
-        if kind in "TWV" and symbol != path.stem:
+        if not needed and kind.isupper() and symbol != path.stem:
             raise RuntimeError(f"{path.name} shows {symbol}: only {path.stem} may leave it")
 
 
@@ -92,37 +117,41 @@ class BuildEngine(build_ext):
         self.build_engine(Path(self.get_ext_fullpath(extension.name)))
 
     def build_engine(self, target: Path) -> None:
-        from importlib.metadata import version
-
         import torch
 
-        compiler, source = engine("cpu.compile"), engine("cpu.source")
-        level = engine("cpu.processor").chosen_processor().name
-        shaped_by = [source.kernel_hash(), version("numba"), version("llvmlite")]
-        key = hashlib.sha256("\n".join(shaped_by).encode()).hexdigest()[:16]
-        build = ROOT / "build"
-        objects = build / f"kernels-{level}-{key}"
-        subprocess.run([sys.executable, "-m", "kernels.cpu.compile", str(objects), level], cwd=ROOT, check=True)
-        for path in objects.glob("*.o"):
-            check_symbols(path)
+        source, units = engine("cpu.source"), engine("cpu.compile").UNITS
+        tiers, build = chosen_tiers(), ROOT / "build"
+        names = ",".join(tier.name for tier in tiers)
+        subprocess.run([sys.executable, "-m", "kernels.cpu.compile", str(build), names], cwd=ROOT, check=True)
+        objects = [
+            source.object_directory(build, tier.name) / f"{tier.entry(*unit)}{point}.o"
+            for tier in tiers
+            for unit in units
+            for point in ("", "_arrange")
+        ]
+        for path in objects:
+            check_object(path)
 
-        header = kernels_header(compiler.UNITS, engine("cells").CELLS, engine("cpu.plan").FIELDS)
-        (objects / "kernels.h").write_text(header)
+        generated = build / "generated"
+        generated.mkdir(exist_ok=True)
+        header = kernels_header(tiers, units, engine("cells").CELLS, engine("cpu.plan").FIELDS)
+        (generated / "kernels.h").write_text(header)
+        exports = ROOT / "csrc" / "exports.map"
         torch_root = Path(torch.__path__[0])
-        number = level[-1] if level.startswith("x86-64-v") else 0
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [
             *os.environ.get("CXX", "g++").split(),
+            *os.environ.get("CXXFLAGS", "").split(),
             *["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-fvisibility=hidden", "-fvisibility-inlines-hidden"],
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            f"-DFASTRNN_LEVEL={number}",
             f"-fmacro-prefix-map={ROOT}/=",  # error messages name files, not where they were built
-            f'-DFASTRNN_BUILT_FROM="{level} {source.source_hash()}"',
-            *[f"-I{path}" for path in (ROOT / "csrc", objects, torch_root / "include")],
+            f'-DFASTRNN_BUILT_FROM="{source.source_hash()}"',
+            *[f"-I{path}" for path in (ROOT / "csrc", generated, torch_root / "include")],
             f"-I{torch_root / 'include/torch/csrc/api/include'}",
             *sorted(str(path) for path in (ROOT / "csrc").glob("*.cpp")),
-            *sorted(str(path) for path in objects.glob("*.o")),
+            *map(str, objects),
             *["-o", str(target), f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"],
+            f"-Wl,--version-script={exports}",
         ]
         try:
             subprocess.run(command, check=True)
@@ -133,6 +162,7 @@ class BuildEngine(build_ext):
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # torch's stable ABI and no Python in it: a wheel serves them all
     ext_modules=[Extension(RUNTIME, sources=[], py_limited_api=True)],
     cmdclass={"build_ext": BuildEngine},
 )

@@ -39,7 +39,7 @@ def load() -> None:
     """Have the compiled engine register its operators; where it cannot, remember why: torch.nn takes its calls."""
     global native, unavailable
     try:
-        native = cpu.load() == "compiled" and forced in (None, "cpu")
+        native = cpu.load()[0] == "compiled" and forced in (None, "cpu")
         unavailable = None
     except RuntimeError as error:
         unavailable = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A directory with a copy of the package, which an interpreter finds first that has it in PYTHONPATH."""
+    directory, skip = tmp_path / "copied", shutil.ignore_patterns("__pycache__")
+    for package, found in (("fastrnn", fastrnn), ("fastrnn/kernels", fastrnn.kernels)):
+        shutil.copytree(found.__path__[0], directory / package, ignore=skip, dirs_exist_ok=True)
+    return directory
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import itertools
 import math
 import os
@@ -30,12 +31,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
+from fastrnn.kernels import cpu
 
 FACTOR, SLACK = 2, 4
 FIXED = {torch.float64: 1e-12}
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
+WARNINGS = "error,ignore:Failed to initialize NumPy:UserWarning"  # torch's word where NumPy is not installed
 CELLS = {
     "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
@@ -277,8 +280,8 @@ def python(code: str, *, timeout: float = 120, cwd: Path = TESTS, **environment:
     A hang becomes a failure here, and a crash cannot take the suite with it.
     """
     path = os.pathsep.join(filter(None, (environment.pop("PYTHONPATH", ""), str(TESTS))))
-    kernels = str(ROOT / "build" / "kernels-of-tests")  # what is compiled at run time, kept between runs
-    env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "error", "FASTRNN_CACHE_DIR": kernels, **environment}
+    kernels = str(ROOT / "build")  # where those that setup.py compiled lie, and what is compiled at run time is kept
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": WARNINGS, "FASTRNN_CACHE_DIR": kernels, **environment}
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=cwd, env=env, timeout=timeout, capture_output=True, text=True, check=False
@@ -288,6 +291,15 @@ def python(code: str, *, timeout: float = 120, cwd: Path = TESTS, **environment:
         raise AssertionError(f"stalled: not done after {timeout} s\n{output}") from None
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def tiers() -> list[str]:
+    """Names of the tiers that are compiled in and that this processor runs, widest first."""
+    if cpu.EXTENSION is None:
+        return []
+    function = ctypes.CDLL(str(cpu.EXTENSION)).fastrnn_tiers
+    function.restype = ctypes.c_char_p
+    return function().decode().split()
 
 
 def pairwise(factors: Mapping[str, Sequence], valid: Callable[[dict], bool] = lambda row: True) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import ROOT, python
+from contract import ROOT, WARNINGS, python, tiers
 
 import fastrnn
 import fastrnn.kernels
+from fastrnn.kernels.cpu import processor, source
 
 PACKAGE, KERNELS = (Path(module.__file__).resolve().parent for module in (fastrnn, fastrnn.kernels))
 USE = "import torch, fastrnn; print(fastrnn.__file__); fastrnn.LSTM(3, 4)(torch.zeros(2, 1, 3)); print('ran')"
@@ -31,15 +33,6 @@ def isolated(code: str, cwd: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture
-def copied(tmp_path):
-    """A copy of the installed package, which `python(..., PYTHONPATH=)` finds first."""
-    skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(PACKAGE, tmp_path / "fastrnn", ignore=skip, dirs_exist_ok=True)
-    shutil.copytree(KERNELS, tmp_path / "fastrnn" / "kernels", ignore=skip, dirs_exist_ok=True)
-    return tmp_path
 
 
 def test_one_tree():
@@ -111,8 +104,6 @@ def test_stale_kernels_do_not_run(copied, edited):
 
 def test_every_source_counts_as_one():
     """No file of the engine escapes the hash: a new helper that the kernels use, say."""
-    from fastrnn.kernels.cpu import source
-
     code = "import sys, fastrnn.kernels.cpu.compile; print(*(n for n in sys.modules if 'fastrnn.kernels' in n))"
     modules = {name.removeprefix("fastrnn.kernels.") for name in python(code).split()}
     hashed = {"cells", *(f"cpu.{name}" for name in source.COMPILED)}
@@ -137,35 +128,93 @@ with warnings.catch_warnings(record=True) as caught:
 (warning,) = caught
 assert warning.category is RuntimeWarning and "missing" in str(warning.message) and "compiler" in str(warning.message)
 """
-    assert python(code, PYTHONPATH=str(copied), timeout=300) == "cpu\n"
+    assert python(code, PYTHONPATH=str(copied), FASTRNN_CACHE_DIR=str(copied / "cache"), timeout=300) == "cpu\n"
 
 
-@pytest.mark.slow
-def test_wheel(tmp_path):
-    """Built from a clean copy of the tree: fastrnn/ with its extension, metadata, and nothing else."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    tree = tmp_path / "tree"
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel, built from a clean copy of the tree: (its path, the tree)."""
+    tree = tmp_path_factory.mktemp("wheel")
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
-    command = ["pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", *command], cwd=tree, capture_output=True, text=True, check=False)
+    for tier in processor.tiers():
+        if (objects := source.object_directory(ROOT / "build", tier.name)).is_dir():  # compiled already, of the same sources
+            shutil.copytree(objects, tree / "build" / objects.name)
+    environment = {name: value for name, value in os.environ.items() if name != "FASTRNN_TIERS"}
+    command = [sys.executable, *"-m pip wheel . --no-deps --no-build-isolation -w dist".split()]  # as `make wheel`
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    (path,) = (tree / "dist").glob("*.whl")
+    return path, tree
+
+
+@pytest.mark.slow
+def test_wheel(wheel, tmp_path):
+    """fastrnn/ with its extension, metadata, and nothing else; for every Python."""
+    path, tree = wheel
+    assert path.name.startswith(f"fastrnn-{fastrnn.__version__}-cp310-abi3-linux_")
+    names = zipfile.ZipFile(path).namelist()
     assert {Path(name).parts[0] for name in names} == {"fastrnn", f"fastrnn-{fastrnn.__version__}.dist-info"}
     assert any(name.startswith("fastrnn/kernels/cpu/") and name.endswith(".so") for name in names)
-    for source in (*tree.glob("fastrnn/**/*.py"), *tree.glob("kernels/**/*.py")):
-        name = source.relative_to(tree).as_posix()
+    for file in (*tree.glob("fastrnn/**/*.py"), *tree.glob("kernels/**/*.py")):
+        name = file.relative_to(tree).as_posix()
         assert name.replace("kernels/", "fastrnn/kernels/", 1) in names if name.startswith("kernels") else name in names
     assert {Path(name).suffix for name in names if name.startswith("fastrnn/")} <= {".py", ".so", ".typed", ".pyi"}
     installed = tmp_path / "installed"
-    zipfile.ZipFile(wheel).extractall(installed)
+    zipfile.ZipFile(path).extractall(installed)
     found, ran = python(USE, PYTHONPATH=str(installed), cwd=tmp_path).splitlines()
     assert Path(found).is_relative_to(installed) and ran == "ran"
+
+
+@pytest.fixture(scope="session")
+def empty_environment(wheel, tmp_path_factory):
+    """Interpreter of an environment that holds the wheel, torch and pytest, and nothing to compile with."""
+    directory = tmp_path_factory.mktemp("empty")
+    subprocess.run([sys.executable, "-m", "venv", directory], check=True)
+    interpreter, constraints = str(directory / "bin" / "python"), str(ROOT / "constraints.txt")
+    command = [interpreter, "-m", "pip", "install", "-c", constraints, "torch==2.13.0", "pytest", str(wheel[0])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return interpreter
+
+
+@pytest.fixture
+def in_empty_environment(empty_environment, tmp_path):
+    """run(arguments of pytest, environment): tests of the wheel, with no numba, no numpy and no compiler in sight."""
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tools").mkdir()
+    for name in ("nm", "objdump"):  # test_tiers.py reads symbols and machine code
+        if found := shutil.which(name):
+            (tmp_path / "tools" / name).symlink_to(found)
+
+    def run(*arguments: str, **environment: str) -> None:
+        env = {**os.environ, "PATH": str(tmp_path / "tools"), "PYTHONPATH": "", **environment}
+        options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "check": False}
+        code = "import importlib.util as u; print([n for n in ('numba', 'llvmlite', 'numpy') if u.find_spec(n)])"
+        assert subprocess.run([empty_environment, "-c", code], **options).stdout == "[]\n"
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", WARNINGS.removeprefix("error,"), *arguments]
+        done = subprocess.run([empty_environment, *command], **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", tiers())
+def test_the_engine_of_the_wheel(in_empty_environment, tier):
+    """For each tier of this processor. The large table in float32 is left to the tiers' own contract, in the next test."""
+    in_empty_environment("tests/test_engine.py", "tests/test_contract.py", "-k", "not test_float32", FASTRNN_ISA=tier)
+
+
+@pytest.mark.slow
+def test_the_tiers_of_the_wheel(in_empty_environment):
+    """Symbols, machine code, the choice of a tier, the contract of each."""
+    in_empty_environment("tests/test_tiers.py")
 
 
 def test_versions_agree():

@@ -1,23 +1,24 @@
 """A team that turns out smaller than planned shares the planned workspace anew: one thread must fit it, or nothing does."""
 
-import ctypes
 import random
 
-import numpy as np
 import pytest
-import torch  # noqa: F401 (the extension links to it)
+from contract import ROOT
 
-from fastrnn.kernels import cpu
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.cpu.plan import FIELDS
 
+np = pytest.importorskip("numpy")
+pytest.importorskip("numba")  # the extension keeps its functions to itself: its objects are asked, loaded one by one
 
-@pytest.mark.skipif(cpu.EXTENSION is None, reason="asks the compiled extension")
+
 @pytest.mark.parametrize("which", ["forward", "backward"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_one_thread_fits_the_workspace_of_any_team(cell, which):
-    arrange = getattr(ctypes.CDLL(str(cpu.EXTENSION)), f"fastrnn_{cell}_f32_{which}_arrange")
-    arrange.restype, arrange.argtypes = ctypes.c_int64, [ctypes.c_int64, ctypes.c_int64]
+def test_one_thread_fits_the_workspace_of_any_team(cell, which, monkeypatch):
+    from fastrnn.kernels.cpu import fallback
+
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", str(ROOT / "build"))
+    _, arrange = fallback.unit(cell, "f32", which)
     draw = random.Random(0)
     for _ in range(2000):
         directions = draw.choice((1, 2))

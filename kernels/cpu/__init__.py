@@ -15,71 +15,67 @@ from pathlib import Path
 import torch
 
 from ..cells import CELLS
-from . import plan
-from .processor import Processor, chosen_processor
+from . import plan, processor
+from .processor import Tier
 from .source import source_hash
 
 DTYPES = (torch.float32, torch.float64)
 EXTENSION = next(iter(sorted(Path(__file__).parent.glob("_runtime*.so"))), None)
 
 
-def _built() -> tuple[str, ctypes.CDLL]:
-    """(what the extension was built for and from, its handle)."""
-    library = ctypes.CDLL(str(EXTENSION))
-    return (ctypes.c_char * 256).in_dll(library, "fastrnn_built_from").value.decode(), library
-
-
-def _load_extension() -> str | None:
-    """Register the extension's ops, or say why it cannot be.
+def _load_extension() -> Tier | str:
+    """Register the extension's ops and choose the tier whose kernels they run, or say why it cannot be.
 
     Raises:
-        ImportError: the extension was built from other sources than those beside it.
+        ImportError: the extension was built from other sources than those beside it, or FASTRNN_ISA names no tier in it.
     """
     if EXTENSION is None:
         return "the compiled extension is missing (no numba or no C++ compiler when fastrnn was installed)"
-    built, library = _built()
-    level, built_from = built.split(" ")
-    kernels, runtime = built_from.split(":")
+    library = ctypes.CDLL(str(EXTENSION))
+    kernels, runtime = (ctypes.c_char * 256).in_dll(library, "fastrnn_built_from").value.decode().split(":")
     here, runtime_here = source_hash().split(":")
     if kernels != here or (runtime_here and runtime != runtime_here):
         raise ImportError(
             f"fastrnn's compiled kernels ({EXTENSION}) are stale: sources in kernels/ or csrc/ have changed since they were "
             "built. Rebuild them with `make`, or install fastrnn again."
         )
-    if not library.fastrnn_processor_fits():
-        return f"the compiled extension was built for {level}, which this processor is not"
-    torch.ops.load_library(str(EXTENSION))
-    return None
+    library.fastrnn_tiers.restype = ctypes.c_char_p
+    names = library.fastrnn_tiers().decode().split()
+    if not names:
+        return "the compiled extension holds no kernels for this processor"
+    tier = processor.chosen(names)
+    library.fastrnn_use_tier(tier.name.encode())
+    return tier
 
 
 @cache
-def load() -> str:
-    """Register the CPU implementation of the raw ops, once; "compiled" or "run time" says which.
+def load() -> tuple[str, Tier]:
+    """Register the CPU implementation of the raw ops, once: ("compiled" or "run time", the tier that runs).
 
-    FASTRNN_CPU (a level of x86-64, as "x86-64-v3") asks for kernels compiled at run time for that level.
+    FASTRNN_ISA names the tier to run, in place of the widest: one that was compiled in, or any where none was.
 
     Raises:
-        ImportError: the extension is stale.
+        ImportError: the extension is stale, or FASTRNN_ISA names no tier that this processor runs.
         RuntimeError: there is neither an extension nor numba to compile with.
     """
-    if "FASTRNN_CPU" not in os.environ:
-        missing = _load_extension()
-        if missing is None:
-            return "compiled"
-        warnings.warn(
-            f"fastrnn runs slower than it could: {missing}. Kernels are compiled when first used and run on one thread. "
-            "Install numba and a C++ compiler, then fastrnn again.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    found = _load_extension()
+    if isinstance(found, Tier):
+        return "compiled", found
     try:
         import llvmlite.binding  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"fastrnn's CPU engine has neither its compiled extension nor numba: {error}") from error
+        raise RuntimeError(f"{found}; and there is no numba to compile kernels with when they are used: {error}") from error
     from . import fallback
 
+    tier = fallback.tier()
     fallback.register()
-    return "run time"
+    warnings.warn(
+        f"fastrnn runs slower than it could: {found}. Kernels are compiled when first used and run on one thread. "
+        "Install numba and a C++ compiler, then fastrnn again.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "run time", tier
 
 
 def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool) -> str:
@@ -87,10 +83,8 @@ def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads:
 
     cell: a name of cells.CELLS; T steps, B rows, I inputs, H units, R outputs (projection, or H), D directions.
     """
-    if load() == "compiled":
-        target = Processor(_built()[0].split(" ")[0]).target
-    else:
-        target, threads = chosen_processor().target, 1
+    how, tier = load()
+    target, threads = tier.target, threads if how == "compiled" else 1
     gates, lanes = CELLS[cell].gates, target.vector_bytes // 4
     columns = plan.unit_vectors(gates, target.registers) * gates
     l2_bytes = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
@@ -107,4 +101,4 @@ def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads:
         shares = [f"{rows} x rows"] * (rows > 1) + [f"{parts} x units"] * (parts > 1)
         crew = " and ".join(shares) or "one thread"
         words.append(f"{name}: {'each direction on ' if crews > 1 else ''}{crew}")
-    return f"{8 * target.vector_bytes}-bit vectors; " + "; ".join(words)
+    return f"{tier.name}, {8 * target.vector_bytes}-bit vectors; " + "; ".join(words)

@@ -1,104 +1,140 @@
-"""From the kernels' Numba source to machine code: object files for a processor, each with one C entry point.
+"""From the kernels' Numba source to machine code: object files for a tier of processors, each with one C entry point.
 
-Entry points, for every cell and scalar type ("f32", "f64"), C linkage, plain int64 arguments:
-    fastrnn_<cell>_<type>_<pass>          void (records, rank)
-    fastrnn_<cell>_<type>_<pass>_arrange  int64 (records, threads)
-with pass "forward" or "backward"; records is the address of one record of plan.FIELDS a direction.
+Entry points, for every cell, scalar type ("f32", "f64") and pass ("forward", "backward"), C linkage, plain int64 arguments,
+named by `Tier.entry`:
+    <entry>          void (records, rank)
+    <entry>_arrange  int64 (records, threads)
+records is the address of one record of plan.FIELDS a direction.
+
+    python -m kernels.cpu.compile BASE TIER,TIER.. [CELL TYPE PASS]
+
+writes to BASE/kernels-*/ what is not there yet, of one unit or of all. In a process of its own: Numba is made to do half its
+work here (see `Lowered`).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import llvmlite.binding as llvm
-from numba import cfunc, types
-from numba.core import config
+from numba import types
+from numba.core import codegen
+from numba.core.registry import cpu_target
 
-from ..cells import CELLS
-from .arrange import make_arrange
-from .backward import make_backward
-from .forward import make_forward
-from .processor import Processor, Target
-from .vector import vector_library
+
+class Lowered(codegen.AOTCodeLibrary):
+    """A function as Numba lowers it. Numba would link, optimise and compile it with all that it calls, again for every
+    caller: that is most of the time it takes, and `emit` does it once, over the whole of an entry point."""
+
+    def _optimize_functions(self, module) -> None:
+        pass
+
+    def finalize(self) -> None:
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        return 0  # nothing is called here
+
+    def modules(self, seen: set) -> Iterator[llvm.ModuleRef]:
+        """Of this function and all that it calls."""
+        if self not in seen:
+            seen.add(self)
+            yield self._final_module
+            for library in self._linking_libraries:
+                yield from library.modules(seen)
+
+
+class Codegen(codegen.AOTCPUCodegen):
+    _library_class = Lowered
+
+    def set_env(self, name, environment) -> None:
+        pass
+
+
+cpu_target.target_context._internal_codegen = Codegen("fastrnn")
+
+# After that, as some of the kernels' functions compile where they are defined.
+from ..cells import CELLS  # noqa: E402
+from .arrange import make_arrange  # noqa: E402
+from .backward import make_backward  # noqa: E402
+from .forward import make_forward  # noqa: E402
+from .processor import Tier, tiers  # noqa: E402
+from .source import object_directory  # noqa: E402
+from .vector import vector_library  # noqa: E402
 
 SCALARS = {"f32": types.float32, "f64": types.float64}
 PASSES = ("forward", "backward")
-UNITS = tuple((cell, scalar, which) for cell in CELLS for scalar in SCALARS for which in PASSES)
+UNITS = tuple((cell, scalar, which) for scalar in SCALARS for cell in CELLS for which in PASSES)
+INT64 = types.int64
 
 
-def machine_for(processor: Processor) -> llvm.TargetMachine:
-    triple = llvm.get_default_triple()
-    return llvm.Target.from_triple(triple).create_target_machine(
-        cpu=processor.name, features="", opt=3, reloc="pic", codemodel="small"
-    )
-
-
-def entry_points(cell: str, scalar: str, which: str, target: Target) -> dict:
-    """Name -> Numba function of one unit."""
-    v = vector_library(SCALARS[scalar], target)
-    make = make_forward if which == "forward" else make_backward
-    name = f"fastrnn_{cell}_{scalar}_{which}"
-    kernel = make(CELLS[cell], v, target)
-    arrange = make_arrange(CELLS[cell], v, target, which == "forward")
-    int64 = types.int64
-    return {
-        name: cfunc(types.void(int64, int64), nopython=True, error_model="numpy")(kernel.py_func),
-        f"{name}_arrange": cfunc(int64(int64, int64), nopython=True, error_model="numpy")(arrange.py_func),
-    }
-
-
-def emit(name: str, function, processor: Processor) -> bytes:
-    """Object code of one entry point: everything else in its module internal, so that only `name` leaves it."""
-    module = llvm.parse_assembly(function.inspect_llvm())
-    for f in module.functions:
-        if f.name == function._wrapper_name:
-            f.name = name
-        elif not f.is_declaration:
-            f.linkage = "internal"
-    for g in module.global_variables:
-        if not g.is_declaration:
-            g.linkage = "internal"
-    machine = machine_for(processor)
+def emit(name: str, function, returns: types.Type, tier: Tier) -> bytes:
+    """Object code of a C function `name` of two int64 that calls `function`: only `name` leaves the object."""
+    function.compile(returns(INT64, INT64))
+    compiled = function.overloads[INT64, INT64]
+    # Numba's functions return a status, and their result through a pointer. Kernels raise nothing: setup.py sees to it.
+    native = f'@"{compiled.fndesc.mangled_name}"'
+    c_type, result = ("void", "void") if returns == types.void else ("i64", "i64 %result")
+    module = llvm.parse_assembly(f"""
+        declare i32 {native}(ptr, ptr, i64, i64)
+        define {c_type} @{name}(i64 %a, i64 %b) {{
+          %value = alloca i64
+          %error = alloca ptr
+          call i32 {native}(ptr %value, ptr %error, i64 %a, i64 %b)
+          %result = load i64, ptr %value
+          ret {result}
+        }}""")
+    for part in compiled.library.modules(set()):
+        module.link_in(part, preserve=True)
+    for index, value in enumerate((*module.functions, *module.global_variables)):
+        if not value.is_declaration and value.name != name:
+            value.linkage, value.name = "internal", f"{name}.{index}"
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    machine = target.create_target_machine(cpu=tier.processor, opt=3, reloc="pic", codemodel="small")
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
+    module.verify()
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3))
     builder.getModulePassManager().run(module, builder)
     return machine.emit_object(module)
 
 
-def compile_unit(cell: str, scalar: str, which: str, processor: Processor) -> dict[str, bytes]:
-    """Name -> object code of one unit. Numba must have been started for this processor (see `configure`)."""
-    points = entry_points(cell, scalar, which, processor.target)
-    return {name: emit(name, function, processor) for name, function in points.items()}
+def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
+    """Compile a unit's two functions and write them, whole or not at all, whoever else does the same."""
+    cell, scalar, which = unit
+    v = vector_library(SCALARS[scalar], tier.target)
+    make = make_forward if which == "forward" else make_backward
+    name = tier.entry(*unit)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for point, function, returns in (
+        (name, make(CELLS[cell], v, tier.target), types.void),
+        (f"{name}_arrange", make_arrange(CELLS[cell], v, tier.target, which == "forward"), INT64),
+    ):
+        partial = directory / f"{point}.{os.getpid()}"
+        partial.write_bytes(emit(point, function, returns, tier))
+        partial.replace(directory / f"{point}.o")
+    print(f"fastrnn: compiled {' '.join(unit)} for {tier.name}", flush=True)
 
 
-def configure(processor: Processor) -> None:
-    """Make Numba optimise for `processor`; before the first compilation of a process."""
-    os.environ["NUMBA_CPU_NAME"] = config.CPU_NAME = processor.name
-    os.environ["NUMBA_CPU_FEATURES"] = config.CPU_FEATURES = ""  # those of the name
-
-
-def write_unit(directory: Path, processor: Processor, unit: tuple[str, str, str]) -> None:
-    """Compile one unit into `directory`, in a process of its own or the first to be configured."""
-    configure(processor)
-    for name, code in compile_unit(*unit, processor).items():
-        partial = directory / f"{name}.{os.getpid()}"
-        partial.write_bytes(code)
-        partial.replace(directory / f"{name}.o")
-    print(f"fastrnn: compiled {' '.join(unit)} for {processor.name}", flush=True)
-
-
-def main(directory: Path, processor: Processor) -> None:
-    """Compile every unit that `directory` does not hold yet, on all processors."""
-    directory.mkdir(parents=True, exist_ok=True)
-    missing = [unit for unit in UNITS if not (directory / f"fastrnn_{'_'.join(unit)}_arrange.o").exists()]
-    missing.sort(key=lambda unit: unit[2])  # the slower backward units first
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(write_unit, directory, processor, unit) for unit in missing]:
+def main(base: Path, names: Sequence[str], units: Sequence[tuple[str, str, str]]) -> None:
+    """Compile what `base` does not hold yet of these units for these tiers, on all processors."""
+    tasks = []
+    for tier in tiers():
+        directory = object_directory(base, tier.name)
+        missing = [unit for unit in units if not (directory / f"{tier.entry(*unit)}_arrange.o").exists()]
+        tasks += [(directory, tier, unit) for unit in missing if tier.name in names]
+    if len(tasks) == 1:
+        return write_unit(*tasks[0])
+    # In order, so that a process meets the same helper functions again. At most eight: each holds several hundred megabytes.
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        for done in [pool.submit(write_unit, *task) for task in tasks]:
             done.result()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Processor(sys.argv[2]))
+    base, names, *unit = sys.argv[1:]
+    main(Path(base), names.split(","), [(unit[0], unit[1], unit[2])] if unit else UNITS)

@@ -7,12 +7,12 @@ loaded without importing numba.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
+from . import processor
 from .plan import FIELDS
-from .processor import chosen_processor
-from .source import kernel_hash
+from .source import KERNELS, object_directory
 
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -52,26 +52,35 @@ def _engine():
 
 
 @cache
+def tier() -> processor.Tier:
+    """The tier that kernels are compiled for.
+
+    Raises:
+        ImportError: FASTRNN_ISA names none that this processor runs.
+        RuntimeError: this processor runs none.
+    """
+    names = [tier.name for tier in processor.fitting()]
+    if not names:
+        raise RuntimeError(f"this processor is less than {processor.tiers()[-1].name}, the least that kernels are compiled for")
+    return processor.chosen(names)
+
+
+@cache
 def unit(cell: str, scalar: str, which: str):
     """(run, arrange): the compiled kernel of one pass and the function that lays out its workspace."""
     import llvmlite.binding as llvm
 
-    processor = chosen_processor()
-    shaped_by = [kernel_hash(), processor.name, version("llvmlite"), version("numba"), cell, scalar, which]
-    key = hashlib.sha256("\n".join(shaped_by).encode()).hexdigest()[:32]
-    directory = cache_directory()
-    entry = f"fastrnn_{cell}_{scalar}_{which}"
-    paths = {point: directory / f"{point}-{key}.o" for point in (entry, f"{entry}_arrange")}
-    if not all(path.exists() for path in paths.values()):
-        from . import compile as compiler
-
-        compiler.configure(processor)
-        for point, code in compiler.compile_unit(cell, scalar, which, processor).items():
-            partial = paths[point].with_suffix(f".{os.getpid()}")
-            partial.write_bytes(code)
-            partial.replace(paths[point])  # whole or not at all, whoever else compiles the same
+    base = cache_directory()
+    entry = tier().entry(cell, scalar, which)
+    paths = [object_directory(base, tier().name) / f"{point}.o" for point in (entry, f"{entry}_arrange")]
+    if not all(path.exists() for path in paths):
+        # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
+        command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier().name, cell, scalar, which]
+        done = subprocess.run([sys.executable, *command], cwd=KERNELS.parent, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"fastrnn could not compile {' '.join((cell, scalar, which))}:\n{done.stderr}")
     engine = _engine()
-    for path in paths.values():
+    for path in paths:
         engine.add_object_file(llvm.object_file.ObjectFileRef.from_path(str(path)))
     engine.finalize_object()
     int64 = ctypes.c_int64

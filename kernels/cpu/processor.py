@@ -1,9 +1,10 @@
-"""Which processor kernels are compiled for. Knows llvmlite at most, and not numba."""
+"""The tiers of processors that kernels are compiled for. Knows llvmlite at most, and not numba."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -15,41 +16,55 @@ class Target:
     registers: int
 
 
-# The levels of the x86-64 ABI, widest first, with features (LLVM's names) that tell them apart.
-LEVELS = {
-    "x86-64-v4": (Target(64, 32), ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")),
-    "x86-64-v3": (Target(32, 16), ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")),
-    "x86-64-v2": (Target(16, 16), ("cx16", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3")),
-    "x86-64": (Target(16, 16), ()),
-}
-OTHER = {"aarch64": Target(16, 32), "arm64": Target(16, 32)}
-PLAIN = Target(16, 16)  # LLVM splits what a processor's registers do not hold
-
-
 @dataclass(frozen=True)
-class Processor:
-    """A processor by LLVM's name for it: a level of x86-64, or another architecture's model."""
+class Tier:
+    """Processors that run the same machine code.
+
+    name:      what FASTRNN_ISA takes.
+    processor: LLVM's name of the least of them.
+    features:  LLVM's names of what tells them from lesser ones.
+    """
 
     name: str
+    processor: str
+    target: Target
+    features: tuple[str, ...] = ()
 
-    @property
-    def target(self) -> Target:
-        return LEVELS[self.name][0] if self.name in LEVELS else OTHER.get(platform.machine(), PLAIN)
+    def entry(self, cell: str, scalar: str, which: str) -> str:
+        """Symbol of a pass ("forward", "backward") of a cell; with "_arrange" after it, of what lays out its workspace."""
+        return f"fastrnn_{self.name.replace('-', '_')}_{cell}_{scalar}_{which}"
 
 
-def chosen_processor() -> Processor:
-    """The processor that FASTRNN_CPU names, or else this machine's.
+# The levels of the x86-64 ABI, widest first.
+X86_64 = (
+    Tier("x86-64-v4", "x86-64-v4", Target(64, 32), ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")),
+    Tier("x86-64-v3", "x86-64-v3", Target(32, 16), ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")),
+    Tier("x86-64-v2", "x86-64-v2", Target(16, 16), ("cx16", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3")),
+)
+AARCH64 = (Tier("neon", "generic", Target(16, 32)),)
+OTHER = (Tier("plain", "generic", Target(16, 16)),)  # LLVM splits what a processor's registers do not hold
 
-    Raises:
-        RuntimeError: FASTRNN_CPU is no level of x86-64, or one above this machine's.
-    """
+
+def tiers() -> tuple[Tier, ...]:
+    """Those of this machine's architecture, widest first."""
+    return {"x86_64": X86_64, "AMD64": X86_64, "aarch64": AARCH64, "arm64": AARCH64}.get(platform.machine(), OTHER)
+
+
+def fitting() -> tuple[Tier, ...]:
+    """Those that this processor runs, as llvmlite knows it."""
     import llvmlite.binding as llvm
 
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return Processor(llvm.get_host_cpu_name())
-    have = llvm.get_host_cpu_features()
-    fitting = [name for name, (_, features) in LEVELS.items() if all(have.get(feature) for feature in features)]
-    named = os.environ.get("FASTRNN_CPU", fitting[0])
-    if named not in fitting:
-        raise RuntimeError(f"FASTRNN_CPU={named!r}: expected one of {', '.join(fitting)} on this machine")
-    return Processor(named)
+    have = llvm.get_host_cpu_features() if tiers() is X86_64 else {}
+    return tuple(tier for tier in tiers() if all(have.get(feature) for feature in tier.features))
+
+
+def chosen(names: Sequence[str]) -> Tier:
+    """The tier that FASTRNN_ISA names, or else the first of `names`, of which it must be one.
+
+    Raises:
+        ImportError: it is none of them.
+    """
+    name = os.environ.get("FASTRNN_ISA", names[0])
+    if name not in names:
+        raise ImportError(f"FASTRNN_ISA={name!r}: expected one of {', '.join(names)}, which this processor runs")
+    return next(tier for tier in tiers() if tier.name == name)

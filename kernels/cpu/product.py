@@ -19,7 +19,7 @@ from .vector import VectorLibrary, load_int, prefetch, product_tile, store_int
 # Longest chain of additions in one register: longer sums are sums of such chains, which keeps rounding small.
 CHAIN = 256
 
-options = {"error_model": "numpy", "boundscheck": False}
+options = {"error_model": "numpy", "boundscheck": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def integers(count: int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from importlib.metadata import version
 from pathlib import Path
 
 KERNELS = Path(__file__).resolve().parent.parent
@@ -28,3 +29,9 @@ def source_hash() -> str:
     """Of the kernels and the C++ runtime; the runtime's part is empty where its source is not at hand."""
     runtime = _hash(sorted(RUNTIME.glob("*.*"))) if RUNTIME.is_dir() else ""
     return f"{kernel_hash()}:{runtime}"
+
+
+def object_directory(base: Path, tier: str) -> Path:
+    """Where under `base` the objects of a tier lie: apart for whatever shapes them, so that none there is stale."""
+    shaped_by = [kernel_hash(), version("numba"), version("llvmlite")]
+    return base / f"kernels-{tier}-{hashlib.sha256(' '.join(shaped_by).encode()).hexdigest()[:16]}"
