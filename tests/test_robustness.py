@@ -213,7 +213,7 @@ expected = [step(index) for index in range(4)]
 x, h0, w, b = torch.zeros(5, 3, 8), torch.zeros(1, 3, 8), [torch.zeros(8, 8)], [torch.zeros(8)]
 good = x, None, h0, None, w, w, b, b, []
 torch.ops.fastrnn.layer_forward(*good, "rnn_tanh", False, False, True)
-for place, bad in ((0, x[:, :2]), (0, x.double()), (2, h0[0]), (4, [torch.zeros(8, 7)]), (5, []), (6, [torch.zeros(7)])):
+for place, bad in ((0, x[:, :2]), (0, x.double()), (2, h0[:, :2]), (4, [torch.zeros(8, 7)]), (5, []), (6, [torch.zeros(7)])):
     given = [bad if index == place else value for index, value in enumerate(good)]
     try:
         torch.ops.fastrnn.layer_forward(*given, "rnn_tanh", False, False, True)
