@@ -149,7 +149,7 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
     return done and (done[0], done[1:] if lstm else done[1])
 
 
-def own_weights(module: nn.RNNBase) -> list[Tensor] | None:
+def own_weights(module: Any) -> list[Tensor] | None:
     """The module's flat weights where they are its parameters still; None where one is computed, or has been replaced.
 
     Nothing is computed to find out: a parametrization may change at every look.
@@ -166,7 +166,7 @@ def _decline(*args) -> None:
     return None
 
 
-def module_step(module: nn.RNNBase, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
+def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
     """`module.step(x, state, out=out)`: by one call of the engine where it takes it, else as a sequence of one step."""
     if torch.is_grad_enabled():
         with torch.no_grad():
@@ -179,8 +179,8 @@ def module_step(module: nn.RNNBase, x: Tensor, state: Any, out: tuple[Tensor, An
     if out is None:
         layers, batch, hidden = module.num_layers, x.shape[0], module.hidden_size
         width = module.proj_size or hidden
-        h_n = x.new_empty(layers, batch, width)
-        y, h_n, c_n = x.new_empty(batch, width), h_n, x.new_empty(layers, batch, hidden) if lstm else None
+        y, h_n = x.new_empty(batch, width), x.new_empty(layers, batch, width)
+        c_n = x.new_empty(layers, batch, hidden) if lstm else None
     else:
         y, (h_n, c_n) = out[0], out[1] if lstm else (out[1], None)
     h0, c0 = (None, None) if state is None else state if lstm else (state, None)
@@ -194,7 +194,8 @@ def module_step(module: nn.RNNBase, x: Tensor, state: Any, out: tuple[Tensor, An
     result = result.squeeze(time)
     if out is None:
         return result, last
-    for name, into, value in zip(("y", "h", "c"), (y, h_n, c_n), (result, *(last if lstm else (last,))), strict=False):
+    results = (result, *last) if lstm else (result, last)
+    for name, into, value in zip("yhc", given[-len(results) :], results, strict=False):
         if into.shape != value.shape or into.dtype != value.dtype:
             raise ValueError(
                 f"step: out's {name} must be {value.dtype} of shape {tuple(value.shape)}, got {into.dtype} {tuple(into.shape)}"
@@ -230,7 +231,7 @@ def _run_stack(cell: str, x, hx, weights, axes: int, num_layers=1, bidirectional
     for state in states:
         if state.dim() != axes:
             return None
-    h0, c0 = (None, None) if not states else (states[0], None) if len(states) == 1 else states
+    h0, c0, *_ = (*states, None, None)
     y, h_n, c_n = ops.stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
     return None if y.dim() == 1 else (y, h_n, c_n)
 

@@ -331,7 +331,8 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         def codegen(context, b, sig, args):
             w, w_stride, x, depth = args
             rows = [b.add(w, b.mul(w_stride, I64(u))) for u in range(lanes)]
-            before, loop, after, rest, done = b.block, *(b.append_basic_block(name) for name in ("k", "after", "rest", "done"))
+            before = b.block
+            loop, after, rest, done = (b.append_basic_block(name) for name in ("k", "after", "rest", "done"))
             whole = b.and_(depth, I64(-lanes))
 
             def add_products(read, offset, totals):
