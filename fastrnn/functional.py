@@ -231,7 +231,8 @@ def _run_stack(cell: str, x, hx, weights, axes: int, num_layers=1, bidirectional
     for state in states:
         if state.dim() != axes:
             return None
-    h0, c0, *_ = (*states, None, None)
+    h0 = states[0] if states else None
+    c0 = states[1] if len(states) > 1 else None
     y, h_n, c_n = ops.stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
     return None if y.dim() == 1 else (y, h_n, c_n)
 
