@@ -223,7 +223,7 @@ def _cell_weights(module: nn.RNNCellBase) -> list[Tensor | None]:
 
 def _run_stack(cell: str, x, hx, weights, axes: int, num_layers=1, bidirectional=False, batch_first=False):
     """ops.stack_forward of input and states of so many axes; None where it does not take them."""
-    states = () if hx is None else hx if cell == "lstm" else (hx,)
+    states: Sequence[Any] = () if hx is None else hx if cell == "lstm" else (hx,)
     if type(states) not in (tuple, list) or len(states) not in (0, 1 + (cell == "lstm")):
         return None
     if not dispatch.takes_stack(x, *states, *weights) or x.dim() != axes:
