@@ -1,6 +1,7 @@
 """Drop-in replacement of torch.nn's RNN, LSTM and GRU on fused engines."""
 
 from fastrnn import functional as functional
+from fastrnn.checkpoint import recompute as recompute
 from fastrnn.convert import convert as convert
 from fastrnn.convert import patch as patch
 from fastrnn.dispatch import explain as explain
@@ -23,5 +24,6 @@ __all__ = [
     "explain",
     "functional",
     "patch",
+    "recompute",
 ]
 __version__ = "0.1.0"

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from fastrnn import functional as _VF
+from fastrnn.checkpoint import recompute
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -42,12 +43,33 @@ def _rebound(function: _Function) -> _Function:
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     by_torch = _rebound(torch_class.forward)
 
-    @functools.wraps(torch_class.forward)
-    def forward(self, input, hx=None):
+    def run(self, input, hx):
         result = _VF.module_forward(self, input, hx)
         return by_torch(self, input, hx) if result is None else result
 
+    @functools.wraps(torch_class.forward)
+    def forward(self, input, hx=None):
+        if self.recompute:
+            with recompute():
+                return run(self, input, hx)
+        return run(self, input, hx)
+
     return forward
+
+
+def _init(torch_class: type[nn.RNNBase]) -> Any:
+    @functools.wraps(torch_class.__init__)
+    def __init__(self, *args, recompute=False, **kwargs):
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute should be a bool, got {recompute!r}")
+        torch_class.__init__(self, *args, **kwargs)
+        self.recompute = recompute
+
+    return __init__
+
+
+def _extra_repr(self: nn.RNNBase) -> str:
+    return nn.RNNBase.extra_repr(self) + ", recompute=True" * self.recompute
 
 
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
@@ -113,22 +135,40 @@ class _Layers(_DropIn):
 
 
 class RNN(nn.RNN, _Layers):
-    """`torch.nn.RNN`, arguments and behaviour, on fastrnn's engines; and `step`, for streams."""
+    """`torch.nn.RNN`, arguments and behaviour, on fastrnn's engines; and `step`, for streams.
 
+    recompute: keyword only, bool; the attribute may be changed later. Without effect: the output is all that is kept.
+    """
+
+    recompute = False  # of a converted module, and of one pickled before there was the mode
+    __init__ = _init(nn.RNN)
+    extra_repr = _extra_repr
     forward = _forward(nn.RNN)
     _weights_have_changed = _weights_have_changed
 
 
 class LSTM(nn.LSTM, _Layers):
-    """`torch.nn.LSTM`, arguments and behaviour, on fastrnn's engines; and `step`, for streams."""
+    """`torch.nn.LSTM`, arguments and behaviour, on fastrnn's engines; and `step`, for streams.
 
+    recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
+    """
+
+    recompute = False  # of a converted module, and of one pickled before there was the mode
+    __init__ = _init(nn.LSTM)
+    extra_repr = _extra_repr
     forward = _forward(nn.LSTM)
     _weights_have_changed = _weights_have_changed
 
 
 class GRU(nn.GRU, _Layers):
-    """`torch.nn.GRU`, arguments and behaviour, on fastrnn's engines; and `step`, for streams."""
+    """`torch.nn.GRU`, arguments and behaviour, on fastrnn's engines; and `step`, for streams.
 
+    recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
+    """
+
+    recompute = False  # of a converted module, and of one pickled before there was the mode
+    __init__ = _init(nn.GRU)
+    extra_repr = _extra_repr
     forward = _forward(nn.GRU)
     _weights_have_changed = _weights_have_changed
 

@@ -20,6 +20,15 @@ Raw ops (no autograd; engines register them per device). They assume T >= 1, B >
     dx, dw_*     like x, contiguous; weights' gradients one below the other, dw_ih [D*G*H, I] and so on. [0] where not needed
                  or not there.
 
+The same two in the recompute mode, over the raw ops of any engine, see checkpoint.py:
+
+    checkpoint_forward -> y, h_n, c_n, kept
+    checkpoint_backward -> as layer_backward
+
+    segments     parts of about equal rows into which the steps are divided, from 1 to max(1, T // 2)
+    kept         [D, segments - 1, B, H], cell states before each segment but a direction's first, in the order they run; [0]
+                 for cells that have none
+
 Two more, of the compiled CPU engine alone, take a module's layers in one call, without gradients and dropout. They check
 shapes, dtypes and devices themselves, so that little Python is in the way of a step:
 
@@ -44,7 +53,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
 
-from fastrnn import dispatch
+from fastrnn import checkpoint, dispatch
 from fastrnn.kernels import reference
 from fastrnn.kernels.cells import CELLS
 
@@ -68,6 +77,17 @@ _library.define(
     tags=_tags,
 )
 _library.define(
+    f"checkpoint_forward({_LAYER}, str cell, bool reverse, bool batch_first, SymInt segments) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor kept)",
+    tags=_tags,
+)
+_library.define(
+    f"checkpoint_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER}, Tensor y, Tensor kept, "
+    "str cell, bool reverse, bool batch_first, SymInt segments, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, "
+    "Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
+    tags=_tags,
+)
+_library.define(
     "stack_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, str cell, int num_layers, bool bidirectional, "
     "bool batch_first) -> (Tensor y, Tensor h_n, Tensor c_n)"
 )
@@ -79,10 +99,14 @@ stack_forward = torch.ops.fastrnn.stack_forward.default
 stack_step = torch.ops.fastrnn.stack_step.default
 _forward = torch.ops.fastrnn.layer_forward.default
 _backward = torch.ops.fastrnn.layer_backward.default
+_checkpoint_forward = torch.ops.fastrnn.checkpoint_forward.default
+_checkpoint_backward = torch.ops.fastrnn.checkpoint_backward.default
+_library.impl("checkpoint_forward", checkpoint.forward, "CompositeExplicitAutograd")
+_library.impl("checkpoint_backward", checkpoint.backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastrnn::layer_forward", lib=_library)
-def _(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
+def _fake_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
     rows, directions, batch = x.shape[:-1], len(w_ih), h0.shape[1]
     hidden, width = w_hh[0].shape[0] // CELLS[cell].gates, w_hh[0].shape[1]
     slots = CELLS[cell].slots + bool(w_hr)
@@ -97,7 +121,7 @@ def _(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch
 
 
 @torch.library.register_fake("fastrnn::layer_backward", lib=_library)
-def _(
+def _fake_backward(
     dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved,
     cell, reverse, batch_first, need_dx, need_dw
 ):  # fmt: skip
@@ -110,6 +134,21 @@ def _(
         x.new_empty((0,) if c0 is None else c0.shape),
         *map(joined, (w_ih, w_hh, b_ih, b_hh, w_hr)),
     )
+
+
+@torch.library.register_fake("fastrnn::checkpoint_forward", lib=_library)
+def _(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, segments):
+    y, h_n, c_n, _ = _fake_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
+    return y, h_n, c_n, x.new_empty((0,) if c0 is None else (h0.shape[0], segments - 1, *c0.shape[1:]))
+
+
+@torch.library.register_fake("fastrnn::checkpoint_backward", lib=_library)
+def _(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, kept,
+    cell, reverse, batch_first, segments, need_dx, need_dw
+):  # fmt: skip
+    layer = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
+    return _fake_backward(dy, dh_n, dc_n, *layer, y, kept, cell, reverse, batch_first, need_dx, need_dw)
 
 
 def layer(
@@ -137,59 +176,63 @@ def layer(
         )
     elif transformed or (torch.is_grad_enabled() and _requires_grad((x, h0, *weights), c0)):
         function = Layer if compiling or transformed else EagerLayer
-        y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, len(w_ih), *weights)
+        # the rules for torch.func's transforms know the gates only
+        segments = 0 if transformed else checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, bool(w_hr))
+        y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, len(w_ih), *weights)
     else:
         y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
     return y, h_n, c_n if cell == "lstm" else None
 
 
 class Layer(Function):
-    """`layer` with a gradient. Arguments are flat, weights as `_kinds` takes them apart; the last output is `saved`."""
+    """`layer` with a gradient. Arguments are flat, weights as `_kinds` takes them apart; the last output is `saved`.
+
+    segments: 0, or as many as recompute mode divides the steps into; `saved` is then what it keeps.
+    """
 
     @staticmethod
-    def forward(x, batch_sizes, h0, c0, cell, reverse, batch_first, directions, *weights):
+    def forward(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights):
         kinds = _kinds(weights, directions)
+        if segments:
+            return _checkpoint_forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, segments)
         return _forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         y, _, c_n, saved = output
-        ctx.options = inputs[4:8]
-        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[8:])
+        ctx.options = inputs[4:9]
+        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[9:])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*((saved,) if c_n.dim() > 1 else (c_n, saved)))
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _):
         x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
-        cell, reverse, batch_first, directions = ctx.options
+        cell, reverse, batch_first, segments, directions = ctx.options
         if dy is None and dh_n is None and dc_n is None:
-            return (None,) * (8 + len(weights))
-        need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[8:])
-        options = cell, reverse, batch_first, directions, need_dx, need_dw
-        kinds = _kinds(weights, directions)
+            return (None,) * (9 + len(weights))
+        need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[9:])
+        options = cell, reverse, batch_first, segments, directions, need_dx, need_dw
         compiling = torch.compiler.is_compiling()
         if not compiling and (_forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n)):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options)
         elif not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
             grads = LayerBackward.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
         else:
-            grads = _backward(
-                dy, dh_n, dc_n, x, batch_sizes, h0, c0, *kinds, y, saved, cell, reverse, batch_first, need_dx, need_dw
-            )
+            grads = LayerBackward.forward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
         dx, dh0, dc0, *joined = grads
         if need_dw:
-            dw = [grad for grad, kind in zip(joined, kinds, strict=True) if kind]
+            dw = [grad for grad, kind in zip(joined, _kinds(weights, directions), strict=True) if kind]
             dw = dw if directions == 1 else [part for grad in dw for part in grad.chunk(directions)]
         else:
             dw = [None] * len(weights)
-        return dx if need_dx else None, None, dh0, None if c0 is None else dc0, None, None, None, None, *dw
+        return dx if need_dx else None, None, dh0, None if c0 is None else dc0, *(None,) * 5, *dw
 
     @staticmethod
-    def vmap(info, in_dims, x, batch_sizes, h0, c0, cell, reverse, batch_first, directions, *weights):
+    def vmap(info, in_dims, x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights):
         V, at = info.batch_size, 0 if batch_first else 1
-        options = cell, reverse, batch_first, directions
-        if batch_sizes is not None or _any_mapped(in_dims[8:]):
+        options = cell, reverse, batch_first, segments, directions
+        if batch_sizes is not None or _any_mapped(in_dims[9:]):
             outputs = _loop(Layer, V, in_dims, (x, batch_sizes, h0, c0, *options, *weights))
             return outputs, (0, 0, 0, 0)
         x, h0, c0 = _fold(x, in_dims[0], at, V), _fold(h0, in_dims[2], 1, V), _fold(c0, in_dims[3], 1, V)
@@ -217,23 +260,25 @@ class LayerBackward(Function):
     @staticmethod
     def forward(
         dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
-        cell, reverse, batch_first, directions, need_dx, need_dw, *weights
+        cell, reverse, batch_first, segments, directions, need_dx, need_dw, *weights
     ):  # fmt: skip
-        kinds = _kinds(weights, directions)
-        return _backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, *kinds, y, saved, cell, reverse, batch_first, need_dx, need_dw)
+        layer = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
+        if segments:
+            return _checkpoint_backward(*layer, segments, need_dx, need_dw)
+        return _backward(*layer, need_dx, need_dw)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[9:15]
+        ctx.options = inputs[9:16]
         # not y and saved: they are functions of the rest, and their share of the gradient is taken through it
-        ctx.save_for_backward(*inputs[:7], *inputs[15:])
+        ctx.save_for_backward(*inputs[:7], *inputs[16:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
         dy, dh_n, dc_n, x, batch_sizes, h0, c0, *weights = ctx.saved_tensors
         if all(grad is None for grad in grads):
-            return (None,) * (15 + len(weights))
+            return (None,) * (16 + len(weights))
         inputs = dy, dh_n, dc_n, x, h0, c0, *weights
         here = [index for index, tensor in enumerate(inputs) if tensor is not None]
 
@@ -247,16 +292,16 @@ class LayerBackward(Function):
         pulled = pull(tuple(torch.zeros_like(out) if grad is None else grad for grad, out in pairs))
         full = dict(zip(here, pulled, strict=True))
         dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
-        return dy, dh_n, dc_n, x, None, h0, c0, *(None,) * 8, *weights
+        return dy, dh_n, dc_n, x, None, h0, c0, *(None,) * 9, *weights
 
     @staticmethod
     def vmap(
         info, in_dims, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
-        cell, reverse, batch_first, directions, need_dx, need_dw, *weights
+        cell, reverse, batch_first, segments, directions, need_dx, need_dw, *weights
     ):  # fmt: skip
         V, at = info.batch_size, 0 if batch_first else 1
-        options = cell, reverse, batch_first, directions, need_dx, need_dw
-        if batch_sizes is not None or need_dw or _any_mapped(in_dims[15:]):
+        options = cell, reverse, batch_first, segments, directions, need_dx, need_dw
+        if batch_sizes is not None or segments or need_dw or _any_mapped(in_dims[16:]):
             arguments = dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights
             return _loop(LayerBackward, V, in_dims, arguments), (0,) * 8
         dy, x, y = (_fold(t, in_dims[k], at, V) for k, t in ((0, dy), (3, x), (7, y)))
@@ -273,7 +318,7 @@ class LayerBackward(Function):
 
 def _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options):
     """What layer_backward returns, as plain operations on the layer's inputs."""
-    cell, reverse, batch_first, directions, need_dx, need_dw = options
+    cell, reverse, batch_first, _, directions, need_dx, need_dw = options
     inputs = x, batch_sizes, h0, c0, *_kinds(weights, directions)
     y, _, _, saved = reference.layer_forward(*inputs, cell, reverse, batch_first, True)
     return reference.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, need_dx, need_dw)

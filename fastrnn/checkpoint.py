@@ -1,0 +1,215 @@
+"""Recompute mode: a layer keeps states instead of gates, and backward redoes the gates, a segment of steps at a time.
+
+Checkpointing in time, over the raw layer ops, so for every engine: forward keeps y, in which all h are, and the cell state c
+before each segment; backward takes the segments from the last that ran to the first, runs forward again on each from its
+first states, now keeping the gates, and layer_backward on it with the gradients of its final states.
+
+Letters: T steps, B rows of a batch, N rows of all steps, H hidden size, R projected size or H, D directions.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastrnn.kernels.cells import CELLS
+
+SEGMENT_ROWS = 256  # rows of a segment at least: with fewer, packing weights and adding up their gradients takes the time
+
+
+class _Mode(threading.local):
+    recompute = False
+
+
+_mode = _Mode()
+
+
+@contextmanager
+def recompute(enabled: bool = True) -> Iterator[None]:
+    """Layers that run inside the block keep less for their backward pass, and take longer over it.
+
+        with fastrnn.recompute():
+            output, state = lstm(x)
+        output.sum().backward()
+
+    They keep their output and, LSTM's, some of the cell states, in place of every gate of every step; backward computes
+    the gates again. Outputs are the same to the last bit, gradients to rounding. RNN keeps only its output anyway. Modules
+    made with `recompute=True` do it always. The mode is the thread's own. Under torch.func, in forward mode and where
+    torch.nn's own path runs it changes nothing; a function under torch.compile keeps the mode it was compiled in.
+
+    Args:
+        enabled: False ends the effect of an outer block.
+    """
+    outer = _mode.recompute
+    _mode.recompute = enabled
+    try:
+        yield
+    finally:
+        _mode.recompute = outer
+
+
+def segments_wanted(x: Tensor, batch_sizes: Tensor | None, batch: int, cell: str, projected: bool) -> int:
+    """Segments into which the current mode divides a layer's steps; 0: it keeps the gates. Shapes as in ops.py."""
+    if not _mode.recompute or CELLS[cell].slots == 0:
+        return 0
+    steps = x.shape[0] * x.shape[1] // batch if batch_sizes is None else batch_sizes.shape[0]
+    rows = steps * batch if batch_sizes is None else x.shape[0]
+    return count_segments(steps, rows, batch, cell, projected)
+
+
+def count_segments(steps: int, rows: int, batch: int, cell: str, projected: bool = False) -> int:
+    """How many segments take the least memory: n of them keep n * batch cell states and the slots of rows / n rows.
+
+    That is least at n = sqrt(rows * slots / batch). A cell without a cell state keeps nothing for a segment, so n is then
+    bound by SEGMENT_ROWS alone. steps T, rows N, batch B; 1 <= n <= max(1, T // 2).
+    """
+    most = min(steps // 2, rows // SEGMENT_ROWS)
+    if CELLS[cell].carry == "cell":
+        slots = CELLS[cell].slots + 1 + projected  # and the output of the second run
+        most = min(most, int(math.sqrt(rows * slots / batch)))
+    return max(most, 1)
+
+
+def bounds(offsets: Sequence[int], segments: int) -> list[int]:
+    """First step of each segment, and T: about equal rows, and two steps at least, because engines may round one otherwise.
+
+    offsets [T + 1]: rows before each step. 2 * segments <= T, or segments 1.
+    """
+    steps, found = len(offsets) - 1, [0]
+    for k in range(1, segments):
+        nearest = bisect_left(offsets, k * offsets[-1] / segments)
+        found.append(min(max(nearest, found[-1] + 2), steps - 2 * (segments - k)))
+    return [*found, steps]
+
+
+def forward(
+    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, segments
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op checkpoint_forward, see ops.py."""
+    weights = w_ih, w_hh, b_ih, b_hh, w_hr
+    D, B, R = h0.shape
+    kept = x.new_empty((0,) if c0 is None else (D, segments - 1, B, c0.shape[2]))
+    if kept.numel() == 0:
+        y, h_n, c_n, _ = _layer_forward(x, batch_sizes, h0, c0, *weights, cell, reverse, batch_first, False)
+        return y, h_n, c_n, kept
+    y = x.new_empty((*x.shape[:-1], D * R))
+    h_n, c_n = (state.clone(memory_format=torch.contiguous_format) for state in (h0, c0))
+    steps = _Steps(x, batch_sizes, batch_first, B)
+    for d in range(D):
+        backwards, own = reverse != bool(d), [kind[d : d + 1] for kind in weights]
+        for k, (start, stop) in enumerate(steps.segments(segments, backwards)):
+            if k > 0:
+                kept[d, k - 1] = c_n[d]
+            b = steps.sizes[start]
+            h, c = h_n[d : d + 1, :b], c_n[d : d + 1, :b]
+            part, h_last, c_last, _ = _layer_forward(
+                steps.part(x, start, stop), steps.batch_sizes(start, stop), h, c, *own, cell, backwards, batch_first, False
+            )
+            steps.part(y, start, stop).narrow(-1, d * R, R).copy_(part)
+            h.copy_(h_last)
+            c.copy_(c_last)
+    return y, h_n, c_n, kept
+
+
+def backward(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, kept,
+    cell, reverse, batch_first, segments, need_dx, need_dw
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op checkpoint_backward, see ops.py."""
+    weights = w_ih, w_hh, b_ih, b_hh, w_hr
+    if segments == 1:
+        layer = x, batch_sizes, h0, c0, *weights
+        saved = _layer_forward(*layer, cell, reverse, batch_first, True)[3]
+        return _layer_backward(dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw)
+    D, B, R = h0.shape
+    dx = x.new_empty(x.shape if need_dx else (0,))
+    # gradients of the states after the segments that are still to come, in the end of the first ones
+    dh = torch.zeros_like(h0, memory_format=torch.contiguous_format)
+    dc = x.new_empty(0) if c0 is None else torch.zeros_like(c0, memory_format=torch.contiguous_format)
+    for carried, final in ((dh, dh_n), (dc, dc_n)):
+        if final is not None:
+            carried.copy_(final)
+    steps = _Steps(x, batch_sizes, batch_first, B)
+    sums: list[tuple[Tensor, ...]] = []
+    for d in range(D):
+        backwards, own = reverse != bool(d), [kind[d : d + 1] for kind in weights]
+        y_own, dy_own = (None if t is None else t.narrow(-1, d * R, R) for t in (y, dy))
+        order = steps.segments(segments, backwards)
+        for k in reversed(range(segments)):
+            start, stop = order[k]
+            b = steps.sizes[start]
+            h = steps.before(y_own, h0[d : d + 1], start, stop, backwards) if k > 0 else h0[d : d + 1, :b]
+            c = None if c0 is None else kept[d, k - 1 : k, :b] if k > 0 else c0[d : d + 1, :b]
+            layer = steps.part(x, start, stop), steps.batch_sizes(start, stop), h, c, *own
+            saved = _layer_forward(*layer, cell, backwards, batch_first, True)[3]
+            dh_here, dc_here = dh[d : d + 1, :b], None if c0 is None else dc[d : d + 1, :b]
+            dx_part, dh_part, dc_part, *dw_part = _layer_backward(
+                None if dy is None else steps.part(dy_own, start, stop), dh_here, dc_here, *layer,
+                steps.part(y_own, start, stop), saved, cell, backwards, batch_first, need_dx, need_dw,
+            )  # fmt: skip
+            del saved
+            dh_here.copy_(dh_part)
+            if dc_here is not None:
+                dc_here.copy_(dc_part)
+            if need_dx and d == 0:
+                steps.part(dx, start, stop).copy_(dx_part)
+            elif need_dx:
+                steps.part(dx, start, stop).add_(dx_part)
+            if k == segments - 1:
+                sums.append(tuple(dw_part))
+            else:
+                for total, part in zip(sums[d], dw_part, strict=True):
+                    total.add_(part)
+    return dx, dh, dc, *(own[0] if D == 1 else torch.cat(own) for own in zip(*sums, strict=True))
+
+
+def _layer_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.fastrnn.layer_forward.default(*args)
+
+
+def _layer_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.fastrnn.layer_backward.default(*args)
+
+
+class _Steps:
+    """Where the rows of each step of a sequence are.
+
+    sizes:   rows of each step [T].
+    offsets: rows of a packed sequence before each step [T + 1], otherwise just the steps' numbers.
+    """
+
+    def __init__(self, x: Tensor, batch_sizes: Tensor | None, batch_first: bool, batch: int):
+        self.packed, self.axis = batch_sizes, 1 if batch_first and batch_sizes is None else 0
+        steps = x.shape[self.axis] if batch_sizes is None else len(batch_sizes)
+        self.sizes: Sequence[int] = [batch] * steps if batch_sizes is None else batch_sizes.tolist()
+        self.offsets: Sequence[int] = range(steps + 1)
+        if batch_sizes is not None:
+            self.offsets = [0, *batch_sizes.cumsum(0).tolist()]
+
+    def segments(self, count: int, backwards: bool) -> list[tuple[int, int]]:
+        """First step and the one past the last of each segment, in the order they run."""
+        found = list(pairwise(bounds(self.offsets, count)))
+        return found[::-1] if backwards else found
+
+    def part(self, sequence: Tensor, start: int, stop: int) -> Tensor:
+        """A view of the rows of these steps."""
+        return sequence.narrow(self.axis, self.offsets[start], self.offsets[stop] - self.offsets[start])
+
+    def batch_sizes(self, start: int, stop: int) -> Tensor | None:
+        return None if self.packed is None else self.packed[start:stop]
+
+    def before(self, y: Tensor, h0: Tensor, start: int, stop: int, backwards: bool) -> Tensor:
+        """h [1, B, R] of the rows of a segment, not the first to run, before it; y of its direction, h0 [1, B, R]."""
+        previous, b = stop if backwards else start - 1, self.sizes[start]
+        h = self.part(y, previous, previous + 1)
+        if self.packed is None:
+            return h.transpose(0, self.axis)
+        begun = min(b, self.sizes[previous])  # in reverse, other rows begin within the segment
+        return torch.cat((h[:begun], h0[0, begun:b])).unsqueeze(0)
