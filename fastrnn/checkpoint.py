@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastrnn.kernels.cells import CELLS
 
-SEGMENT_ROWS = 256  # rows of a segment at least: with fewer, packing weights and adding up their gradients takes the time
+SEGMENT_ROWS = 768  # rows of a segment at least: with fewer, packing weights and adding up their gradients takes the time
 
 
 class _Mode(threading.local):
@@ -154,7 +154,6 @@ def backward(
                 None if dy is None else steps.part(dy_own, start, stop), dh_here, dc_here, *layer,
                 steps.part(y_own, start, stop), saved, cell, backwards, batch_first, need_dx, need_dw,
             )  # fmt: skip
-            del saved
             dh_here.copy_(dh_part)
             if dc_here is not None:
                 dc_here.copy_(dc_part)
@@ -167,6 +166,8 @@ def backward(
             else:
                 for total, part in zip(sums[d], dw_part, strict=True):
                     total.add_(part)
+                del part
+            del saved, dx_part, dw_part  # before the next segment makes its own
     return dx, dh, dc, *(own[0] if D == 1 else torch.cat(own) for own in zip(*sums, strict=True))
 
 
