@@ -44,32 +44,35 @@ def _status(field: str) -> int:
     return int(rows[field].split()[0]) * 1024
 
 
-def peaks(case: Case, library: str, threads: int) -> list[int]:
-    """Bytes by which each of STEPS raises this process's peak. For a fresh process."""
+def peaks(case: Case, library: str, threads: int, recompute: bool = False) -> list[int]:
+    """Bytes by which each of STEPS raises this process's peak, fastrnn in its recompute mode or not. For a fresh process."""
     import torch
 
+    import fastrnn
     from bench.subjects import Subject
 
     torch.set_num_threads(threads)
     module = importlib.import_module(library)
     subject = Subject(case, module)
     tiny = replace(case, point=replace(case.point, batch=2, hidden=8, input=8, steps=7))
-    Subject(tiny, module).step()
     raised = []
-    for _ in STEPS:
-        subject.drop_gradients()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
-        baseline = _status("VmRSS")
-        subject.step()
-        raised.append(_status("VmHWM") - baseline)
+    with fastrnn.recompute(recompute):
+        Subject(tiny, module).step()
+        for _ in STEPS:
+            subject.drop_gradients()
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
+            baseline = _status("VmRSS")
+            subject.step()
+            raised.append(_status("VmHWM") - baseline)
     return raised
 
 
-def fresh(case: Case, library: str, threads: int) -> list[int]:
+def fresh(case: Case, library: str, threads: int, recompute: bool = False) -> list[int]:
     """`peaks` in a process of its own."""
     options = {"--case": case.name, "--library": library, "--threads": str(threads)}
     command = [sys.executable, "-m", "bench.memory", *(word for option in options.items() for word in option)]
+    command += ["--recompute"] * recompute
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **ALLOCATOR}
     run = subprocess.run(command, cwd=record.ROOT, env=environment, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -77,9 +80,9 @@ def fresh(case: Case, library: str, threads: int) -> list[int]:
     return json.loads(run.stdout)
 
 
-def measure(case: Case, threads: int, repeats: int) -> dict[str, Any]:
+def measure(case: Case, threads: int, repeats: int, recompute: bool = False) -> dict[str, Any]:
     """The record of one case; the libraries take turns."""
-    rounds = [{name: fresh(case, library, threads) for name, library in LIBRARIES.items()} for _ in range(repeats)]
+    rounds = [{name: fresh(case, library, threads, recompute) for name, library in LIBRARIES.items()} for _ in range(repeats)]
     taken = {name: {step: [r[name][at] for r in rounds] for at, step in enumerate(STEPS)} for name in LIBRARIES}
     medians = {name: {step: int(statistics.median(v)) for step, v in steps.items()} for name, steps in taken.items()}
     return {"name": case.name, "point": asdict(case.point), "cell": case.cell, "median": medians, "peaks": taken}
@@ -104,7 +107,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="REGEX", help="cases such as 'few lstm train B1 T100 H64'")
     parser.add_argument("--repeats", type=int, default=1, help="processes per case and library (default %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="(default %(default)s)")
-    parser.add_argument("--output", type=Path, help=f"(default {DEFAULT_OUTPUT} for the whole grid, else none)")
+    parser.add_argument("--recompute", action="store_true", help="fastrnn in its recompute mode")
+    parser.add_argument("--output", type=Path, help=f"(default {DEFAULT_OUTPUT} for the whole grid as it is, else none)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--library", choices=LIBRARIES.values(), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -115,17 +119,17 @@ def main(argv: list[str] | None = None) -> None:
     training = list(cases(options.only, modes=("train",)))
     if options.case:
         (case,) = (case for case in training if case.name == options.case)
-        print(json.dumps(peaks(case, options.library, options.threads)))
+        print(json.dumps(peaks(case, options.library, options.threads, options.recompute)))
         return
     record.one_tree()
     console = Console(highlight=False, soft_wrap=True)
     results = []
     for case in track(training, "peak memory", console=console, transient=True):
-        results.append(measure(case, options.threads, options.repeats))
+        results.append(measure(case, options.threads, options.repeats, options.recompute))
         console.print(line(results[-1]))
-    output = options.output or (DEFAULT_OUTPUT if not options.only else None)
+    output = options.output or (DEFAULT_OUTPUT if not (options.only or options.recompute) else None)
     if output:
-        settings = {"threads": options.threads, "repeats": options.repeats, "resolution": RESOLUTION}
+        settings = {"threads": options.threads, "repeats": options.repeats, "resolution": RESOLUTION, "recompute": options.recompute}
         record.write(output, record.header(**settings) | {"cases": results})
         console.print(f"written: {output}")
 

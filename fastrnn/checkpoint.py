@@ -25,7 +25,8 @@ SEGMENT_ROWS = 768  # rows of a segment at least: with fewer, packing weights an
 
 
 class _Mode(threading.local):
-    recompute = False
+    def __init__(self) -> None:  # once a thread
+        self.recompute = False
 
 
 _mode = _Mode()
@@ -42,7 +43,7 @@ def recompute(enabled: bool = True) -> Iterator[None]:
     They keep their output and, LSTM's, some of the cell states, in place of every gate of every step; backward computes
     the gates again. Outputs are the same to the last bit, gradients to rounding. RNN keeps only its output anyway. Modules
     made with `recompute=True` do it always. The mode is the thread's own. Under torch.func, in forward mode and where
-    torch.nn's own path runs it changes nothing; a function under torch.compile keeps the mode it was compiled in.
+    torch.nn's own path runs it changes nothing.
 
     Args:
         enabled: False ends the effect of an outer block.

@@ -12,7 +12,9 @@ import threading
 import pytest
 import torch
 from contract import ROOT, relative
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +23,6 @@ import fastrnn
 from fastrnn import checkpoint, dispatch, ops
 from fastrnn.kernels.cells import CELLS
 
-KEPT_BY_GATES = [cell for cell in CELLS if CELLS[cell].slots]
 LENGTHS = torch.tensor([9, 9, 6, 5, 2, 1, 1])  # rows end and begin in the first, a middle and the last segment
 FORMS = {
     "dense": {},
@@ -32,9 +33,7 @@ FORMS = {
     "packed_reverse": {"packed": True, "reverse": True},
     "packed_two": {"packed": True, "directions": 2},
 }
-LAYERS = [
-    (cell, form, project) for cell in KEPT_BY_GATES for form in FORMS for project in (False, True)[: 1 + (cell == "lstm")]
-]
+LAYERS = [(cell, form, False) for cell in ("lstm", "gru") for form in FORMS] + [("lstm", form, True) for form in FORMS]
 every_layer = pytest.mark.parametrize(("cell", "form", "project"), LAYERS)
 some_layers = pytest.mark.parametrize(
     ("cell", "form", "project"),
@@ -327,26 +326,59 @@ def test_transforms(layer, cell, form, project):
 # --- torch.compile
 
 
-@pytest.mark.parametrize(("name", "options"), [("LSTM", {"bidirectional": True}), ("LSTM", {"proj_size": 2}), ("GRU", {})])
-def test_compile(name, options):
+def noting(operators: list[list[str]]):
+    """A backend of torch.compile that adds the names in each graph."""
+
+    def note(graph, inputs):
+        operators.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=note)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "block"),
+    [("LSTM", {"bidirectional": True}, False), ("LSTM", {"proj_size": 2}, True), ("GRU", {}, True)],
+)
+def test_compile(name, options, block):
     """One graph with gradients, the mode's operators in it; no new one for other lengths."""
     torch._dynamo.reset()
-    module = getattr(fastrnn, name)(3, 5, 2, recompute=True, **options)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
-    graphs = []
+    module = getattr(fastrnn, name)(3, 5, 2, recompute=not block, **options)
+    operators: list[list[str]] = []
+
+    def call(x):
+        if not block:
+            return module(x)
+        with fastrnn.recompute():
+            return module(x)
+
+    compiled = torch.compile(call, fullgraph=True, backend=noting(operators), dynamic=True)
     for steps in (40, 71, 100):
-        x = torch.randn(steps, 3, 3)
-        found = []
-        for call in (compiled, module):
+        x, found = torch.randn(steps, 3, 3), []
+        for function in (compiled, call):
             module.zero_grad()
-            with Operators() as ran:
-                y, _ = call(x)
-                weighted([y]).backward()
-            assert ran.counts["fastrnn::checkpoint_backward"] == 2 and "fastrnn::layer_backward" not in ran.counts
+            y, _ = function(x)
+            weighted([y]).backward()
             found.append({"y": y.detach()} | {f"d{n}": p.grad for n, p in module.named_parameters()})
         same(*found, bound=1e-5)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[-1], graphs
+    forward, backward = operators  # and not a pair for each length
+    assert forward.count("fastrnn.checkpoint_forward.default") == 2
+    assert backward.count("fastrnn.checkpoint_backward.default") == 2
+    assert not any("layer_" in name for name in forward + backward)
+    torch._dynamo.reset()
+
+
+def test_compiled_before_the_block():
+    """A compiled module follows the mode of each call."""
+    torch._dynamo.reset()
+    operators: list[list[str]] = []
+    compiled = torch.compile(fastrnn.GRU(3, 5), fullgraph=True, backend=noting(operators))
+    for recompute, graphs in ((False, 2), (True, 4), (False, 4), (True, 4)):
+        with fastrnn.recompute(recompute):
+            compiled(torch.randn(40, 3, 3))[0].sum().backward()
+        assert len(operators) == graphs
+    for names, operator in zip(operators[1::2], ("layer_backward", "checkpoint_backward")):
+        assert f"fastrnn.{operator}.default" in names
     torch._dynamo.reset()
 
 
