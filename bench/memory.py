@@ -129,8 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         console.print(line(results[-1]))
     output = options.output or (DEFAULT_OUTPUT if not (options.only or options.recompute) else None)
     if output:
-        settings = {"threads": options.threads, "repeats": options.repeats, "resolution": RESOLUTION, "recompute": options.recompute}
-        record.write(output, record.header(**settings) | {"cases": results})
+        settings = {name: getattr(options, name) for name in ("threads", "repeats", "recompute")}
+        record.write(output, record.header(resolution=RESOLUTION, **settings) | {"cases": results})
         console.print(f"written: {output}")
 
 

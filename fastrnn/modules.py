@@ -63,7 +63,8 @@ def _init(torch_class: type[nn.RNNBase]) -> Any:
         if not isinstance(recompute, bool):
             raise TypeError(f"recompute should be a bool, got {recompute!r}")
         torch_class.__init__(self, *args, **kwargs)
-        self.recompute = recompute
+        if recompute:  # otherwise the attributes are torch.nn's, no more
+            self.recompute = True
 
     return __init__
 
@@ -140,7 +141,7 @@ class RNN(nn.RNN, _Layers):
     recompute: keyword only, bool; the attribute may be changed later. Without effect: the output is all that is kept.
     """
 
-    recompute = False  # of a converted module, and of one pickled before there was the mode
+    recompute = False
     __init__ = _init(nn.RNN)
     extra_repr = _extra_repr
     forward = _forward(nn.RNN)
@@ -153,7 +154,7 @@ class LSTM(nn.LSTM, _Layers):
     recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
     """
 
-    recompute = False  # of a converted module, and of one pickled before there was the mode
+    recompute = False
     __init__ = _init(nn.LSTM)
     extra_repr = _extra_repr
     forward = _forward(nn.LSTM)
@@ -166,7 +167,7 @@ class GRU(nn.GRU, _Layers):
     recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
     """
 
-    recompute = False  # of a converted module, and of one pickled before there was the mode
+    recompute = False
     __init__ = _init(nn.GRU)
     extra_repr = _extra_repr
     forward = _forward(nn.GRU)
