@@ -119,6 +119,8 @@ def _weights_have_changed(self: nn.RNNBase) -> bool:
 class _Layers(_DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
+    recompute = False
+
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
         """One step of a stream, without gradients: y [B, R] and the state after it.
 
@@ -141,7 +143,6 @@ class RNN(nn.RNN, _Layers):
     recompute: keyword only, bool; the attribute may be changed later. Without effect: the output is all that is kept.
     """
 
-    recompute = False
     __init__ = _init(nn.RNN)
     extra_repr = _extra_repr
     forward = _forward(nn.RNN)
@@ -154,7 +155,6 @@ class LSTM(nn.LSTM, _Layers):
     recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
     """
 
-    recompute = False
     __init__ = _init(nn.LSTM)
     extra_repr = _extra_repr
     forward = _forward(nn.LSTM)
@@ -167,7 +167,6 @@ class GRU(nn.GRU, _Layers):
     recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
     """
 
-    recompute = False
     __init__ = _init(nn.GRU)
     extra_repr = _extra_repr
     forward = _forward(nn.GRU)
