@@ -141,7 +141,7 @@ def backward(
     sums: list[tuple[Tensor, ...]] = []
     for d in range(D):
         backwards, own = reverse != bool(d), [kind[d : d + 1] for kind in weights]
-        y_own, dy_own = (None if t is None else t.narrow(-1, d * R, R) for t in (y, dy))
+        y_own, dy_own = y.narrow(-1, d * R, R), None if dy is None else dy.narrow(-1, d * R, R)
         order = steps.segments(segments, backwards)
         for k in reversed(range(segments)):
             start, stop = order[k]
@@ -152,7 +152,7 @@ def backward(
             saved = _layer_forward(*layer, cell, backwards, batch_first, True)[3]
             dh_here, dc_here = dh[d : d + 1, :b], None if c0 is None else dc[d : d + 1, :b]
             dx_part, dh_part, dc_part, *dw_part = _layer_backward(
-                None if dy is None else steps.part(dy_own, start, stop), dh_here, dc_here, *layer,
+                None if dy_own is None else steps.part(dy_own, start, stop), dh_here, dc_here, *layer,
                 steps.part(y_own, start, stop), saved, cell, backwards, batch_first, need_dx, need_dw,
             )  # fmt: skip
             dh_here.copy_(dh_part)

@@ -69,7 +69,7 @@ def _init(torch_class: type[nn.RNNBase]) -> Any:
     return __init__
 
 
-def _extra_repr(self: nn.RNNBase) -> str:
+def _extra_repr(self: Any) -> str:
     return nn.RNNBase.extra_repr(self) + ", recompute=True" * self.recompute
 
 
