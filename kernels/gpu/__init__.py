@@ -1,0 +1,84 @@
+"""The Triton engine: whole-sequence kernels behind the raw layer ops, for CUDA and ROCm.
+
+Importing it imports no triton: the first call does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+from ..cells import CELLS
+from . import plan
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Why no kernel runs on this device of type "cuda" (ROCm's have it too), or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return f"{device} is not available"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        architecture = properties.gcnArchName.split(":")[0]
+        return None if architecture in ("gfx90a", "gfx942") else f"{architecture}, it takes gfx90a and gfx942"
+    if properties.major < 8:
+        return f"compute capability {properties.major}.{properties.minor}, it takes 8.0 and above"
+    return None
+
+
+@cache
+def device_of(device: torch.device) -> plan.Device:
+    """What plans depend on."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return plan.Device("hip", 0, properties.multi_processor_count, 64 * 1024)
+    capability = 10 * properties.major + properties.minor
+    return plan.Device("cuda", capability, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Of products: of float32 "tf32" or "ieee", as torch.nn's recurrent layers have it; half precision is "ieee"."""
+    if dtype is not torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+
+
+def sizes_of(cell: str, T: int, B: int, H: int, R: int, D: int, dtype: torch.dtype) -> plan.Sizes:
+    return plan.Sizes(T, B, H, R, D, CELLS[cell].gates, dtype.itemsize, precision_of(dtype))
+
+
+def describe(
+    cell: str, T: int, B: int, H: int, R: int, D: int, dtype: torch.dtype, device: torch.device, training: bool
+) -> str:
+    """How the engine would run a layer, in words.
+
+    cell: a name of cells.CELLS; T steps, B rows, H units, R outputs (projection, or H), D directions.
+    """
+    target, sizes = device_of(device), sizes_of(cell, T, B, H, R, D, dtype)
+    passes = {"forward": True, "backward": False} if training else {"forward": True}
+    return "; ".join(f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items())
+
+
+def register() -> None:
+    """Make this engine the implementation of the raw ops on CUDA and ROCm devices."""
+    library = torch.library.Library("fastrnn", "IMPL", "CUDA")  # lives as long as the process: the ops hold it
+
+    def layer_forward(*args):
+        from . import layer
+
+        return layer.layer_forward(*args)
+
+    def layer_backward(*args):
+        from . import layer
+
+        return layer.layer_backward(*args)
+
+    library.impl("layer_forward", layer_forward)
+    library.impl("layer_backward", layer_backward)
+    register.library = library  # type: ignore[attr-defined]

@@ -246,9 +246,9 @@ def single_backward(
         tl.store(carry + state_at, dc, mask=state_ok)
 
 
-@triton.jit(do_not_specialize=["T", "B", "N", "blocks"])
+@triton.jit(do_not_specialize=["T", "B", "blocks", "d"])
 def states_before(
-    before, y, h0, lengths, offsets, T, B, N, blocks, d,
+    before, y, h0, lengths, offsets, T, B, blocks, d,
     D: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, BACKWARDS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

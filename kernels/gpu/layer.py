@@ -6,7 +6,7 @@ Letters as in fastrnn/ops.py; N rows of the sequence, P pre-activations of a uni
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS, Cell
+from . import DTYPES, device_of, precision_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .cell import BACKWARD, FORWARD
-from .plan import Plan
+from .plan import Plan, choose
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,18 @@ class Launch:
 
 
 class Call:
-    """Sizes of a call, and what both passes derive from its arguments."""
+    """Sizes of a call, and what both passes derive from its arguments.
 
-    def __init__(self, x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str, reverse: bool, batch_first: bool) -> None:
+    run: what becomes of the launches, in their order.
+    """
+
+    def __init__(
+        self, x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str, reverse: bool, batch_first: bool,
+        run: Callable[[Launch], object] = Launch.run,
+    ) -> None:  # fmt: skip
+        self.run = run
+        if x.dtype not in DTYPES:
+            raise RuntimeError(f"fastrnn: the Triton engine takes {', '.join(map(str, DTYPES))}, got {x.dtype}")
         self.cell: Cell = CELLS[cell]
         self.x, self.dtype, self.device = x, x.dtype, x.device
         self.D, self.B, self.R = h0.shape
@@ -53,6 +63,11 @@ class Call:
         )
         self.nothing = nothing
         self.lengths, self.offsets = self._rows_of_steps(batch_sizes)
+
+    def chosen(self, forward: bool) -> tuple[Plan, str]:
+        """Plan and precision of a pass."""
+        sizes = sizes_of(self.cell.name, self.T, self.B, self.H, self.R, self.D, self.dtype)
+        return choose(device_of(self.device), sizes, forward), precision_of(self.dtype)
 
     def _rows_of_steps(self, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """Steps of each row [B] and rows before each step [T], int64, on the device by one copy."""
@@ -133,9 +148,25 @@ class Call:
                 yield Launch(scan, (plan.blocks * self.D * blocks_of_rows,), arguments | sizes | given, options)
 
 
-def forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save, plan: Plan, precision: str):
+def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
+    """The op's implementation, on x's device and its current stream."""
     call = Call(x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
-    gates = call.cell.gates
+    with torch.cuda.device(x.device):
+        return forward(call, h0, c0, save, *call.chosen(forward=True))
+
+
+def layer_backward(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse, batch_first, need_dx, need_dw
+):
+    """The op's implementation, on x's device and its current stream."""
+    call = Call(x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+    with torch.cuda.device(x.device):
+        return backward(call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx, need_dw, *call.chosen(forward=False))
+
+
+def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, precision: str):
+    """y, h_n, c_n, saved."""
+    x, gates = call.x, call.cell.gates
     # the projected input; the cell's slots are written over it
     kept = x.new_empty(call.D, call.N, max(gates * call.H, call.slots if save else 0))
     rows = call.step_major(x)
@@ -158,7 +189,7 @@ def forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse,
         "h_n": h_n,
         "lengths": call.lengths,
         "offsets": call.offsets,
-        "CELL": FORWARD[cell],
+        "CELL": FORWARD[call.cell.name],
         "INPUT": call.cell.input,
         "W": kept.shape[-1],
         "BIAS": call.biased,
@@ -170,7 +201,7 @@ def forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse,
     phases = ("gates", "project") if call.projected else ("both",)
     kernels = forward_kernels.single_forward, forward_kernels.scan_forward
     for launch in call.launches(plan, *kernels, arguments, call.T, phases):
-        launch.run()
+        call.run(launch)
     c_n = carry.to(x.dtype) if call.cell.carry == "cell" else x.new_empty(0)
     saved = x.new_empty(0)
     if save:
@@ -178,11 +209,9 @@ def forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse,
     return y, h_n, c_n, saved
 
 
-def backward(
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse, batch_first,
-    need_dx, need_dw, plan: Plan, precision: str,
-):  # fmt: skip
-    call = Call(x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+def backward(call: Call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx: bool, need_dw: bool, plan: Plan, precision: str):
+    """dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr."""
+    x = call.x
     D, B, N, H, R, gates, hidden = call.D, call.B, call.N, call.H, call.R, call.cell.gates, call.cell.hidden
     da, dp = x.new_empty(D, N, call.cell.preactivations * H), x.new_empty(D, N, R) if call.projected else call.nothing
     dh0, h0, y = x.new_empty(D, B, R), h0.contiguous(), y.contiguous()
@@ -204,14 +233,14 @@ def backward(
         "w_hr": call.w_hr,
         "lengths": call.lengths,
         "offsets": call.offsets,
-        "CELL": BACKWARD[cell],
+        "CELL": BACKWARD[call.cell.name],
         "W": call.slots,
         **call.constants(plan, precision),
     }
     phases = ("state", "cell") if call.projected else ("both",)
     kernels = backward_kernels.single_backward, backward_kernels.scan_backward
     for launch in call.launches(plan, *kernels, arguments, call.T + 1, phases):
-        launch.run()
+        call.run(launch)
     dc0 = carry.to(x.dtype) if call.cell.carry == "cell" else x.new_empty(0)
     d_input, d_hidden = da[..., : gates * H], da[..., hidden * H :]
     with products_in(precision):
@@ -239,11 +268,21 @@ def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[T
     before = x.new_empty(N, R)
     columns = min(128, max(16, 1 << (R - 1).bit_length()))
     blocks = -(-call.B // 16)
+    common = {
+        "lengths": call.lengths,
+        "offsets": call.offsets,
+        "T": call.T,
+        "B": call.B,
+        "D": D,
+        "R": R,
+        "PACKED": call.packed,
+        "BATCH_FIRST": call.batch_first,
+    }
     for d in range(D):
-        backward_kernels.states_before[(call.T * blocks, -(-R // columns))](
-            before, y, h0[d], call.lengths, call.offsets, call.T, call.B, N, blocks, d, D, R, call.packed, call.batch_first,
-            call.reverse != (d == 1), 16, columns, num_warps=4,
-        )  # fmt: skip
+        given = {"before": before, "y": y, "h0": h0[d], "blocks": blocks, "d": d, "BACKWARDS": call.reverse != (d == 1)}
+        tiles = {"ROWS": 16, "COLUMNS": columns}
+        grid = (call.T * blocks, -(-R // columns))
+        call.run(Launch(backward_kernels.states_before, grid, common | given | tiles, {"num_warps": 4}))
         torch.mm(d_input[d].T, rows, out=dw_ih[d])
         torch.mm(d_hidden[d].T, before, out=dw_hh[d])
     db_ih, db_hh = (da.sum(1) if call.biased else x.new_empty(0) for da in (d_input, d_hidden))
