@@ -12,6 +12,7 @@ import torch
 
 from ..cells import CELLS
 from . import plan
+from .precision import precision_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -40,13 +41,6 @@ def device_of(device: torch.device) -> plan.Device:
         return plan.Device("hip", 0, properties.multi_processor_count, 64 * 1024)
     capability = 10 * properties.major + properties.minor
     return plan.Device("cuda", capability, properties.multi_processor_count, properties.shared_memory_per_block_optin)
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """Of products: of float32 "tf32" or "ieee", as torch.nn's recurrent layers have it; half precision is "ieee"."""
-    if dtype is not torch.float32 or torch.version.hip:
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
 
 
 def sizes_of(cell: str, T: int, B: int, H: int, R: int, D: int, dtype: torch.dtype) -> plan.Sizes:

@@ -63,14 +63,15 @@ def scan_forward(
     CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
-    SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr,
     SYNC: tl.constexpr,
 ):  # fmt: skip
     """Steps begin...end of the layer. Grid: BLOCKS * D * blocks of rows.
 
-    PHASE: "gates" or "project", one half of a projected step, or "both".
-    SYNC:  programs meet where one needs what others have stored; without, a launch has one step (and one phase if PROJECTED).
+    PHASE:   "gates" or "project", one half of a projected step, or "both".
+    ALIGNED: rows of y and h0 start at multiples of 16 bytes.
+    SYNC:    programs meet where one needs what others have stored; without, a launch has one step (and one phase if PROJECTED).
     """
     pid = tl.program_id(0)
     block, group = pid % BLOCKS, pid // BLOCKS
@@ -123,6 +124,8 @@ def scan_forward(
         if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
             h_rows = tl.where(joined, y_before, h0_rows)
+            if ALIGNED:  # of a choice between pointers the compiler forgets it
+                h_rows = tl.multiple_of(h_rows, 16)
             acc = product(chunks, a_rows, a_ok, h_rows, active, R, 1, PADDED * UNITS, ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION)
             a = preactivations(inputs, unstack(acc, PADDED, UNITS, ROWS), biases, GATES, HIDDEN)
             new = CELL(*a, p)

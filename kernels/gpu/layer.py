@@ -5,7 +5,6 @@ Letters as in fastrnn/ops.py; N rows of the sequence, P pre-activations of a uni
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS, Cell
-from . import DTYPES, device_of, precision_of, sizes_of
+from . import DTYPES, device_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .cell import BACKWARD, FORWARD
 from .plan import Plan, choose
+from .precision import precision_of, products_in
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ class Call:
 
     def launches(self, plan: Plan, single, scan, arguments: dict[str, Any], steps: int, phases: Sequence[str]) -> Iterator[Launch]:
         """The launches of a pass, in order: one for all steps, one for each range of rows, or one for each step and phase."""
-        options = {"num_warps": plan.warps, "num_stages": 1}
+        options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 1}
+        if plan.registers:
+            options["maxnreg"] = plan.registers
         sizes = {"T": self.T, "B": self.B, "N": self.N}
         blocks_of_rows = -(-self.B // plan.rows)
         if plan.schedule == "single":
@@ -198,6 +200,7 @@ def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, p
     }
     if plan.schedule != "single":
         arguments["out"] = x.new_empty(call.D, call.B, call.H) if call.projected and not save else call.nothing
+        arguments["ALIGNED"] = (call.R * x.element_size()) % 16 == 0 and arguments["h0"].data_ptr() % 16 == 0
     phases = ("gates", "project") if call.projected else ("both",)
     kernels = forward_kernels.single_forward, forward_kernels.scan_forward
     for launch in call.launches(plan, *kernels, arguments, call.T, phases):
@@ -299,18 +302,3 @@ def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[T
 
 def _stack(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(weights)) if len(weights) > 1 else weights[0].contiguous().unsqueeze(0)
-
-
-@contextlib.contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """torch's float32 products on the GPU in this precision, whatever they are set to."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if before == precision:
-        yield
-        return
-    matmul.fp32_precision = precision
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before

@@ -74,6 +74,7 @@ class Plan:
     rows:           of a program.
     blocks:         programs that share the units out.
     groups:         blocks of rows that a persistent launch has at once.
+    registers:      that a thread may have, 0 for as many as the compiler likes.
     chunk, split, resident, stages: how a product goes through its sum, see tile.py.
     microseconds:   estimate of a step.
     """
@@ -85,6 +86,7 @@ class Plan:
     blocks: int
     groups: int
     warps: int
+    registers: int = 0
     chunk: int = 0
     split: int = 1
     resident: bool = False
@@ -113,12 +115,24 @@ def choose(device: Device, sizes: Sizes, forward: bool, schedule: str | None = N
 
 def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     """Every plan whose tiles fit the registers of each device that bench/gpu_resources.py compiles for."""
-    yield from _single(device, sizes)
-    for plan in (*_few_rows(device, sizes, forward), *_many_rows(device, sizes, forward)):
-        yield replace(plan, schedule="stepwise", resident=False)
+    for plan in _single(device, sizes):
+        yield replace(plan, registers=_registers(device, sizes, forward, plan))
+    for tiles in (*_few_rows(device, sizes, forward), *_many_rows(device, sizes, forward)):
+        plan = replace(tiles, registers=_registers(device, sizes, forward, tiles))
+        if not plan.resident:
+            yield replace(plan, schedule="stepwise")
         groups = min(_ceil(sizes.B, plan.rows), device.multiprocessors // (plan.blocks * sizes.D))
         if device.backend == "cuda" and groups:
             yield replace(plan, groups=groups)
+
+
+def _registers(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int:
+    """Left to itself, CUDA's compiler may stop at half of a thread's 255 and spill; on sm_100 it spills where it may have all."""
+    if device.backend != "cuda":
+        return 0
+    if device.capability >= 100 and plan.resident:
+        return 240 if forward and sizes.bytes_ == 4 else 0
+    return 255
 
 
 def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
@@ -128,31 +142,33 @@ def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
         most = 32  # weights that no tensor core reads from shared memory are in registers
     elif device.backend == "hip":
         most = 128
-    for rows in (16, 32, 64):
-        if units <= most and units * rows <= (2048 if sizes.gates > 1 or units < 256 else 4096):
-            warps = 4 if units <= 64 and units * rows <= 1024 else 8
-            yield Plan("single", units, outputs, rows, 1, 1, warps)
+    if sizes.projected:
+        most = min(most, 64)
+    for rows in (16, 32, 64) if device.backend == "cuda" else (16,):
+        tile_bytes = units * rows * sizes.bytes_
+        if units <= most and tile_bytes <= (8192 if sizes.gates == 1 and units == 256 else 4096):
+            yield Plan("single", units, outputs, rows, blocks=1, groups=1, warps=4 if tile_bytes <= 2048 else 8)
 
 
 def _few_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     """Each warp takes its part of the sum; weights stay where shared memory holds them."""
     plain = device.backend == "cuda" and sizes.precision == "ieee" and sizes.bytes_ == 4  # no tensor cores
     chunk = 64 if plain else 512 // sizes.bytes_
-    for units in (16, 32):
-        for rows in (16, 32):
-            height = _stacked(sizes.gates) * units if forward else units
-            if height * rows > 2048 or (plain and height * rows > 1024):
-                continue
-            plan = _tiled(sizes, units, rows, chunk, split=8, stages=1 if plain else 2)
+    for units, rows in ((16, 16), (16, 32), (32, 16), (32, 32)):
+        height = _stacked(sizes.gates) * units if forward else units
+        if height * rows > (1024 if plain or (device.capability >= 100 and rows == 32) else 2048):
+            continue
+        plan = _tiled(sizes, units, rows, chunk, split=8, stages=1 if plain else 2)
+        if rows == 16 and (units == 16 or not (sizes.projected or device.capability >= 100)):
             yield plan
-            if not plain:
-                yield replace(plan, resident=True)
+        if not plain and (rows == 16 or (sizes.bytes_ == 2 and not sizes.projected)):
+            yield replace(plan, resident=True)
 
 
 def _many_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     """The tile is wide enough for all warps; a warp group's instructions take 64 rows of weights."""
     if sizes.bytes_ == 4 and sizes.precision == "ieee" or device.backend == "hip":
-        yield _tiled(sizes, 16, 32, 32, split=1, stages=2)
+        yield _tiled(sizes, 16, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
         return
     chunk = 128 // sizes.bytes_
     if forward:
@@ -164,7 +180,7 @@ def _many_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
 def _tiled(sizes: Sizes, units: int, rows: int, chunk: int, split: int, stages: int) -> Plan:
     blocks = _ceil(sizes.H, units)
     outputs = _power(_ceil(sizes.R, blocks)) if sizes.projected else units
-    return Plan("persistent", units, outputs, rows, blocks, 1, 8, chunk, split, False, stages)
+    return Plan("persistent", units, outputs, rows, blocks, groups=1, warps=8, chunk=chunk, split=split, stages=stages)
 
 
 def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int:
@@ -174,7 +190,7 @@ def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int
         return matrices * plan.units * plan.outputs * sizes.bytes_ + SPARE_BYTES
     height, depth = _product(sizes, forward, plan)
     if plan.resident:
-        return height * _ceil(depth, plan.chunk) * plan.chunk * sizes.bytes_ + SPARE_BYTES
+        return (height * _ceil(depth, plan.chunk) + plan.rows) * plan.chunk * sizes.bytes_ + SPARE_BYTES
     return plan.stages * (height + plan.rows) * plan.chunk * sizes.bytes_ + SPARE_BYTES
 
 

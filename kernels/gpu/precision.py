@@ -1,0 +1,30 @@
+"""The precision of float32 products, in kernels and around them: what torch.nn's recurrent layers follow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Of products: of float32 "tf32" or "ieee", as torch.backends.cudnn.rnn says; of half precision "ieee"."""
+    if dtype is not torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+
+
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """torch's float32 products on a GPU in this precision, whatever they are set to: the setting is the process's, and restored."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before == precision:
+        yield
+        return
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
