@@ -213,7 +213,11 @@ def main(argv: list[str] | None = None) -> int:
         for usage in workers.map(measure, chosen):
             faults = usage.faults()
             bad += bool(faults)
-            print(f"{usage.registers:9} {usage.spilled:7} {usage.shared:7}  {usage.case}", *(f"<- {f}" for f in faults), flush=True)
+            print(
+                f"{usage.registers:9} {usage.spilled:7} {usage.shared:7}  {usage.case}",
+                *(f"<- {f}" for f in faults),
+                flush=True,
+            )
     print(f"{len(chosen)} plans, {bad} over a limit")
     return bool(bad)
 

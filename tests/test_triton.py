@@ -63,8 +63,11 @@ def _possible(row: dict) -> bool:
     return (lstm or not row.get("project")) and (lstm or row.get("incoming") != "dc_n")
 
 
+LAYERS = [Layer(**row) for row in pairwise(FACTORS, _possible)]
+
+
 @needs_triton
-@pytest.mark.parametrize("layer", [Layer(**row) for row in pairwise(FACTORS, _possible)], ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_kernels(layer, interpreted):
     """Outputs, states, what is saved and every gradient, by name."""
     assert interpreted(triton_layers.faults, layer) == []
@@ -212,7 +215,9 @@ def _assert_resources(cases: list, workers: ProcessPoolExecutor) -> None:
 def test_resources(target, compilers):
     """What is chosen for small, middle and large layers compiles without a spill, within the device's limits."""
     chosen = [case for case in gpu_resources.cases(target, ("lstm", "gru"), units=(64, 768), rows=(16,)) if case.D == 1]
-    named = {str(case) for case in chosen if choose(TARGETS[target][1], gpu_resources.sizes_of(case), case.forward) == case.plan}
+    named = {
+        str(case) for case in chosen if choose(TARGETS[target][1], gpu_resources.sizes_of(case), case.forward) == case.plan
+    }
     _assert_resources([case for case in chosen if str(case) in named], compilers)
 
 

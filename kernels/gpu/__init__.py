@@ -15,6 +15,7 @@ from . import plan
 from .precision import precision_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_libraries: list[torch.library.Library] = []  # an op is implemented as long as its library lives
 
 
 @cache
@@ -36,11 +37,15 @@ def why_not(device: torch.device) -> str | None:
 @cache
 def device_of(device: torch.device) -> plan.Device:
     """What plans depend on."""
+    from triton.runtime import driver
+
     properties = torch.cuda.get_device_properties(device)
+    shared_bytes = driver.active.utils.get_device_properties(
+        torch.cuda.current_device() if device.index is None else device.index
+    )["max_shared_mem"]
     if torch.version.hip:
-        return plan.Device("hip", 0, properties.multi_processor_count, 64 * 1024)
-    capability = 10 * properties.major + properties.minor
-    return plan.Device("cuda", capability, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        return plan.Device("hip", 0, properties.multi_processor_count, shared_bytes)
+    return plan.Device("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, shared_bytes)
 
 
 def sizes_of(cell: str, T: int, B: int, H: int, R: int, D: int, dtype: torch.dtype) -> plan.Sizes:
@@ -59,9 +64,10 @@ def describe(
     return "; ".join(f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items())
 
 
+@cache
 def register() -> None:
     """Make this engine the implementation of the raw ops on CUDA and ROCm devices."""
-    library = torch.library.Library("fastrnn", "IMPL", "CUDA")  # lives as long as the process: the ops hold it
+    library = torch.library.Library("fastrnn", "IMPL", "CUDA")
 
     def layer_forward(*args):
         from . import layer
@@ -75,4 +81,4 @@ def register() -> None:
 
     library.impl("layer_forward", layer_forward)
     library.impl("layer_backward", layer_backward)
-    register.library = library  # type: ignore[attr-defined]
+    _libraries.append(library)

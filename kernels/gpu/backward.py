@@ -5,8 +5,8 @@ Letters and layouts as in forward.py; further
     dy       like y
     dh_n     [D, B, R], the final state's gradient
     saved    [D, N, W] as forward left `kept`
-    da       [D, N, P*H] step-major, out: gradients of the P pre-activations in the cell's order, from which those of the weights
-             and of x follow in one product each; programs read each other's
+    da       [D, N, P*H] step-major, out: gradients of the P pre-activations in the cell's order, from which those of the
+             weights and of x follow in one product each; programs read each other's
     dp       [D, N, R], out where PROJECTED: gradients of the projection's output; programs read each other's
     dh0      [D, B, R], out
     carry    [D, B, H] float32: the gradient that enters element by element (of c; for GRU what reached h past the gates),
@@ -95,7 +95,7 @@ def scan_backward(
     n_ok = outputs_ok[:, None] & rows_ok[None, :]
     final = tl.load(dh_n + n_at, mask=n_ok, other=0.0).to(tl.float32)
     dc = tl.zeros((UNITS, ROWS), tl.float32)
-    if CARRY != "none" and PHASE != "state" or CARRY == "hidden":
+    if (CARRY != "none" and PHASE != "state") or CARRY == "hidden":
         dc = tl.load(carry + state_at, mask=state_ok, other=0.0)
 
     # what a step needs from memory, and does not wait for, is loaded in the step before

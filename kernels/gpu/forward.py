@@ -60,12 +60,12 @@ def preactivations(inputs, hiddens, biases, GATES: tl.constexpr, HIDDEN: tl.cons
 def scan_forward(
     kept, y, out, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, counters,
     T, B, N, first_row, begin, end,
-    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
-    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr,
+    CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
-    ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr,
-    SYNC: tl.constexpr,
+    ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
     """Steps begin...end of the layer. Grid: BLOCKS * D * blocks of rows.
 
@@ -126,7 +126,9 @@ def scan_forward(
             h_rows = tl.where(joined, y_before, h0_rows)
             if ALIGNED:  # of a choice between pointers the compiler forgets it
                 h_rows = tl.multiple_of(h_rows, 16)
-            acc = product(chunks, a_rows, a_ok, h_rows, active, R, 1, PADDED * UNITS, ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION)
+            acc = product(
+                chunks, a_rows, a_ok, h_rows, active, R, 1, PADDED * UNITS, ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION
+            )
             a = preactivations(inputs, unstack(acc, PADDED, UNITS, ROWS), biases, GATES, HIDDEN)
             new = CELL(*a, p)
             h = new[0].to(y.dtype.element_ty)
@@ -176,8 +178,8 @@ def scan_forward(
 def single_forward(
     kept, y, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets,
     T, B, N,
-    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
-    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr,
+    CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     SAVE: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -122,7 +122,9 @@ class Call:
             }
         return constants
 
-    def launches(self, plan: Plan, single, scan, arguments: dict[str, Any], steps: int, phases: Sequence[str]) -> Iterator[Launch]:
+    def launches(
+        self, plan: Plan, single, scan, arguments: dict[str, Any], steps: int, phases: Sequence[str]
+    ) -> Iterator[Launch]:
         """The launches of a pass, in order: one for all steps, one for each range of rows, or one for each step and phase."""
         options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 1}
         if plan.registers:
@@ -248,7 +250,9 @@ def backward(call: Call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx: bool, need_d
     d_input, d_hidden = da[..., : gates * H], da[..., hidden * H :]
     with products_in(precision):
         dx = _input_gradient(call, d_input) if need_dx else x.new_empty(0)
-        weights = _weight_gradients(call, d_input, d_hidden, dp, y, h0, saved) if need_dw else [x.new_empty(0) for _ in range(5)]
+        weights = (
+            _weight_gradients(call, d_input, d_hidden, dp, y, h0, saved) if need_dw else [x.new_empty(0) for _ in range(5)]
+        )
     return dx, dh0, dc0, *weights
 
 

@@ -41,7 +41,7 @@ class Device:
         return {8: 2400, 9: 3200, 10: 5300}.get(self.capability // 10, 2400)
 
     def operations(self, bytes_: int, precision: str, wide: bool) -> float:
-        """Floating-point operations a clock of a multiprocessor's products; wide: with the instructions of whole warp groups."""
+        """Floating-point operations a clock of a multiprocessor's products; wide: by the instructions of whole warp groups."""
         if self.backend == "cuda" and bytes_ == 4 and precision == "ieee":
             return 256
         fast = 4096 if wide and self.capability >= 90 else 2048
@@ -95,7 +95,8 @@ class Plan:
 
     def __str__(self) -> str:
         weights = ", weights stay in the program" if self.resident or self.schedule == "single" else ""
-        return f"{self.schedule}, {self.units} units x {self.rows} rows a program{weights}, about {self.microseconds:.1f} us a step"
+        tile = f"{self.units} units x {self.rows} rows a program"
+        return f"{self.schedule}, {tile}{weights}, about {self.microseconds:.1f} us a step"
 
 
 def choose(device: Device, sizes: Sizes, forward: bool, schedule: str | None = None) -> Plan:
@@ -127,7 +128,7 @@ def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
 
 
 def _registers(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int:
-    """Left to itself, CUDA's compiler may stop at half of a thread's 255 and spill; on sm_100 it spills where it may have all."""
+    """Left to itself, CUDA's compiler may stop at half of a thread's 255 and spill; sm_100's spills where it may have all."""
     if device.backend != "cuda":
         return 0
     if device.capability >= 100 and plan.resident:
@@ -144,7 +145,7 @@ def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
         most = 128
     if sizes.projected:
         most = min(most, 64)
-    for rows in (16, 32, 64) if device.backend == "cuda" else (16,):
+    for rows in (16, 32, 64) if device.backend == "cuda" and sizes.bytes_ == 2 else (16,):
         tile_bytes = units * rows * sizes.bytes_
         if units <= most and tile_bytes <= (8192 if sizes.gates == 1 and units == 256 else 4096):
             yield Plan("single", units, outputs, rows, blocks=1, groups=1, warps=4 if tile_bytes <= 2048 else 8)
@@ -159,7 +160,7 @@ def _few_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
         if height * rows > (1024 if plain or (device.capability >= 100 and rows == 32) else 2048):
             continue
         plan = _tiled(sizes, units, rows, chunk, split=8, stages=1 if plain else 2)
-        if rows == 16 and (units == 16 or not (sizes.projected or device.capability >= 100)):
+        if rows == 16 and (units == 16 or (forward and not sizes.projected and device.capability < 100)):
             yield plan
         if not plain and (rows == 16 or (sizes.bytes_ == 2 and not sizes.projected)):
             yield replace(plan, resident=True)
@@ -167,7 +168,7 @@ def _few_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
 
 def _many_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     """The tile is wide enough for all warps; a warp group's instructions take 64 rows of weights."""
-    if sizes.bytes_ == 4 and sizes.precision == "ieee" or device.backend == "hip":
+    if (sizes.bytes_ == 4 and sizes.precision == "ieee") or device.backend == "hip":
         yield _tiled(sizes, 16, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
         return
     chunk = 128 // sizes.bytes_
