@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 GIGAHERTZ = 1.7
 PORT_BYTES = 64  # from L2 into a multiprocessor, a clock
 SHARED_BYTES = 128  # from shared memory, a clock
-BARRIER, LAUNCH, GATES, ALONE = 1.2, 4.0, 0.15, 0.2  # microseconds
+BARRIER, LAUNCH, GATES, ALONE = 1.2, 30.0, 0.15, 0.2  # microseconds; a launch is from Python
 SPARE_BYTES = 24 * 1024  # of shared memory, for state and for tiles that change their layout
 
 
@@ -99,6 +100,7 @@ class Plan:
         return f"{self.schedule}, {tile}{weights}, about {self.microseconds:.1f} us a step"
 
 
+@lru_cache(4096)
 def choose(device: Device, sizes: Sizes, forward: bool, schedule: str | None = None) -> Plan:
     """The plan of least estimated time; of one schedule, if named.
 
