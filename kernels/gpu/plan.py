@@ -156,7 +156,7 @@ def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
 def _few_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     """Each warp takes its part of the sum; weights stay where shared memory holds them."""
     plain = device.backend == "cuda" and sizes.precision == "ieee" and sizes.bytes_ == 4  # no tensor cores
-    chunk = 64 if plain else 512 // sizes.bytes_
+    chunk = 128 if plain else 512 // sizes.bytes_
     for units, rows in ((16, 16), (16, 32), (32, 16), (32, 32)):
         height = _stacked(sizes.gates) * units if forward else units
         if height * rows > (1024 if plain or (device.capability >= 100 and rows == 32) else 2048):
@@ -164,8 +164,11 @@ def _few_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
         plan = _tiled(sizes, units, rows, chunk, split=8, stages=1 if plain else 2)
         if rows == 16 and (units == 16 or (forward and not sizes.projected and device.capability < 100)):
             yield plan
-        if not plain and (rows == 16 or (sizes.bytes_ == 2 and not sizes.projected)):
-            yield replace(plan, resident=True)
+        if plain or (rows == 32 and (sizes.bytes_ == 4 or sizes.projected)):
+            continue
+        if device.capability >= 100 and (units == 32 or (sizes.bytes_ == 4 and _weights(sizes, forward, plan) > 32 * 1024)):
+            continue  # its compiler spills a few bytes
+        yield replace(plan, resident=True)
 
 
 def _many_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
@@ -193,7 +196,8 @@ def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int
         return matrices * plan.units * plan.outputs * sizes.bytes_ + SPARE_BYTES
     height, depth = _product(sizes, forward, plan)
     if plan.resident:
-        return (height * _ceil(depth, plan.chunk) + plan.rows) * plan.chunk * sizes.bytes_ + SPARE_BYTES
+        kept = height * _ceil(depth, plan.chunk) * plan.chunk * sizes.bytes_
+        return kept + max(plan.rows * plan.chunk * sizes.bytes_ + SPARE_BYTES, plan.split * height * plan.rows * 4)
     return plan.stages * (height + plan.rows) * plan.chunk * sizes.bytes_ + SPARE_BYTES
 
 
@@ -227,6 +231,11 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
         return len(products) * LAUNCH + rounds * inside
     between = BARRIER * len(products) if plan.schedule == "persistent" else ALONE
     return rounds * (between + inside + held / port / (1000 * GIGAHERTZ) / sizes.T) + launches * LAUNCH / sizes.T
+
+
+def _weights(sizes: Sizes, forward: bool, plan: Plan) -> int:
+    height, depth = _product(sizes, forward, plan)
+    return height * depth
 
 
 def _product(sizes: Sizes, forward: bool, plan: Plan) -> tuple[int, int]:
