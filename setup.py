@@ -19,7 +19,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-PACKAGES = {"fastrnn": "fastrnn", "fastrnn.kernels": "kernels", "fastrnn.kernels.cpu": "kernels/cpu"}
+PACKAGES = {
+    "fastrnn": "fastrnn",
+    "fastrnn.kernels": "kernels",
+    "fastrnn.kernels.cpu": "kernels/cpu",
+    "fastrnn.kernels.gpu": "kernels/gpu",
+}
 RUNTIME = "fastrnn.kernels.cpu._runtime"
 
 

@@ -2,6 +2,7 @@
 
 Engines, in order of preference:
     cpu        fastrnn.kernels.cpu, compiled kernels for plain CPU tensors
+    triton     fastrnn.kernels.gpu, Triton kernels for plain tensors on a GPU
     reference  fastrnn.kernels.reference, the slow definition; only when forced
     torch      torch.nn's own path, which takes everything
 
@@ -23,11 +24,12 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.kernels import cpu
+from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import CELLS
 
 forced = os.environ.get("FASTRNN_BACKEND")
 
+FUSED = frozenset(("cpu", "triton"))  # engines behind the raw ops
 native = False  # are stack_forward and stack_step there?
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 _EAGER = frozenset((Tensor, nn.Parameter))
@@ -36,8 +38,9 @@ unavailable: str | None = "its operators are not registered yet"  # or None
 
 
 def load() -> None:
-    """Have the compiled engine register its operators; where it cannot, remember why: torch.nn takes its calls."""
+    """Have the engines register their operators; where the CPU's cannot, remember why: torch.nn takes its calls."""
     global native, unavailable
+    gpu.register()
     try:
         native = cpu.load()[0] == "compiled" and forced in (None, "cpu")
         unavailable = None
@@ -52,7 +55,8 @@ def choose(x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weig
     RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
     """
     if forced is None:
-        return "torch" if why_not_cpu(x, batch_sizes, states, weights) else "cpu"
+        engine = "triton" if getattr(x, "is_cuda", False) else "cpu"
+        return "torch" if _WHY_NOT[engine](x, batch_sizes, states, weights) else engine
     if forced not in _WHY_NOT:
         raise RuntimeError(f"FASTRNN_BACKEND={forced}: no such engine, expected one of {', '.join(_WHY_NOT)}")
     if reason := _WHY_NOT[forced](x, batch_sizes, states, weights):
@@ -81,34 +85,47 @@ def takes_stack(*tensors: Tensor) -> bool:
 
 
 def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
-    """Why the compiled CPU engine declines a call, or None where it takes it. Cheap checks: they are on every call."""
+    """Why the compiled CPU engine declines a call, or None where it takes it."""
+    return _why_not_fused(x, batch_sizes, states, weights, "cpu", cpu.DTYPES) or unavailable
+
+
+def why_not_triton(x, batch_sizes, states, weights) -> str | None:
+    """Why the Triton engine declines a call, or None where it takes it."""
+    reason = _why_not_fused(x, batch_sizes, states, weights, "cuda", gpu.DTYPES)
+    if reason is None and any(tensor.device != x.device for tensor in (*states, *weights)):
+        reason = "tensors on several devices"
+    return reason or gpu.why_not(x.device)
+
+
+def _why_not_fused(x, batch_sizes, states, weights, device: str, dtypes: Sequence[torch.dtype]) -> str | None:
+    """What every fused engine declines. Cheap checks: they are on every call."""
     if type(x) not in _PLAIN:
         return f"{type(x).__name__} is not a plain tensor"
-    dtype = x.dtype
-    if dtype not in cpu.DTYPES:
-        return f"{dtype}, it takes {', '.join(map(str, cpu.DTYPES))}"
+    dtype, here = x.dtype, f"is_{device}"
+    if dtype not in dtypes:
+        return f"{dtype}, it takes {', '.join(map(str, dtypes))}"
     for tensor in (x, *states, *weights):  # the usual case first
-        if type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.is_cpu and tensor.layout is torch.strided:
+        if type(tensor) in _PLAIN and tensor.dtype is dtype and getattr(tensor, here) and tensor.layout is torch.strided:
             continue
         if type(tensor) not in _PLAIN:
             return f"{type(tensor).__name__} is not a plain tensor"
         if tensor.dtype is not dtype:
             return f"dtypes differ: {dtype} and {tensor.dtype}"
-        return f"layout {tensor.layout}" if tensor.is_cpu else f"device {tensor.device}"
+        return f"layout {tensor.layout}" if getattr(tensor, here) else f"device {tensor.device}"
     if x.is_nested:
         return "nested tensor"
     if 0 in x.shape:
         return f"empty input {tuple(x.shape)}"
     if batch_sizes is not None and not batch_sizes.is_cpu:
         return f"batch_sizes on {batch_sizes.device}"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(device):
         return "autocast is on"
     if torch.compiler.is_compiling():
         if torch.onnx.is_in_onnx_export():
             return "ONNX export"
     elif torch.jit.is_tracing():
         return "torch.jit.trace or ONNX export"
-    return unavailable
+    return None
 
 
 def why_not_reference(x, batch_sizes, states, weights) -> str | None:
@@ -122,7 +139,7 @@ def why_not_torch(x, batch_sizes, states, weights) -> None:
     """torch.nn takes every call."""
 
 
-_WHY_NOT = {"cpu": why_not_cpu, "reference": why_not_reference, "torch": why_not_torch}
+_WHY_NOT = {"cpu": why_not_cpu, "triton": why_not_triton, "reference": why_not_reference, "torch": why_not_torch}
 
 
 @dataclass(frozen=True)
@@ -163,7 +180,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
-    return Explanation(engine, declined, _schedule(module, x, batch_sizes, training) if engine == "cpu" else ())
+    return Explanation(engine, declined, _schedule(module, x, batch_sizes, training) if engine in FUSED else ())
 
 
 def _weights(module: Any) -> list[Tensor | None]:
@@ -173,12 +190,18 @@ def _weights(module: Any) -> list[Tensor | None]:
 
 
 def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
-    """What the CPU engine says it would do in each layer."""
-    threads, I, H = torch.get_num_threads(), module.input_size, module.hidden_size
+    """What the engine says it would do in each layer."""
+    I, H = module.input_size, module.hidden_size
+
+    def describe(cell: str, T: int, B: int, I: int, R: int, D: int) -> str:
+        if x.is_cuda:
+            return gpu.describe(cell, T, B, H, R, D, x.dtype, x.device, training)
+        return cpu.describe(cell, T, B, I, H, R, D, torch.get_num_threads(), training)
+
     if not isinstance(module, nn.RNNBase):
         cell = {3: "gru", 4: "lstm"}.get(len(module.weight_hh) // H) or f"rnn_{module.nonlinearity}"
         rows = x.shape[0] if x.dim() == 2 else 1
-        return (cpu.describe(cell, 1, rows, I, H, H, 1, threads, training),)
+        return (describe(cell, 1, rows, I, H, 1),)
     if batch_sizes is not None:
         T, B = len(batch_sizes), int(batch_sizes[0])
     elif x.dim() == 2:
@@ -187,4 +210,4 @@ def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool
         T, B = (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
     R, D = module.proj_size or H, 1 + module.bidirectional
     sizes = [I] + [D * R] * (module.num_layers - 1)
-    return tuple(cpu.describe(_MODES[module.mode], T, B, size, H, R, D, threads, training) for size in sizes)
+    return tuple(describe(_MODES[module.mode], T, B, size, R, D) for size in sizes)

@@ -50,7 +50,7 @@ def layer(
     reverse: bool = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One recurrent layer, differentiable to any order. Where the compiled engine declines, the reference runs.
+    """One recurrent layer, differentiable to any order. Where the fused engines decline, the reference runs.
 
     Letters: T steps, B rows, I input size, H hidden size, G gates (1, lstm 4, gru 3), R the projected size or H,
     D directions, the length of every weight sequence, 1 or 2. Direction 1 runs opposite to direction 0.
@@ -72,7 +72,7 @@ def layer(
     _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_first)
     states = (h0,) if c0 is None else (h0, c0)
     engine = dispatch.choose(x, batch_sizes, states, [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr])
-    run = ops.layer if engine == "cpu" else _reference
+    run = ops.layer if engine in dispatch.FUSED else _reference
     return run(_unit_stride(x), batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
 
 
@@ -257,7 +257,7 @@ def _stack(cell: str, fallback: Callable, args: tuple):
         if cell == "lstm" and batch_sizes is not None and _unchecked_by_torch(x, states, params, kinds):
             _LSTMChecks.of(params, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
         return fallback(*args)
-    run = ops.layer if engine == "cpu" else _reference
+    run = ops.layer if engine in dispatch.FUSED else _reference
     x = _unit_stride(x)
     h0, c0 = states if cell == "lstm" else (*states, None)
     if num_layers == 1:
@@ -325,7 +325,7 @@ def _step(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
     engine = dispatch.choose(x, None, states, params)
     if engine == "torch" or not _fits_step(cell, x, states, params):
         return fallback(x, hx, w_ih, w_hh, b_ih, b_hh)
-    run = ops.layer if engine == "cpu" else _reference
+    run = ops.layer if engine in dispatch.FUSED else _reference
     h, c = states if cell == "lstm" else (*states, None)
     biases = ([b_ih], [b_hh]) if has_biases else ([], [])
     _, h, c = run(

@@ -146,8 +146,8 @@ class Sample:
     lengths: Tensor
     seed: int
 
-    def to(self, dtype: torch.dtype) -> Sample:
-        return Sample(self.x.to(dtype), [state.to(dtype) for state in self.states], self.lengths, self.seed)
+    def to(self, where: torch.dtype | str) -> Sample:
+        return Sample(self.x.to(where), [state.to(where) for state in self.states], self.lengths, self.seed)
 
 
 def arguments(case: Case, x: Tensor, states: Sequence[Tensor], lengths: Tensor) -> tuple:
@@ -169,7 +169,7 @@ def run(module: nn.Module, case: Case, sample: Sample) -> dict[str, Tensor]:
     results = {"output": output.data if isinstance(output, PackedSequence) else output}
     results |= zip(("h_n", "c_n"), state) if case.cell == "lstm" else {"h_n": state}
     draw = torch.Generator().manual_seed(sample.seed + 1)
-    weights = {name: torch.randn(value.shape, generator=draw).to(value.dtype) for name, value in results.items()}
+    weights = {name: torch.randn(value.shape, generator=draw).to(value) for name, value in results.items()}
     loss = sum((weights[name] * results[name]).sum() for name in results if case.loss in ("all", name))
     leaves = {"dx": x, **dict(zip(("dh0", "dc0"), states))} if differentiate else {}
     leaves |= {f"d{name}": p for name, p in module.named_parameters() if p.requires_grad}
@@ -257,7 +257,7 @@ def same_bits(ours: Tensor | Mapping[str, Tensor], theirs: Tensor | Mapping[str,
         for name, value in ours.items():
             same_bits(value, theirs[name], f"{what} {name}")
         return
-    whole = {4: torch.int32, 8: torch.int64}[ours.element_size()]
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} and {tuple(theirs.shape)}"
     differ = ours.contiguous().view(whole) != theirs.contiguous().view(whole)
     assert not differ.any(), f"{what}: {int(differ.sum())} of {differ.numel()} differ, first at {differ.nonzero()[0].tolist()}"

@@ -267,7 +267,9 @@ def test_forced(monkeypatch, engine_calls):
     with pytest.raises(RuntimeError, match=r"FASTRNN_BACKEND=cpu: .*bfloat16"):
         fastrnn.GRU(4, 5, dtype=torch.bfloat16)(x.bfloat16())
     monkeypatch.setattr(dispatch, "forced", "tpu")
-    with pytest.raises(RuntimeError, match="FASTRNN_BACKEND=tpu: no such engine, expected one of cpu, reference, torch"):
+    with pytest.raises(
+        RuntimeError, match="FASTRNN_BACKEND=tpu: no such engine, expected one of cpu, triton, reference, torch"
+    ):
         module(x)
 
 

@@ -1,0 +1,84 @@
+"""The Triton engine: whole-sequence kernels behind the raw layer ops, for CUDA and ROCm.
+
+Importing it imports no triton: the first call does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+from ..cells import CELLS
+from . import plan
+from .precision import precision_of
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_libraries: list[torch.library.Library] = []  # an op is implemented as long as its library lives
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Why no kernel runs on this device of type "cuda" (ROCm's have it too), or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return f"{device} is not available"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        architecture = properties.gcnArchName.split(":")[0]
+        return None if architecture in ("gfx90a", "gfx942") else f"{architecture}, it takes gfx90a and gfx942"
+    if properties.major < 8:
+        return f"compute capability {properties.major}.{properties.minor}, it takes 8.0 and above"
+    return None
+
+
+@cache
+def device_of(device: torch.device) -> plan.Device:
+    """What plans depend on."""
+    from triton.runtime import driver
+
+    properties = torch.cuda.get_device_properties(device)
+    shared_bytes = driver.active.utils.get_device_properties(
+        torch.cuda.current_device() if device.index is None else device.index
+    )["max_shared_mem"]
+    if torch.version.hip:
+        return plan.Device("hip", 0, properties.multi_processor_count, shared_bytes)
+    return plan.Device("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, shared_bytes)
+
+
+def sizes_of(cell: str, T: int, B: int, H: int, R: int, D: int, dtype: torch.dtype) -> plan.Sizes:
+    return plan.Sizes(T, B, H, R, D, CELLS[cell].gates, dtype.itemsize, precision_of(dtype))
+
+
+def describe(
+    cell: str, T: int, B: int, H: int, R: int, D: int, dtype: torch.dtype, device: torch.device, training: bool
+) -> str:
+    """How the engine would run a layer, in words.
+
+    cell: a name of cells.CELLS; T steps, B rows, H units, R outputs (projection, or H), D directions.
+    """
+    target, sizes = device_of(device), sizes_of(cell, T, B, H, R, D, dtype)
+    passes = {"forward": True, "backward": False} if training else {"forward": True}
+    return "; ".join(f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items())
+
+
+@cache
+def register() -> None:
+    """Make this engine the implementation of the raw ops on CUDA and ROCm devices."""
+    library = torch.library.Library("fastrnn", "IMPL", "CUDA")
+
+    def layer_forward(*args):
+        from . import layer
+
+        return layer.layer_forward(*args)
+
+    def layer_backward(*args):
+        from . import layer
+
+        return layer.layer_backward(*args)
+
+    library.impl("layer_forward", layer_forward)
+    library.impl("layer_backward", layer_backward)
+    _libraries.append(library)

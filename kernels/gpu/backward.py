@@ -1,0 +1,268 @@
+"""A layer's backward scan: from the outputs' gradients to those of every pre-activation and of the initial states.
+
+Letters and layouts as in forward.py; further
+
+    dy       like y
+    dh_n     [D, B, R], the final state's gradient
+    saved    [D, N, W] as forward left `kept`
+    da       [D, N, P*H] step-major, out: gradients of the P pre-activations in the cell's order, from which those of the
+             weights and of x follow in one product each; programs read each other's
+    dp       [D, N, R], out where PROJECTED: gradients of the projection's output; programs read each other's
+    dh0      [D, B, R], out
+    carry    [D, B, H] float32: the gradient that enters element by element (of c; for GRU what reached h past the gates),
+             the final state's first, in the end the initial one's
+
+Step s of a program first takes dh, the product of W_hh^T with `da` of the step before, then goes through the cell. So there
+are steps 0...T: in step 0 no row has a step before it, in step T none has one of its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .barrier import arrive, wait
+from .tile import load_tiles, product, resident_weights, row_index, store_tiles
+
+
+@triton.jit
+def kept_values(
+    saved, y, h0, c0, offsets, t, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
+    SLOTS: tl.constexpr, CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr,
+):  # fmt: skip
+    """What forward kept of step t for the rows that are `here`: the slots, and p, float32 [UNITS, ROWS] each."""
+    ok = units_ok[:, None] & here[None, :]
+    before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
+    joined = tl.where(backwards, t + 1 < length, t > 0)  # had the row a step before this one?
+    if SLOTS == 0:
+        at = y + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H) + d * H  # [ROWS]
+        values = load_tiles(at[None, :] + units[:, None], ok, 1, H)
+    else:
+        at = saved + (d * N + row_index(t, rows, offsets, T, B, PACKED, False)) * W
+        values = load_tiles(at[None, :] + units[:, None], ok, SLOTS, H)
+    if CARRY == "cell":
+        after = saved + (d * N + row_index(before, rows, offsets, T, B, PACKED, False)) * W + (SLOTS - 1) * H
+        at = tl.where(joined, after, c0 + (d * B + rows) * H)
+        return values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
+    elif CARRY == "hidden":
+        after = y + row_index(before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H) + d * H
+        at = tl.where(joined, after, h0 + (d * B + rows) * H)
+        return values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
+    else:
+        return values + values  # a cell without a carry does not look at p
+
+
+@triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
+def scan_backward(
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, lengths, offsets, counters,
+    T, B, N, first_row, begin, end,
+    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
+    BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr,
+    SYNC: tl.constexpr,
+):  # fmt: skip
+    """Steps begin...end of T + 1. Grid: BLOCKS * D * blocks of rows.
+
+    PHASE: "state" or "cell", one half of a projected step, or "both".
+    SYNC:  as in forward.
+    """
+    P: tl.constexpr = HIDDEN + GATES
+    pid = tl.program_id(0)
+    block, group = pid % BLOCKS, pid // BLOCKS
+    d, first = (group % D).to(tl.int64), first_row + (group // D) * ROWS
+    counter = counters + group * 16
+    backwards = (d == 1) != REVERSE
+    rows = first + tl.arange(0, ROWS)  # [ROWS]
+    rows_ok = rows < B
+    length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32) if PACKED else tl.where(rows_ok, T, 0)  # [ROWS]
+    steps = tl.load(lengths + first).to(tl.int32) if PACKED else T  # rows are sorted: its first row's
+    stop = tl.minimum(end, steps + 1)
+
+    units = block * UNITS + tl.arange(0, UNITS)  # [UNITS]
+    units_ok = units < H
+    outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)  # [OUTPUTS]; without projection these are the units
+    outputs_ok = outputs < R
+    a_rows = w_hh + d * (GATES * H * R) + outputs
+    chunks = resident_weights(a_rows, outputs_ok, GATES * H, R, BK, SPLIT, RESIDENT and PHASE != "cell")
+    r_rows = w_hr + d * (R * H) + units
+
+    state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
+    state_ok = units_ok[:, None] & rows_ok[None, :]
+    n_at = (d * B + rows)[None, :] * R + outputs[:, None]  # [OUTPUTS, ROWS]
+    n_ok = outputs_ok[:, None] & rows_ok[None, :]
+    final = tl.load(dh_n + n_at, mask=n_ok, other=0.0).to(tl.float32)
+    dc = tl.zeros((UNITS, ROWS), tl.float32)
+    if (CARRY != "none" and PHASE != "state") or CARRY == "hidden":
+        dc = tl.load(carry + state_at, mask=state_ok, other=0.0)
+
+    # what a step needs from memory, and does not wait for, is loaded in the step before
+    t = tl.where(backwards, begin, steps - 1 - begin)
+    at = tl.minimum(tl.maximum(t, 0), steps - 1)
+    here = (t < length) & (begin < steps)
+    values = kept_values(
+        saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
+        SLOTS, CARRY, D, H, W, PACKED, BATCH_FIRST,
+    )  # fmt: skip
+    dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
+    dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+    own = row_index(at, rows, offsets, T, B, PACKED, False)  # [ROWS]
+    before = tl.minimum(tl.maximum(tl.where(backwards, t - 1, t + 1), 0), steps - 1)
+    da_before = da + (d * N + row_index(before, rows, offsets, T, B, PACKED, False)) * (P * H)  # [ROWS]
+
+    for s in tl.range(begin, stop, num_stages=1):
+        t = tl.where(backwards, s, steps - 1 - s)
+        came = (tl.where(backwards, t - 1, t + 1) < length) & (s > 0)  # [ROWS]; was there a step before this one?
+        active = (t < length) & (s < steps)  # [ROWS]
+        da_rows = da + (d * N + own) * (P * H)  # [ROWS]
+        dp_rows = dp + (d * N + own) * R  # [ROWS]
+        if PHASE != "cell":
+            dh = product(
+                chunks, a_rows, outputs_ok, da_before + HIDDEN * H, came, GATES * H, R, OUTPUTS, ROWS,
+                BK, SPLIT, RESIDENT, STAGES, PRECISION,
+            )  # fmt: skip
+            if CARRY == "hidden":
+                dh += dc
+            dh = tl.where(came[None, :], dh, final)  # [OUTPUTS, ROWS]
+            leaving = came & (active == 0)
+            tl.store(dh0 + n_at, dh.to(dh0.dtype.element_ty), mask=n_ok & leaving[None, :])
+            dh += dys[0]
+            if PROJECTED:
+                at_dp = dp_rows[None, :] + outputs[:, None]
+                tl.store(at_dp, dh.to(dp.dtype.element_ty), mask=outputs_ok[:, None] & active[None, :])
+            if SYNC and PROJECTED:
+                arrive(counter)
+                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS)
+        if PHASE != "state":
+            if PROJECTED:
+                dh = product((), r_rows, units_ok, dp_rows, active, R, H, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION)
+            grads = CELL(dh, dc, *values)
+            store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
+            if SYNC:
+                arrive(counter)
+            if CARRY != "none":
+                dc = tl.where(active[None, :], grads[P], dc)
+
+        if SYNC:
+            da_before = da_rows
+            t = tl.where(backwards, s + 1, steps - 2 - s)
+            at = tl.minimum(tl.maximum(t, 0), steps - 1)
+            here = (t < length) & (s + 1 < steps)
+            values = kept_values(
+                saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
+                SLOTS, CARRY, D, H, W, PACKED, BATCH_FIRST,
+            )  # fmt: skip
+            dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
+            dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+            own = row_index(at, rows, offsets, T, B, PACKED, False)
+            wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS)
+    if CARRY != "none" and PHASE != "state":
+        tl.store(carry + state_at, dc, mask=state_ok)
+
+
+@triton.jit(do_not_specialize=["T", "B", "N"])
+def single_backward(
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, lengths, offsets,
+    T, B, N,
+    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
+    UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All steps of ROWS rows in one program, which holds every unit and the states' gradients. Grid: D * blocks of rows."""
+    P: tl.constexpr = HIDDEN + GATES
+    pid = tl.program_id(0)
+    d, first = (pid % D).to(tl.int64), (pid // D) * ROWS
+    backwards = (d == 1) != REVERSE
+    rows = first + tl.arange(0, ROWS)  # [ROWS]
+    rows_ok = rows < B
+    length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32) if PACKED else tl.where(rows_ok, T, 0)  # [ROWS]
+    steps = tl.load(lengths + first).to(tl.int32) if PACKED else T
+
+    units = tl.arange(0, UNITS)  # [UNITS]
+    units_ok = units < H
+    outputs = tl.arange(0, OUTPUTS)  # [OUTPUTS]; without projection these are the units
+    outputs_ok = outputs < R
+    w = ()
+    for g in tl.static_range(GATES):
+        at = w_hh + (d * GATES + g) * (H * R) + units[None, :] * R + outputs[:, None]
+        w = w + (tl.load(at, mask=outputs_ok[:, None] & units_ok[None, :], other=0.0),)  # [OUTPUTS, UNITS]
+    if PROJECTED:
+        at = w_hr + d * (R * H) + outputs[None, :] * H + units[:, None]
+        proj = tl.load(at, mask=units_ok[:, None] & outputs_ok[None, :], other=0.0)  # [UNITS, OUTPUTS]
+
+    state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
+    state_ok = units_ok[:, None] & rows_ok[None, :]
+    n_at = (d * B + rows)[None, :] * R + outputs[:, None]  # [OUTPUTS, ROWS]
+    n_ok = outputs_ok[:, None] & rows_ok[None, :]
+    dh = tl.load(dh_n + n_at, mask=n_ok, other=0.0).to(tl.float32)
+    dc = tl.zeros((UNITS, ROWS), tl.float32)
+    if CARRY != "none":
+        dc = tl.load(carry + state_at, mask=state_ok, other=0.0)
+
+    # loaded a step ahead
+    t = tl.where(backwards, 0, steps - 1)
+    values = kept_values(
+        saved, y, h0, c0, offsets, t, t < length, length, steps, backwards, d, rows, units, units_ok, T, B, N,
+        SLOTS, CARRY, D, H, W, PACKED, BATCH_FIRST,
+    )  # fmt: skip
+    dy_rows = dy + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
+    dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & (t < length)[None, :], 1, 0)
+
+    for s in tl.range(0, steps, num_stages=1):
+        t = tl.where(backwards, s, steps - 1 - s)
+        active = t < length  # [ROWS]
+        now, d_out = values, dh + dys[0]
+        ahead = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
+        here = (ahead < length) & (s + 1 < steps)
+        values = kept_values(
+            saved, y, h0, c0, offsets, ahead, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
+            SLOTS, CARRY, D, H, W, PACKED, BATCH_FIRST,
+        )  # fmt: skip
+        dy_rows = dy + row_index(ahead, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
+        dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+
+        own = d * N + row_index(t, rows, offsets, T, B, PACKED, False)  # [ROWS]
+        if PROJECTED:
+            dp_rows = dp + own * R
+            d_proj = d_out.to(dp.dtype.element_ty)
+            tl.store(dp_rows[None, :] + outputs[:, None], d_proj, mask=outputs_ok[:, None] & active[None, :])
+            d_out = tl.dot(proj, d_proj, input_precision=PRECISION)  # [UNITS, ROWS]
+        grads = CELL(d_out, dc, *now)
+        da_rows = da + own * (P * H)
+        store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
+        new = tl.zeros((OUTPUTS, ROWS), tl.float32)
+        for g in tl.static_range(GATES):
+            new = tl.dot(w[g], grads[HIDDEN + g].to(da.dtype.element_ty), new, input_precision=PRECISION)  # [OUTPUTS, ROWS]
+        if CARRY == "hidden":
+            new += grads[P]
+        if CARRY == "cell":
+            dc = tl.where(active[None, :], grads[P], dc)
+        dh = tl.where(active[None, :], new, dh)
+    tl.store(dh0 + n_at, dh.to(dh0.dtype.element_ty), mask=n_ok)
+    if CARRY == "cell":
+        tl.store(carry + state_at, dc, mask=state_ok)
+
+
+@triton.jit(do_not_specialize=["T", "B", "blocks", "d"])
+def states_before(
+    before, y, h0, lengths, offsets, T, B, blocks, d,
+    D: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, BACKWARDS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """before [N, R], the state that each step of direction d began with. Grid: T * blocks of rows, blocks of columns."""
+    pid = tl.program_id(0)
+    t, rows = pid // blocks, (pid % blocks) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    length = tl.load(lengths + rows, mask=rows < B, other=0).to(tl.int32) if PACKED else tl.where(rows < B, T, 0)  # [ROWS]
+    ok = (t < length)[:, None] & (columns < R)[None, :]  # [ROWS, COLUMNS]
+    earlier = t + 1 if BACKWARDS else t - 1
+    joined = earlier < length if BACKWARDS else tl.where(rows < B, t > 0, False)
+    at = tl.minimum(tl.maximum(earlier, 0), T - 1)
+    after = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
+    states = tl.where(joined, after, h0 + rows.to(tl.int64) * R)
+    values = tl.load(states[:, None] + columns[None, :], mask=ok, other=0.0)
+    own = before + row_index(t, rows, offsets, T, B, PACKED, False) * R  # [ROWS]
+    tl.store(own[:, None] + columns[None, :], values, mask=ok)

@@ -1,0 +1,308 @@
+"""The raw layer ops on a GPU: buffers, the products outside the scan (torch's), and the scan's launches.
+
+Letters as in fastrnn/ops.py; N rows of the sequence, P pre-activations of a unit. Inside, sequences are step-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS, Cell
+from . import DTYPES, device_of, sizes_of
+from . import backward as backward_kernels
+from . import forward as forward_kernels
+from .cell import BACKWARD, FORWARD
+from .plan import Plan, choose
+from .precision import precision_of, products_in
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is started with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+class Call:
+    """Sizes of a call, and what both passes derive from its arguments.
+
+    run: what becomes of the launches, in their order.
+    """
+
+    def __init__(
+        self, x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str, reverse: bool, batch_first: bool,
+        run: Callable[[Launch], object] = Launch.run,
+    ) -> None:  # fmt: skip
+        self.run = run
+        if x.dtype not in DTYPES:
+            raise RuntimeError(f"fastrnn: the Triton engine takes {', '.join(map(str, DTYPES))}, got {x.dtype}")
+        self.cell: Cell = CELLS[cell]
+        self.x, self.dtype, self.device = x, x.dtype, x.device
+        self.D, self.B, self.R = h0.shape
+        self.H, self.I = w_ih[0].shape[0] // self.cell.gates, x.shape[-1]
+        self.T = len(batch_sizes) if batch_sizes is not None else x.shape[1 if batch_first else 0]
+        self.N = x.shape[0] if batch_sizes is not None else self.T * self.B
+        self.projected, self.biased = bool(w_hr), bool(b_ih)
+        self.reverse, self.batch_first, self.packed = reverse, batch_first and batch_sizes is None, batch_sizes is not None
+        self.slots = (self.cell.slots + self.projected) * self.H  # row width of `saved`
+        self.w_ih = w_ih
+        nothing = x.new_empty(0)
+        self.w_hh, self.w_hr, self.b_ih, self.b_hh = (
+            _stack(weights) if weights else nothing for weights in (w_hh, w_hr, b_ih, b_hh)
+        )
+        self.nothing = nothing
+        self.lengths, self.offsets = self._rows_of_steps(batch_sizes)
+
+    def chosen(self, forward: bool) -> tuple[Plan, str]:
+        """Plan and precision of a pass."""
+        sizes = sizes_of(self.cell.name, self.T, self.B, self.H, self.R, self.D, self.dtype)
+        return choose(device_of(self.device), sizes, forward), precision_of(self.dtype)
+
+    def _rows_of_steps(self, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Steps of each row [B] and rows before each step [T], int64, on the device by one copy."""
+        if batch_sizes is None:
+            return self.nothing, self.nothing
+        offsets = batch_sizes.cumsum(0) - batch_sizes
+        lengths = self.T - torch.searchsorted(batch_sizes.flip(0), torch.arange(self.B), right=True)
+        both = torch.cat((lengths, offsets))
+        if self.device.type == "cuda":
+            both = both.pin_memory().to(self.device, non_blocking=True)
+        return both[: self.B], both[self.B :]
+
+    def step_major(self, sequence: Tensor) -> Tensor:
+        """Rows [N, ...] of a sequence in x's layout."""
+        return (sequence.transpose(0, 1) if self.batch_first else sequence).reshape(self.N, sequence.shape[-1])
+
+    def input_weights(self, d: int) -> Tensor:
+        """w_ih [G*H, I] of a direction, gates in the order of the cell's arguments."""
+        w, order = self.w_ih[d], self.cell.input
+        if order == tuple(range(self.cell.gates)):
+            return w
+        return w.view(self.cell.gates, self.H, self.I)[list(order)].flatten(0, 1)
+
+    def constants(self, plan: Plan, precision: str) -> dict[str, Any]:
+        """Compile-time arguments that both passes share."""
+        cell = self.cell
+        constants = {
+            "GATES": cell.gates,
+            "HIDDEN": cell.hidden,
+            "SLOTS": cell.slots,
+            "CARRY": cell.carry or "none",
+            "D": self.D,
+            "H": self.H,
+            "R": self.R,
+            "PACKED": self.packed,
+            "BATCH_FIRST": self.batch_first,
+            "REVERSE": self.reverse,
+            "PROJECTED": self.projected,
+            "UNITS": plan.units,
+            "OUTPUTS": plan.outputs,
+            "ROWS": plan.rows,
+            "PRECISION": precision,
+        }
+        if plan.schedule != "single":
+            constants |= {
+                "BLOCKS": plan.blocks,
+                "BK": plan.chunk,
+                "SPLIT": plan.split,
+                "RESIDENT": plan.resident,
+                "STAGES": plan.stages,
+                "SYNC": plan.schedule == "persistent",
+            }
+        return constants
+
+    def launches(
+        self, plan: Plan, single, scan, arguments: dict[str, Any], steps: int, phases: Sequence[str]
+    ) -> Iterator[Launch]:
+        """The launches of a pass, in order: one for all steps, one for each range of rows, or one for each step and phase."""
+        options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 1}
+        if plan.registers:
+            options["maxnreg"] = plan.registers
+        sizes = {"T": self.T, "B": self.B, "N": self.N}
+        blocks_of_rows = -(-self.B // plan.rows)
+        if plan.schedule == "single":
+            yield Launch(single, (self.D * blocks_of_rows,), arguments | sizes, options)
+            return
+        if plan.schedule == "persistent":
+            waves = -(-blocks_of_rows // plan.groups)
+            counters = torch.zeros(waves, plan.groups * self.D, 16, dtype=torch.int64, device=self.device)
+            for wave in range(waves):
+                groups = min(plan.groups, blocks_of_rows - wave * plan.groups)
+                given = {"counters": counters[wave], "first_row": wave * plan.groups * plan.rows, "begin": 0, "end": steps}
+                grid = (plan.blocks * self.D * groups,)
+                yield Launch(
+                    scan, grid, arguments | sizes | given | {"PHASE": "both"}, options | {"launch_cooperative_grid": True}
+                )
+            return
+        counters = torch.empty(0, dtype=torch.int64, device=self.device)
+        for step in range(steps):
+            for phase in phases:
+                given = {"counters": counters, "first_row": 0, "begin": step, "end": step + 1, "PHASE": phase}
+                yield Launch(scan, (plan.blocks * self.D * blocks_of_rows,), arguments | sizes | given, options)
+
+
+def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
+    """The op's implementation, on x's device and its current stream."""
+    call = Call(x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+    with torch.cuda.device(x.device):
+        return forward(call, h0, c0, save, *call.chosen(forward=True))
+
+
+def layer_backward(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse, batch_first, need_dx, need_dw
+):
+    """The op's implementation, on x's device and its current stream."""
+    call = Call(x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+    with torch.cuda.device(x.device):
+        return backward(call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx, need_dw, *call.chosen(forward=False))
+
+
+def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, precision: str):
+    """y, h_n, c_n, saved."""
+    x, gates = call.x, call.cell.gates
+    # the projected input; the cell's slots are written over it
+    kept = x.new_empty(call.D, call.N, max(gates * call.H, call.slots if save else 0))
+    rows = call.step_major(x)
+    with products_in(precision):
+        for d in range(call.D):
+            torch.mm(rows, call.input_weights(d).T, out=kept[d][:, : gates * call.H])
+    y, h_n = x.new_empty(*x.shape[:-1], call.D * call.R), x.new_empty(call.D, call.B, call.R)
+    carry = call.nothing
+    if call.cell.carry is not None:
+        carry = (h0 if c0 is None else c0).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    arguments = {
+        "kept": kept,
+        "y": y,
+        "h0": h0.contiguous(),
+        "carry": carry,
+        "w_hh": call.w_hh,
+        "w_hr": call.w_hr,
+        "b_ih": call.b_ih,
+        "b_hh": call.b_hh,
+        "h_n": h_n,
+        "lengths": call.lengths,
+        "offsets": call.offsets,
+        "CELL": FORWARD[call.cell.name],
+        "INPUT": call.cell.input,
+        "W": kept.shape[-1],
+        "BIAS": call.biased,
+        "SAVE": save,
+        **call.constants(plan, precision),
+    }
+    if plan.schedule != "single":
+        arguments["out"] = x.new_empty(call.D, call.B, call.H) if call.projected and not save else call.nothing
+        arguments["ALIGNED"] = (call.R * x.element_size()) % 16 == 0 and arguments["h0"].data_ptr() % 16 == 0
+    phases = ("gates", "project") if call.projected else ("both",)
+    kernels = forward_kernels.single_forward, forward_kernels.scan_forward
+    for launch in call.launches(plan, *kernels, arguments, call.T, phases):
+        call.run(launch)
+    c_n = carry.to(x.dtype) if call.cell.carry == "cell" else x.new_empty(0)
+    saved = x.new_empty(0)
+    if save:
+        saved = kept if call.slots else x.new_empty(call.D, call.N, 0)
+    return y, h_n, c_n, saved
+
+
+def backward(call: Call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx: bool, need_dw: bool, plan: Plan, precision: str):
+    """dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr."""
+    x = call.x
+    D, B, N, H, R, gates, hidden = call.D, call.B, call.N, call.H, call.R, call.cell.gates, call.cell.hidden
+    da, dp = x.new_empty(D, N, call.cell.preactivations * H), x.new_empty(D, N, R) if call.projected else call.nothing
+    dh0, h0, y = x.new_empty(D, B, R), h0.contiguous(), y.contiguous()
+    carry = torch.zeros(D, B, H, dtype=torch.float32, device=x.device) if call.cell.carry is not None else call.nothing
+    if dc_n is not None:
+        carry.copy_(dc_n)
+    arguments = {
+        "saved": saved.contiguous(),
+        "y": y,
+        "dy": torch.zeros_like(y) if dy is None else dy.contiguous(),
+        "da": da,
+        "dp": dp,
+        "h0": h0,
+        "c0": call.nothing if c0 is None else c0.contiguous(),
+        "dh_n": torch.zeros_like(h0) if dh_n is None else dh_n.contiguous(),
+        "dh0": dh0,
+        "carry": carry,
+        "w_hh": call.w_hh,
+        "w_hr": call.w_hr,
+        "lengths": call.lengths,
+        "offsets": call.offsets,
+        "CELL": BACKWARD[call.cell.name],
+        "W": call.slots,
+        **call.constants(plan, precision),
+    }
+    phases = ("state", "cell") if call.projected else ("both",)
+    kernels = backward_kernels.single_backward, backward_kernels.scan_backward
+    for launch in call.launches(plan, *kernels, arguments, call.T + 1, phases):
+        call.run(launch)
+    dc0 = carry.to(x.dtype) if call.cell.carry == "cell" else x.new_empty(0)
+    d_input, d_hidden = da[..., : gates * H], da[..., hidden * H :]
+    with products_in(precision):
+        dx = _input_gradient(call, d_input) if need_dx else x.new_empty(0)
+        weights = (
+            _weight_gradients(call, d_input, d_hidden, dp, y, h0, saved) if need_dw else [x.new_empty(0) for _ in range(5)]
+        )
+    return dx, dh0, dc0, *weights
+
+
+def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
+    dx = d_input[0] @ call.input_weights(0)
+    for d in range(1, call.D):
+        dx.addmm_(d_input[d], call.input_weights(d))
+    if call.batch_first:
+        return dx.view(call.T, call.B, call.I).transpose(0, 1).contiguous()
+    return dx.view(call.x.shape)
+
+
+def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[Tensor]:
+    """dw_ih, dw_hh, db_ih, db_hh, dw_hr, each [D, ...]; [0] where there is none."""
+    cell, D, N, H, R = call.cell, call.D, call.N, call.H, call.R
+    order = [cell.input.index(gate) for gate in range(cell.gates)]  # torch's gates among the cell's arguments
+    x = call.x
+    rows = call.step_major(x)
+    dw_ih, dw_hh = x.new_empty(D, cell.gates * H, call.I), x.new_empty(D, cell.gates * H, R)
+    before = x.new_empty(N, R)
+    columns = min(128, max(16, 1 << (R - 1).bit_length()))
+    blocks = -(-call.B // 16)
+    common = {
+        "lengths": call.lengths,
+        "offsets": call.offsets,
+        "T": call.T,
+        "B": call.B,
+        "D": D,
+        "R": R,
+        "PACKED": call.packed,
+        "BATCH_FIRST": call.batch_first,
+    }
+    for d in range(D):
+        given = {"before": before, "y": y, "h0": h0[d], "blocks": blocks, "d": d, "BACKWARDS": call.reverse != (d == 1)}
+        tiles = {"ROWS": 16, "COLUMNS": columns}
+        grid = (call.T * blocks, -(-R // columns))
+        call.run(Launch(backward_kernels.states_before, grid, common | given | tiles, {"num_warps": 4}))
+        torch.mm(d_input[d].T, rows, out=dw_ih[d])
+        torch.mm(d_hidden[d].T, before, out=dw_hh[d])
+    db_ih, db_hh = (da.sum(1) if call.biased else x.new_empty(0) for da in (d_input, d_hidden))
+    if order != list(range(cell.gates)):
+        dw_ih = dw_ih.view(D, cell.gates, H, call.I)[:, order].flatten(1, 2)
+        db_ih = db_ih.view(D, cell.gates, H)[:, order].flatten(1, 2) if call.biased else db_ih
+    dw_hr = x.new_empty(0)
+    if call.projected:
+        dw_hr = x.new_empty(D, R, H)
+        for d in range(D):
+            torch.mm(dp[d].T, saved[d][:, -H:], out=dw_hr[d])
+    return [dw_ih, dw_hh, db_ih, db_hh, dw_hr]
+
+
+def _stack(weights: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(weights)) if len(weights) > 1 else weights[0].contiguous().unsqueeze(0)

@@ -1,0 +1,256 @@
+"""How a layer's scan is laid out on a GPU: schedule and tiles, by an estimate of a step's time. Sizes in, a Plan out; no torch.
+
+Schedules:
+    single      a program has all units and the state of its rows; nothing is shared, all steps are one launch
+    persistent  a program has some units of its rows for all steps, and meets the others of the same rows once a step
+    stepwise    the same tiles, a launch a step
+
+Equations and their constants are explained in docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+GIGAHERTZ = 1.7
+PORT_BYTES = 64  # from L2 into a multiprocessor, a clock
+SHARED_BYTES = 128  # from shared memory, a clock
+BARRIER, LAUNCH, GATES, ALONE = 1.2, 30.0, 0.15, 0.2  # microseconds; a launch is from Python
+SPARE_BYTES = 24 * 1024  # of shared memory, for state and for tiles that change their layout
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan depends on.
+
+    backend:         "cuda" or "hip".
+    capability:      of CUDA, 10 * major + minor; 0 of others.
+    multiprocessors: programs that surely run at once, one on each.
+    shared_bytes:    shared memory that a program may have.
+    """
+
+    backend: str
+    capability: int
+    multiprocessors: int
+    shared_bytes: int
+
+    @property
+    def l2_bytes(self) -> float:
+        """Bytes a clock that L2 gives all multiprocessors together, as measured by others: A100 4, H100 5.5, B200 9 TB/s."""
+        return {8: 2400, 9: 3200, 10: 5300}.get(self.capability // 10, 2400)
+
+    def operations(self, bytes_: int, precision: str, wide: bool) -> float:
+        """Floating-point operations a clock of a multiprocessor's products; wide: by the instructions of whole warp groups."""
+        if self.backend == "cuda" and bytes_ == 4 and precision == "ieee":
+            return 256
+        fast = 4096 if wide and self.capability >= 90 else 2048
+        return fast / (2 if bytes_ == 4 else 1)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A layer's: steps, rows, units, outputs (projected, or the units), directions, gates, bytes of a number, precision."""
+
+    T: int
+    B: int
+    H: int
+    R: int
+    D: int
+    gates: int
+    bytes_: int
+    precision: str
+
+    @property
+    def projected(self) -> bool:
+        return self.R != self.H
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule with its tiles.
+
+    units, outputs: of a program, powers of two; outputs those of the projection, or the units.
+    rows:           of a program.
+    blocks:         programs that share the units out.
+    groups:         blocks of rows that a persistent launch has at once.
+    registers:      that a thread may have, 0 for as many as the compiler likes.
+    chunk, split, resident, stages: how a product goes through its sum, see tile.py.
+    microseconds:   estimate of a step.
+    """
+
+    schedule: str
+    units: int
+    outputs: int
+    rows: int
+    blocks: int
+    groups: int
+    warps: int
+    registers: int = 0
+    chunk: int = 0
+    split: int = 1
+    resident: bool = False
+    stages: int = 1
+    microseconds: float = 0.0
+
+    def __str__(self) -> str:
+        weights = ", weights stay in the program" if self.resident or self.schedule == "single" else ""
+        tile = f"{self.units} units x {self.rows} rows a program"
+        return f"{self.schedule}, {tile}{weights}, about {self.microseconds:.1f} us a step"
+
+
+@lru_cache(4096)
+def choose(device: Device, sizes: Sizes, forward: bool, schedule: str | None = None) -> Plan:
+    """The plan of least estimated time; of one schedule, if named.
+
+    ValueError: the device has no such schedule for these sizes.
+    """
+    candidates = [
+        replace(plan, microseconds=estimate(device, sizes, forward, plan))
+        for plan in plans(device, sizes, forward)
+        if schedule in (None, plan.schedule) and shared_bytes(device, sizes, forward, plan) <= device.shared_bytes
+    ]
+    if not candidates:
+        raise ValueError(f"schedule: expected one that {device} has for {sizes}, got {schedule}")
+    return min(candidates, key=lambda plan: plan.microseconds)
+
+
+def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
+    """Every plan whose tiles fit the registers of each device that bench/gpu_resources.py compiles for."""
+    for plan in _single(device, sizes):
+        yield replace(plan, registers=_registers(device, sizes, forward, plan))
+    for tiles in (*_few_rows(device, sizes, forward), *_many_rows(device, sizes, forward)):
+        plan = replace(tiles, registers=_registers(device, sizes, forward, tiles))
+        if not plan.resident:
+            yield replace(plan, schedule="stepwise")
+        groups = min(_ceil(sizes.B, plan.rows), device.multiprocessors // (plan.blocks * sizes.D))
+        if device.backend == "cuda" and groups:
+            yield replace(plan, groups=groups)
+
+
+def _registers(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int:
+    """Left to itself, CUDA's compiler may stop at half of a thread's 255 and spill; sm_100's spills where it may have all."""
+    if device.backend != "cuda":
+        return 0
+    if device.capability >= 100 and plan.resident:
+        return 240 if forward and sizes.bytes_ == 4 else 0
+    return 255
+
+
+def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
+    units, outputs = _power(sizes.H), _power(sizes.R)
+    most = 256
+    if sizes.bytes_ == 4 and (device.backend == "hip" or sizes.precision == "ieee"):
+        most = 32  # weights that no tensor core reads from shared memory are in registers
+    elif device.backend == "hip":
+        most = 128
+    if sizes.projected:
+        most = min(most, 64)
+    for rows in (16, 32, 64) if device.backend == "cuda" and sizes.bytes_ == 2 else (16,):
+        tile_bytes = units * rows * sizes.bytes_
+        if units <= most and tile_bytes <= (8192 if sizes.gates == 1 and units == 256 else 4096):
+            yield Plan("single", units, outputs, rows, blocks=1, groups=1, warps=4 if tile_bytes <= 2048 else 8)
+
+
+def _few_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
+    """Each warp takes its part of the sum; weights stay where shared memory holds them."""
+    plain = device.backend == "cuda" and sizes.precision == "ieee" and sizes.bytes_ == 4  # no tensor cores
+    chunk = 128 if plain else 512 // sizes.bytes_
+    for units, rows in ((16, 16), (16, 32), (32, 16), (32, 32)):
+        height = _stacked(sizes.gates) * units if forward else units
+        if height * rows > (1024 if plain or (device.capability >= 100 and rows == 32) else 2048):
+            continue
+        plan = _tiled(sizes, units, rows, chunk, split=8, stages=1 if plain else 2)
+        if rows == 16 and (units == 16 or (forward and not sizes.projected and device.capability < 100)):
+            yield plan
+        if plain or (rows == 32 and (sizes.bytes_ == 4 or sizes.projected)):
+            continue
+        if device.capability >= 100 and (units == 32 or (sizes.bytes_ == 4 and _weights(sizes, forward, plan) > 32 * 1024)):
+            continue  # its compiler spills a few bytes
+        yield replace(plan, resident=True)
+
+
+def _many_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
+    """The tile is wide enough for all warps; a warp group's instructions take 64 rows of weights."""
+    if (sizes.bytes_ == 4 and sizes.precision == "ieee") or device.backend == "hip":
+        yield _tiled(sizes, 16, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
+        return
+    chunk = 128 // sizes.bytes_
+    if forward:
+        yield _tiled(sizes, 64 // _stacked(sizes.gates), 64 if sizes.gates > 1 else 32, chunk, split=1, stages=3)
+    else:
+        yield _tiled(sizes, 32, 64, chunk, split=1, stages=3)
+
+
+def _tiled(sizes: Sizes, units: int, rows: int, chunk: int, split: int, stages: int) -> Plan:
+    blocks = _ceil(sizes.H, units)
+    outputs = _power(_ceil(sizes.R, blocks)) if sizes.projected else units
+    return Plan("persistent", units, outputs, rows, blocks, groups=1, warps=8, chunk=chunk, split=split, stages=stages)
+
+
+def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int:
+    """Shared memory of a program, at most."""
+    if plan.schedule == "single":
+        matrices = sizes.gates + sizes.projected if device.backend == "cuda" else 1  # hip holds them in registers
+        return matrices * plan.units * plan.outputs * sizes.bytes_ + SPARE_BYTES
+    height, depth = _product(sizes, forward, plan)
+    if plan.resident:
+        kept = height * _ceil(depth, plan.chunk) * plan.chunk * sizes.bytes_
+        return kept + max(plan.rows * plan.chunk * sizes.bytes_ + SPARE_BYTES, plan.split * height * plan.rows * 4)
+    return plan.stages * (height + plan.rows) * plan.chunk * sizes.bytes_ + SPARE_BYTES
+
+
+def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
+    """Microseconds of a step, the rest of a launch shared out over the steps."""
+    size, rows = sizes.bytes_, plan.rows
+    row_blocks = _ceil(sizes.B, rows)
+    if plan.schedule == "single":
+        height, depth = sizes.gates * plan.units, plan.outputs
+        products = [(height, depth, True)] + [(plan.units, plan.outputs, True)] * sizes.projected
+        programs, launches, state = sizes.D * row_blocks, 1, 0
+    else:
+        height, depth = _product(sizes, forward, plan)
+        projection = (plan.outputs, sizes.H) if forward else (plan.units, sizes.R)
+        products = [(height, depth, plan.resident)] + [(*projection, False)] * sizes.projected
+        programs, launches = plan.blocks * sizes.D * row_blocks, 1
+        state = sum(depth for _, depth, _ in products) * rows * size
+    at_once = min(programs, device.multiprocessors)
+    rounds = _ceil(programs, device.multiprocessors)
+    if plan.schedule == "persistent":
+        rounds = launches = _ceil(row_blocks, plan.groups)
+        at_once = plan.blocks * sizes.D * min(plan.groups, row_blocks)
+    port = min(PORT_BYTES, device.l2_bytes / at_once)  # bytes a clock of each
+    held = sum(height * depth * size for height, depth, stays in products if stays)
+    streamed = sum(height * depth * size for height, depth, stays in products if not stays)
+    rate = device.operations(size, sizes.precision, plan.split == 1 and height >= 64)
+    work = sum(2 * height * depth * rows for height, depth, _ in products)
+    clocks = (state + streamed) / port + max(held / SHARED_BYTES, work / rate)
+    inside = GATES + clocks / (1000 * GIGAHERTZ)
+    if plan.schedule == "stepwise":
+        return len(products) * LAUNCH + rounds * inside
+    between = BARRIER * len(products) if plan.schedule == "persistent" else ALONE
+    return rounds * (between + inside + held / port / (1000 * GIGAHERTZ) / sizes.T) + launches * LAUNCH / sizes.T
+
+
+def _weights(sizes: Sizes, forward: bool, plan: Plan) -> int:
+    height, depth = _product(sizes, forward, plan)
+    return height * depth
+
+
+def _product(sizes: Sizes, forward: bool, plan: Plan) -> tuple[int, int]:
+    """Height and depth of the recurrent weights in a program: forward its units' rows, backward its outputs' columns."""
+    return (_stacked(sizes.gates) * plan.units, sizes.R) if forward else (plan.outputs, sizes.gates * sizes.H)
+
+
+def _stacked(gates: int) -> int:
+    return _power(gates, 1)
+
+
+def _power(n: int, least: int = 16) -> int:
+    """The power of two at n or above; a tile's side has 16 at least."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

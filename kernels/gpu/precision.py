@@ -1,0 +1,32 @@
+"""The precision of float32 products, in kernels and around them: what torch.nn's recurrent layers follow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Of products: of float32 "tf32" or "ieee", as torch.backends.cudnn.rnn says; of half precision "ieee"."""
+    if dtype is not torch.float32 or torch.version.hip:
+        return "ieee"
+    rnn: Any = torch.backends.cudnn.rnn  # its setting is no annotated attribute
+    return "tf32" if rnn.fp32_precision == "tf32" else "ieee"
+
+
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """torch's float32 products on a GPU in this precision; the setting is the whole process's, and restored."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before == precision:
+        yield
+        return
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

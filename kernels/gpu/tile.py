@@ -1,0 +1,121 @@
+"""What the scans are made of: the product of a program's weights with a step's state, and where rows lie.
+
+A product is acc [M, ROWS] = A [M, K] S [K, ROWS]: A is weights, the same in every step, S what other programs have stored.
+K goes in chunks of BK, so it need not be a power of two. With SPLIT > 1 a chunk is SPLIT products side by side, one a warp,
+[SPLIT, M, BK / SPLIT] by [SPLIT, BK / SPLIT, ROWS], summed in the end: every warp then holds its own share of A in registers
+and has work, where M x ROWS is too small to share out. With SPLIT == 1 the tensor cores read A from shared memory where the
+device has such instructions (wgmma, tcgen05).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_index(t, rows, offsets, T, B, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr):
+    """Rows of a sequence [ROWS] that step t of batch rows `rows` is in; 64 bits, B * T * width passes 2**31."""
+    t = t.to(tl.int64)
+    if PACKED:
+        return tl.load(offsets + t) + rows
+    elif BATCH_FIRST:
+        return rows.to(tl.int64) * T + t
+    else:
+        return t * B + rows
+
+
+@triton.jit
+def chunk_index(chunk, BK: tl.constexpr, SPLIT: tl.constexpr):
+    """Positions along K of a chunk: [BK], or [SPLIT, BK / SPLIT]."""
+    if SPLIT == 1:
+        return chunk * BK + tl.arange(0, BK)
+    else:
+        PART: tl.constexpr = BK // SPLIT
+        return chunk * BK + (tl.arange(0, SPLIT) * PART)[:, None] + tl.arange(0, PART)[None, :]
+
+
+@triton.jit
+def weight_chunk(a_rows, a_ok, k, K: tl.constexpr, STRIDE: tl.constexpr, SPLIT: tl.constexpr):
+    """A[:, k], [M, BK] or [SPLIT, M, BK / SPLIT]; a_rows [M] point at the rows, STRIDE is along K."""
+    at = k.to(tl.int64) * STRIDE
+    if SPLIT == 1:
+        return tl.load(a_rows[:, None] + at[None, :], mask=a_ok[:, None] & (k < K)[None, :], other=0.0)
+    else:
+        return tl.load(a_rows[None, :, None] + at[:, None, :], mask=a_ok[None, :, None] & (k < K)[:, None, :], other=0.0)
+
+
+@triton.jit
+def state_chunk(s_rows, s_ok, k, K: tl.constexpr, SPLIT: tl.constexpr):
+    """S[k, :], [BK, ROWS] or [SPLIT, BK / SPLIT, ROWS]; s_rows [ROWS] point at the rows. Never from L1: see barrier.py."""
+    if SPLIT == 1:
+        at, ok = s_rows[None, :] + k[:, None], s_ok[None, :] & (k < K)[:, None]
+    else:
+        at, ok = s_rows[None, None, :] + k[:, :, None], s_ok[None, None, :] & (k < K)[:, :, None]
+    return tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def resident_weights(
+    a_rows, a_ok, K: tl.constexpr, STRIDE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr
+):
+    """Every chunk of A, loaded once, where the schedule keeps them; none otherwise."""
+    chunks = ()
+    if RESIDENT:
+        for i in tl.static_range((K + BK - 1) // BK):
+            chunks = chunks + (weight_chunk(a_rows, a_ok, chunk_index(i, BK, SPLIT), K, STRIDE, SPLIT),)
+    return chunks
+
+
+@triton.jit
+def product(
+    chunks, a_rows, a_ok, s_rows, s_ok, K: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
+    BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc [M, ROWS], float32."""
+    COUNT: tl.constexpr = (K + BK - 1) // BK
+    if SPLIT == 1:
+        acc = tl.zeros((M, ROWS), tl.float32)
+    else:
+        acc = tl.zeros((SPLIT, M, ROWS), tl.float32)
+    if RESIDENT:
+        for i in tl.static_range(COUNT):
+            state = state_chunk(s_rows, s_ok, chunk_index(i, BK, SPLIT), K, SPLIT)
+            acc = tl.dot(chunks[i], state, acc, input_precision=PRECISION)
+    else:
+        for i in tl.range(0, COUNT, num_stages=STAGES):
+            k = chunk_index(i, BK, SPLIT)
+            weights = weight_chunk(a_rows, a_ok, k, K, STRIDE, SPLIT)
+            acc = tl.dot(weights, state_chunk(s_rows, s_ok, k, K, SPLIT), acc, input_precision=PRECISION)
+    if SPLIT > 1:
+        acc = tl.sum(acc, 0)
+    return acc
+
+
+@triton.jit
+def unstack(x, COUNT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """The COUNT (1, 2 or 4) tiles [UNITS, ROWS] of x [COUNT * UNITS, ROWS]."""
+    if COUNT == 1:
+        return (x,)
+    elif COUNT == 2:
+        return tl.split(tl.permute(tl.reshape(x, (2, UNITS, ROWS)), (1, 2, 0)))
+    else:
+        tl.static_assert(COUNT == 4, "a cell has at most 4 gates")
+        halves = tl.split(tl.permute(tl.reshape(x, (2, 2, UNITS, ROWS)), (2, 3, 1, 0)))
+        return tl.split(halves[0]) + tl.split(halves[1])
+
+
+@triton.jit
+def load_tiles(at, ok, COUNT: tl.constexpr, STEP: tl.constexpr):
+    """COUNT float32 tiles, STEP numbers apart, from pointers `at` to the first."""
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        tiles = tiles + (tl.load(at + i * STEP, mask=ok, other=0.0).to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def store_tiles(at, tiles, ok, FIRST: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr):
+    """tiles[FIRST : FIRST + COUNT], STEP numbers apart, at pointers `at`."""
+    for i in tl.static_range(COUNT):
+        tl.store(at + i * STEP, tiles[FIRST + i].to(at.dtype.element_ty), mask=ok)

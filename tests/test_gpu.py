@@ -1,0 +1,226 @@
+"""The Triton engine on a GPU: the kernels' own tests again, the barrier, and what only a device has."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import triton_layers
+from contract import CELLS, Case, Error, arguments, bound, relative, run, same_bits, twins
+from test_triton import LAYERS
+from triton_layers import Layer
+
+import fastrnn
+from fastrnn.kernels import gpu
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def _target():
+    return gpu.device_of(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_kernels(layer):
+    assert triton_layers.faults(layer, "cuda", _target()) == []
+
+
+CASES = [
+    Case("lstm", 33, 100, batch=5, steps=9, dtype=F32),
+    Case("lstm", 128, 768, batch=16, steps=40, dtype=F16),
+    Case("lstm", 64, 512, layers=2, bidirectional=True, batch=33, steps=20, dtype=BF16),
+    Case("lstm", 40, 96, proj_size=31, bidirectional=True, batch=7, steps=12, dtype=F32),
+    Case("gru", 96, 1000, batch=20, steps=25, dtype=BF16),
+    Case("gru", 17, 65, layers=2, layout="packed", batch=19, steps=30, dtype=F32),
+    Case("gru", 256, 256, layout="batch", batch=200, steps=10, dtype=F16),
+    Case("rnn_tanh", 50, 300, layout="unsorted", batch=40, steps=30, bidirectional=True, dtype=F16),
+    Case("rnn_relu", 5, 33, layout="unbatched", steps=50, dtype=F32),
+    Case("lstm", 64, 2048, batch=64, steps=8, dtype=F16),
+    Case("lstm", 64, 640, batch=300, steps=8, layout="packed", dtype=BF16),
+]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case, precision, monkeypatch):
+    """Every tensor's error within 2 times cuDNN's own at the same dtype and precision, and 4 eps."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+    if case.dtype is not F32 and precision == "ieee":
+        pytest.skip("half precision has one kind of product")
+    errors: dict[str, tuple[Error, Error]] = {}
+    for seed in range(4):
+        stock, ours = twins(case, seed)
+        sample = case.sample(seed)
+        truth = run(copy.deepcopy(stock).double(), case, sample.to(torch.float64))
+        theirs, mine = (run(module.cuda(), case, sample.to("cuda")) for module in (stock, ours))
+        given = arguments(case, sample.to("cuda").x, sample.to("cuda").states, sample.lengths)
+        assert fastrnn.explain(ours, *given).engine == "triton"
+        for name, value in truth.items():
+            pair = errors.setdefault(name, (Error(), Error()))
+            for error, found in zip(pair, (theirs[name], mine[name])):
+                error.add(found.cpu(), value)
+    wrong = {
+        name: (ours.relative, stock.relative)
+        for name, (stock, ours) in errors.items()
+        if not ours.relative <= bound(case.dtype, stock.relative)
+    }
+    assert not wrong, f"ours, cuDNN's: {wrong}"
+
+
+# --- the barrier
+
+LONG = [
+    Layer("lstm", "resident", 0, dtype=F16, sizes=(2000, 16, 16, 768)),
+    Layer("gru", "resident", 0, directions=2, layout="packed", dtype=BF16, sizes=(1000, 30, 16, 500)),
+    Layer("rnn_tanh", "split", 0, reverse=True, dtype=F16, sizes=(3000, 16, 16, 1000)),
+    Layer("lstm", "wide", 0, project=False, directions=2, dtype=F16, sizes=(1000, 64, 16, 512)),
+    Layer("lstm", "split", 0, project=True, dtype=F32, sizes=(500, 20, 16, 300)),
+]
+
+
+@pytest.mark.parametrize("layer", LONG, ids=str)
+def test_a_persistent_launch_has_the_bits_of_one_launch_a_step(layer, monkeypatch):
+    """The same arithmetic in the same order; what differs is how programs wait for each other. 50 runs."""
+    target = _target()
+    persistent = triton_layers.by_kernels(layer, "cuda", target)
+    plan = Layer.plan
+    assert plan(layer, True, target, False).schedule == "persistent"
+    for _ in range(50):
+        same_bits(triton_layers.by_kernels(layer, "cuda", target), persistent, "run to run")
+    monkeypatch.setattr(Layer, "plan", lambda self, *given: replace(plan(self, *given), schedule="stepwise"))
+    same_bits(triton_layers.by_kernels(layer, "cuda", target), persistent, "stepwise")
+
+
+def test_other_work_on_the_device():
+    """A cooperative launch beside streams that keep every multiprocessor busy: it waits for room, and returns."""
+    module = fastrnn.LSTM(768, 768, device="cuda", dtype=F16)
+    x = torch.randn(200, 16, 768, device="cuda", dtype=F16)
+    expected = module(x)[0]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    big = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    outputs = []
+    for _ in range(10):
+        for index, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if index % 2:
+                    torch.mm(big, big)
+                else:
+                    outputs.append(module(x)[0])
+    torch.cuda.synchronize()
+    for output in outputs:
+        same_bits(output, expected)
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_200_000_steps(cell):
+    layer = Layer(cell, "single", dtype=F32, sizes=(200_000, 2, 3, 16))
+    found = triton_layers.by_kernels(layer, "cuda", _target())
+    assert all(value.isfinite().all() for value in found.values())
+    start = replace(layer, sizes=(300, 2, 3, 16)).arguments()
+    whole = layer.arguments()
+    assert whole["x"].shape[0] == 200_000 and start["x"].shape[0] == 300
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_100_000_rows(cell):
+    module = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU}.get(cell, fastrnn.RNN)(8, 32, device="cuda")
+    x = torch.randn(6, 100_000, 8, device="cuda", requires_grad=True)
+    y, _ = module(x)
+    y.sum().backward()
+    rows = [0, 1, 31_337, 99_999]
+    alone = x[:, rows].detach().requires_grad_()
+    expected, _ = module(alone)
+    expected.sum().backward()
+    assert relative(y[:, rows], expected) < 1e-3 and relative(x.grad[:, rows], alone.grad) < 1e-3  # TF32
+
+
+@pytest.mark.slow
+def test_offsets_beyond_two_to_the_31():
+    """T * B * 5 * H passes it in what is saved."""
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB")
+    module = fastrnn.LSTM(16, 256, device="cuda", dtype=F16)
+    x = torch.randn(1100, 2000, 16, device="cuda", dtype=F16)
+    y, _ = module(x)
+    y[-1].sum().backward()
+    rows = [0, 1999]
+    assert relative(y[-5:, rows], module(x[:, rows])[0][-5:]) < 1e-2
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+# --- a device's own
+
+
+def test_graph_capture():
+    module = fastrnn.GRU(128, 512, device="cuda", dtype=F16)
+    x = torch.randn(50, 16, 128, device="cuda", dtype=F16, requires_grad=True)
+
+    def step():
+        y, _ = module(x)
+        return y, *torch.autograd.grad(y.sum(), [x, *module.parameters()])
+
+    expected = step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    for found, value in zip(captured, expected):
+        same_bits(found, value)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_tensors_own_device():
+    module = fastrnn.LSTM(16, 32, device="cuda:1")
+    x = torch.randn(5, 3, 16, device="cuda:1", requires_grad=True)
+    with torch.cuda.device(0):
+        y, _ = module(x)
+        y.sum().backward()
+    assert x.grad.device == y.device == torch.device("cuda:1")
+    assert relative(y.cpu(), module.cpu()(x.cpu())[0]) < 1e-2  # TF32
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_second_derivatives_and_compiled(dtype):
+    """What the kernels do not do themselves is the reference's there too; Dynamo sees the same operators."""
+    torch.manual_seed(0)
+    module = fastrnn.LSTM(5, 16, device="cuda", dtype=dtype)
+    x = torch.randn(4, 3, 5, device="cuda", dtype=dtype, requires_grad=True)
+    (first,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    plain = copy.deepcopy(module).double().cpu()
+    at = x.detach().double().cpu().requires_grad_()
+    (first,) = torch.autograd.grad(plain(at)[0].square().sum(), at, create_graph=True)
+    (expected,) = torch.autograd.grad(first.square().sum(), at)
+    assert relative(second.cpu(), expected) < (5e-3 if dtype is F32 else 5e-2)  # TF32 and bfloat16 products, twice
+    same_bits(torch.compile(module, fullgraph=True)(x)[0], module(x)[0])
+
+
+def test_peak_memory():
+    """A training step needs no more than cuDNN's."""
+    peaks = []
+    for library in (torch.nn, fastrnn):
+        module = library.LSTM(768, 768, device="cuda", dtype=F16)
+        x = torch.randn(1024, 16, 768, device="cuda", dtype=F16, requires_grad=True)
+        module(x)[0].sum().backward()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        module(x)[0].sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= peaks[0], f"{peaks[1] / 2**20:.0f} MiB, cuDNN {peaks[0] / 2**20:.0f}"

@@ -1,0 +1,325 @@
+"""The Triton engine without a GPU: its kernels in Triton's interpreter, its plans, and what its kernels compile to.
+
+The interpreter runs programs one after another, so it runs the steps of a persistent launch one launch each: the barrier is
+test_gpu.py's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pytest
+import torch
+import triton_layers
+from contract import CELLS, pairwise
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_layers import Layer
+
+import fastrnn
+from bench import gpu_resources
+from bench.gpu_resources import TARGETS
+from fastrnn import dispatch
+from fastrnn.kernels import gpu
+from fastrnn.kernels.gpu.plan import Device, Sizes, choose, plans, shared_bytes
+from fastrnn.kernels.gpu.precision import precision_of, products_in
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable]:
+    """Calls a function in a process where kernels are interpreted."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=triton_layers.interpret) as worker:
+        yield lambda function, *args: worker.submit(function, *args).result(timeout=300)
+
+
+# --- kernels, in the interpreter
+
+FACTORS = {
+    "cell": tuple(CELLS),
+    "tiles": ("single", "split", "resident", "wide"),
+    "directions": (1, 2),
+    "reverse": (False, True),
+    "layout": ("time", "batch", "packed"),
+    "bias": (True, False),
+    "project": (False, True),
+    "save": (True, False),
+    "incoming": ("all", "dy", "dh_n", "dc_n"),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "sizes": ((4, 3, 5, 19), (3, 18, 2, 7), (1, 4, 9, 33), (6, 5, 17, 40)),
+}
+
+
+def _possible(row: dict) -> bool:
+    lstm = row.get("cell", "lstm") == "lstm"
+    return (lstm or not row.get("project")) and (lstm or row.get("incoming") != "dc_n")
+
+
+LAYERS = [Layer(**row) for row in pairwise(FACTORS, _possible)]
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_kernels(layer, interpreted):
+    """Outputs, states, what is saved and every gradient, by name."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
+_WHOLE = {**FACTORS, "sizes": ((5, 18, 3, 37),), "incoming": ("all",), "save": (True,), "bias": (True,)}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("tiles", FACTORS["tiles"])
+def test_kernels_in_every_combination(cell, tiles, interpreted):
+    factors = {**_WHOLE, "cell": (cell,), "tiles": (tiles,)}
+    for row in (dict(zip(factors, values)) for values in itertools.product(*factors.values())):
+        if _possible(row):
+            assert interpreted(triton_layers.faults, Layer(**row)) == [], row
+
+
+@needs_triton
+@pytest.mark.parametrize("tiles", ["split", "wide"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_kernels_with_the_chosen_chunks(cell, tiles, interpreted):
+    """Chunks as on a device: longer than the sum, and no divisor of it."""
+    assert interpreted(triton_layers.faults, Layer(cell, tiles, chunk=0, sizes=(2, 2, 3, 70))) == []
+
+
+@needs_triton
+def test_a_wrong_kernel_is_found(interpreted):
+    """The control of the tests above: one gradient of one cell off by one part in a thousand is named."""
+    assert any(fault.startswith("db_hh: error") for fault in interpreted(_faults_with_a_wrong_cell))
+
+
+def _faults_with_a_wrong_cell() -> list[str]:
+    from fastrnn.kernels.gpu import layer as engine
+
+    right = engine._weight_gradients
+
+    def wrong(*args):
+        gradients = right(*args)
+        gradients[3] *= 1.001
+        return gradients
+
+    engine._weight_gradients = wrong
+    try:
+        return triton_layers.faults(Layer("gru", "single"))
+    finally:
+        engine._weight_gradients = right
+
+
+@needs_triton
+def test_elementary_functions(interpreted):
+    """Relative error within 4 eps, near zero too; infinities and NaN as in torch."""
+    errors = interpreted(triton_layers.elementary_errors)
+    # exp of a number near 88 carries the rounding of its argument: sigmoid(-x) and no more than that many times
+    bounds = {name: 4 if name != "sigmoid -1" else 90 for name in errors}
+    assert {name: e for name, e in errors.items() if e > bounds[name] * torch.finfo(torch.float32).eps} == {}
+
+
+# --- plans
+
+DEVICES = [device for _, device in TARGETS.values()] + [Device("cuda", 86, 46, 99 * 1024), Device("cuda", 90, 8, 227 * 1024)]
+PRECISIONS = ((2, "ieee"), (4, "tf32"), (4, "ieee"))
+
+
+def _draw(draw: random.Random) -> Sizes:
+    H = draw.choice((1, 3, 16, 33, 64, 100, 128, 192, 256, 500, 768, 1024, 2048, 5000, 20000))
+    T, B = draw.choice((1, 2, 50, 1000, 200_000)), draw.choice((1, 2, 16, 33, 64, 128, 1000, 100_000))
+    gates = draw.choice((1, 3, 4))
+    R = draw.randint(1, H) if gates == 4 else H
+    return Sizes(T, B, H, R, draw.choice((1, 2)), gates, *draw.choice(PRECISIONS))
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_a_plan_is_complete_and_fits(device):
+    draw = random.Random(0)
+    for _ in range(1000):
+        sizes, forward = _draw(draw), draw.random() < 0.5
+        plan = choose(device, sizes, forward)
+        assert plan == choose(device, sizes, forward)
+        assert shared_bytes(device, sizes, forward, plan) <= device.shared_bytes
+        assert plan.units * plan.blocks >= sizes.H and plan.outputs * plan.blocks >= sizes.R, (sizes, plan)
+        if plan.schedule == "persistent":  # every program has a multiprocessor of its own
+            assert device.backend == "cuda"
+            assert plan.blocks * sizes.D * plan.groups <= device.multiprocessors
+        if plan.schedule == "single":
+            assert plan.blocks == 1
+        assert plan.microseconds == min(choose(device, sizes, forward, plan.schedule).microseconds, plan.microseconds)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"),
+    [
+        (Sizes(1024, 16, 768, 768, 1, 4, 2, "ieee"), "persistent 16 kept", "persistent 16 kept"),
+        (Sizes(1500, 32, 1024, 1024, 1, 3, 2, "ieee"), "persistent 16 kept", "persistent 16 kept"),
+        (Sizes(512, 32, 128, 128, 1, 4, 2, "ieee"), "single 16", "single 16"),
+        (Sizes(10, 100_000, 64, 64, 1, 4, 2, "ieee"), "single 32", "single 32"),
+        (Sizes(25, 64, 2048, 2048, 1, 4, 2, "ieee"), "persistent 64", "persistent 64"),
+        (Sizes(25, 64, 9000, 9000, 1, 4, 2, "ieee"), "stepwise 64", "stepwise 64"),
+        (Sizes(1, 64, 512, 512, 1, 4, 2, "ieee"), "stepwise 64", "stepwise 16"),
+    ],
+    ids=str,
+)
+def test_what_an_h100_runs(sizes, forward, backward):
+    """Schedule, rows of a program, and whether it keeps its weights."""
+    found = [choose(triton_layers.H100, sizes, which) for which in (True, False)]
+    words = [f"{plan.schedule} {plan.rows}" + " kept" * plan.resident for plan in found]
+    assert words == [forward, backward]
+
+
+def test_a_schedule_can_be_named():
+    sizes = Sizes(100, 16, 4096, 4096, 1, 4, 2, "ieee")
+    assert choose(triton_layers.H100, sizes, True, "stepwise").schedule == "stepwise"
+    with pytest.raises(ValueError, match=r"schedule: expected .*, got single"):
+        choose(triton_layers.H100, sizes, True, "single")
+
+
+def test_no_more_steps_a_launch_than_rows_have(make_layer):
+    """A range of rows a launch, where the grid of all would not fit."""
+    case = gpu_resources.Case("sm_90", "lstm", True, torch.float16, "ieee", 1000, 1024, 1024, 1, False, None)
+    plan = choose(TARGETS["sm_90"][1], gpu_resources.sizes_of(case), True, "persistent")
+    started = [launch for launch in gpu_resources.launches(replace(case, plan=plan)) if "CELL" in launch.arguments]
+    first = [launch.arguments["first_row"] for launch in started]
+    assert first == list(range(0, 1000, plan.groups * plan.rows)) and len(first) > 1
+    assert all(launch.grid[0] <= 132 and launch.options["launch_cooperative_grid"] for launch in started)
+    assert all(not launch.arguments["counters"].is_contiguous() or launch.arguments["SYNC"] for launch in started)
+
+
+# --- compiled code
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[ProcessPoolExecutor]:
+    with gpu_resources.pool() as workers:
+        yield workers
+
+
+def _assert_resources(cases: list, workers: ProcessPoolExecutor) -> None:
+    wrong = [f"{usage.case}: {faults}" for usage in workers.map(gpu_resources.measure, cases) if (faults := usage.faults())]
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_triton
+@pytest.mark.parametrize("target", TARGETS)
+def test_resources(target, compilers):
+    """What is chosen for small, middle and large layers compiles without a spill, within the device's limits."""
+    chosen = [case for case in gpu_resources.cases(target, ("lstm", "gru"), units=(64, 768), rows=(16,)) if case.D == 1]
+    named = {
+        str(case) for case in chosen if choose(TARGETS[target][1], gpu_resources.sizes_of(case), case.forward) == case.plan
+    }
+    _assert_resources([case for case in chosen if str(case) in named], compilers)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_resources_of_every_plan(target, compilers):
+    _assert_resources(list(gpu_resources.cases(target)), compilers)
+
+
+def _compiled(target: str, forward: bool, schedule: str, B: int = 16, H: int = 768, **changes):
+    case = gpu_resources.Case(target, "lstm", forward, torch.float16, "ieee", B, H, H, 1, False, None)
+    case = replace(case, plan=choose(TARGETS[target][1], gpu_resources.sizes_of(case), forward, schedule), **changes)
+    (launch,) = (launch for launch in gpu_resources.launches(case) if "CELL" in launch.arguments)
+    return gpu_resources.compile_launch(launch, target)
+
+
+@needs_triton
+@pytest.mark.parametrize("forward", [True, False])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_what_programs_exchange_is_ordered(target, forward):
+    """One release and one acquire at gpu scope, between CTA barriers; what others have stored is loaded past L1, after it."""
+    code = _compiled(target, forward, "persistent").asm["ptx"]
+    (release,) = (found.start() for found in re.finditer(r"atom\.global\.gpu\.release", code))
+    (acquire,) = (found.start() for found in re.finditer(r"(atom|ld)\.global\.gpu\.acquire", code))  # adding 0 is a load
+    assert release < acquire
+    assert "bar.sync" in code[:release] and "bar.sync" in code[acquire:]
+    exchanged = [load.start() for load in re.finditer(r"ld\.global\.cg\.v4", code)]
+    assert exchanged and "ld.global.cg.b16" not in code  # 16 bytes at a time
+    # the loop's head, where h is loaded, stands before the barrier; nothing is loaded so between arrival and return
+    assert not [at for at in exchanged if release < at < acquire]
+
+
+@needs_triton
+def test_lengths_are_run_time_arguments():
+    """Another T, B or first step is the same kernel."""
+    import triton  # noqa: F401
+
+    from fastrnn.kernels.gpu import backward, forward
+
+    for kernel in (forward.scan_forward, forward.single_forward, backward.scan_backward, backward.single_backward):
+        numbers = [parameter for parameter in kernel.params if not parameter.is_constexpr and len(parameter.name) == 1]
+        assert {"T", "B", "N"} <= {parameter.name for parameter in numbers if parameter.do_not_specialize} | {"y"}
+
+
+@needs_triton
+@pytest.mark.parametrize(("target", "instruction"), [("sm_80", "mma.sync"), ("sm_90", "wgmma"), ("sm_100", "tcgen05.mma")])
+def test_tensor_cores_are_used(target, instruction):
+    assert instruction in _compiled(target, True, "single", H=64).asm["ptx"]
+
+
+# --- dispatch
+
+
+def test_reasons(monkeypatch):
+    module, x = fastrnn.LSTM(4, 5), torch.randn(3, 2, 4)
+    assert fastrnn.explain(module, x).declined["triton"] == "device cpu"
+    monkeypatch.setattr(dispatch, "forced", "triton")
+    with pytest.raises(RuntimeError, match="FASTRNN_BACKEND=triton: the engine cannot run this call: device cpu"):
+        module(x)
+    monkeypatch.setattr(dispatch, "forced", None)
+    assert "float64" in fastrnn.explain(module.double(), x.double()).declined["triton"]
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fastrnn::layer_forward", "CUDA")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what is said where there is no GPU")
+def test_reasons_where_there_is_no_gpu():
+    with FakeTensorMode():
+        x = torch.empty(3, 2, 4, device="cuda")
+        states, weights = [torch.empty(1, 2, 5, device="cuda")], [torch.empty(15, 4, device="cuda")]
+        assert dispatch.choose(x, None, states, weights) == "torch"
+        assert re.search("not (available|installed)", dispatch.why_not_triton(x, None, states, weights))
+        half = x.double(), None, [state.double() for state in states], [weight.double() for weight in weights]
+        assert "float64" in dispatch.why_not_triton(*half)
+
+
+def test_explained_as_on_a_gpu(monkeypatch):
+    """The schedule of each layer, where a GPU is at hand."""
+    monkeypatch.setattr(gpu, "device_of", lambda device: triton_layers.H100)
+    text = gpu.describe("lstm", 1024, 16, 768, 768, 1, torch.float16, torch.device("cuda"), True)
+    assert text.startswith("forward: persistent, 16 units x 16 rows a program, weights stay in the program, about ")
+    assert "; backward: persistent" in text
+
+
+def test_float32_follows_torch_nns_setting(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    assert precision_of(torch.float32) == "ieee"
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    assert precision_of(torch.float32) == "tf32"
+    assert precision_of(torch.bfloat16) == "ieee"
+
+
+def test_products_outside_the_scan_follow_it_too():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    for precision in ("tf32", "ieee"):
+        with products_in(precision):
+            assert matmul.fp32_precision == precision
+        assert matmul.fp32_precision == before
+
+
+def test_modules_do_not_meet_triton():
+    """A module on a CPU imports none of it (the import itself is test_packaging's)."""
+    assert isinstance(fastrnn.GRU(2, 3), nn.GRU) and gpu.DTYPES[0] is torch.float32
+    assert all(plan.warps for plan in plans(triton_layers.H100, Sizes(1, 1, 8, 8, 1, 3, 2, "ieee"), True))

@@ -1,0 +1,210 @@
+"""Layers run by the Triton kernels themselves, below dispatch: on a GPU, or on CPU tensors in Triton's interpreter.
+
+Imported by tests and by the processes that interpret for them: triton must not be imported before TRITON_INTERPRET is set.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from conftest import _make_layer
+from contract import FACTOR, SLACK, Error
+from torch import Tensor
+
+from fastrnn.kernels import reference
+from fastrnn.kernels.cells import CELLS
+from fastrnn.kernels.gpu.plan import Device, Plan, Sizes, choose, plans
+
+INPUTS = ("x", "batch_sizes", "h0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+GRADIENTS = ("dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr")
+H100 = Device("cuda", 90, 132, 227 * 1024)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A call, and how it runs.
+
+    tiles: single, split (its sums shared by warps), resident (so, and weights kept) or wide.
+    chunk: of the sums; small, so that a small layer has several. 0 for what the chooser takes.
+    sizes: T, B, I, H.
+    """
+
+    cell: str = "lstm"
+    tiles: str = "split"
+    chunk: int = 32
+    directions: int = 1
+    reverse: bool = False
+    layout: str = "time"
+    bias: bool = True
+    project: bool = False
+    save: bool = True
+    incoming: str = "all"
+    dtype: torch.dtype = torch.float32
+    sizes: tuple[int, int, int, int] = (4, 3, 5, 19)
+
+    def __str__(self) -> str:
+        default = Layer()
+        fields = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
+        return " ".join([self.cell, self.tiles] + [f"{k}={v}" for k, v in fields.items() if k not in ("cell", "tiles")])
+
+    def arguments(self, seed: int = 0) -> dict:
+        torch.manual_seed(seed)
+        made = _make_layer(
+            self.cell,
+            self.directions,
+            self.bias,
+            self.project,
+            self.layout == "packed",
+            self.layout == "batch",
+            self.reverse,
+            self.sizes,
+        )
+        if self.layout == "packed":  # a row that ends early, one that ends in the middle
+            T, B = self.sizes[:2]
+            lengths = sorted((max(1, T - b * T // B) for b in range(B)), reverse=True)
+            steps = torch.tensor([sum(t < length for length in lengths) for t in range(T)])
+            made |= {"batch_sizes": steps, "x": torch.randn(int(steps.sum()), self.sizes[2], dtype=torch.float64)}
+        return cast(made, self.dtype)
+
+    def plan(self, forward: bool, device: Device, interpreted: bool) -> Plan:
+        T, B, _, H = self.sizes
+        R = 1 if self.project else H
+        precision = "tf32" if device.backend == "cuda" and self.dtype is not torch.float32 else "ieee"
+        sizes = Sizes(T, B, H, R, self.directions, CELLS[self.cell].gates, self.dtype.itemsize, precision)
+        if self.tiles == "single":
+            return choose(device, sizes, forward, "single")
+        kinds = {"split": (False, True), "resident": (True, True), "wide": (False, False)}
+        chosen = next(
+            plan
+            for plan in plans(device, replace(sizes, precision="tf32"), forward)
+            if plan.schedule != "single" and (plan.resident, plan.split > 1) == kinds[self.tiles]
+        )
+        if self.chunk:
+            chosen = replace(chosen, chunk=self.chunk, split=2 if chosen.split > 1 else 1, warps=2 if chosen.split > 1 else 8)
+        if not interpreted and device.backend == "cuda" and chosen.groups:
+            return replace(chosen, schedule="persistent")
+        return replace(chosen, schedule="stepwise")
+
+
+def cast(arguments: dict, dtype: torch.dtype, device: str = "cpu") -> dict:
+    def one(value):
+        if isinstance(value, list):
+            return [one(each) for each in value]
+        return value.to(device, dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return {name: one(value) for name, value in arguments.items()}
+
+
+def incoming(layer: Layer, outputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Gradients of the outputs that carry weight, rounded to the layer's dtype."""
+    torch.manual_seed(1)
+    made = {f"d{name}": torch.randn_like(outputs[name]).to(layer.dtype) for name in ("y", "h_n", "c_n")}
+    return {
+        name: None if not made[name].numel() or layer.incoming not in ("all", name) else made[name]
+        for name in ("dy", "dh_n", "dc_n")
+    }
+
+
+def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """The reference's results in a dtype."""
+    made = cast(layer.arguments(seed), dtype)
+    results = dict(zip(("y", "h_n", "c_n", "saved"), reference.layer_forward(**made, save=True)))
+    given = cast(incoming(layer, cast(results, torch.float64)), dtype)
+    inputs = [made[name] for name in ("x", "batch_sizes", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
+    options = layer.cell, layer.reverse, layer.layout == "batch"
+    grads = reference.layer_backward(*given.values(), *inputs, results["y"], results["saved"], *options)
+    return results | dict(zip(GRADIENTS, grads))
+
+
+def by_kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int = 0) -> dict[str, Tensor]:
+    """The kernels' results."""
+    from fastrnn.kernels.gpu import layer as engine
+
+    made, interpreted = cast(layer.arguments(seed), layer.dtype, device), device == "cpu"
+    call = engine.Call(*(made[name] for name in (*INPUTS, "cell", "reverse", "batch_first")))
+    states = made["h0"], made["c0"]
+    y, h_n, c_n, saved = engine.forward(call, *states, layer.save, layer.plan(True, target, interpreted), "ieee")
+    results = {"y": y, "h_n": h_n, "c_n": c_n}
+    if not layer.save:
+        assert saved.numel() == 0
+        return results
+    given = cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device)
+    backward = layer.plan(False, target, interpreted)
+    grads = engine.backward(call, *given.values(), *states, y, saved, True, True, backward, "ieee")
+    return results | {"saved": saved} | dict(zip(GRADIENTS, grads))
+
+
+def faults(layer: Layer, device: str = "cpu", target: Device = H100) -> list[str]:
+    """Results whose error against the reference in float64 passes 2 times the reference's own in that dtype and 4 eps."""
+    wrong: list[str] = []
+    errors: dict[str, tuple[Error, Error]] = {}
+    for seed in range(1 if layer.dtype is torch.float32 else 3):  # what is rounded coarsely is wrong by chance
+        with np.errstate(over="ignore"):  # exp of what is masked
+            found = by_kernels(layer, device, target, seed)
+        truth, own = by_reference(layer, torch.float64, seed), by_reference(layer, layer.dtype, seed)
+        for name, value in found.items():
+            if value.shape != truth[name].shape or value.dtype != layer.dtype:
+                wrong.append(f"{name} is {tuple(value.shape)} {value.dtype}, expected {tuple(truth[name].shape)}")
+                continue
+            pair = errors.setdefault(name, (Error(), Error()))
+            for error, values in zip(pair, (value.cpu(), own[name])):
+                error.add(values, truth[name])
+    for name, (error, own_error) in errors.items():
+        bound = FACTOR * own_error.relative + SLACK * torch.finfo(layer.dtype).eps
+        if not error.relative <= bound:  # NaN is wrong too
+            wrong.append(f"{name}: error {error.relative:.3g} > {bound:.3g}")
+    return wrong
+
+
+def elementary_errors() -> dict[str, float]:
+    """Largest relative error of the kernels' elementary functions in float32, by name."""
+    import triton
+    import triton.language as tl
+
+    from fastrnn.kernels.gpu import cell
+
+    @triton.jit
+    def apply(x, y, FUNCTION: tl.constexpr, N: tl.constexpr):
+        at = tl.arange(0, N)
+        tl.store(y + at, FUNCTION(tl.load(x + at)))
+
+    at = torch.logspace(-30, 1.9, 8192, base=10)
+    errors = {}
+    for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh)):
+        for sign in (1, -1):
+            x, y = sign * at, torch.empty(8192)
+            apply[(1,)](x, y, getattr(cell, name), 8192)
+            truth = exact(x.double())
+            errors[f"{name} {sign:+}"] = float(((y - truth) / truth).abs().max())
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+    for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh), ("relu", torch.relu)):
+        y = torch.empty(4)
+        apply[(1,)](special, y, getattr(cell, name), 4)
+        torch.testing.assert_close(y, exact(special), equal_nan=True, msg=name)
+    return errors
+
+
+def interpret() -> None:
+    """Make this process interpret kernels, and fill what torch.empty hands out with NaN."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        """The interpreter holds bfloat16 as bits, and multiplies them."""
+
+        def widened(operand):
+            if operand.dtype != interpreter.tl.bfloat16:
+                return operand
+            return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+        return plain(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
