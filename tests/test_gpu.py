@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from fastrnn.kernels import gpu
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(os.environ.get("FASTRNN_TRITON") != "1", reason="FASTRNN_TRITON=1 lets kernels run that never did"),
 ]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
