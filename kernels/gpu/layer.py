@@ -266,7 +266,7 @@ def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
 
 
 def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[Tensor]:
-    """dw_ih, dw_hh, db_ih, db_hh, dw_hr, each [D, ...]; [0] where there is none."""
+    """dw_ih, dw_hh, db_ih, db_hh, dw_hr, the directions' one below the other; [0] where there is none."""
     cell, D, N, H, R = call.cell, call.D, call.N, call.H, call.R
     order = [cell.input.index(gate) for gate in range(cell.gates)]  # torch's gates among the cell's arguments
     x = call.x
@@ -301,7 +301,7 @@ def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[T
         dw_hr = x.new_empty(D, R, H)
         for d in range(D):
             torch.mm(dp[d].T, saved[d][:, -H:], out=dw_hr[d])
-    return [dw_ih, dw_hh, db_ih, db_hh, dw_hr]
+    return [dw.flatten(0, 1) if dw.dim() > 1 else dw for dw in (dw_ih, dw_hh, db_ih, db_hh, dw_hr)]
 
 
 def _stack(weights: Sequence[Tensor]) -> Tensor:
