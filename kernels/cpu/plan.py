@@ -66,18 +66,19 @@ def wide_columns(registers):
 
 
 def step_cost(rows, depth, panels, panel_vectors, vector_bytes, row_groups, unit_groups, l2_bytes):
-    """Estimated cycles of one step of one thread: the product, or the streaming of its share of the weights, and the barrier.
+    """Estimated cycles of one step of one thread: the product, the streaming of its share of the weights, and the barrier.
 
-    Rates measured on two AVX-512 cores: one FMA a cycle, 32 bytes a cycle from L2, 12 from beyond it, 500 cycles a barrier.
+    Rates measured on two AVX-512 cores: one FMA a cycle, 32 bytes a cycle from L2, while that multiplies, and 12 from beyond it,
+    for which it waits; 500 cycles a barrier.
     """
     group_rows = ceil_div(rows, row_groups)
     own_panels = ceil_div(panels, unit_groups)
     fma = own_panels * depth * panel_vectors * group_rows
     weights = own_panels * depth * panel_vectors * vector_bytes
-    stream = weights // 32 if 4 * weights <= 3 * l2_bytes else weights // 12
+    product = max(fma, weights // 32) if 4 * weights <= 3 * l2_bytes else fma + weights // 12
     elementwise = own_panels * group_rows * 200
     barrier = 500 if unit_groups > 1 else 0
-    return max(fma, stream) + elementwise + barrier
+    return product + elementwise + barrier
 
 
 def choose_groups(rows, depth, panels, panel_vectors, vector_bytes, threads, l2_bytes):
