@@ -147,7 +147,8 @@ def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
         most = 128
     if sizes.projected:
         most = min(most, 64)
-    for rows in (16, 32, 64) if device.backend == "cuda" and sizes.bytes_ == 2 else (16,):
+    many = sizes.bytes_ == 2 and (device.capability >= 90 or (device.backend == "cuda" and units < 64))
+    for rows in (16, 32, 64) if many else (16,):
         tile_bytes = units * rows * sizes.bytes_
         if units <= most and tile_bytes <= (8192 if sizes.gates == 1 and units == 256 else 4096):
             yield Plan("single", units, outputs, rows, blocks=1, groups=1, warps=4 if tile_bytes <= 2048 else 8)
@@ -159,14 +160,15 @@ def _few_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     chunk = 128 if plain else 512 // sizes.bytes_
     for units, rows in ((16, 16), (16, 32), (32, 16), (32, 32)):
         height = _stacked(sizes.gates) * units if forward else units
-        if height * rows > (1024 if plain or (device.capability >= 100 and rows == 32) else 2048):
+        if height * rows > (1024 if plain else 2048):
             continue
         plan = _tiled(sizes, units, rows, chunk, split=8, stages=1 if plain else 2)
         if rows == 16 and (units == 16 or (forward and not sizes.projected and device.capability < 100)):
             yield plan
         if plain or (rows == 32 and (sizes.bytes_ == 4 or sizes.projected)):
             continue
-        if device.capability >= 100 and (units == 32 or (sizes.bytes_ == 4 and _weights(sizes, forward, plan) > 32 * 1024)):
+        large = units == 32 or rows == 32 or (sizes.bytes_ == 4 and _weights(sizes, forward, plan) > 32 * 1024)
+        if device.capability >= 100 and large:
             continue  # its compiler spills a few bytes
         yield replace(plan, resident=True)
 
