@@ -68,8 +68,8 @@ def wide_columns(registers):
 def step_cost(rows, depth, panels, panel_vectors, vector_bytes, row_groups, unit_groups, l2_bytes):
     """Estimated cycles of one step of one thread: the product, the streaming of its share of the weights, and the barrier.
 
-    Rates measured on two AVX-512 cores: one FMA a cycle, 32 bytes a cycle from L2, while that multiplies, and 12 from beyond it,
-    for which it waits; 500 cycles a barrier.
+    Rates measured on two AVX-512 cores: one FMA a cycle; from L2 32 bytes a cycle, while it multiplies; from beyond it 12, for
+    which it waits; 500 cycles a barrier.
     """
     group_rows = ceil_div(rows, row_groups)
     own_panels = ceil_div(panels, unit_groups)
