@@ -33,7 +33,7 @@ FUSED = frozenset(("cpu", "triton"))  # engines behind the raw ops
 native = False  # are stack_forward and stack_step there?
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 _EAGER = frozenset((Tensor, nn.Parameter))
-_MODES = {cell.mode: cell.name for cell in CELLS.values()}
+BY_MODE = {cell.mode: cell.name for cell in CELLS.values()}  # names of cells by torch.nn's
 unavailable: str | None = "its operators are not registered yet"  # or None
 
 
@@ -210,4 +210,4 @@ def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool
         T, B = (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
     R, D = module.proj_size or H, 1 + module.bidirectional
     sizes = [I] + [D * R] * (module.num_layers - 1)
-    return tuple(describe(_MODES[module.mode], T, B, size, R, D) for size in sizes)
+    return tuple(describe(BY_MODE[module.mode], T, B, size, R, D) for size in sizes)

@@ -32,9 +32,6 @@ __all__ = [
 ]
 
 
-_CELLS = {cell.mode: cell.name for cell in CELLS.values()}  # by torch.nn's name
-
-
 def layer(
     x: Tensor,
     h0: Tensor,
@@ -130,7 +127,7 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3:
         return None
-    cell, lstm, weights = _CELLS[module.mode], module.mode == "LSTM", own_weights(module)
+    cell, lstm, weights = dispatch.BY_MODE[module.mode], module.mode == "LSTM", own_weights(module)
     if weights is None:
         return None
     num_layers, bidirectional, batch_first = module.num_layers, module.bidirectional, module.batch_first
@@ -187,7 +184,7 @@ def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | No
     given = [tensor for tensor in (h0, c0, y, h_n, c_n) if tensor is not None]
     weights = None if module.training and module.dropout else own_weights(module)
     if weights is not None and dispatch.takes_stack(x, *given, *weights):
-        if ops.stack_step(x, h0, c0, weights, _CELLS[module.mode], module.num_layers, y, h_n, c_n):
+        if ops.stack_step(x, h0, c0, weights, dispatch.BY_MODE[module.mode], module.num_layers, y, h_n, c_n):
             return y, (h_n, c_n) if lstm else h_n
     time = 1 if module.batch_first else 0
     result, last = module(x.unsqueeze(time), state)
