@@ -1,6 +1,7 @@
 // The raw layer ops on a CPU: fills in one record a direction, gets the workspace, and runs the compiled kernels on torch's
 // threads. Schemas and shapes: fastrnn/ops.py. Built on torch's stable ABI: no Python and no ATen headers.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <forward_list>
 #include <initializer_list>
@@ -61,13 +62,11 @@ struct Weights {
 
 // The C library maps blocks of this size anew each time, and unmaps them when freed.
 constexpr int64_t MAPPED_BYTES = 32 << 20;
-constexpr int64_t SMALL_WORKSPACE = 64 << 10;
 constexpr int64_t HUGE_PAGE_BYTES = 2 << 20;
 
 // Have fresh memory come in huge pages: in small ones its first use costs up to a quarter of a forward pass. Only a wish.
 void want_huge_pages(int64_t begin, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  if (bytes < MAPPED_BYTES) return;
   const int64_t first = (begin + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
   const int64_t last = (begin + bytes) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
   madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first), MADV_HUGEPAGE);
@@ -91,9 +90,80 @@ Tensor empty_tensor(const std::vector<int64_t>& sizes, int32_t dtype) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  want_huge_pages(address(tensor), stride * static_cast<int64_t>(tensor.element_size()));
+  const int64_t bytes = stride * static_cast<int64_t>(tensor.element_size());
+  if (bytes >= MAPPED_BYTES) want_huge_pages(address(tensor), bytes);
   return tensor;
 }
+
+// Memory of a call's own, its first byte at the begin of a cache line.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    alignas(64) static thread_local char small[SMALL_BYTES];
+    if (bytes <= SMALL_BYTES) {
+      begin = reinterpret_cast<int64_t>(small);
+    } else if (bytes < HUGE_PAGE_BYTES) {
+      medium_ = empty_tensor({bytes + 64}, aoti_torch_dtype_uint8());
+      begin = (address(*medium_) + 63) / 64 * 64;
+    } else {
+      large_ = take(bytes);
+      begin = large_.begin;
+    }
+  }
+  ~Workspace() {
+    if (large_.begin) give_back(large_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  int64_t begin;
+
+ private:
+  static constexpr int64_t SMALL_BYTES = 64 << 10;
+  struct Block {
+    int64_t begin = 0, bytes = 0;
+  };
+
+  // A large one is in huge pages, and stays for the next call, because the first use of fresh memory takes as long as a tenth of
+  // a call: one for the process, at most KEPT_BYTES, which the system may take back whenever it is short of memory.
+  static constexpr int64_t KEPT_BYTES = 256 << 20;
+  static inline std::atomic<Block*> kept = nullptr;
+
+  static Block take(int64_t bytes) {
+    if (const std::unique_ptr<Block> block{kept.exchange(nullptr)}) {
+      if (block->bytes >= bytes) return *block;
+      unmap(*block);
+    }
+    const int64_t whole = product({(bytes + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES, HUGE_PAGE_BYTES});
+    void* mapped = mmap(nullptr, static_cast<size_t>(whole + HUGE_PAGE_BYTES), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    STD_TORCH_CHECK(mapped != MAP_FAILED, "fastrnn: no memory for a workspace of ", bytes, " bytes");
+    const auto first = reinterpret_cast<int64_t>(mapped);
+    const int64_t begin = (first + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    unmap({first, begin - first});
+    unmap({begin + whole, first + HUGE_PAGE_BYTES - begin});
+    want_huge_pages(begin, whole);
+    return {begin, whole};
+  }
+
+  static void give_back(Block block) {
+    if (block.bytes <= KEPT_BYTES) {
+#ifdef MADV_FREE
+      madvise(reinterpret_cast<void*>(block.begin), static_cast<size_t>(block.bytes), MADV_FREE);
+#endif
+      const std::unique_ptr<Block> before{kept.exchange(new Block(block))};
+      block = before ? *before : Block();
+    }
+    unmap(block);
+  }
+
+  static void unmap(Block block) {
+    if (block.bytes) munmap(reinterpret_cast<void*>(block.begin), static_cast<size_t>(block.bytes));
+  }
+
+  std::optional<Tensor> medium_;
+  Block large_;
+};
 
 const Cell& find_cell(const std::string& name) {
   const auto cell = std::find_if(std::begin(CELLS), std::end(CELLS), [&](const Cell& c) { return name == c.name; });
@@ -201,12 +271,8 @@ class Call {
     });
     const auto at = reinterpret_cast<int64_t>(records.data());
     const int64_t bytes = unit.arrange(at, torch::stable::get_num_threads());
-    // A small workspace is kept from call to call.
-    alignas(64) static thread_local char small[SMALL_WORKSPACE];
-    std::optional<Tensor> large;
-    if (bytes > SMALL_WORKSPACE) large = empty_tensor({bytes + 64}, aoti_torch_dtype_uint8());
-    const int64_t aligned = large ? (address(*large) + 63) / 64 * 64 : reinterpret_cast<int64_t>(small);
-    for (Record& r : records) r.workspace = aligned;
+    const Workspace workspace(bytes);
+    for (Record& r : records) r.workspace = workspace.begin;
     unit.arrange(at, torch::stable::get_num_threads());
     const int64_t threads = records[0].threads;
     if (threads == 1) return unit.run(at, 0);

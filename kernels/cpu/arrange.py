@@ -24,6 +24,7 @@ def compiled_plan() -> dict:
         plan.step_cost,
         plan.choose_groups,
         plan.worth_threads,
+        plan.forward_block,
         plan.schedule,
     ):
         compiled[function.__name__] = njit(bind(function, **compiled), **options)
@@ -32,6 +33,7 @@ def compiled_plan() -> dict:
 
 PLAN = compiled_plan()
 align, block_length, schedule = PLAN["align"], PLAN["block_length"], PLAN["schedule"]
+forward_block = PLAN["forward_block"]
 
 
 @cache
@@ -59,7 +61,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         one_step = p.steps == 1
         team = crews * row_groups * unit_groups
         if forward:
-            block = block_length(p.steps, B, max(64, 2 * plan.FORWARD_BLOCK_BYTES // (gates * H * size)))
+            block = forward_block(p.steps, B, p.rows, I, gates * H * size)
             tables = 3 * B + 2 * block * B
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
             ih_once = row_groups == 1 and block == p.steps

@@ -148,12 +148,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         depth = gates * p.hidden_size
         row_bytes = pitch(p)
         for index in range(first, last):
-            panel = there_and_back(k, first, last, index)
+            panel, next_panel = there_and_back(k, first, last, index), there_and_back(k, first, last, min(index + 1, last - 1))
+            weights, following = p.hh_panels + panel * depth * panel_row, p.hh_panels + next_panel * depth * panel_row
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
                 going_on = min(rows, max(0, live - i))
-                product(going_on, later + 8 * i, size, p.hh_panels + panel * depth * panel_row, panel_row, depth, scratch)
+                product(going_on, later + 8 * i, size, weights, panel_row, depth, scratch, following)
                 for j in range(going_on * columns, rows * columns):
                     store_all(scratch + j * vector, zero())
                 for m in range(rows):
@@ -177,10 +178,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         row_bytes = pitch(p)
         depth = p.output_size
         for panel in range(first, last):
+            weights = p.hr_panels + panel * depth * panel_row
+            following = p.hr_panels + min(panel + 1, last - 1) * depth * panel_row
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                product(rows, out_rows + 8 * i, size, p.hr_panels + panel * depth * panel_row, panel_row, depth, scratch)
+                product(rows, out_rows + 8 * i, size, weights, panel_row, depth, scratch, following)
                 for m in range(rows):
                     b = r0 + i + m
                     for j in range(columns):

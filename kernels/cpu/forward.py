@@ -144,9 +144,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
         """Input product and biases of `count` rows, for the units of panels first .. last-1."""
         for panel in range(first, last):
-            weights = p.ih_panels + panel * p.input_size * columns * vector
+            panel_bytes = p.input_size * columns * vector
+            weights, following = p.ih_panels + panel * panel_bytes, p.ih_panels + min(panel + 1, last - 1) * panel_bytes
             if p.ih_once and not p.one_step:
-                weights = own_panel
+                weights = following = own_panel
                 pack_gates(p, p.w_ih, p.input_size, input_order, panel, weights)
             i = 0
             while i < count:
@@ -154,7 +155,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch)
                 else:
-                    product(rows, x_rows + 8 * i, size, weights, columns * vector, p.input_size, scratch)
+                    product(rows, x_rows + 8 * i, size, weights, columns * vector, p.input_size, scratch, following)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     for j in range(per_panel):
@@ -171,7 +172,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         """The k-th step, of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
         gate_stride = p.hidden_size * size
         for index in range(first, last):
-            panel = there_and_back(k, first, last, index)
+            panel, next_panel = there_and_back(k, first, last, index), there_and_back(k, first, last, min(index + 1, last - 1))
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
@@ -179,7 +180,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel, scratch)
                 else:
                     weights = p.hh_panels + panel * p.output_size * columns * vector
-                    product(rows, previous + 8 * i, size, weights, columns * vector, p.output_size, scratch)
+                    following = p.hh_panels + next_panel * p.output_size * columns * vector
+                    product(rows, previous + 8 * i, size, weights, columns * vector, p.output_size, scratch, following)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     h = load_int(h_rows + 8 * (i + m))

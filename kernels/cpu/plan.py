@@ -40,7 +40,8 @@ BARRIER_BYTES = 128  # each barrier has two cache lines of its own
 LINE = 64
 ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
 SCRATCH_VECTORS = (ROW_BLOCK + 8) * 4  # sums of a block of rows and of one tile, four vectors wide at most
-FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them
+FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them,
+FORWARD_BLOCK_ROWS = 256  # but for so many rows W_ih is read at least: else it comes from beyond L2 too often
 BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
 OPERAND_PANELS = 8  # panels of an operand of the weights' gradients that are packed at a time
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
@@ -101,6 +102,15 @@ def block_length(steps, batch, rows):
     """Steps in a block of about `rows` rows, evened out over the sequence."""
     blocks = ceil_div(steps, max(1, rows // batch))
     return ceil_div(steps, blocks)
+
+
+def forward_block(steps, batch, rows, input_size, preactivation_bytes):
+    """Steps whose input is projected together; preactivation_bytes: of a row.
+
+    All of them, where that takes less memory than a packed W_ih, which is then packed where it is used.
+    """
+    block_rows = max(FORWARD_BLOCK_ROWS, 2 * FORWARD_BLOCK_BYTES // preactivation_bytes)
+    return steps if rows <= max(input_size, block_rows) else block_length(steps, batch, block_rows)
 
 
 def schedule(

@@ -11,7 +11,7 @@ from functools import cache
 
 from numba import njit, types
 
-from .plan import ROW_BLOCK
+from .plan import LINE, ROW_BLOCK
 from .plan import ceil_div as _ceil_div
 from .processor import Target
 from .vector import VectorLibrary, load_int, prefetch, product_tile, store_int
@@ -37,57 +37,65 @@ def tile_rows(target: Target, columns: int) -> int:
 
 @cache
 def make_product(v: VectorLibrary, target: Target, columns: int):
-    """product(count, a_rows, a_stride, panel, panel_row, depth, sums): `count` <= ROW_BLOCK rows times one panel.
+    """product(count, a_rows, a_stride, panel, panel_row, depth, sums, following): `count` <= ROW_BLOCK rows times one panel.
 
     panel_row: bytes from one row of the panel to the next.
+    sums:      SCRATCH_VECTORS vectors; the first count * columns become the result.
+    following: the panel that comes next, or any: its first part is brought near meanwhile.
 
-    sums: SCRATCH_VECTORS vectors; the first count * columns become the result. Every part of the panel that is one chain
-    long meets all rows in turn: the rest of a deep panel, which no cache near holds, is read once.
+    Every part of the panel that is one chain long meets all rows in turn: the rest of a deep panel, which no cache near holds,
+    is read once. The first tile of rows brings the part into L1; those after it prefetch the next part, a line for each k.
     """
     vector = v.lanes * v.size
+    lines = _ceil_div(columns * vector, LINE)  # of each k
+    stride = min(columns * vector, LINE)
     load_all, store_all = v.load_all, v.store_all
 
     def tiles(rows):
         tile = product_tile(v, rows, columns)
         if rows == 1:
 
-            @njit(integers(8), **options)
-            def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out):
-                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out)
+            @njit(integers(10), **options)
+            def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride):
+                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride)
 
             return run
         fewer = tiles(rows - 1)
 
-        @njit(integers(8), **options)
-        def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out):
+        @njit(integers(10), **options)
+        def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride):
             if count == rows:
-                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out)
+                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride)
             else:
-                fewer(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out)
+                fewer(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride)
 
         return run
 
     most = tile_rows(target, columns)
     run = tiles(most)
 
-    @njit(integers(7), **options)
-    def product(count, a_rows, a_stride, panel, panel_row, depth, sums):
+    @njit(integers(8), **options)
+    def product(count, a_rows, a_stride, panel, panel_row, depth, sums, following):
         chain = sums + ROW_BLOCK * columns * vector
-        k = 0
+        k, part = 0, panel
         while k < depth:
-            i, tiles, length = 0, ceil_div(count, most), min(depth - k, CHAIN)
+            i, tile, tiles, length = 0, 0, ceil_div(count, most), min(depth - k, CHAIN)
+            next_part = part + length * panel_row if k + length < depth else following
             while i < count:
-                rows, out = ceil_div(count - i, tiles), sums + i * columns * vector
+                rows, out = ceil_div(count - i, tiles - tile), sums + i * columns * vector
+                ahead, ahead_stride = part, 0
+                if 0 < tile <= lines:
+                    ahead, ahead_stride = next_part + (tile - 1) * length * stride, stride
                 if k == 0:
-                    run(rows, a_rows + 8 * i, 0, a_stride, panel, panel_row, length, out)
+                    run(rows, a_rows + 8 * i, 0, a_stride, part, panel_row, length, out, ahead, ahead_stride)
                 else:
-                    part = panel + k * panel_row
-                    run(rows, a_rows + 8 * i, k * a_stride, a_stride, part, panel_row, length, chain)
+                    run(rows, a_rows + 8 * i, k * a_stride, a_stride, part, panel_row, length, chain, ahead, ahead_stride)
                     for j in range(rows * columns):
                         store_all(out + j * vector, load_all(out + j * vector) + load_all(chain + j * vector))
                 i += rows
-                tiles -= 1
-            k += CHAIN
+                tile += 1
+            k += length
+            part = next_part
 
     return product
 
@@ -149,7 +157,9 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int):
                     for m in range(rows):
                         for j in range(columns):
                             prefetch(load_int(out_rows + 8 * (i + m)) + ((panel * columns + j) * lanes) * size)
-                product(rows, a_rows + 8 * i, a_stride, panels + panel * panel_bytes, panel_row, depth, scratch)
+                weights = panels + panel * panel_bytes
+                following = panels + min(panel + 1, last - 1) * panel_bytes
+                product(rows, a_rows + 8 * i, a_stride, weights, panel_row, depth, scratch, following)
                 for m in range(rows):
                     row = load_int(out_rows + 8 * (i + m))
                     for j in range(columns):

@@ -434,15 +434,20 @@ def store_int(typing_context, address, value):
     return types.void(types.int64, types.int64), codegen
 
 
+def _prefetch(builder, address, level):
+    """level: 3 into L1, 2 into L2."""
+    pointer = _pointer(builder, address, ir.IntType(8))
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, I32(0), I32(level), I32(1)])
+
+
 @intrinsic
 def prefetch(typing_context, address):
     """Begin to bring the cache line of `address` near, to be read soon."""
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(builder, args[0], ir.IntType(8))
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, I32(0), I32(3), I32(1)])
+        _prefetch(builder, args[0], 3)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -460,6 +465,9 @@ def call(typing_context, function, argument):
     return types.void(types.int64, types.int64), codegen
 
 
+PREFETCHING_ROWS = 3
+
+
 @cache
 def product_tile(vectors: VectorLibrary, rows: int, columns: int):
     """The register tile: out[rows, columns * lanes] = sum over k of a[row, k] * panel[k, :], one chain of FMAs in order of k.
@@ -467,25 +475,29 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int):
     a_rows:  address of `rows` int64 addresses; a[row, k] is `a_offset + k * a_stride` bytes after its row's.
     panel:   `depth` groups of `columns` vectors, `panel_stride` bytes apart.
     out:     rows * columns vectors, contiguous.
+    ahead:   what is to be brought into L2 meanwhile, a line for each k, `ahead_stride` bytes apart; tiles that have fewer than
+             PREFETCHING_ROWS, which are busy loading as it is, do not.
     """
     V, size, lanes = vectors.type, vectors.size, vectors.lanes
     broadcast = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
 
     @intrinsic
-    def tile(typing_context, a_rows, a_offset, a_stride, panel, panel_stride, depth, out):
+    def tile(typing_context, a_rows, a_offset, a_stride, panel, panel_stride, depth, out, ahead, ahead_stride):
         def codegen(context, b, sig, args):
-            a_rows, a_first, a_stride, panel, panel_stride, depth, out = args
+            a_rows, a_first, a_stride, panel, panel_stride, depth, out, ahead, ahead_stride = args
             undefined = ir.Constant(V.llvm, ir.Undefined)
             table = b.inttoptr(a_rows, I64.as_pointer())
             a = [b.load(b.gep(table, [I64(m)])) for m in range(rows)]
             before, loop, after = b.block, b.append_basic_block("k"), b.append_basic_block("done")
             b.branch(loop)
             b.position_at_end(loop)
-            k, a_offset, weights = b.phi(I64), b.phi(I64), b.phi(I64)
+            k, a_offset, weights, line = b.phi(I64), b.phi(I64), b.phi(I64), b.phi(I64)
             total = [[b.phi(V.llvm) for _ in range(columns)] for _ in range(rows)]
             w = []
             for n in range(columns):
                 w.append(_load_at(b, V, b.add(weights, I64(n * lanes * size))))
+            if rows >= PREFETCHING_ROWS:
+                _prefetch(b, line, 2)
             new = []
             for m in range(rows):
                 x = b.load(b.inttoptr(b.add(a[m], a_offset), V.element.as_pointer()))
@@ -495,6 +507,7 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int):
                 (k, I64(0), b.add(k, I64(1))),
                 (a_offset, a_first, b.add(a_offset, a_stride)),
                 (weights, panel, b.add(weights, panel_stride)),
+                (line, ahead, b.add(line, ahead_stride)),
             )
             for phi, first, following in steps:
                 phi.add_incoming(first, before)
@@ -510,6 +523,6 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int):
                     _store_at(b, b.add(out, I64((m * columns + n) * lanes * size)), new[m][n])
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 9), codegen
 
     return tile
