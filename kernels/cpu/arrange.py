@@ -10,7 +10,7 @@ from ..cells import Cell, bind
 from . import plan
 from .plan import SCRATCH_VECTORS, unit_vectors, wide_columns
 from .processor import Target
-from .product import CHAIN, ceil_div, options
+from .product import ceil_div, options
 from .team import RECORD_BYTES, record_at
 from .vector import VectorLibrary
 
@@ -106,7 +106,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
                 panels = min(ceil_div(max(I, R, H), wide), plan.OPERAND_PANELS)
-                offset += align(panels * wide * min(CHAIN, block * B) * size)
+                offset += align(panels * wide * min(plan.OPERAND_ROWS, block * B) * size)
             d.own, d.own_bytes = d.workspace + offset, own
             offset += row_groups * unit_groups * own
         if not forward and p.directions == 2 and p.need_dx:

@@ -12,9 +12,9 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import LINE, OPERAND_PANELS, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
+from .plan import LINE, OPERAND_PANELS, OPERAND_ROWS, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
 from .processor import Target
-from .product import CHAIN, ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
+from .product import ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
 from .team import (
     RECORD_BYTES,
     active_rows,
@@ -314,8 +314,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 store_int(h_rows + 8 * i, hidden_before(p, t, b))
                 i += 1
         i = 0
-        while i < rows:  # a chain of additions at a time: so much of the operands is packed
-            count, more = min(CHAIN, rows - i), add or i > 0
+        while i < rows:  # so much of the operands is packed at a time
+            count, more = min(OPERAND_ROWS, rows - i), add or i > 0
             a = gradients + i * row_bytes
             fill_gate_rows(out_rows, input_order, units, p.dw_ih, p.input_size)
             weight_gradient(

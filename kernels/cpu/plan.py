@@ -39,11 +39,12 @@ FIELDS = tuple(" ".join(_GROUPS).split())
 BARRIER_BYTES = 128  # each barrier has two cache lines of its own
 LINE = 64
 ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
-SCRATCH_VECTORS = (ROW_BLOCK + 8) * 4  # sums of a block of rows and of one tile, four vectors wide at most
+SCRATCH_VECTORS = ROW_BLOCK * 4  # sums of a block of rows, four vectors wide at most
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them,
 FORWARD_BLOCK_ROWS = 256  # but for so many rows W_ih is read at least: else it comes from beyond L2 too often
 BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
-OPERAND_PANELS = 8  # panels of an operand of the weights' gradients that are packed at a time
+OPERAND_ROWS = 256  # rows of an operand of the weights' gradients that are packed at a time,
+OPERAND_PANELS = 8  # and panels
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
 
 

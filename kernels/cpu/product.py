@@ -16,8 +16,10 @@ from .plan import ceil_div as _ceil_div
 from .processor import Target
 from .vector import VectorLibrary, load_int, prefetch, product_tile, store_int
 
-# Longest chain of additions in one register: longer sums are sums of such chains, which keeps rounding small.
-CHAIN = 256
+# Longest chain of additions in one register: longer sums are sums of such chains, which keeps rounding small. Also so long a
+# part of a panel, at most 32 KiB, stays in L1 while it meets a block of rows.
+CHAIN = 128
+DOT_PART = 512  # numbers of a row of 16 that stay in L1
 
 options = {"error_model": "numpy", "boundscheck": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
@@ -49,25 +51,24 @@ def make_product(v: VectorLibrary, target: Target, columns: int):
     vector = v.lanes * v.size
     lines = _ceil_div(columns * vector, LINE)  # of each k
     stride = min(columns * vector, LINE)
-    load_all, store_all = v.load_all, v.store_all
 
     def tiles(rows):
         tile = product_tile(v, rows, columns)
         if rows == 1:
 
-            @njit(integers(10), **options)
-            def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride):
-                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride)
+            @njit(integers(11), **options)
+            def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride):
+                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride)
 
             return run
         fewer = tiles(rows - 1)
 
-        @njit(integers(10), **options)
-        def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride):
+        @njit(integers(11), **options)
+        def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride):
             if count == rows:
-                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride)
+                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride)
             else:
-                fewer(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, ahead, ahead_stride)
+                fewer(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride)
 
         return run
 
@@ -76,7 +77,6 @@ def make_product(v: VectorLibrary, target: Target, columns: int):
 
     @njit(integers(8), **options)
     def product(count, a_rows, a_stride, panel, panel_row, depth, sums, following):
-        chain = sums + ROW_BLOCK * columns * vector
         k, part = 0, panel
         while k < depth:
             i, tile, tiles, length = 0, 0, ceil_div(count, most), min(depth - k, CHAIN)
@@ -86,12 +86,7 @@ def make_product(v: VectorLibrary, target: Target, columns: int):
                 ahead, ahead_stride = part, 0
                 if 0 < tile <= lines:
                     ahead, ahead_stride = next_part + (tile - 1) * length * stride, stride
-                if k == 0:
-                    run(rows, a_rows + 8 * i, 0, a_stride, part, panel_row, length, out, ahead, ahead_stride)
-                else:
-                    run(rows, a_rows + 8 * i, k * a_stride, a_stride, part, panel_row, length, chain, ahead, ahead_stride)
-                    for j in range(rows * columns):
-                        store_all(out + j * vector, load_all(out + j * vector) + load_all(chain + j * vector))
+                run(rows, a_rows + 8 * i, k * a_stride, a_stride, part, panel_row, length, out, k, ahead, ahead_stride)
                 i += rows
                 tile += 1
             k += length
@@ -115,7 +110,7 @@ def make_dot_rows(v: VectorLibrary):
     def dot_rows(count, a_rows, w, units, depth, sums, stride):
         k = 0
         while k < depth:  # a part that stays in L1 meets all rows
-            length = min(2 * CHAIN, depth - k)
+            length = min(DOT_PART, depth - k)
             for m in range(count):
                 x, out = load_int(a_rows + 8 * m) + k * size, sums + m * stride
                 if units >= lanes:

@@ -470,7 +470,7 @@ PREFETCHING_ROWS = 3
 
 @cache
 def product_tile(vectors: VectorLibrary, rows: int, columns: int):
-    """The register tile: out[rows, columns * lanes] = sum over k of a[row, k] * panel[k, :], one chain of FMAs in order of k.
+    """The register tile: out[rows, columns * lanes] (=, or += if add) sum over k of a[row, k] * panel[k, :], a chain of FMAs.
 
     a_rows:  address of `rows` int64 addresses; a[row, k] is `a_offset + k * a_stride` bytes after its row's.
     panel:   `depth` groups of `columns` vectors, `panel_stride` bytes apart.
@@ -482,13 +482,14 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int):
     broadcast = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
 
     @intrinsic
-    def tile(typing_context, a_rows, a_offset, a_stride, panel, panel_stride, depth, out, ahead, ahead_stride):
+    def tile(typing_context, a_rows, a_offset, a_stride, panel, panel_stride, depth, out, add, ahead, ahead_stride):
         def codegen(context, b, sig, args):
-            a_rows, a_first, a_stride, panel, panel_stride, depth, out, ahead, ahead_stride = args
+            a_rows, a_first, a_stride, panel, panel_stride, depth, out, add, ahead, ahead_stride = args
             undefined = ir.Constant(V.llvm, ir.Undefined)
             table = b.inttoptr(a_rows, I64.as_pointer())
             a = [b.load(b.gep(table, [I64(m)])) for m in range(rows)]
-            before, loop, after = b.block, b.append_basic_block("k"), b.append_basic_block("done")
+            before, loop = b.block, b.append_basic_block("k")
+            last, adding, setting, after = (b.append_basic_block(name) for name in ("last", "adding", "setting", "done"))
             b.branch(loop)
             b.position_at_end(loop)
             k, a_offset, weights, line = b.phi(I64), b.phi(I64), b.phi(I64), b.phi(I64)
@@ -516,13 +517,18 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int):
                 for n in range(columns):
                     total[m][n].add_incoming(_constant(V, 0.0), before)
                     total[m][n].add_incoming(new[m][n], loop)
-            b.cbranch(b.icmp_signed("<", steps[0][2], depth), loop, after)
+            b.cbranch(b.icmp_signed("<", steps[0][2], depth), loop, last)
+            b.position_at_end(last)
+            b.cbranch(b.icmp_signed("!=", add, I64(0)), adding, setting)
+            for block in (adding, setting):
+                b.position_at_end(block)
+                for i, value in enumerate(value for row in new for value in row):
+                    place = b.add(out, I64(i * lanes * size))
+                    _store_at(b, place, b.fadd(_load_at(b, V, place), value) if block is adding else value)
+                b.branch(after)
             b.position_at_end(after)
-            for m in range(rows):
-                for n in range(columns):
-                    _store_at(b, b.add(out, I64((m * columns + n) * lanes * size)), new[m][n])
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 9), codegen
+        return types.void(*[types.int64] * 10), codegen
 
     return tile
