@@ -140,7 +140,7 @@ def launches(case: Case) -> list:
         layer.forward(call, h0, c0, True, case.plan, case.precision)
     else:
         y, saved = empty(*leading, D * case.R), empty(D, T * case.B, call.slots)
-        layer.backward(call, y, h0, c0, h0, c0, y, saved, True, True, case.plan, case.precision)
+        layer.backward(call, y, h0, c0, h0, c0, y, saved, True, True, True, case.plan, case.precision)
     return started
 
 

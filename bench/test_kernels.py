@@ -40,4 +40,4 @@ def test_backward(benchmark, arguments):
     y, _, _, saved = torch.ops.fastrnn.layer_forward(*tensors, cell, False, False, True)
     dy = torch.randn_like(y)
     kept = (y, saved, cell, False, False)
-    benchmark(torch.ops.fastrnn.layer_backward, dy, None, None, *tensors, *kept, need_dx=True, need_dw=True)
+    benchmark(torch.ops.fastrnn.layer_backward, dy, None, None, *tensors, *kept, need_dx=True, need_dh0=True, need_dw=True)

@@ -368,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const Tensor& x, const MaybeTensor& batch_sizes,
     const Tensor& h0, const MaybeTensor& c0, const Tensors& w_ih, const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh,
     const Tensors& w_hr, const Tensor& y, const Tensor& saved, const std::string& cell, bool reverse, bool batch_first,
-    bool need_dx, bool need_dw) {
+    bool need_dx, bool need_dh0, bool need_dw) {
   const auto directions = static_cast<int64_t>(w_ih.size());
   const auto each = [&](const Tensors& weights) { return Weights(weights, w_ih.size()); };
   const Layout layout = layout_of(batch_sizes, batch_first);
@@ -377,6 +377,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, G = call.cell.gates * H;
   for (Record& record : call.records) {
     record.need_dx = need_dx;
+    record.need_dh0 = need_dh0;
     record.need_dw = need_dw;
   }
   call.rows(y, &Record::y, &Record::y_step, &Record::y_row, R);
@@ -419,6 +420,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     if (r.projected) gradient(dw_hr, &Record::dw_hr, {D * R, H});
   }
   call.run(false);
+  if (!need_dh0) dh0 = absent(), dc0 = absent();  // they were the carried gradients' place
   return {dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr};
 }
 

@@ -121,14 +121,14 @@ def forward(
 
 def backward(
     dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, kept,
-    cell, reverse, batch_first, segments, need_dx, need_dw
+    cell, reverse, batch_first, segments, need_dx, need_dh0, need_dw
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op checkpoint_backward, see ops.py."""
     weights = w_ih, w_hh, b_ih, b_hh, w_hr
     if segments == 1:
         layer = x, batch_sizes, h0, c0, *weights
         saved = _layer_forward(*layer, cell, reverse, batch_first, True)[3]
-        return _layer_backward(dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw)
+        return _layer_backward(dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dh0, need_dw)
     D, B, R = h0.shape
     dx = x.new_empty(x.shape if need_dx else (0,))
     # gradients of the states after the segments that are still to come, in the end of the first ones
@@ -153,10 +153,11 @@ def backward(
             dh_here, dc_here = dh[d : d + 1, :b], None if c0 is None else dc[d : d + 1, :b]
             dx_part, dh_part, dc_part, *dw_part = _layer_backward(
                 None if dy_own is None else steps.part(dy_own, start, stop), dh_here, dc_here, *layer,
-                steps.part(y_own, start, stop), saved, cell, backwards, batch_first, need_dx, need_dw,
+                steps.part(y_own, start, stop), saved, cell, backwards, batch_first, need_dx, need_dh0 or k > 0, need_dw,
             )  # fmt: skip
-            dh_here.copy_(dh_part)
-            if dc_here is not None:
+            if need_dh0 or k > 0:
+                dh_here.copy_(dh_part)
+            if dc_here is not None and (need_dh0 or k > 0):
                 dc_here.copy_(dc_part)
             if need_dx and d == 0:
                 steps.part(dx, start, stop).copy_(dx_part)
@@ -169,6 +170,8 @@ def backward(
                     total.add_(part)
                 del part
             del saved, dx_part, dw_part  # before the next segment makes its own
+    if not need_dh0:
+        dh, dc = x.new_empty(0), x.new_empty(0)
     return dx, dh, dc, *(own[0] if D == 1 else torch.cat(own) for own in zip(*sums, strict=True))
 
 

@@ -72,8 +72,8 @@ _library.define(
 )
 _library.define(
     f"layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER}, Tensor y, Tensor saved, "
-    "str cell, bool reverse, bool batch_first, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, Tensor dc0, "
-    "Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
+    "str cell, bool reverse, bool batch_first, bool need_dx, bool need_dh0, bool need_dw) -> (Tensor dx, "
+    "Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
     tags=_tags,
 )
 _library.define(
@@ -83,8 +83,8 @@ _library.define(
 )
 _library.define(
     f"checkpoint_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, {_LAYER}, Tensor y, Tensor kept, "
-    "str cell, bool reverse, bool batch_first, SymInt segments, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dh0, "
-    "Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
+    "str cell, bool reverse, bool batch_first, SymInt segments, bool need_dx, bool need_dh0, bool need_dw) -> (Tensor dx, "
+    "Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
     tags=_tags,
 )
 _library.define(
@@ -123,15 +123,15 @@ def _fake_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
 @torch.library.register_fake("fastrnn::layer_backward", lib=_library)
 def _fake_backward(
     dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved,
-    cell, reverse, batch_first, need_dx, need_dw
+    cell, reverse, batch_first, need_dx, need_dh0, need_dw
 ):  # fmt: skip
     def joined(weights):
         return x.new_empty((len(weights) * weights[0].shape[0], *weights[0].shape[1:]) if need_dw and weights else (0,))
 
     return (
         x.new_empty(x.shape if need_dx else (0,)),
-        x.new_empty(h0.shape),
-        x.new_empty((0,) if c0 is None else c0.shape),
+        x.new_empty(h0.shape if need_dh0 else (0,)),
+        x.new_empty((0,) if c0 is None or not need_dh0 else c0.shape),
         *map(joined, (w_ih, w_hh, b_ih, b_hh, w_hr)),
     )
 
@@ -145,10 +145,10 @@ def _(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch
 @torch.library.register_fake("fastrnn::checkpoint_backward", lib=_library)
 def _(
     dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, kept,
-    cell, reverse, batch_first, segments, need_dx, need_dw
+    cell, reverse, batch_first, segments, need_dx, need_dh0, need_dw
 ):  # fmt: skip
     layer = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr
-    return _fake_backward(dy, dh_n, dc_n, *layer, y, kept, cell, reverse, batch_first, need_dx, need_dw)
+    return _fake_backward(dy, dh_n, dc_n, *layer, y, kept, cell, reverse, batch_first, need_dx, need_dh0, need_dw)
 
 
 def layer(
@@ -211,8 +211,9 @@ class Layer(Function):
         cell, reverse, batch_first, segments, directions = ctx.options
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (9 + len(weights))
-        need_dx, need_dw = ctx.needs_input_grad[0], any(ctx.needs_input_grad[9:])
-        options = cell, reverse, batch_first, segments, directions, need_dx, need_dw
+        need_dx, _, *states = ctx.needs_input_grad[:4]
+        need_dh0, need_dw = any(states), any(ctx.needs_input_grad[9:])
+        options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
         compiling = torch.compiler.is_compiling()
         if not compiling and (_forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n)):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options)
@@ -222,11 +223,13 @@ class Layer(Function):
             grads = LayerBackward.forward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
         dx, dh0, dc0, *joined = grads
         if need_dw:
-            dw = [grad for grad, kind in zip(joined, _kinds(weights, directions), strict=True) if kind]
+            kinds = len(weights) // directions
+            dw = [*joined[:2], joined[4]] if kinds == 3 else joined[:kinds]  # as _kinds has them
             dw = dw if directions == 1 else [part for grad in dw for part in grad.chunk(directions)]
         else:
             dw = [None] * len(weights)
-        return dx if need_dx else None, None, dh0, None if c0 is None else dc0, *(None,) * 5, *dw
+        dh0, dc0 = (dh0, None if c0 is None else dc0) if need_dh0 else (None, None)
+        return dx if need_dx else None, None, dh0, dc0, *(None,) * 5, *dw
 
     @staticmethod
     def vmap(info, in_dims, x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights):
@@ -260,25 +263,25 @@ class LayerBackward(Function):
     @staticmethod
     def forward(
         dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
-        cell, reverse, batch_first, segments, directions, need_dx, need_dw, *weights
+        cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw, *weights
     ):  # fmt: skip
         layer = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
         if segments:
-            return _checkpoint_backward(*layer, segments, need_dx, need_dw)
-        return _backward(*layer, need_dx, need_dw)
+            return _checkpoint_backward(*layer, segments, need_dx, need_dh0, need_dw)
+        return _backward(*layer, need_dx, need_dh0, need_dw)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[9:16]
+        ctx.options = inputs[9:17]
         # not y and saved: they are functions of the rest, and their share of the gradient is taken through it
-        ctx.save_for_backward(*inputs[:7], *inputs[16:])
+        ctx.save_for_backward(*inputs[:7], *inputs[17:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
         dy, dh_n, dc_n, x, batch_sizes, h0, c0, *weights = ctx.saved_tensors
         if all(grad is None for grad in grads):
-            return (None,) * (16 + len(weights))
+            return (None,) * (17 + len(weights))
         inputs = dy, dh_n, dc_n, x, h0, c0, *weights
         here = [index for index, tensor in enumerate(inputs) if tensor is not None]
 
@@ -292,16 +295,16 @@ class LayerBackward(Function):
         pulled = pull(tuple(torch.zeros_like(out) if grad is None else grad for grad, out in pairs))
         full = dict(zip(here, pulled, strict=True))
         dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
-        return dy, dh_n, dc_n, x, None, h0, c0, *(None,) * 9, *weights
+        return dy, dh_n, dc_n, x, None, h0, c0, *(None,) * 10, *weights
 
     @staticmethod
     def vmap(
         info, in_dims, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
-        cell, reverse, batch_first, segments, directions, need_dx, need_dw, *weights
+        cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw, *weights
     ):  # fmt: skip
         V, at = info.batch_size, 0 if batch_first else 1
-        options = cell, reverse, batch_first, segments, directions, need_dx, need_dw
-        if batch_sizes is not None or segments or need_dw or _any_mapped(in_dims[16:]):
+        options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
+        if batch_sizes is not None or segments or need_dw or _any_mapped(in_dims[17:]):
             arguments = dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights
             return _loop(LayerBackward, V, in_dims, arguments), (0,) * 8
         dy, x, y = (_fold(t, in_dims[k], at, V) for k, t in ((0, dy), (3, x), (7, y)))
@@ -312,16 +315,17 @@ class LayerBackward(Function):
             dy, dh_n, dc_n, _unit_stride(x), None, h0, c0, y.contiguous(), saved, *options, *weights
         )
         dx, x_dim = (_unfold(dx, at, V), at) if need_dx else (dx, None)
-        dc0, c_dim = (dc0, None) if c0 is None else (_unfold(dc0, 1, V), 1)
-        return (dx, _unfold(dh0, 1, V), dc0, *empty), (x_dim, 1, c_dim, *(None,) * 5)
+        dh0, h_dim = (_unfold(dh0, 1, V), 1) if need_dh0 else (dh0, None)
+        dc0, c_dim = (dc0, None) if c0 is None or not need_dh0 else (_unfold(dc0, 1, V), 1)
+        return (dx, dh0, dc0, *empty), (x_dim, h_dim, c_dim, *(None,) * 5)
 
 
 def _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options):
     """What layer_backward returns, as plain operations on the layer's inputs."""
-    cell, reverse, batch_first, _, directions, need_dx, need_dw = options
+    cell, reverse, batch_first, _, directions, *needs = options
     inputs = x, batch_sizes, h0, c0, *_kinds(weights, directions)
     y, _, _, saved = reference.layer_forward(*inputs, cell, reverse, batch_first, True)
-    return reference.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, need_dx, need_dw)
+    return reference.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, *needs)
 
 
 def _kinds(weights: Sequence[Tensor], directions: int) -> Kinds:

@@ -83,6 +83,7 @@ def layer_backward(
     reverse: bool = False,
     batch_first: bool = False,
     need_dx: bool = True,
+    need_dh0: bool = True,
     need_dw: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; [0] where there is none.
@@ -114,11 +115,12 @@ def layer_backward(
         dweights.append(dw)
     empty = x.new_empty(0)
     dx = _join([sum(step) for step in zip(*dxs, strict=True)], batch_sizes, batch_first) if need_dx else empty
-    dc0 = torch.stack(dcarries) if kind.carry == "cell" else empty
+    dh0 = torch.stack(dstates) if need_dh0 else empty
+    dc0 = torch.stack(dcarries) if need_dh0 and kind.carry == "cell" else empty
     dw_ih, dw_hh, db_ih, db_hh, dw_hr = (
         torch.cat(dw) if need_dw and dw[0] is not None else empty for dw in zip(*dweights, strict=True)
     )
-    return dx, torch.stack(dstates), dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
+    return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
 
 
 def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool):

@@ -329,7 +329,7 @@ def test_raw_ops_take_strides_or_refuse_them(cell):
         layer = x, None, h0, c0, w_ih, w_hh, b_ih, b_hh, []
         y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*layer, *options, True)
         assert y.is_contiguous() and torch.equal(y[-1], h_n[0])
-        return y, c_n, *torch.ops.fastrnn.layer_backward(dy, None, None, *layer, y, saved, *options, True, True)
+        return y, c_n, *torch.ops.fastrnn.layer_backward(dy, None, None, *layer, y, saved, *options, True, True, True)
 
     dy = torch.randn(5, 4, 10, dtype=F64)
     for kind, view in {

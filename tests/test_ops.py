@@ -104,9 +104,9 @@ def test_opcheck(make_layer, cell, form):
         torch.library.opcheck(torch.ops.fastrnn.layer_forward, (*tensors, *options, save), test_utils=checks)
     y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*tensors, *options, True)
     dc_n = torch.randn_like(c_n) if cell == "lstm" else None
-    for need_dx, need_dw in ((True, True), (False, True), (True, False)):
+    for needs in ((True, True, True), (False, True, True), (True, False, True), (True, True, False)):
         grads = torch.randn_like(y), torch.randn_like(h_n), dc_n
-        backward = (*grads, *tensors, y, saved, *options, need_dx, need_dw)
+        backward = (*grads, *tensors, y, saved, *options, *needs)
         torch.library.opcheck(torch.ops.fastrnn.layer_backward, backward, test_utils=checks)
 
 

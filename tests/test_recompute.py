@@ -192,7 +192,7 @@ def test_every_count(layer, cell, form, project, segments):
     assert kept.shape == ((len(h_n), segments - 1, *c_n.shape[1:]) if cell == "lstm" else (0,))
     for incoming in ([True, True, True], [False, True, False], [True, False, False]):
         grads = [torch.randn_like(out) if here and out.numel() else None for out, here in zip(outputs, incoming)]
-        for needs in ((True, True), (True, False), (False, True)):
+        for needs in ((True, True, True), (True, True, False), (False, True, True), (True, False, True)):
             expected = ops._backward(*grads, *tensors, y, saved, *options, *needs)
             found = ops._checkpoint_backward(*grads, *tensors, y, kept, *options, segments, *needs)
             names = "dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr"
@@ -208,7 +208,7 @@ def test_opcheck(layer, cell, form, project):
     forward = (*tensors, *options, 3)
     torch.library.opcheck(torch.ops.fastrnn.checkpoint_forward, forward, test_utils=checks)
     y, h_n, c_n, kept = ops._checkpoint_forward(*forward)
-    backward = (y, h_n, c_n if cell == "lstm" else None, *tensors, y, kept, *options, 3, True, True)
+    backward = (y, h_n, c_n if cell == "lstm" else None, *tensors, y, kept, *options, 3, True, True, True)
     torch.library.opcheck(torch.ops.fastrnn.checkpoint_backward, backward, test_utils=checks)
 
 

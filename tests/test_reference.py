@@ -103,9 +103,12 @@ def test_backward_is_the_gradient_of_forward(arguments, reverse):
         want = [next(expected) for _ in leaves[name]]
         want = torch.cat(want) if name.startswith(("w_", "b_")) else want[0]
         torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-13, msg=lambda text, name=name: f"d{name}: {text}")
-    for need_dx, need_dw in ((False, True), (True, False)):
-        dx, _, _, *dw = reference.layer_backward(*d_outputs[:2], dc_n, *tensors, y, saved, *options, need_dx, need_dw)
+    for needs in ((False, True, True), (True, False, True), (True, True, False)):
+        dx, dh0, dc0, *dw = reference.layer_backward(*d_outputs[:2], dc_n, *tensors, y, saved, *options, *needs)
+        need_dx, need_dh0, need_dw = needs
         assert (dx.numel() > 0) == need_dx
+        assert (dh0.numel() > 0) == need_dh0
+        assert (dc0.numel() > 0) == (need_dh0 and "c0" in names)
         assert (dw[0].numel() > 0) == need_dw
 
 

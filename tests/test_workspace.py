@@ -39,6 +39,7 @@ def check(cell, which):
             "directions": directions,
             "save": draw.choice((0, 1)),
             "need_dx": draw.choice((0, 1)),
+            "need_dh0": draw.choice((0, 1)),
             "need_dw": draw.choice((0, 1)),
             "l2_bytes": draw.choice((1 << 18, 1 << 20, 1 << 22)),
         }

@@ -133,7 +133,7 @@ def by_kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: i
         return results
     given = cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device)
     backward = layer.plan(False, target, interpreted)
-    grads = engine.backward(call, *given.values(), *states, y, saved, True, True, backward, "ieee")
+    grads = engine.backward(call, *given.values(), *states, y, saved, True, True, True, backward, "ieee")
     return results | {"saved": saved} | dict(zip(GRADIENTS, grads))
 
 

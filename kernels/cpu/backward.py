@@ -30,7 +30,7 @@ from .team import (
 )
 from .vector import VectorLibrary, load_int, store_int
 
-FEW_ROWS = 4
+FEW_ROWS = 8
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
 
 
@@ -203,7 +203,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         A panel is packed before many rows meet it; few read it where it lies.
         """
         for panel in range(first, last):
-            if in_order and count <= most and (panel + 1) * wide <= width:
+            if in_order and count <= 2 * most and (panel + 1) * wide <= width:
                 weights, row_bytes = load_int(weight_rows) + panel * panel_row, width * size
             else:
                 pack_rows(weight_rows, depth, width, panel, own_panel)
@@ -216,7 +216,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel):
         """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
         count = to_row - from_row
-        if count > 0:
+        if count > 0 and p.need_dh0:
             fill_rows(table, count, p.dh0 + (r0 + from_row) * p.output_size * size, p.output_size * size)
             for i in range(from_row, to_row):  # rows without a carried part start from zero
                 dh0 = p.dh0 + (r0 + i) * p.output_size * size

@@ -178,7 +178,7 @@ def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
 
 
 def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse,
-                   batch_first, need_dx, need_dw):  # fmt: skip
+                   batch_first, need_dx, need_dh0, need_dw):  # fmt: skip
     call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
     D, B, R = h0.shape
     H, G, inputs = int(call.records["hidden_size"][0]), CELLS[cell].gates, x.shape[-1]
@@ -193,7 +193,7 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
         "dw_hr": (D * R, H) if w_hr else None,
     }
     weights = {name: x.new_empty(shape if need_dw and shape else 0) for name, shape in shapes.items()}
-    call.records["need_dx"], call.records["need_dw"] = need_dx, need_dw
+    call.records["need_dx"], call.records["need_dh0"], call.records["need_dw"] = need_dx, need_dh0, need_dw
     call.rows("x", x)
     call.rows("y", y, R)
     call.rows("dy", torch.zeros_like(y) if dy is None else dy, R)
@@ -211,6 +211,8 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
     for name, given in (("w_ih", w_ih), ("w_hh", w_hh), ("w_hr", w_hr)):
         call.point(name, [w.contiguous() for w in given])
     call.run("backward")
+    if not need_dh0:  # they were the carried gradients' place
+        dh0, dc0 = x.new_empty(0), x.new_empty(0)
     return dx, dh0, dc0, *weights.values()
 
 

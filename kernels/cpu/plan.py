@@ -13,7 +13,7 @@ from __future__ import annotations
 # Names are those of the op; *_step and *_row are strides in bytes of a step and of a batch row; a pointer may be 0 (absent).
 _GROUPS = (
     # sizes and flags; rows counts those of all steps, output_size is hidden_size or the projection's
-    "steps batch rows input_size hidden_size output_size bias projected reverse save need_dx need_dw",
+    "steps batch rows input_size hidden_size output_size bias projected reverse save need_dx need_dh0 need_dw",
     # packed only: rows of each step, and rows before it
     "batch_sizes offsets",
     # the op's tensors; y and dy point at this direction's columns

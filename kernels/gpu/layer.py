@@ -160,12 +160,14 @@ def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
 
 
 def layer_backward(
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse, batch_first, need_dx, need_dw
-):
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved,
+    cell, reverse, batch_first, need_dx, need_dh0, need_dw
+):  # fmt: skip
     """The op's implementation, on x's device and its current stream."""
     call = Call(x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
     with torch.cuda.device(x.device):
-        return backward(call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx, need_dw, *call.chosen(forward=False))
+        needs = need_dx, need_dh0, need_dw
+        return backward(call, dy, dh_n, dc_n, h0, c0, y, saved, *needs, *call.chosen(forward=False))
 
 
 def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, precision: str):
@@ -214,7 +216,9 @@ def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, p
     return y, h_n, c_n, saved
 
 
-def backward(call: Call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx: bool, need_dw: bool, plan: Plan, precision: str):
+def backward(
+    call: Call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx: bool, need_dh0: bool, need_dw: bool, plan: Plan, precision: str
+):
     """dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr."""
     x = call.x
     D, B, N, H, R, gates, hidden = call.D, call.B, call.N, call.H, call.R, call.cell.gates, call.cell.hidden
@@ -246,14 +250,14 @@ def backward(call: Call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx: bool, need_d
     kernels = backward_kernels.single_backward, backward_kernels.scan_backward
     for launch in call.launches(plan, *kernels, arguments, call.T + 1, phases):
         call.run(launch)
-    dc0 = carry.to(x.dtype) if call.cell.carry == "cell" else x.new_empty(0)
+    dc0 = carry.to(x.dtype) if need_dh0 and call.cell.carry == "cell" else x.new_empty(0)
     d_input, d_hidden = da[..., : gates * H], da[..., hidden * H :]
     with products_in(precision):
         dx = _input_gradient(call, d_input) if need_dx else x.new_empty(0)
         weights = (
             _weight_gradients(call, d_input, d_hidden, dp, y, h0, saved) if need_dw else [x.new_empty(0) for _ in range(5)]
         )
-    return dx, dh0, dc0, *weights
+    return dx, dh0 if need_dh0 else x.new_empty(0), dc0, *weights
 
 
 def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
