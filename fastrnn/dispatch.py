@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,10 @@ forced = os.environ.get("FASTRNN_BACKEND")
 FUSED = frozenset(("cpu", "triton"))  # engines behind the raw ops
 native = False  # are stack_forward and stack_step there?
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
+HALF = frozenset((torch.float16, torch.bfloat16))
+_AUTOCAST = HALF | {torch.float32}  # what autocast casts
 _EAGER = frozenset((Tensor, nn.Parameter))
+_CPU_DTYPES = (*cpu.DTYPES, *sorted(HALF, key=str))
 BY_MODE = {cell.mode: cell.name for cell in CELLS.values()}  # names of cells by torch.nn's
 unavailable: str | None = "its operators are not registered yet"  # or None
 
@@ -85,31 +88,38 @@ def takes_stack(*tensors: Tensor) -> bool:
 
 
 def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
-    """Why the compiled CPU engine declines a call, or None where it takes it."""
-    return _why_not_fused(x, batch_sizes, states, weights, "cpu", cpu.DTYPES) or unavailable
+    """Why the compiled CPU engine declines a call, or None where it takes it, half precision through float32."""
+    mixed = torch.is_autocast_enabled("cpu")
+    dtypes = _AUTOCAST if mixed else _CPU_DTYPES
+    return _why_not_fused(x, batch_sizes, states, weights, "cpu", dtypes, mixed) or unavailable
 
 
 def why_not_triton(x, batch_sizes, states, weights) -> str | None:
     """Why the Triton engine declines a call, or None where it takes it."""
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on"
     reason = _why_not_fused(x, batch_sizes, states, weights, "cuda", gpu.DTYPES)
     if reason is None and any(tensor.device != x.device for tensor in (*states, *weights)):
         reason = "tensors on several devices"
     return reason or gpu.why_not(x.device)
 
 
-def _why_not_fused(x, batch_sizes, states, weights, device: str, dtypes: Sequence[torch.dtype]) -> str | None:
-    """What every fused engine declines. Cheap checks: they are on every call."""
+def _why_not_fused(
+    x, batch_sizes, states, weights, device: str, dtypes: Collection[torch.dtype], mixed: bool = False
+) -> str | None:
+    """What every fused engine declines. Cheap checks: they are on every call. mixed: dtypes need not be the same."""
     if type(x) not in _PLAIN:
         return f"{type(x).__name__} is not a plain tensor"
     dtype, here = x.dtype, f"is_{device}"
     if dtype not in dtypes:
-        return f"{dtype}, it takes {', '.join(map(str, dtypes))}"
+        return f"{dtype}{' under autocast' * mixed}, it takes {', '.join(sorted(map(str, dtypes)))}"
+    same = dtypes if mixed else (dtype,)
     for tensor in (x, *states, *weights):  # the usual case first
-        if type(tensor) in _PLAIN and tensor.dtype is dtype and getattr(tensor, here) and tensor.layout is torch.strided:
+        if type(tensor) in _PLAIN and tensor.dtype in same and getattr(tensor, here) and tensor.layout is torch.strided:
             continue
         if type(tensor) not in _PLAIN:
             return f"{type(tensor).__name__} is not a plain tensor"
-        if tensor.dtype is not dtype:
+        if tensor.dtype not in same:
             return f"dtypes differ: {dtype} and {tensor.dtype}"
         return f"layout {tensor.layout}" if getattr(tensor, here) else f"device {tensor.device}"
     if x.is_nested:
@@ -118,8 +128,6 @@ def _why_not_fused(x, batch_sizes, states, weights, device: str, dtypes: Sequenc
         return f"empty input {tuple(x.shape)}"
     if batch_sizes is not None and not batch_sizes.is_cpu:
         return f"batch_sizes on {batch_sizes.device}"
-    if torch.is_autocast_enabled(device):
-        return "autocast is on"
     if torch.compiler.is_compiling():
         if torch.onnx.is_in_onnx_export():
             return "ONNX export"

@@ -43,6 +43,7 @@ any order through the reference; vmap by folding or looping; forward mode by run
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -166,6 +167,8 @@ def layer(
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer, differentiable: y, h_n, and c_n for lstm, None otherwise. Arguments are the raw ops', see above."""
+    if x.is_cpu and (x.dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
+        return _in_float32(x, batch_sizes, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), cell, reverse, batch_first)
     compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     weights = (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
     if _forward_mode() or (compiling and transformed):
@@ -182,6 +185,18 @@ def layer(
     else:
         y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
     return y, h_n, c_n if cell == "lstm" else None
+
+
+def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
+    """`layer` in half precision or under autocast, on a CPU: all of it in float32, and each result rounded once."""
+    dtype, autocast = x.dtype, torch.is_autocast_enabled("cpu")
+    if autocast:  # as torch.nn does: of its GRU only the products are cast
+        dtype = torch.promote_types(x.dtype, h0.dtype) if cell == "gru" else torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
+        kinds = [[weight.float() for weight in kind] for kind in weights]
+        c0 = None if c0 is None else c0.float()
+        y, h_n, c_n = layer(x.float(), batch_sizes, h0.float(), c0, *kinds, cell, reverse, batch_first)
+        return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
 
 
 class Layer(Function):

@@ -17,10 +17,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fastrnn
 
 # Relative L2, tensor by tensor. float64: some 1e-15 of rounding, hundreds of operations deep, and room for a loss whose
-# gradient nearly cancels; float32 has the same room. bfloat16 is torch.nn's own path, the same but for its threads.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# gradient nearly cancels; float32 has the same room. Half precision is in test_half.py: torch.nn is too far from
+# the truth there to compare with.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
 # What a tensor's error may be where the tensor itself is nearly nothing, such as a gradient behind a saturated gate.
-FLOOR = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+FLOOR = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 quick = settings(
     max_examples=150,
@@ -47,7 +48,7 @@ def constructors(draw) -> dict:
         "bias": draw(st.booleans()),
         "batch_first": draw(st.booleans()),
         "bidirectional": draw(st.booleans()),
-        "dtype": draw(st.sampled_from((torch.float64,) * 4 + (torch.float32, torch.bfloat16))),
+        "dtype": draw(st.sampled_from((torch.float64,) * 4 + (torch.float32,))),
     }
     if options["num_layers"] > 1 and draw(st.booleans()):
         options["dropout"] = draw(st.sampled_from((0.1, 0.5, 1.0)))

@@ -435,21 +435,12 @@ def test_dropout_draws_torchs_bits(name, kwargs, packed, dropout):
     assert_same_run(own.eval(), theirs.eval(), x)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", LAYERS + CELLS)
-def test_other_dtypes(name, dtype):
+def test_other_dtypes(name):
     theirs, own = both(name)
-    theirs, own = theirs.to(dtype), own.to(dtype)
-    x = torch.randn(T, B, I, dtype=dtype) if name in LAYERS else torch.randn(B, I, dtype=dtype)
-    assert_same(own(x), theirs(x))
-    assert_same(own.float()(x.float()), theirs.float()(x.float()))
-
-
-def test_autocast_is_torchs():
-    theirs, own = both("LSTM")
-    x = torch.randn(T, B, I)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same(own(x), theirs(x))
+    x = torch.randn(*(T, B, I)[name in CELLS :])
+    assert_same(own.double()(x.double()), theirs.double()(x.double()))
+    assert_same(own.float()(x), theirs.float()(x))
 
 
 # --- parameters that come and go

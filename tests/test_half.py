@@ -1,0 +1,112 @@
+"""Half precision on a CPU: computed in float32, every result rounded once; and autocast."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from contract import CELLS, Case, assert_contract, cases, relative, run, twins
+from torch import nn
+
+import fastrnn
+
+HALF = torch.float16, torch.bfloat16
+GRID = {
+    "cell": tuple(CELLS),
+    "input_size": (1, 17, 64),
+    "hidden_size": (1, 7, 33, 65),
+    "layers": (1, 2),
+    "bidirectional": (False, True),
+    "bias": (True, False),
+    "layout": ("time", "batch", "strided", "packed", "unsorted", "unbatched"),
+    "batch": (1, 3, 17),
+    "steps": (1, 7, 40),
+    "hx": (True, False),
+    "loss": ("all", "output", "h_n"),
+    "grad": ("all", "input", "weights"),
+    "proj_size": (0, 1, 33),
+}
+both = pytest.mark.parametrize("dtype", HALF, ids=str)
+torchs_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of code of its own
+
+
+@pytest.mark.parametrize("case", cases({**GRID, "dtype": HALF}), ids=str)
+def test_contract(case):
+    assert_contract(case)
+
+
+@both
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cells(name, dtype):
+    ours = getattr(fastrnn, name)(9, 33, dtype=dtype)
+    truth = copy.deepcopy(ours).double()
+    x = torch.randn(5, 9).to(dtype).requires_grad_()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found, expected = ours(x), getattr(nn, name).forward(truth, x.double())
+        for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (found, expected)), strict=True):
+            assert one.dtype == dtype
+            assert relative(one.detach(), other.detach()) < torch.finfo(dtype).eps / 2
+
+
+@both
+@pytest.mark.parametrize("cell", CELLS)
+def test_autocast(cell, dtype):
+    """torch.nn's dtypes in every mix of them, and the numbers of float32; gradients in the parameters' own dtype."""
+    case = Case(cell, 9, 33, layers=2, steps=9)
+    stock, ours = twins(case, 0)
+    sample = case.sample(0)
+    expected = run(stock, case, sample)
+    with torch.autocast("cpu", dtype):
+        found = run(ours, case, sample)
+    for name, value in expected.items():
+        cast = not name.startswith("d") and cell != "gru"
+        assert found[name].dtype == (dtype if cast else torch.float32), name
+        assert relative(found[name], value) < 4 * torch.finfo(dtype).eps, name  # layers, and gradients come in, rounded
+    for x in (sample.x, sample.x.to(dtype)):
+        with torch.autocast("cpu", dtype), torch.no_grad():
+            for module in (ours, ours.train()):
+                y, state = module(x)
+                like, like_state = stock(x)
+                assert y.dtype == like.dtype
+                assert [s.dtype for s in state] == [s.dtype for s in like_state]
+
+
+@torchs_warnings
+def test_autocast_reaches_functional_transforms():
+    """Inside them a layer is plain operations, which must not be cast a second time."""
+    module = fastrnn.GRU(4, 5)
+    x = torch.randn(3, 2, 4)
+    expected = torch.func.jvp(lambda x: module(x)[0], (x,), (x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.jvp(lambda x: module(x)[0], (x,), (x,))
+    torch.testing.assert_close(found, expected)
+
+
+@torchs_warnings
+@both
+@pytest.mark.parametrize("cell", CELLS)
+def test_compiled(cell, dtype):
+    case = Case(cell, 9, 33, steps=9, dtype=dtype)
+    _, ours = twins(case, 0)
+    expected = run(ours, case, case.sample(0))
+    ours.compile(fullgraph=True, backend="aot_eager")
+    for name, value in run(ours, case, case.sample(0)).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+@both
+def test_step(dtype):
+    """A stream: the same as the sequence, into tensors of the caller's too."""
+    module = fastrnn.LSTM(9, 33, dtype=dtype)
+    x = torch.randn(4, 2, 9).to(dtype)
+    state = None
+    for t in range(4):
+        y, state = module.step(x[t], state)
+    whole, _ = module(x)
+    assert y.dtype == dtype
+    assert relative(y, whole[-1].detach()) < 4 * torch.finfo(dtype).eps  # the state is rounded between steps
+    out = torch.empty_like(y), tuple(torch.empty_like(s) for s in state)
+    assert module.step(x[0], state, out=out)[0] is out[0]
+    torch.testing.assert_close(out[0], module.step(x[0], state)[0])
