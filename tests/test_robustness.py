@@ -170,21 +170,25 @@ def test_sizes_that_overflow_are_refused(shape):
 
 IDLE = """
 def assert_idle():
-    time.sleep(0.2)  # torch's own threads spin a while after a call
-    begin = time.process_time()
-    time.sleep(0.5)
-    spent = time.process_time() - begin
-    assert spent < 0.25, f"{spent:.2f} s of processor time spent in 0.5 s of waiting"
+    # torch's own threads spin a while after a call: longer where they have to share their core
+    deadline = time.monotonic() + 20
+    while True:
+        begin = time.process_time()
+        time.sleep(0.5)
+        spent = time.process_time() - begin
+        if spent < 0.25:
+            return
+        assert time.monotonic() < deadline, f"{spent:.2f} s of processor time spent in 0.5 s of waiting"
 """
 
 
-@pytest.mark.slow  # failed once in some ten runs, on a crowded machine, for a reason that is still to be found
 def test_keyboard_interrupt():
     """Wherever it comes, it is raised, no thread stays behind, and the next call is right."""
     script(
         IDLE
         + """
 import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is not there where the shell ignores it, in the background
 torch.set_num_threads(2)
 expected = [step(index) for index in range(4)]
 for delay in (0.03, 0.05, 0.08, 0.13):
