@@ -200,6 +200,10 @@ class Call {
     r.hidden_size = w_hh[0].size(0) / cell.gates;
     r.bias = bias;
     r.projected = static_cast<bool>(w_hr);
+    matrix_dtype_ = dtype_code(w_hh[0]);
+    r.half = matrix_dtype_ == aoti_torch_dtype_bfloat16();
+    STD_TORCH_CHECK(!r.half || (dtype_ == aoti_torch_dtype_float32() && r.output_size % 2 == 0),
+                    "fastrnn: weights in bfloat16 go with float32 and an even number of outputs");
     r.directions = directions;
     // More than the bytes of anything and than the operations, whatever is rounded up to whole vectors and panels: nothing that
     // is computed from sizes below, or in a kernel, overflows.
@@ -236,7 +240,8 @@ class Call {
   // The matrices [height, width] of each direction.
   void weights(Weights given, int64_t Record::*field, int64_t height, int64_t width) {
     for (size_t d = 0; d < records.size(); ++d) {
-      STD_TORCH_CHECK(given[d].numel() == height * width && given[d].size(0) == height && same_kind(given[d]),
+      const bool kind = given[d].is_cpu() && dtype_code(given[d]) == (given[d].dim() == 2 ? matrix_dtype_ : dtype_);
+      STD_TORCH_CHECK(given[d].numel() == height * width && given[d].size(0) == height && kind,
                       "fastrnn: a weight's shape or dtype does not fit the layer");
       records[d].*field = address(keep(given[d]));
     }
@@ -314,7 +319,7 @@ class Call {
   const Tensor& keep(const Tensor& t) { return t.is_contiguous() ? t : copies_.emplace_front(torch::stable::contiguous(t)); }
 
   const Tensor& x_;
-  int32_t dtype_;
+  int32_t dtype_, matrix_dtype_ = 0;  // biases are of x's dtype
   Layout layout_;
   MaybeTensor batch_sizes_;
   std::vector<int64_t> offsets_;
@@ -374,6 +379,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   const Layout layout = layout_of(batch_sizes, batch_first);
   Call call(find_cell(cell), x, layout, batch_sizes, directions, each(w_ih), each(w_hh), each(w_hr), !b_ih.empty(), reverse);
   const Record& r = call.records[0];
+  STD_TORCH_CHECK(!r.half, "fastrnn: gradients need weights in the dtype of x");
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, G = call.cell.gates * H;
   for (Record& record : call.records) {
     record.need_dx = need_dx;
@@ -438,8 +444,10 @@ struct Stack {
   bool takes(const Tensor& x, Layout layout, const MaybeTensor& h0, const MaybeTensor& c0) {
     const auto count = static_cast<int64_t>(params.size()), sets = layers * directions;
     const int32_t dtype = dtype_code(x);
-    const auto is = [&](const Tensor& t, std::initializer_list<int64_t> sizes) {
-      return dtype_code(t) == dtype && is_strided_on_cpu(t) && std::ranges::equal(t.sizes(), sizes);
+    const bool half = count > 1 && dtype_code(params[1]) == aoti_torch_dtype_bfloat16();
+    const int32_t matrix_dtype = half ? aoti_torch_dtype_bfloat16() : dtype;
+    const auto is = [&](const Tensor& t, std::initializer_list<int64_t> sizes, int32_t kind = -1) {
+      return dtype_code(t) == (kind < 0 ? dtype : kind) && is_strided_on_cpu(t) && std::ranges::equal(t.sizes(), sizes);
     };
     if (sets < 1 || count % sets || !is_strided_on_cpu(x)) return false;
     if (dtype != aoti_torch_dtype_float32() && dtype != aoti_torch_dtype_float64()) return false;
@@ -451,12 +459,14 @@ struct Stack {
     const int64_t gate_rows = params[1].size(0);
     hidden_size = gate_rows / cell.gates;
     output_size = params[1].size(1);
+    if (half && (dtype != aoti_torch_dtype_float32() || output_size % 2)) return false;
     if (hidden_size * cell.gates != gate_rows || (!projected && output_size != hidden_size)) return false;
     for (int64_t i = 0; i < count; i += kinds) {
-      if (!is(params[i], {gate_rows, i < directions * kinds ? x.size(-1) : directions * output_size})) return false;
-      if (!is(params[i + 1], {gate_rows, output_size})) return false;
+      const int64_t inputs = i < directions * kinds ? x.size(-1) : directions * output_size;
+      if (!is(params[i], {gate_rows, inputs}, matrix_dtype)) return false;
+      if (!is(params[i + 1], {gate_rows, output_size}, matrix_dtype)) return false;
       if (bias && !(is(params[i + 2], {gate_rows}) && is(params[i + 3], {gate_rows}))) return false;
-      if (projected && !is(params[i + kinds - 1], {output_size, hidden_size})) return false;
+      if (projected && !is(params[i + kinds - 1], {output_size, hidden_size}, matrix_dtype)) return false;
     }
     batch = x.size(layout == Layout::time_batch ? 1 : 0);
     const auto is_state = [&](const MaybeTensor& t, int64_t width) {

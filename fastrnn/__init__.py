@@ -2,6 +2,7 @@
 
 from fastrnn import functional as functional
 from fastrnn.checkpoint import recompute as recompute
+from fastrnn.convert import compress as compress
 from fastrnn.convert import convert as convert
 from fastrnn.convert import patch as patch
 from fastrnn.dispatch import explain as explain
@@ -20,6 +21,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "compress",
     "convert",
     "explain",
     "functional",

@@ -1,4 +1,4 @@
-"""Bring fastrnn to code that says `torch.nn`: a model that is built already, or one that other people's code builds."""
+"""What is done to whole models: bring fastrnn to code that says `torch.nn`, make weights small."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from fastrnn.modules import DROP_INS
@@ -31,6 +32,29 @@ def convert(model: M, inplace: bool = True) -> M:
         model = copy.deepcopy(model)
     for module in model.modules():
         _stand_in(module)
+    return model
+
+
+def compress(model: M) -> M:
+    """Hold the weight matrices of every fastrnn layer and cell in `model`, or of `model` itself, in bfloat16.
+
+    For inference on a CPU: half the memory, and half of what a step of few rows has to read. Input, states, biases, sums and
+    outputs stay float32. Each weight is rounded once, to a relative error of at most 2**-9, and that is all that changes:
+    outputs are, to the bit, those of a float32 layer over the rounded weights. Parameters stay the objects they were; their
+    gradients are dropped. `model.float()` makes ordinary layers of them again, of the rounded weights.
+
+    Layers in another dtype than float32 and computed weights (parametrisations) are left as they are. A single step (T = 1)
+    reads bfloat16 too; an odd output size, training, and engines other than the CPU's get a float32 copy for each call.
+
+    Returns:
+        `model`.
+    """
+    for module in model.modules():
+        if isinstance(module, tuple(DROP_INS.values())):
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.dim() == 2 and parameter.dtype is torch.float32:
+                    parameter.grad = None
+                    parameter.data = parameter.data.bfloat16()
     return model
 
 

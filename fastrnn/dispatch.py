@@ -91,7 +91,20 @@ def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
     """Why the compiled CPU engine declines a call, or None where it takes it, half precision through float32."""
     mixed = torch.is_autocast_enabled("cpu")
     dtypes = _AUTOCAST if mixed else _CPU_DTYPES
+    if compressed(x, weights) and not mixed:
+        weights = [weight for weight in weights if weight.dim() != 2]
     return _why_not_fused(x, batch_sizes, states, weights, "cpu", dtypes, mixed) or unavailable
+
+
+def compressed(x, weights) -> bool:
+    """Are the matrices, and only they, in bfloat16, on a CPU? See `fastrnn.compress`."""
+    if getattr(weights[0], "dtype", None) is not torch.bfloat16 or type(x) not in _PLAIN or x.dtype is not torch.float32:
+        return False
+    matrices = [weight for weight in weights if type(weight) not in _PLAIN or weight.dim() == 2]
+    return all(
+        type(matrix) in _PLAIN and matrix.dtype is torch.bfloat16 and matrix.is_cpu and matrix.layout is torch.strided
+        for matrix in matrices
+    )
 
 
 def why_not_triton(x, batch_sizes, states, weights) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fastrnn import dispatch
 from fastrnn import functional as _VF
 from fastrnn.checkpoint import recompute
 
@@ -116,6 +117,13 @@ def _weights_have_changed(self: nn.RNNBase) -> bool:
     return _VF.own_weights(self) is None and nn.RNNBase._weights_have_changed(self)
 
 
+def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) -> None:
+    """torch.nn's, which wants input and weights in one dtype; `compress` makes two of it."""
+    if dispatch.compressed(input, self._flat_weights):
+        input = input.to("meta", self._flat_weights[0].dtype)  # type: ignore[union-attr]
+    nn.RNNBase.check_input(self, input, batch_sizes)
+
+
 class _Layers(_DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
@@ -147,6 +155,7 @@ class RNN(nn.RNN, _Layers):
     extra_repr = _extra_repr
     forward = _forward(nn.RNN)
     _weights_have_changed = _weights_have_changed
+    check_input = _check_input
 
 
 class LSTM(nn.LSTM, _Layers):
@@ -159,6 +168,7 @@ class LSTM(nn.LSTM, _Layers):
     extra_repr = _extra_repr
     forward = _forward(nn.LSTM)
     _weights_have_changed = _weights_have_changed
+    check_input = _check_input
 
 
 class GRU(nn.GRU, _Layers):
@@ -171,6 +181,7 @@ class GRU(nn.GRU, _Layers):
     extra_repr = _extra_repr
     forward = _forward(nn.GRU)
     _weights_have_changed = _weights_have_changed
+    check_input = _check_input
 
 
 class RNNCell(nn.RNNCell, _DropIn):

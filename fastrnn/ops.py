@@ -9,7 +9,8 @@ Raw ops (no autograd; engines register them per device). They assume T >= 1, B >
     batch_sizes  int64 [T] on the CPU, rows of each step, never increasing, sum N
     h0, c0       [D, B, R], [D, B, H] (lstm only)
     w_ih, ...    one tensor a direction, D in {1, 2}: w_ih [G*H, I], w_hh [G*H, R], b_* [G*H] or no tensors,
-                 w_hr [R, H] or no tensors. Direction 1 runs opposite to direction 0.
+                 w_hr [R, H] or no tensors. Direction 1 runs opposite to direction 0. For layer_forward on the CPU, where
+                 all else is float32 and R is even, matrices may be bfloat16.
     cell         a key of fastrnn.kernels.cells.CELLS
     reverse      direction 0 runs from the last step to the first
     save         keep what layer_backward needs
@@ -44,6 +45,7 @@ any order through the reference; vmap by folding or looping; forward mode by run
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -167,7 +169,7 @@ def layer(
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One layer, differentiable: y, h_n, and c_n for lstm, None otherwise. Arguments are the raw ops', see above."""
-    if x.is_cpu and (x.dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
+    if x.is_cpu and (w_ih[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
         return _in_float32(x, batch_sizes, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), cell, reverse, batch_first)
     compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     weights = (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
@@ -188,15 +190,34 @@ def layer(
 
 
 def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
-    """`layer` in half precision or under autocast, on a CPU: all of it in float32, and each result rounded once."""
+    """`layer` in half precision or under autocast, on a CPU: all of it in float32, and each result rounded once.
+
+    Without gradients matrices in bfloat16 are read as they are.
+    """
     dtype, autocast = x.dtype, torch.is_autocast_enabled("cpu")
     if autocast:  # as torch.nn does: of its GRU only the products are cast
         dtype = torch.promote_types(x.dtype, h0.dtype) if cell == "gru" else torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
-        kinds = [[weight.float() for weight in kind] for kind in weights]
-        c0 = None if c0 is None else c0.float()
-        y, h_n, c_n = layer(x.float(), batch_sizes, h0.float(), c0, *kinds, cell, reverse, batch_first)
+        x, h0, c0 = x.float(), h0.float(), None if c0 is None else c0.float()
+        if _takes_half(weights) and not (
+            _forward_mode()
+            or torch._C._are_functorch_transforms_active()
+            or (torch.is_grad_enabled() and _requires_grad((x, h0, *itertools.chain(*weights)), c0))
+        ):
+            w_ih, w_hh, b_ih, b_hh, w_hr = weights
+            biases = [b.float() for b in b_ih], [b.float() for b in b_hh]
+            y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, *biases, w_hr, cell, reverse, batch_first, False)
+            c_n = None if c0 is None else c_n
+        else:
+            kinds = [[weight.float() for weight in kind] for kind in weights]
+            y, h_n, c_n = layer(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first)
         return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
+
+
+def _takes_half(weights: Kinds) -> bool:
+    """Are these matrices in bfloat16 that layer_forward reads?"""
+    w_ih, w_hh, _, _, w_hr = weights
+    return w_hh[0].shape[1] % 2 == 0 and all(w.dtype is torch.bfloat16 for w in (*w_ih, *w_hh, *w_hr))
 
 
 class Layer(Function):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
-from contract import CELLS, Case, assert_contract, cases, relative, run, twins
+from contract import CELLS, Case, arguments, assert_contract, cases, relative, run, same_bits, twins
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
 
@@ -110,3 +112,71 @@ def test_step(dtype):
     out = torch.empty_like(y), tuple(torch.empty_like(s) for s in state)
     assert module.step(x[0], state, out=out)[0] is out[0]
     torch.testing.assert_close(out[0], module.step(x[0], state)[0])
+
+
+@pytest.mark.parametrize("steps", [1, 7, 40])
+@pytest.mark.parametrize("batch", [1, 5, 17])
+@pytest.mark.parametrize("case", [Case(cell, 17, 34, layers=2, bidirectional=True) for cell in CELLS] + [
+    Case("lstm", 9, 33, proj_size=18, bias=False, layout="batch"), Case("gru", 300, 258, layout="packed"),
+    Case("rnn_tanh", 130, 65),
+], ids=str)  # fmt: skip
+def test_compressed(case, batch, steps):
+    """To the bit what float32 gives over rounded weights; with gradients too, to x and to the weights as they are."""
+    case = dataclasses.replace(case, batch=batch, steps=steps)
+    _, ours = twins(case, 0)
+    for name, parameter in ours.named_parameters():
+        if name.startswith("weight"):
+            parameter.data = parameter.data.bfloat16().float()
+    small = fastrnn.compress(copy.deepcopy(ours))
+    assert {p.dtype for p in small.parameters() if p.dim() == 2} == {torch.bfloat16}
+    sample = case.sample(0)
+    given = arguments(case, sample.x, sample.states, sample.lengths)
+    assert fastrnn.explain(small, *given).engine == "cpu"
+    with torch.no_grad():
+        same_bits(*(_flat(module(*given)) for module in (small, ours)))
+    found, expected = run(small, case, sample), run(ours, case, sample)
+    for name, value in expected.items():
+        same_bits(found[name], value.to(found[name].dtype), name)
+    same_bits(_flat(small.float()(*given)), _flat(ours(*given)))
+
+
+def _flat(result) -> dict[str, torch.Tensor]:
+    output, state = result
+    data = output.data if isinstance(output, PackedSequence) else output
+    states = state if isinstance(state, tuple) else (state,)
+    return {f"{index}": value.detach() for index, value in enumerate((data, *states))}
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_compressed_cells(name):
+    cell = getattr(fastrnn, name)(9, 34)
+    small = fastrnn.compress(copy.deepcopy(cell))
+    x = torch.randn(5, 9)
+    for parameter in cell.parameters():
+        parameter.data = parameter.data.bfloat16().float() if parameter.dim() == 2 else parameter.data
+    with torch.no_grad():
+        for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (small(x), cell(x))), strict=True):
+            same_bits(one, other)
+
+
+def test_compression_is_read_as_it_is():
+    """No copy in float32 is made of large weights, in a sequence or a step; and what is not float32 is left alone."""
+    module = fastrnn.compress(fastrnn.GRU(8, 512))
+    x = torch.randn(3, 1, 8)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
+        module(x)
+        module.step(x[0], None)
+    assert "aten::_to_copy" not in {event.name for event in seen.events()}
+    double = fastrnn.compress(fastrnn.LSTM(3, 4, dtype=torch.float64))
+    assert {p.dtype for p in double.parameters()} == {torch.float64}
+
+
+def test_the_error_of_compression():
+    """As docs/performance.md states it: of weights and of a layer's outputs, relative L2."""
+    torch.manual_seed(0)
+    module = fastrnn.LSTM(256, 256)
+    small = fastrnn.compress(copy.deepcopy(module))
+    x = torch.randn(100, 4, 256)
+    with torch.no_grad():
+        assert relative(small.weight_hh_l0.float(), module.weight_hh_l0) < 2**-9
+        assert 1e-4 < relative(small(x)[0], module(x)[0]) < 2e-3

@@ -54,9 +54,10 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             depth, panels = R, units // (lanes * per_panel)
         else:
             depth, panels = gates * H, ceil_div(R, wide)
+        half_panels = p.half and B <= plan.HALF_PANEL_ROWS
         crews, row_groups, unit_groups = schedule(
-            p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns, vector,
-            1 if forward else 2,
+            p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,
+            vector // 2 if half_panels else vector, 1 if forward else 2,
         )  # fmt: skip
         one_step = p.steps == 1
         team = crews * row_groups * unit_groups
@@ -65,7 +66,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             tables = 3 * B + 2 * block * B
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
             ih_once = row_groups == 1 and block == p.steps
-            panel_bytes = align(columns * vector * I) if ih_once and not one_step else 0
+            deepest = max(I if ih_once else 0, R if half_panels else 0)
+            panel_bytes = 0 if one_step else align(columns * vector * deepest)
         else:
             block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
@@ -79,6 +81,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.threads, d.crews, d.row_groups, d.unit_groups, d.block_steps = team, crews, row_groups, unit_groups, block
             if crews == 1:
                 offset = 0  # directions take turns in one workspace
+            d.half_panels = half_panels
             d.ih_once, d.one_step, d.panel_bytes = ih_once, one_step, panel_bytes
             d.ih_panels = d.workspace + offset
             if not ih_once:
@@ -87,7 +90,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if not forward and d.need_dw and block == p.steps and R % wide == 0:
                 d.hh_panels = d.dw_hh  # of the panels' size, and written when no step needs them any more
             elif not one_step:
-                offset += align(units * gates * R * size if forward else ceil_div(R, wide) * wide * gates * H * size)
+                offset += align(
+                    units * gates * R * (2 if half_panels else size) if forward else ceil_div(R, wide) * wide * gates * H * size
+                )
             d.hr_panels = d.workspace + offset
             if d.projected:
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)

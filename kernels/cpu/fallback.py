@@ -153,6 +153,7 @@ class Call:
 
 
 def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
+    w_ih, w_hh, w_hr = ([w.to(x.dtype) for w in matrices] for matrices in (w_ih, w_hh, w_hr))  # they may be in bfloat16
     call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
     D, B, R = h0.shape
     H, rows = int(call.records["hidden_size"][0]), int(call.records["rows"][0])

@@ -42,6 +42,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     per_panel = unit_vectors(gates, target.registers)
     columns = gates * per_panel
     product = make_product(v, target, columns)
+    # The same for matrices in bfloat16; in float64 there are none.
+    has_half = v.half is not None
+    product_half = make_product(v, target, columns, has_half)
+    pack_columns_half, dot_rows_half = make_pack_columns(v, has_half), make_dot_rows(v, has_half)
+    store_pair = v.half.store_pair if has_half else None
     wide = wide_columns(target.registers)
     multiply = make_multiply(v, target, wide)
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
@@ -84,24 +89,47 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     write_slots = slot_writer(slots)
 
     @njit(**options)
+    def pack_rows_of(p, source, units, depth, out, out_stride):
+        if p.half:
+            pack_columns_half(source, depth * 2, units, depth, out, out_stride)
+        else:
+            pack_columns(source, depth * size, units, depth, out, out_stride)
+
+    @njit(**options)
+    def pair_up(panel, depth, out):
+        """A panel whose numbers bfloat16 holds, in pairs of k."""
+        for k in range(0, depth, 2):
+            for j in range(columns):
+                store_pair(panel + (k * columns + j) * vector, panel + ((k + 1) * columns + j) * vector, out)
+                out += vector
+
+    if not has_half:
+        pair_up = njit(lambda panel, depth, out: None, **options)
+
+    @njit(**options)
     def pack_gates(p, w, depth, order, panel, out):
         """One panel of a gate matrix [gates * hidden_size, depth]: all gates of a block of units, k running down."""
+        w_size = 2 if p.half else size
         for j in range(per_panel):
             unit = (panel * per_panel + j) * lanes
             for g in range(gates):
-                source = w + (order[g] * p.hidden_size + unit) * depth * size
+                source = w + (order[g] * p.hidden_size + unit) * depth * w_size
                 column = (g * per_panel + j) * vector
-                pack_columns(source, depth * size, p.hidden_size - unit, depth, out + column, columns * vector)
+                pack_rows_of(p, source, p.hidden_size - unit, depth, out + column, columns * vector)
 
     @njit(**options)
     def dot_gates(p, count, a_rows, w, depth, order, panel, sums):
         """What the product with a panel of pack_gates gives, but for rounding, from the matrix where it lies."""
+        w_size = 2 if p.half else size
         for j in range(per_panel):
             unit = (panel * per_panel + j) * lanes
             for g in range(gates):
-                rows = w + (order[g] * p.hidden_size + unit) * depth * size
+                rows = w + (order[g] * p.hidden_size + unit) * depth * w_size
                 out = sums + (g * per_panel + j) * vector
-                dot_rows(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector)
+                if p.half:
+                    dot_rows_half(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector)
+                else:
+                    dot_rows(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector)
 
     @njit(**options)
     def sum_biases(p, panel, bias_gate):
@@ -119,16 +147,19 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 store_all(p.bias_sums + s * bias_gate + unit * size, total)
 
     @njit(**options)
-    def pack_weights(p, member, members, bias_gate):
+    def pack_weights(p, member, members, bias_gate, own_panel):
         """This member's share of the panels that are packed once for all, and of the biases."""
+        hh_bytes = p.output_size * columns * vector
         panels = ceil_div(p.hidden_size, lanes * per_panel)
         for panel in range(share(panels, members, member), share(panels, members, member + 1)):
             if not p.ih_once:
                 out = p.ih_panels + panel * p.input_size * columns * vector
                 pack_gates(p, p.w_ih, p.input_size, input_order, panel, out)
             if not p.one_step:
-                out = p.hh_panels + panel * p.output_size * columns * vector
-                pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, out)
+                out = p.hh_panels + panel * (hh_bytes // 2 if p.half_panels else hh_bytes)
+                pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, own_panel if p.half_panels else out)
+                if p.half_panels:
+                    pair_up(own_panel, p.output_size, out)
             sum_biases(p, panel, bias_gate)
         if p.projected:
             outputs = ceil_div(p.output_size, lanes * wide)
@@ -136,9 +167,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 for j in range(wide):
                     unit = (panel * wide + j) * lanes
                     out = p.hr_panels + (panel * p.hidden_size * wide + j) * vector
-                    source = p.w_hr + unit * p.hidden_size * size
-                    units = max(0, p.output_size - unit)
-                    pack_columns(source, p.hidden_size * size, units, p.hidden_size, out, wide * vector)
+                    source = p.w_hr + unit * p.hidden_size * (2 if p.half else size)
+                    pack_rows_of(p, source, max(0, p.output_size - unit), p.hidden_size, out, wide * vector)
 
     @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
@@ -171,6 +201,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch):
         """The k-th step, of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
         gate_stride = p.hidden_size * size
+        panel_bytes = p.output_size * columns * vector // (2 if p.half_panels else 1)
         for index in range(first, last):
             panel, next_panel = there_and_back(k, first, last, index), there_and_back(k, first, last, min(index + 1, last - 1))
             i = 0
@@ -179,9 +210,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 if p.one_step:
                     dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel, scratch)
                 else:
-                    weights = p.hh_panels + panel * p.output_size * columns * vector
-                    following = p.hh_panels + next_panel * p.output_size * columns * vector
-                    product(rows, previous + 8 * i, size, weights, columns * vector, p.output_size, scratch, following)
+                    weights, following = p.hh_panels + panel * panel_bytes, p.hh_panels + next_panel * panel_bytes
+                    if p.half_panels:
+                        product_half(rows, previous + 8 * i, size, weights, columns * vector, p.output_size, scratch, following)
+                    else:
+                        product(rows, previous + 8 * i, size, weights, columns * vector, p.output_size, scratch, following)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     h = load_int(h_rows + 8 * (i + m))
@@ -230,7 +263,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         x_rows = y_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
 
-        pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
+        pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate, own_panel)
         for b in range(r0, r1):
             store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
             if has_cell_state:

@@ -13,7 +13,8 @@ from __future__ import annotations
 # Names are those of the op; *_step and *_row are strides in bytes of a step and of a batch row; a pointer may be 0 (absent).
 _GROUPS = (
     # sizes and flags; rows counts those of all steps, output_size is hidden_size or the projection's
-    "steps batch rows input_size hidden_size output_size bias projected reverse save need_dx need_dh0 need_dw",
+    # half: forward's weight matrices are in bfloat16, and output_size is even; half_panels: those of W_hh stay so when packed
+    "steps batch rows input_size hidden_size output_size bias projected half half_panels reverse save need_dx need_dh0 need_dw",
     # packed only: rows of each step, and rows before it
     "batch_sizes offsets",
     # the op's tensors; y and dy point at this direction's columns
@@ -36,6 +37,7 @@ _GROUPS = (
 )
 FIELDS = tuple(" ".join(_GROUPS).split())
 
+HALF_PANEL_ROWS = 16  # a step of so many rows waits for weights; one of more is busy, and would have to widen them
 BARRIER_BYTES = 128  # each barrier has two cache lines of its own
 LINE = 64
 ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2

@@ -38,7 +38,7 @@ def tile_rows(target: Target, columns: int) -> int:
 
 
 @cache
-def make_product(v: VectorLibrary, target: Target, columns: int):
+def make_product(v: VectorLibrary, target: Target, columns: int, half: bool = False):
     """product(count, a_rows, a_stride, panel, panel_row, depth, sums, following): `count` <= ROW_BLOCK rows times one panel.
 
     panel_row: bytes from one row of the panel to the next.
@@ -47,13 +47,15 @@ def make_product(v: VectorLibrary, target: Target, columns: int):
 
     Every part of the panel that is one chain long meets all rows in turn: the rest of a deep panel, which no cache near holds,
     is read once. The first tile of rows brings the part into L1; those after it prefetch the next part, a line for each k.
+
+    half: the panel holds pairs in bfloat16; depth and a_stride are of single numbers all the same, panel_row of pairs.
     """
-    vector = v.lanes * v.size
-    lines = _ceil_div(columns * vector, LINE)  # of each k
+    vector, group = v.lanes * v.size, 1 + half
+    lines = _ceil_div(columns * vector, LINE)  # of each k, or pair
     stride = min(columns * vector, LINE)
 
     def tiles(rows):
-        tile = product_tile(v, rows, columns)
+        tile = product_tile(v, rows, columns, half)
         if rows == 1:
 
             @njit(integers(11), **options)
@@ -80,13 +82,16 @@ def make_product(v: VectorLibrary, target: Target, columns: int):
         k, part = 0, panel
         while k < depth:
             i, tile, tiles, length = 0, 0, ceil_div(count, most), min(depth - k, CHAIN)
-            next_part = part + length * panel_row if k + length < depth else following
+            count_k = length // group
+            next_part = part + count_k * panel_row if k + length < depth else following
             while i < count:
                 rows, out = ceil_div(count - i, tiles - tile), sums + i * columns * vector
                 ahead, ahead_stride = part, 0
                 if 0 < tile <= lines:
-                    ahead, ahead_stride = next_part + (tile - 1) * length * stride, stride
-                run(rows, a_rows + 8 * i, k * a_stride, a_stride, part, panel_row, length, out, k, ahead, ahead_stride)
+                    ahead, ahead_stride = next_part + (tile - 1) * count_k * stride, stride
+                run(
+                    rows, a_rows + 8 * i, k * a_stride, group * a_stride, part, panel_row, count_k, out, k, ahead, ahead_stride
+                )  # fmt: skip
                 i += rows
                 tile += 1
             k += length
@@ -96,14 +101,16 @@ def make_product(v: VectorLibrary, target: Target, columns: int):
 
 
 @cache
-def make_dot_rows(v: VectorLibrary):
+def make_dot_rows(v: VectorLibrary, half: bool = False):
     """dot_rows(...): rows times up to `lanes` rows of a matrix as torch keeps it, which are read once and never packed.
 
     a_rows: address of `count` row addresses.
     w:      `units` rows of `depth` numbers, next to each other.
     sums:   where the vector of each row goes, `stride` bytes apart; lanes past `units` are not to be used.
+    half:   the matrix is in bfloat16.
     """
-    size, lanes, dots = v.size, v.lanes, v.dots
+    size, lanes, dots = v.size, v.lanes, v.half.dots if half else v.dots
+    w_size = 2 if half else size
     store, load_all, store_all, zero = v.store, v.load_all, v.store_all, v.zero
 
     @njit(integers(7), **options)
@@ -114,13 +121,13 @@ def make_dot_rows(v: VectorLibrary):
             for m in range(count):
                 x, out = load_int(a_rows + 8 * m) + k * size, sums + m * stride
                 if units >= lanes:
-                    total = dots(w + k * size, depth * size, x, length)
+                    total = dots(w + k * w_size, depth * w_size, x, length)
                     store_all(out, total + load_all(out) if k > 0 else total)
                 else:
                     if k == 0:
                         store_all(out, zero())
                     for unit in range(units):
-                        total = dots(w + (unit * depth + k) * size, 0, x, length)
+                        total = dots(w + (unit * depth + k) * w_size, 0, x, length)
                         store(out + unit * size, total + load_all(out + unit * size) if k > 0 else total, 1)
             k += length
 
@@ -191,31 +198,27 @@ def make_pack_rows(v: VectorLibrary, columns: int):
 
 
 @cache
-def make_pack_columns(v: VectorLibrary):
+def make_pack_columns(v: VectorLibrary, half: bool = False):
     """pack_columns(...): `units` <= lanes rows of `depth` numbers at `source`, turned so that k runs down `out`.
 
     out: `depth` vectors, out_stride bytes apart, one lane a row, zero in the lanes past `units`.
+    half: the rows are in bfloat16.
     """
-    size, lanes = v.size, v.lanes
-    load_scalar, store_scalar, store_all, zero, transpose = (
-        v.load_scalar,
-        v.store_scalar,
-        v.store_all,
-        v.zero,
-        v.transpose,
-    )
+    size, lanes, source_size = v.size, v.lanes, 2 if half else v.size
+    load_scalar, transpose = (v.half.load_scalar, v.half.transpose) if half else (v.load_scalar, v.transpose)
+    store_scalar, store_all, zero = v.store_scalar, v.store_all, v.zero
 
     @njit(integers(6), **options)
     def pack_columns(source, source_stride, units, depth, out, out_stride):
         k = 0
         if units >= lanes:
             while k + lanes <= depth:
-                transpose(source + k * size, source_stride, out + k * out_stride, out_stride)
+                transpose(source + k * source_size, source_stride, out + k * out_stride, out_stride)
                 k += lanes
         while k < depth:
             store_all(out + k * out_stride, zero())
             for unit in range(min(units, lanes)):
-                value = load_scalar(source + unit * source_stride + k * size)
+                value = load_scalar(source + unit * source_stride + k * source_size)
                 store_scalar(out + k * out_stride + unit * size, value)
             k += 1
 

@@ -18,7 +18,7 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from .processor import Target
 
-I32, I64 = ir.IntType(32), ir.IntType(64)
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 class Vector(types.Type):
@@ -110,6 +110,24 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
     lanes = max(target.vector_bytes // size, 1)
     V = Vector(scalar, lanes)
     _register_arithmetic(V)
+
+    def widened(builder, bits):
+        """Numbers in bfloat16, 16 bits or vectors of them, in float32."""
+        wide, sixteen = (V.integer, [I32(16)] * lanes) if isinstance(bits.type, ir.VectorType) else (I32, 16)
+        result = builder.shl(builder.zext(bits, wide), ir.Constant(wide, sixteen))
+        return builder.bitcast(result, V.llvm if wide is V.integer else V.element)
+
+    def load_half(builder, address):
+        value = builder.load(_pointer(builder, address, ir.VectorType(I16, lanes)))
+        value.align = 2
+        return widened(builder, value)
+
+    def load_half_where(builder, address, mask):
+        kind = ir.VectorType(I16, lanes)
+        pointer = _pointer(builder, address, kind)
+        signature = ir.FunctionType(kind, [pointer.type, I32, mask.type, kind])
+        function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.load.v{lanes}i16.p0")
+        return widened(builder, builder.call(function, [pointer, I32(2), mask, ir.Constant(kind, [0] * lanes)]))
 
     def unary(emit):
         @intrinsic
@@ -292,92 +310,121 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
 
         return V(V, V), codegen
 
+    def transposition(read):
+        @intrinsic
+        def transpose(typing_context, source, source_stride, destination, destination_stride):
+            """Write the lanes x lanes block of rows at `source` as columns: rows at `destination`. Strides in bytes."""
+
+            def codegen(context, builder, sig, args):
+                source, source_stride, destination, destination_stride = args
+
+                def row(base, stride, i):
+                    return builder.add(base, builder.mul(stride, I64(i)))
+
+                rows = [read(builder, row(source, source_stride, i)) for i in range(lanes)]
+                width = 1
+                while width < lanes:  # interleave rows i and i + width: log2(lanes) rounds
+                    for i in range(lanes):
+                        if i & width:
+                            continue
+                        a, b = rows[i], rows[i + width]
+                        low = [k if not k & width else lanes + k - width for k in range(lanes)]
+                        high = [k + width if not k & width else lanes + k for k in range(lanes)]
+                        shuffle = ir.VectorType(I32, lanes)
+                        rows[i] = builder.shuffle_vector(a, b, ir.Constant(shuffle, low))
+                        rows[i + width] = builder.shuffle_vector(a, b, ir.Constant(shuffle, high))
+                    width *= 2
+                for i in range(lanes):
+                    _store_at(builder, row(destination, destination_stride, i), rows[i])
+                return context.get_dummy_value()
+
+            return types.void(*[types.int64] * 4), codegen
+
+        return transpose
+
+    def dot_products(read, read_where, bytes_):
+        """bytes_: of a number of w, which `read` and, where a mask says so, `read_where` read."""
+
+        @intrinsic
+        def dots(typing_context, w, w_stride, x, depth):
+            """Lane u: the sum over k < depth of w[u, k] * x[k]; rows of w, as torch keeps it, are w_stride bytes apart.
+
+            A row's sum is as many chains of FMAs as there are lanes, which are then added in pairs.
+            """
+            return V(*[types.int64] * 4), lambda *given: emit_dots(*given, read, read_where, bytes_)
+
+        return dots
+
+    def emit_dots(context, b, sig, args, read, read_where, bytes_):
+        w, w_stride, x, depth = args
+        rows = [b.add(w, b.mul(w_stride, I64(u))) for u in range(lanes)]
+        before = b.block
+        loop, after, rest, done = (b.append_basic_block(name) for name in ("k", "after", "rest", "done"))
+        whole = b.and_(depth, I64(-lanes))
+
+        def add_products(factor, weights, k, totals):
+            offset = b.mul(k, I64(bytes_))
+            return [_fma(b, V, weights(b.add(row, offset)), factor, total) for row, total in zip(rows, totals, strict=True)]
+
+        def merge(*origins):
+            phis = [b.phi(V.llvm) for _ in range(lanes)]
+            for values, block in origins:
+                for phi, value in zip(phis, values, strict=True):
+                    phi.add_incoming(value, block)
+            return phis
+
+        zeros = [_constant(V, 0.0)] * lanes
+        b.cbranch(b.icmp_signed(">", whole, I64(0)), loop, after)
+        b.position_at_end(loop)
+        k = b.phi(I64)
+        totals = merge((zeros, before))
+        new = add_products(_load_at(b, V, b.add(x, b.mul(k, I64(size)))), lambda address: read(b, address), k, totals)
+        following = b.add(k, I64(lanes))
+        k.add_incoming(I64(0), before)
+        k.add_incoming(following, loop)
+        for phi, value in zip(totals, new, strict=True):
+            phi.add_incoming(value, loop)
+        b.cbranch(b.icmp_signed("<", following, whole), loop, after)
+
+        b.position_at_end(after)
+        totals = merge((zeros, before), (new, loop))
+        b.cbranch(b.icmp_signed("<", whole, depth), rest, done)
+        b.position_at_end(rest)
+        mask = _mask(b, b.sub(depth, whole))
+        factor = load_where(b, b.add(x, b.mul(whole, I64(size))), mask)
+        new = add_products(factor, lambda address: read_where(b, address, mask), whole, totals)
+        b.branch(done)
+        b.position_at_end(done)
+        sums, width = merge((totals, after), (new, rest)), 1
+        while width < lanes:  # of two vectors each, sums of neighbouring lanes: half as many vectors, log2(lanes) times
+            low = [k if not k & width else lanes + k - width for k in range(lanes)]
+            high = [k + width if not k & width else lanes + k for k in range(lanes)]
+            low, high = (ir.Constant(ir.VectorType(I32, lanes), order) for order in (low, high))
+            pairs = zip(sums[::2], sums[1::2], strict=True)
+            sums = [b.fadd(b.shuffle_vector(m, n, low), b.shuffle_vector(m, n, high)) for m, n in pairs]
+            width *= 2
+        return sums[0]
+
     @intrinsic
-    def transpose(typing_context, source, source_stride, destination, destination_stride):
-        """Write the lanes x lanes block of rows at `source` as columns: rows at `destination`. Strides in bytes."""
+    def load_scalar_half(typing_context, address):
+        def codegen(context, builder, sig, args):
+            return widened(builder, builder.load(_pointer(builder, args[0], I16)))
+
+        return scalar(types.int64), codegen
+
+    @intrinsic
+    def store_pair(typing_context, first, second, out):
+        """The vectors at `first` and `second`, whose numbers bfloat16 holds, to `out`: in a lane the first is below."""
 
         def codegen(context, builder, sig, args):
-            source, source_stride, destination, destination_stride = args
-
-            def row(base, stride, i):
-                return builder.add(base, builder.mul(stride, I64(i)))
-
-            rows = [_load_at(builder, V, row(source, source_stride, i)) for i in range(lanes)]
-            width = 1
-            while width < lanes:  # interleave rows i and i + width: log2(lanes) rounds
-                for i in range(lanes):
-                    if i & width:
-                        continue
-                    a, b = rows[i], rows[i + width]
-                    low = [k if not k & width else lanes + k - width for k in range(lanes)]
-                    high = [k + width if not k & width else lanes + k for k in range(lanes)]
-                    shuffle = ir.VectorType(I32, lanes)
-                    rows[i] = builder.shuffle_vector(a, b, ir.Constant(shuffle, low))
-                    rows[i + width] = builder.shuffle_vector(a, b, ir.Constant(shuffle, high))
-                width *= 2
-            for i in range(lanes):
-                _store_at(builder, row(destination, destination_stride, i), rows[i])
+            first, second, out = args
+            low, high = (builder.bitcast(_load_at(builder, V, address), V.integer) for address in (first, second))
+            low = builder.lshr(low, ir.Constant(V.integer, [I32(16)] * lanes))
+            high = builder.and_(high, ir.Constant(V.integer, [I32(0xFFFF0000)] * lanes))
+            _store_at(builder, out, builder.or_(low, high))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 4), codegen
-
-    @intrinsic
-    def dots(typing_context, w, w_stride, x, depth):
-        """Lane u: the sum over k < depth of w[u, k] * x[k]; w_stride bytes from one row of w, as torch keeps it, to the next.
-
-        A row's sum is as many chains of FMAs as there are lanes, which are then added in pairs.
-        """
-
-        def codegen(context, b, sig, args):
-            w, w_stride, x, depth = args
-            rows = [b.add(w, b.mul(w_stride, I64(u))) for u in range(lanes)]
-            before = b.block
-            loop, after, rest, done = (b.append_basic_block(name) for name in ("k", "after", "rest", "done"))
-            whole = b.and_(depth, I64(-lanes))
-
-            def add_products(read, offset, totals):
-                factor = read(b.add(x, offset))
-                return [_fma(b, V, read(b.add(row, offset)), factor, total) for row, total in zip(rows, totals, strict=True)]
-
-            def merge(*origins):
-                phis = [b.phi(V.llvm) for _ in range(lanes)]
-                for values, block in origins:
-                    for phi, value in zip(phis, values, strict=True):
-                        phi.add_incoming(value, block)
-                return phis
-
-            zeros = [_constant(V, 0.0)] * lanes
-            b.cbranch(b.icmp_signed(">", whole, I64(0)), loop, after)
-            b.position_at_end(loop)
-            k = b.phi(I64)
-            totals = merge((zeros, before))
-            new = add_products(lambda address: _load_at(b, V, address), b.mul(k, I64(size)), totals)
-            following = b.add(k, I64(lanes))
-            k.add_incoming(I64(0), before)
-            k.add_incoming(following, loop)
-            for phi, value in zip(totals, new, strict=True):
-                phi.add_incoming(value, loop)
-            b.cbranch(b.icmp_signed("<", following, whole), loop, after)
-
-            b.position_at_end(after)
-            totals = merge((zeros, before), (new, loop))
-            b.cbranch(b.icmp_signed("<", whole, depth), rest, done)
-            b.position_at_end(rest)
-            mask = _mask(b, b.sub(depth, whole))
-            new = add_products(lambda address: load_where(b, address, mask), b.mul(whole, I64(size)), totals)
-            b.branch(done)
-            b.position_at_end(done)
-            sums, width = merge((totals, after), (new, rest)), 1
-            while width < lanes:  # of two vectors each, sums of neighbouring lanes: half as many vectors, log2(lanes) times
-                low = [k if not k & width else lanes + k - width for k in range(lanes)]
-                high = [k + width if not k & width else lanes + k for k in range(lanes)]
-                low, high = (ir.Constant(ir.VectorType(I32, lanes), order) for order in (low, high))
-                pairs = zip(sums[::2], sums[1::2], strict=True)
-                sums = [b.fadd(b.shuffle_vector(m, n, low), b.shuffle_vector(m, n, high)) for m, n in pairs]
-                width *= 2
-            return sums[0]
-
-        return V(*[types.int64] * 4), codegen
+        return types.void(*[types.int64] * 3), codegen
 
     @intrinsic
     def load_scalar(typing_context, address):
@@ -394,6 +441,12 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
 
         return types.void(types.int64, scalar), codegen
 
+    half = None
+    if size == 4:  # the same of matrices in bfloat16
+        half = VectorLibrary(
+            transpose=transposition(load_half), dots=dot_products(load_half, load_half_where, 2), load_scalar=load_scalar_half,
+            store_pair=store_pair,
+        )  # fmt: skip
     return VectorLibrary(
         type=V,
         size=size,
@@ -408,10 +461,11 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         tanh=unary(emit_tanh),
         relu=unary(emit_relu),
         where_positive=where_positive,
-        transpose=transpose,
-        dots=dots,
+        transpose=transposition(lambda builder, address: _load_at(builder, V, address)),
+        dots=dot_products(lambda builder, address: _load_at(builder, V, address), load_where, size),
         load_scalar=load_scalar,
         store_scalar=store_scalar,
+        half=half,
     )
 
 
@@ -469,17 +523,27 @@ PREFETCHING_ROWS = 3
 
 
 @cache
-def product_tile(vectors: VectorLibrary, rows: int, columns: int):
+def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: bool = False):
     """The register tile: out[rows, columns * lanes] (=, or += if add) sum over k of a[row, k] * panel[k, :], a chain of FMAs.
 
     a_rows:  address of `rows` int64 addresses; a[row, k] is `a_offset + k * a_stride` bytes after its row's.
     panel:   `depth` groups of `columns` vectors, `panel_stride` bytes apart.
     out:     rows * columns vectors, contiguous.
+    half:    the panel holds pairs of k in bfloat16, as store_pair writes them: `depth` and strides count pairs, and the numbers
+             of a row of `a` are next to each other.
     ahead:   what is to be brought into L2 meanwhile, a line for each k, `ahead_stride` bytes apart; tiles that have fewer than
              PREFETCHING_ROWS, which are busy loading as it is, do not.
     """
     V, size, lanes = vectors.type, vectors.size, vectors.lanes
     broadcast = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+
+    def panel_vector(b, address, member):
+        if not half:
+            return _load_at(b, V, address)
+        pairs = b.bitcast(_load_at(b, V, address), V.integer)
+        if member:
+            return b.bitcast(b.and_(pairs, ir.Constant(V.integer, [I32(0xFFFF0000)] * lanes)), V.llvm)
+        return b.bitcast(b.shl(pairs, ir.Constant(V.integer, [I32(16)] * lanes)), V.llvm)
 
     @intrinsic
     def tile(typing_context, a_rows, a_offset, a_stride, panel, panel_stride, depth, out, add, ahead, ahead_stride):
@@ -494,16 +558,18 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int):
             b.position_at_end(loop)
             k, a_offset, weights, line = b.phi(I64), b.phi(I64), b.phi(I64), b.phi(I64)
             total = [[b.phi(V.llvm) for _ in range(columns)] for _ in range(rows)]
-            w = []
-            for n in range(columns):
-                w.append(_load_at(b, V, b.add(weights, I64(n * lanes * size))))
             if rows >= PREFETCHING_ROWS:
                 _prefetch(b, line, 2)
-            new = []
-            for m in range(rows):
-                x = b.load(b.inttoptr(b.add(a[m], a_offset), V.element.as_pointer()))
-                x = b.shuffle_vector(b.insert_element(undefined, x, I32(0)), undefined, broadcast)
-                new.append([_fma(b, V, x, w[n], total[m][n]) for n in range(columns)])
+            new = total
+            for member in range(1 + half):
+                w = [panel_vector(b, b.add(weights, I64(n * lanes * size)), member) for n in range(columns)]
+                sums = []
+                for m in range(rows):
+                    offset = b.add(a_offset, I64(member * size))
+                    x = b.load(b.inttoptr(b.add(a[m], offset), V.element.as_pointer()))
+                    x = b.shuffle_vector(b.insert_element(undefined, x, I32(0)), undefined, broadcast)
+                    sums.append([_fma(b, V, x, w[n], new[m][n]) for n in range(columns)])
+                new = sums
             steps = (
                 (k, I64(0), b.add(k, I64(1))),
                 (a_offset, a_first, b.add(a_offset, a_stride)),
