@@ -30,7 +30,7 @@ from .team import (
     wait_group,
     wait_team,
 )
-from .vector import VectorLibrary, load_int, store_int
+from .vector import VectorLibrary, load_int, prefetch, store_int
 
 
 @cache
@@ -171,6 +171,15 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     pack_rows_of(p, source, max(0, p.output_size - unit), p.hidden_size, out, wide * vector)
 
     @njit(**options)
+    def bring_near(count, rows, parts, part_bytes, panel):
+        """Prefetch the units of a panel in each part of `count` rows, whose addresses are at `rows`."""
+        for m in range(count):
+            row = load_int(rows + 8 * m) + panel * per_panel * vector
+            for part in range(parts):
+                for j in range(per_panel):
+                    prefetch(row + part * part_bytes + j * vector)
+
+    @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
         """Input product and biases of `count` rows, for the units of panels first .. last-1."""
         for panel in range(first, last):
@@ -182,6 +191,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
+                bring_near(rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch)
                 else:
@@ -207,6 +217,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
+                bring_near(rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel)
+                bring_near(rows, h_rows + 8 * i, 1, 0, panel)
                 if p.one_step:
                     dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel, scratch)
                 else:
