@@ -111,7 +111,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
                 panels = min(ceil_div(max(I, R, H), wide), plan.OPERAND_PANELS)
-                offset += align(panels * wide * min(plan.OPERAND_ROWS, block * B) * size)
+                d.operand_rows = min(plan.OPERAND_PANELS // panels * plan.OPERAND_ROWS, block * B)
+                offset += align(panels * wide * d.operand_rows * size)
             d.own, d.own_bytes = d.workspace + offset, own
             offset += row_groups * unit_groups * own
         if not forward and p.directions == 2 and p.need_dx:

@@ -12,7 +12,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import LINE, OPERAND_PANELS, OPERAND_ROWS, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
+from .plan import LINE, OPERAND_PANELS, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
 from .processor import Target
 from .product import ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
 from .team import (
@@ -315,7 +315,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 i += 1
         i = 0
         while i < rows:  # so much of the operands is packed at a time
-            count, more = min(OPERAND_ROWS, rows - i), add or i > 0
+            count, more = min(p.operand_rows, rows - i), add or i > 0
             a = gradients + i * row_bytes
             fill_gate_rows(out_rows, input_order, units, p.dw_ih, p.input_size)
             weight_gradient(

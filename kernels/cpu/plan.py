@@ -27,7 +27,8 @@ _GROUPS = (
     "crews row_groups unit_groups block_steps",
     # ih_once: a panel of W_ih is packed where it is used, into the thread's own buffer of panel_bytes.
     # one_step: W_hh is used but once; forward reads both matrices where they lie, backward packs as with ih_once
-    "ih_once one_step panel_bytes",
+    # operand_rows: rows of an operand of the weights' gradients that are packed at a time, a multiple of 128 or all
+    "ih_once one_step panel_bytes operand_rows",
     # the workspace: packed weights, summed biases, a row of zeros; of the crew: pre-activations or their gradients (shared),
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
     # (own, own_bytes apart); dx of direction 1 while both directions run (dx_other)
@@ -45,8 +46,8 @@ SCRATCH_VECTORS = ROW_BLOCK * 4  # sums of a block of rows, four vectors wide at
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them,
 FORWARD_BLOCK_ROWS = 256  # but for so many rows W_ih is read at least: else it comes from beyond L2 too often
 BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
-OPERAND_ROWS = 256  # rows of an operand of the weights' gradients that are packed at a time,
-OPERAND_PANELS = 8  # and panels
+OPERAND_PANELS = 8  # panels of an operand of the weights' gradients that are packed at a time,
+OPERAND_ROWS = 256  # of so many rows, or of more where there are fewer panels
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
 
 
