@@ -55,6 +55,7 @@ bench: install
 	$(BIN)/python -m bench.startup
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.run $(BENCH_ARGS)
+	$(BIN)/python -m bench.half
 	$(BIN)/python -m bench.report
 
 check: install build/types

@@ -142,6 +142,22 @@ def startup(content: dict[str, Any]) -> str:
     )
 
 
+def half(content: dict[str, Any]) -> str:
+    """bfloat16 against torch.nn's, and against our own float32."""
+
+    def mean(mode: str, rival: str, rows: str = "") -> str:
+        found = [
+            case for case in content["cases"] if case["mode"] == mode and rows in case["name"] and " T1 " not in case["name"]
+        ]
+        return _times([case["ratios"][rival] for case in found if "ratios" in case])
+
+    return (
+        f"bfloat16 layers against torch.nn's: inference {mean('infer', 'torch')}, training {mean('train', 'torch')}. Against "
+        f"our own float32, in inference: {mean('infer', 'fastrnn float32', 'B1 ')} at one row and H 512 to 1024, "
+        f"{mean('infer', 'fastrnn float32', 'B32 ')} at 32 rows; in training {mean('train', 'fastrnn float32')}."
+    )
+
+
 def origin(content: dict[str, Any]) -> str:
     """Where and when the figures were taken."""
     machine, versions, settings = content["machine"], content["versions"], content["settings"]
@@ -199,6 +215,8 @@ def markdown(contents: dict[str, dict[str, Any]]) -> str:
         parts.append(memory(contents["memory"]))
     if "startup" in contents:
         parts.append(startup(contents["startup"]))
+    if "half" in contents:
+        parts.append(half(contents["half"]))
     if grid:
         parts.append(origin(grid))
     return "\n\n".join(part for part in parts if part)
@@ -217,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder (default %(default)s)")
     parser.add_argument("--page", type=Path, default=record.ROOT / "README.md", help="(default %(default)s)")
     options = parser.parse_args(argv)
-    files = {name: options.results / f"{name}.json" for name in ("grid", "memory", "startup")}
+    files = {name: options.results / f"{name}.json" for name in ("grid", "memory", "startup", "half")}
     contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     report = markdown(contents)
     print(report)

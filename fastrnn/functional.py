@@ -228,10 +228,18 @@ def _run_stack(cell: str, x, hx, weights, axes: int, num_layers=1, bidirectional
     for state in states:
         if state.dim() != axes:
             return None
+    half = x.dtype is torch.bfloat16
+    if half:  # in float32 but for the matrices, which the engine reads as they are
+        if any(tensor.dtype is not torch.bfloat16 for tensor in (*states, *weights)):
+            return None
+        x, states = x.float(), [state.float() for state in states]
+        weights = [weight if weight.dim() == 2 else weight.float() for weight in weights]
     h0 = states[0] if states else None
     c0 = states[1] if len(states) > 1 else None
-    y, h_n, c_n = ops.stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
-    return None if y.dim() == 1 else (y, h_n, c_n)
+    results = ops.stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
+    if results[0].dim() == 1:
+        return None
+    return tuple(result.bfloat16() for result in results) if half else results
 
 
 def _stack(cell: str, fallback: Callable, args: tuple):

@@ -209,8 +209,8 @@ def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
             y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, *biases, w_hr, cell, reverse, batch_first, False)
             c_n = None if c0 is None else c_n
         else:
-            kinds = [[weight.float() for weight in kind] for kind in weights]
-            y, h_n, c_n = layer(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first)
+            w_ih, w_hh, b_ih, b_hh, w_hr = ([weight.float() for weight in kind] for kind in weights)
+            y, h_n, c_n = layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
         return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
 
 

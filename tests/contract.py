@@ -9,7 +9,7 @@ that is really wrong still shows. Accuracy near zero has tests of its own.
 
 Allowed in float32: FACTOR times torch.nn's own error at that dtype plus SLACK eps. In float64 a fixed bound, because
 torch.nn's error against itself is zero. In half precision too: each layer computes in float32 and rounds its results
-once, which is at most half of eps a layer, whatever torch.nn's error, in tens of eps, may be.
+once, which is at most half of eps a layer, whatever torch.nn's error.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from bench import memory, record, report, run, timing
+from bench import half, memory, record, report, run, timing
 from bench.grid import GRID, Case, Point, cases
 from bench.subjects import Subject, difference, onnx_model
 
@@ -81,6 +81,16 @@ def test_onnx_model_equals_torch(cell):
     assert difference(torch.from_numpy(y[:, 0]), expected["y"]) < 1e-5
     for name, state in zip(("h_n", "c_n"), states, strict=False):
         assert difference(torch.from_numpy(state), expected[name]) < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_half_is_checked_and_told(mode):
+    found = half.measure(Case(Point("few", 1, 18, 5, input=4), "gru", mode), seconds=0.01, most=2)
+    assert found["ratios"]["fastrnn"] == 1
+    assert ("fastrnn compressed" in found["ratios"]) == (mode == "infer")
+    assert found["errors"]["fastrnn float32"] == 0 < found["errors"]["fastrnn"] < found["errors"]["torch"]
+    wrong = half.measure(Case(Point("few", 1, 18, 5, input=4), "gru", mode), seconds=0.01, most=2, tolerance=1e-5)
+    assert "times" not in wrong
 
 
 def test_difference_is_relative_where_it_can_be():
