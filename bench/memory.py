@@ -3,8 +3,8 @@
 Each pair of figures comes of a process of its own. It makes the model, the input and the output's gradient, and takes a
 step of a tiny model of the same kind, so that code and threads are loaded. Then, twice: it drops all gradients, gives
 free heap back to the system, resets the kernel's high-water mark of resident memory, and takes a training step. A
-figure is how far that step raises the mark above the memory resident before it: outputs, what backward keeps,
-gradients, workspace; the first step's also what a library sets up for these sizes and keeps.
+figure is how far that step raises the mark above the memory resident before the first: outputs, what backward keeps,
+gradients, workspace, and what a library sets up for these sizes and keeps.
 
 Linux counts resident pages in batches: two figures that differ by less than RESOLUTION are the same. The C library is
 told to map and unmap each larger block on its own (ALLOCATOR), for all libraries alike: otherwise holes in its heap, a
@@ -58,11 +58,12 @@ def peaks(case: Case, library: str, threads: int, recompute: bool = False) -> li
     raised = []
     with fastrnn.recompute(recompute):
         Subject(tiny, module).step()
+        baseline = 0
         for _ in STEPS:
             subject.drop_gradients()
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
-            baseline = _status("VmRSS")
+            baseline = baseline or _status("VmRSS")
             subject.step()
             raised.append(_status("VmHWM") - baseline)
     return raised

@@ -114,16 +114,20 @@ void unmap(Block block) {
 
 // Large blocks, in huge pages, that stay for the next call, because the first use of fresh memory takes up to half as long as
 // the call: as many as there are places, KEPT_BYTES together at most, and the system may take them whenever it is short of
-// memory. No locks: a fork may come at any time.
+// memory. With one place, a block that is too small goes, and any other will do. No locks: a fork may come at any time.
+template <size_t Places>
 class Blocks {
  public:
   Block take(int64_t bytes) {
     for (auto& place : places_) {
-      std::unique_ptr<Block> block{place.exchange(nullptr)};
+      const std::unique_ptr<Block> block{place.exchange(nullptr)};
       if (!block) continue;
       kept_bytes_ -= block->bytes;
-      if (block->bytes >= bytes && block->bytes / 2 <= bytes) return *block;
-      keep(*block);
+      if (block->bytes >= bytes && (Places == 1 || block->bytes / 2 <= bytes)) return *block;
+      if (Places == 1)
+        unmap(*block);
+      else
+        keep(*block);
     }
     const int64_t whole = product({(bytes + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES, HUGE_PAGE_BYTES});
     void* mapped = mmap(nullptr, static_cast<size_t>(whole + HUGE_PAGE_BYTES), PROT_READ | PROT_WRITE,
@@ -161,11 +165,12 @@ class Blocks {
     unmap(block);
   }
 
-  std::array<std::atomic<Block*>, 8> places_{};
+  std::array<std::atomic<Block*>, Places> places_{};
   std::atomic<int64_t> kept_bytes_{0};
 };
 
-Blocks blocks;
+Blocks<1> workspaces;
+Blocks<8> saved_blocks;
 
 // Memory of a call's own, its first byte at the begin of a cache line.
 class Workspace {
@@ -178,12 +183,12 @@ class Workspace {
       medium_ = empty_tensor({bytes + 64}, aoti_torch_dtype_uint8());
       begin = (address(*medium_) + 63) / 64 * 64;
     } else {
-      large_ = blocks.take(bytes);
+      large_ = workspaces.take(bytes);
       begin = large_.begin;
     }
   }
   ~Workspace() {
-    if (large_.bytes) blocks.give_back(large_);
+    if (large_.bytes) workspaces.give_back(large_);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
@@ -204,10 +209,10 @@ Tensor empty_kept(const std::vector<int64_t>& sizes, int32_t dtype, int64_t elem
   for (size_t i = sizes.size(); i-- > 0; count = product({count, sizes[i]})) strides[i] = count;
   const int64_t bytes = product({count, element_size});
   if (bytes < MAPPED_BYTES || !torch_from_blob) return empty_tensor(sizes, dtype);
-  auto block = std::make_unique<Block>(blocks.take(bytes));
+  auto block = std::make_unique<Block>(saved_blocks.take(bytes));
   const auto give_back = [](void*, void* owned) {
     const std::unique_ptr<Block> block{static_cast<Block*>(owned)};
-    blocks.give_back(*block);
+    saved_blocks.give_back(*block);
   };
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(reinterpret_cast<void*>(block->begin), static_cast<int64_t>(sizes.size()),
