@@ -62,6 +62,8 @@ class Layer:
             self.reverse,
             self.sizes,
         )
+        for name in ("w_ih", "w_hh"):  # as torch.nn scales them: else the state is chaotic, and rounding decides
+            made[name] = [weight / self.sizes[3] ** 0.5 for weight in made[name]]
         if self.layout == "packed":  # a row that ends early, one that ends in the middle
             T, B = self.sizes[:2]
             lengths = sorted((max(1, T - b * T // B) for b in range(B)), reverse=True)
