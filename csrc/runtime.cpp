@@ -179,7 +179,7 @@ class Workspace {
     alignas(64) static thread_local char small[SMALL_BYTES];
     if (bytes <= SMALL_BYTES) {
       begin = reinterpret_cast<int64_t>(small);
-    } else if (bytes < HUGE_PAGE_BYTES) {
+    } else if (bytes < LARGE_BYTES) {
       medium_ = empty_tensor({bytes + 64}, aoti_torch_dtype_uint8());
       begin = (address(*medium_) + 63) / 64 * 64;
     } else {
@@ -197,6 +197,7 @@ class Workspace {
 
  private:
   static constexpr int64_t SMALL_BYTES = 64 << 10;
+  static constexpr int64_t LARGE_BYTES = 8 << 20;  // a smaller one would be a large part of a step's memory if it stayed
 
   std::optional<Tensor> medium_;
   Block large_;
