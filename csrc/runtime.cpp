@@ -118,7 +118,8 @@ void unmap(Block block) {
 template <size_t Places>
 class Blocks {
  public:
-  Block take(int64_t bytes) {
+  // One that was kept, or none.
+  Block find(int64_t bytes) {
     for (auto& place : places_) {
       const std::unique_ptr<Block> block{place.exchange(nullptr)};
       if (!block) continue;
@@ -129,6 +130,11 @@ class Blocks {
       else
         keep(*block);
     }
+    return {};
+  }
+
+  Block take(int64_t bytes) {
+    if (const Block kept = find(bytes); kept.bytes) return kept;
     const int64_t whole = product({(bytes + HUGE_PAGE_BYTES - 1) / HUGE_PAGE_BYTES, HUGE_PAGE_BYTES});
     void* mapped = mmap(nullptr, static_cast<size_t>(whole + HUGE_PAGE_BYTES), PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -179,12 +185,11 @@ class Workspace {
     alignas(64) static thread_local char small[SMALL_BYTES];
     if (bytes <= SMALL_BYTES) {
       begin = reinterpret_cast<int64_t>(small);
-    } else if (bytes < LARGE_BYTES) {
+    } else if (large_ = bytes < LARGE_BYTES ? workspaces.find(bytes) : workspaces.take(bytes); large_.bytes) {
+      begin = large_.begin;
+    } else {
       medium_ = empty_tensor({bytes + 64}, aoti_torch_dtype_uint8());
       begin = (address(*medium_) + 63) / 64 * 64;
-    } else {
-      large_ = workspaces.take(bytes);
-      begin = large_.begin;
     }
   }
   ~Workspace() {
