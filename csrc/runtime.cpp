@@ -71,6 +71,7 @@ struct Weights {
 
 // The C library maps blocks of this size anew each time, and unmaps them when freed.
 constexpr int64_t MAPPED_BYTES = 32 << 20;
+constexpr int64_t LARGE_BYTES = 8 << 20;  // a smaller workspace would be a large part of a step's memory if it stayed
 constexpr int64_t HUGE_PAGE_BYTES = 2 << 20;
 
 // Have fresh memory come in huge pages: in small ones its first use costs up to a quarter of a forward pass. Only a wish.
@@ -147,9 +148,10 @@ class Blocks {
     return {begin, whole};
   }
 
-  void give_back(Block block) {
+  // used: so many bytes of it. To mark a few would take longer than a small call.
+  void give_back(Block block, int64_t used) {
 #ifdef MADV_FREE
-    madvise(reinterpret_cast<void*>(block.begin), static_cast<size_t>(block.bytes), MADV_FREE);
+    if (used >= LARGE_BYTES) madvise(reinterpret_cast<void*>(block.begin), static_cast<size_t>(block.bytes), MADV_FREE);
 #endif
     keep(block);
   }
@@ -181,7 +183,7 @@ Blocks<8> saved_blocks;
 // Memory of a call's own, its first byte at the begin of a cache line.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) {
+  explicit Workspace(int64_t bytes) : bytes_(bytes) {
     alignas(64) static thread_local char small[SMALL_BYTES];
     if (bytes <= SMALL_BYTES) {
       begin = reinterpret_cast<int64_t>(small);
@@ -193,7 +195,7 @@ class Workspace {
     }
   }
   ~Workspace() {
-    if (large_.bytes) workspaces.give_back(large_);
+    if (large_.bytes) workspaces.give_back(large_, bytes_);
   }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
@@ -202,8 +204,8 @@ class Workspace {
 
  private:
   static constexpr int64_t SMALL_BYTES = 64 << 10;
-  static constexpr int64_t LARGE_BYTES = 8 << 20;  // a smaller one would be a large part of a step's memory if it stayed
 
+  int64_t bytes_;
   std::optional<Tensor> medium_;
   Block large_;
 };
@@ -218,7 +220,7 @@ Tensor empty_kept(const std::vector<int64_t>& sizes, int32_t dtype, int64_t elem
   auto block = std::make_unique<Block>(saved_blocks.take(bytes));
   const auto give_back = [](void*, void* owned) {
     const std::unique_ptr<Block> block{static_cast<Block*>(owned)};
-    saved_blocks.give_back(*block);
+    saved_blocks.give_back(*block, block->bytes);
   };
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(reinterpret_cast<void*>(block->begin), static_cast<int64_t>(sizes.size()),
