@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastrnn import dispatch
@@ -120,7 +121,7 @@ def _weights_have_changed(self: nn.RNNBase) -> bool:
 def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) -> None:
     """torch.nn's, which wants input and weights in one dtype; `compress` makes two of it."""
     if dispatch.compressed(input, self._flat_weights):
-        input = input.to("meta", self._flat_weights[0].dtype)  # type: ignore[union-attr]
+        input = input.to("meta", torch.bfloat16)
     nn.RNNBase.check_input(self, input, batch_sizes)
 
 

@@ -20,6 +20,7 @@ Raw ops (no autograd; engines register them per device). They assume T >= 1, B >
                  the projection, where there is one. [0] without `save`.
     dx, dw_*     like x, contiguous; weights' gradients one below the other, dw_ih [D*G*H, I] and so on. [0] where not needed
                  or not there.
+    dh0, dc0     like h0 and c0; [0] without need_dh0, which asks for both.
 
 The same two in the recompute mode, over the raw ops of any engine, see checkpoint.py:
 
