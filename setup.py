@@ -12,6 +12,7 @@ import importlib
 import os
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -57,12 +58,12 @@ def kernels_header(tiers, units, cells, fields) -> str:
         for cell, scalar, which in units:
             name = tier.entry(cell, scalar, which)
             declarations += [f"void {name}(int64_t, int64_t);", f"int64_t {name}_arrange(int64_t, int64_t);"]
-            forward = "true" if which == "forward" else "false"
-            entries.append(f'    {{"{cell}", {scalar[1:]}, {forward}, {name}, {name}_arrange}},')
+            entries.append(f"    {{{name}, {name}_arrange}},")
         fits = f'__builtin_cpu_supports("{tier.processor}") != 0' if tier.features else "true"
         tables += [f'    {{"{tier.name}", [] {{ return {fits}; }}, {{', *entries, "    }},"]
     cell_table = [
-        f'    {{"{c.name}", {c.gates}, {c.slots}, {"true" if c.carry == "cell" else "false"}}},' for c in cells.values()
+        f'    {{"{c.name}", "{c.mode}", {c.gates}, {c.slots}, {"true" if c.carry == "cell" else "false"}}},'
+        for c in cells.values()
     ]
     return "\n".join(
         [
@@ -76,9 +77,9 @@ def kernels_header(tiers, units, cells, fields) -> str:
             "}",
             "namespace fastrnn {",
             f"struct Record {{ int64_t {', '.join(fields)}; }};",
-            "struct Cell { std::string name; int64_t gates, slots; bool has_cell_state; };",
-            "struct Unit { std::string cell; int64_t bits; bool forward; void (*run)(int64_t, int64_t);"
-            " int64_t (*arrange)(int64_t, int64_t); };",
+            "struct Cell { const char *name, *mode; int64_t gates, slots; bool has_cell_state; };",
+            "struct Unit { void (*run)(int64_t, int64_t); int64_t (*arrange)(int64_t, int64_t); };",
+            "// units: float32's, then float64's; of each a cell's in the order of CELLS; of each forward, then backward.",
             "struct Tier { std::string name; bool (*fits)(); std::vector<Unit> units; };",
             "inline const Cell CELLS[] = {",
             *cell_table,
@@ -119,6 +120,9 @@ class BuildEngine(build_ext):
         except ImportError as missing:
             warnings.warn(f"fastrnn: built without compiled kernels: {missing}", stacklevel=1)
             return
+        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+            warnings.warn("fastrnn: built without compiled kernels: no Python.h (a package such as python3-dev)", stacklevel=1)
+            return
         self.build_engine(Path(self.get_ext_fullpath(extension.name)))
 
     def build_engine(self, target: Path) -> None:
@@ -153,9 +157,10 @@ class BuildEngine(build_ext):
             f'-DFASTRNN_BUILT_FROM="{source.source_hash()}"',
             *[f"-I{path}" for path in (ROOT / "csrc", generated, torch_root / "include")],
             f"-I{torch_root / 'include/torch/csrc/api/include'}",
+            f"-I{sysconfig.get_path('include')}",
             *sorted(str(path) for path in (ROOT / "csrc").glob("*.cpp")),
             *map(str, objects),
-            *["-o", str(target), f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--no-undefined"],
+            *["-o", str(target), f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"],
             f"-Wl,--version-script={exports}",
         ]
         try:

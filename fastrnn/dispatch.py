@@ -11,6 +11,7 @@ The environment variable FASTRNN_BACKEND, read once at import, forces one of the
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Collection, Sequence
@@ -30,12 +31,21 @@ from fastrnn.kernels.cells import CELLS
 forced = os.environ.get("FASTRNN_BACKEND")
 
 FUSED = frozenset(("cpu", "triton"))  # engines behind the raw ops
-native = False  # are stack_forward and stack_step there?
+native: Any = None  # the short way of a call without gradients, csrc/python.cpp, where there is one
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 HALF = frozenset((torch.float16, torch.bfloat16))
 _AUTOCAST = HALF | {torch.float32}  # what autocast casts
-_EAGER = frozenset((Tensor, nn.Parameter))
 _CPU_DTYPES = (*cpu.DTYPES, *sorted(HALF, key=str))
+# Where one of these says so, somebody looks at a call from outside, who would not see one that the short way takes.
+_WATCHERS = (
+    torch._C._get_tracing_state,
+    torch._C._are_functorch_transforms_active,
+    lambda: forward_ad._current_level >= 0,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._len_torch_function_stack,
+    functools.partial(torch.is_autocast_enabled, "cpu"),
+    torch.autograd._profiler_enabled,
+)
 BY_MODE = {cell.mode: cell.name for cell in CELLS.values()}  # names of cells by torch.nn's
 unavailable: str | None = "its operators are not registered yet"  # or None
 
@@ -45,7 +55,9 @@ def load() -> None:
     global native, unavailable
     gpu.register()
     try:
-        native = cpu.load()[0] == "compiled" and forced in (None, "cpu")
+        if cpu.load()[0] == "compiled" and forced in (None, "cpu"):
+            native = cpu.runtime_module()
+            native.watch(_WATCHERS)
         unavailable = None
     except RuntimeError as error:
         unavailable = str(error)
@@ -65,26 +77,6 @@ def choose(x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weig
     if reason := _WHY_NOT[forced](x, batch_sizes, states, weights):
         raise RuntimeError(f"FASTRNN_BACKEND={forced}: the engine cannot run this call: {reason}")
     return forced
-
-
-def takes_stack(*tensors: Tensor) -> bool:
-    """Are these plain tensors, in a call that nobody looks at from outside: no gradient, trace, transform or mode?
-
-    Then the compiled engine's stack_forward and stack_step, which check the rest themselves, may be asked.
-    """
-    if not native or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    for tensor in tensors:
-        if type(tensor) not in _EAGER:
-            return False
-    return not (
-        torch._C._get_tracing_state()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch.is_autocast_enabled("cpu")
-    )
 
 
 def why_not_cpu(x, batch_sizes, states, weights) -> str | None:

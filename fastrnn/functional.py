@@ -121,10 +121,7 @@ def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
 
 def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
-    """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it.
-
-    Without a gradient it is one call of the compiled engine.
-    """
+    """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3:
         return None
     cell, lstm, weights = dispatch.BY_MODE[module.mode], module.mode == "LSTM", own_weights(module)
@@ -132,11 +129,6 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
         return None
     num_layers, bidirectional, batch_first = module.num_layers, module.bidirectional, module.batch_first
     dropout = module.dropout if module.training else 0.0
-    if not (torch.is_grad_enabled() or dropout):
-        done = _run_stack(cell, x, hx, weights, 3, num_layers, bidirectional, batch_first)
-        if done is not None:
-            y, h_n, c_n = done
-            return y, (h_n, c_n) if lstm else h_n
     if hx is None:
         depth, batch = num_layers * (1 + bidirectional), x.size(0 if batch_first else 1)
         hx = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
@@ -164,82 +156,27 @@ def _decline(*args) -> None:
 
 
 def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
-    """`module.step(x, state, out=out)`: by one call of the engine where it takes it, else as a sequence of one step."""
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            return module_step(module, x, state, out)
+    """`module.step(x, state, out=out)` as a sequence of one step, where the short way has not taken it."""
     if module.bidirectional:
         raise ValueError("step: a bidirectional module needs the whole sequence")
     if x.dim() != 2:
         raise ValueError(f"step: expected x of shape [batch, input_size], got {tuple(x.shape)}")
-    lstm = module.mode == "LSTM"
-    if out is None:
-        layers, batch, hidden = module.num_layers, x.shape[0], module.hidden_size
-        width = module.proj_size or hidden
-        y, h_n = x.new_empty(batch, width), x.new_empty(layers, batch, width)
-        c_n = x.new_empty(layers, batch, hidden) if lstm else None
-    else:
-        y, (h_n, c_n) = out[0], out[1] if lstm else (out[1], None)
-    h0, c0 = (None, None) if state is None else state if lstm else (state, None)
-    given = [tensor for tensor in (h0, c0, y, h_n, c_n) if tensor is not None]
-    weights = None if module.training and module.dropout else own_weights(module)
-    if weights is not None and dispatch.takes_stack(x, *given, *weights):
-        if ops.stack_step(x, h0, c0, weights, dispatch.BY_MODE[module.mode], module.num_layers, y, h_n, c_n):
-            return y, (h_n, c_n) if lstm else h_n
     time = 1 if module.batch_first else 0
-    result, last = module(x.unsqueeze(time), state)
-    result = result.squeeze(time)
+    with torch.no_grad():
+        y, last = module(x.unsqueeze(time), state)
+    y = y.squeeze(time)
     if out is None:
-        return result, last
-    results = (result, *last) if lstm else (result, last)
-    for name, into, value in zip("yhc", given[-len(results) :], results, strict=False):
+        return y, last
+    results, places = (y, *last) if module.mode == "LSTM" else (y, last), [out[0]]
+    places += out[1] if module.mode == "LSTM" else [out[1]]
+    for name, into, value in zip("yhc", places, results, strict=False):
         if into.shape != value.shape or into.dtype != value.dtype:
             raise ValueError(
                 f"step: out's {name} must be {value.dtype} of shape {tuple(value.shape)}, got {into.dtype} {tuple(into.shape)}"
             )
+    for into, value in zip(places, results, strict=True):
         into.copy_(value)
     return out
-
-
-def cell_forward(cell: str, module: nn.RNNCellBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
-    """A cell's step without gradient by one call of the engine: h, or (h, c); None where torch.nn's code has to run."""
-    if type(x) is not Tensor:
-        return None
-    done = _run_stack(cell, x, hx, _cell_weights(module), 2)
-    if done is None:
-        return None
-    h, _, c = done
-    return (h, c) if cell == "lstm" else h
-
-
-def _cell_weights(module: nn.RNNCellBase) -> list[Tensor | None]:
-    """A cell's parameters; None in the place of one that is something else by now, such as parametrized."""
-    find = module._parameters.get
-    return [find(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]]
-
-
-def _run_stack(cell: str, x, hx, weights, axes: int, num_layers=1, bidirectional=False, batch_first=False):
-    """ops.stack_forward of input and states of so many axes; None where it does not take them."""
-    states: Sequence[Any] = () if hx is None else hx if cell == "lstm" else (hx,)
-    if type(states) not in (tuple, list) or len(states) not in (0, 1 + (cell == "lstm")):
-        return None
-    if not dispatch.takes_stack(x, *states, *weights) or x.dim() != axes:
-        return None
-    for state in states:
-        if state.dim() != axes:
-            return None
-    half = x.dtype is torch.bfloat16
-    if half:  # in float32 but for the matrices, which the engine reads as they are
-        if any(tensor.dtype is not torch.bfloat16 for tensor in (*states, *weights)):
-            return None
-        x, states = x.float(), [state.float() for state in states]
-        weights = [weight if weight.dim() == 2 else weight.float() for weight in weights]
-    h0 = states[0] if states else None
-    c0 = states[1] if len(states) > 1 else None
-    results = ops.stack_forward(x, h0, c0, weights, cell, num_layers, bidirectional, batch_first)
-    if results[0].dim() == 1:
-        return None
-    return tuple(result.bfloat16() for result in results) if half else results
 
 
 def _stack(cell: str, fallback: Callable, args: tuple):

@@ -51,6 +51,10 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
 
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native:
+            result = dispatch.native.forward(self.__dict__, input, hx)
+            if result is not None:
+                return result
         if self.recompute:
             with recompute():
                 return run(self, input, hx)
@@ -77,14 +81,23 @@ def _extra_repr(self: Any) -> str:
 
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
     by_torch = _rebound(torch_class.forward)
-    cell = {nn.LSTMCell: "lstm", nn.GRUCell: "gru"}.get(torch_class)
 
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        result = _VF.cell_forward(cell or f"rnn_{self.nonlinearity}", self, input, hx)
-        return by_torch(self, input, hx) if result is None else result
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native:
+            result = dispatch.native.cell(self.__dict__, input, hx, mode_of_cell(self))
+            if result is not None:
+                return result
+        return by_torch(self, input, hx)
 
     return forward
+
+
+def mode_of_cell(cell: Any) -> str:
+    """What RNN, LSTM and GRU have as `mode`."""
+    if isinstance(cell, nn.LSTMCell):
+        return "LSTM"
+    return "GRU" if isinstance(cell, nn.GRUCell) else f"RNN_{cell.nonlinearity.upper()}"
 
 
 class _DropIn:
@@ -143,6 +156,10 @@ class _Layers(_DropIn):
             ValueError: the module is bidirectional, x has not two dimensions, or a tensor of `out` is not of its result's
                 shape and dtype. Whatever else `forward` refuses, with its words.
         """
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native:
+            result = dispatch.native.step(self.__dict__, x, state, out)
+            if result is not None:
+                return result
         return _VF.module_step(self, x, state, out)
 
 

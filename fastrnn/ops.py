@@ -31,14 +31,6 @@ The same two in the recompute mode, over the raw ops of any engine, see checkpoi
     kept         [D, segments - 1, B, H], cell states before each segment but a direction's first, in the order they run; [0]
                  for cells that have none
 
-Two more, of the compiled CPU engine alone, take a module's layers in one call, without gradients and dropout. They check
-shapes, dtypes and devices themselves, so that little Python is in the way of a step:
-
-    stack_forward -> y, h_n, c_n; y is [0] where the engine does not take the call. x is [T, B, I], [B, T, I] with
-                  batch_first, or [B, I], a step of a cell; absent states are zero; params as torch.lstm takes them.
-    stack_step -> whether it took the call, x [B, I] and states [L, B, R], [L, B, H]; writes y [B, R], h_n and c_n, which
-                  may be h0 and c0.
-
 `layer` is the differentiable entry: reverse mode through `Layer`, whose backward is `LayerBackward`, differentiable to
 any order through the reference; vmap by folding or looping; forward mode by running the reference on dual numbers.
 """
@@ -91,16 +83,6 @@ _library.define(
     "Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
     tags=_tags,
 )
-_library.define(
-    "stack_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, str cell, int num_layers, bool bidirectional, "
-    "bool batch_first) -> (Tensor y, Tensor h_n, Tensor c_n)"
-)
-_library.define(
-    "stack_step(Tensor x, Tensor? h0, Tensor? c0, Tensor[] params, str cell, int num_layers, "
-    "Tensor(a!) y, Tensor(b!) h_n, Tensor(c!)? c_n) -> bool"
-)
-stack_forward = torch.ops.fastrnn.stack_forward.default
-stack_step = torch.ops.fastrnn.stack_step.default
 _forward = torch.ops.fastrnn.layer_forward.default
 _backward = torch.ops.fastrnn.layer_backward.default
 _checkpoint_forward = torch.ops.fastrnn.checkpoint_forward.default

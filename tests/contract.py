@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import itertools
 import math
 import os
@@ -298,9 +297,7 @@ def tiers() -> list[str]:
     """Names of the tiers that are compiled in and that this processor runs, widest first."""
     if cpu.EXTENSION is None:
         return []
-    function = ctypes.CDLL(str(cpu.EXTENSION)).fastrnn_tiers
-    function.restype = ctypes.c_char_p
-    return function().decode().split()
+    return cpu.runtime_module().tiers()
 
 
 def pairwise(factors: Mapping[str, Sequence], valid: Callable[[dict], bool] = lambda row: True) -> list[dict]:

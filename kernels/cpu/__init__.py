@@ -6,11 +6,12 @@ time and called from Python (fallback.py).
 
 from __future__ import annotations
 
-import ctypes
+import importlib
 import os
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,21 +32,24 @@ def _load_extension() -> Tier | str:
     """
     if EXTENSION is None:
         return "the compiled extension is missing (no numba or no C++ compiler when fastrnn was installed)"
-    library = ctypes.CDLL(str(EXTENSION))
-    kernels, runtime = (ctypes.c_char * 256).in_dll(library, "fastrnn_built_from").value.decode().split(":")
+    kernels, runtime = runtime_module().built_from.split(":")
     here, runtime_here = source_hash().split(":")
     if kernels != here or (runtime_here and runtime != runtime_here):
         raise ImportError(
             f"fastrnn's compiled kernels ({EXTENSION}) are stale: sources in kernels/ or csrc/ have changed since they were "
             "built. Rebuild them with `make`, or install fastrnn again."
         )
-    library.fastrnn_tiers.restype = ctypes.c_char_p
-    names = library.fastrnn_tiers().decode().split()
+    names = runtime_module().tiers()
     if not names:
         return "the compiled extension holds no kernels for this processor"
     tier = processor.chosen(names)
-    library.fastrnn_use_tier(tier.name.encode())
+    runtime_module().prepare(tier.name, torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
     return tier
+
+
+def runtime_module() -> Any:
+    """The compiled extension, csrc/python.cpp."""
+    return importlib.import_module(f"{__name__}._runtime")
 
 
 @cache

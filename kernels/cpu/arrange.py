@@ -55,17 +55,18 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         else:
             depth, panels = gates * H, ceil_div(R, wide)
         half_panels = p.half and B <= plan.HALF_PANEL_ROWS
+        frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,
             vector // 2 if half_panels else vector, 1 if forward else 2,
         )  # fmt: skip
-        one_step = p.steps == 1
+        one_step = p.steps == 1 and not frozen
         team = crews * row_groups * unit_groups
         if forward:
             block = forward_block(p.steps, B, p.rows, I, gates * H * size)
             tables = 3 * B + 2 * block * B
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
-            ih_once = row_groups == 1 and block == p.steps
+            ih_once = row_groups == 1 and block == p.steps and not frozen
             deepest = max(I if ih_once else 0, R if half_panels else 0)
             panel_bytes = 0 if one_step else align(columns * vector * deepest)
         else:
@@ -83,22 +84,26 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset = 0  # directions take turns in one workspace
             d.half_panels = half_panels
             d.ih_once, d.one_step, d.panel_bytes = ih_once, one_step, panel_bytes
-            d.ih_panels = d.workspace + offset
+            begin, behind = (d.pack, offset) if frozen else (d.workspace, 0)
+            offset = 0 if frozen else offset
+            d.ih_panels = begin + offset
             if not ih_once:
                 offset += align(units * gates * I * size)
-            d.hh_panels = d.workspace + offset
+            d.hh_panels = begin + offset
             if not forward and d.need_dw and block == p.steps and R % wide == 0:
                 d.hh_panels = d.dw_hh  # of the panels' size, and written when no step needs them any more
             elif not one_step:
                 offset += align(
                     units * gates * R * (2 if half_panels else size) if forward else ceil_div(R, wide) * wide * gates * H * size
                 )
-            d.hr_panels = d.workspace + offset
+            d.hr_panels = begin + offset
             if d.projected:
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)
-            d.bias_sums = d.workspace + offset
-            d.zeros = d.workspace + offset
+            d.bias_sums = begin + offset
+            d.zeros = begin + offset
             offset += align((preactivations * units if forward else gates * H) * size)
+            if frozen:
+                d.pack_bytes, offset = offset, behind
             d.shared = d.workspace + offset
             if forward:
                 if slots > 0 and not d.save:

@@ -90,7 +90,7 @@ def unit(cell: str, scalar: str, which: str):
 
 
 class Call:
-    """One record a direction, filled field by field as runtime.cpp does, and everything they point to kept alive."""
+    """One record a direction, filled field by field as csrc/layer.cpp does, and everything they point to kept alive."""
 
     def __init__(self, cell: str, x: Tensor, batch_sizes: Tensor | None, h0: Tensor, w_ih, w_hh, b_ih, w_hr, reverse: bool,
                  batch_first: bool):  # fmt: skip

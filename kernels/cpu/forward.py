@@ -171,6 +171,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     pack_rows_of(p, source, max(0, p.output_size - unit), p.hidden_size, out, wide * vector)
 
     @njit(**options)
+    def pack_alone(p):
+        """All of a direction's panels, by one thread."""
+        bias_gate = ceil_div(p.hidden_size, lanes * per_panel) * per_panel * vector
+        pack_weights(p, 0, 1, bias_gate, p.own)
+
+    @njit(**options)
     def bring_near(count, rows, parts, part_bytes, panel):
         """Prefetch the units of a panel in each part of `count` rows, whose addresses are at `rows`."""
         for m in range(count):
@@ -275,7 +281,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         x_rows = y_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
 
-        pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate, own_panel)
+        if not p.pack:
+            pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate, own_panel)
         for b in range(r0, r1):
             store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
             if has_cell_state:
@@ -340,7 +347,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     def forward(records, rank):
         p = record_at(records)
         crew = p.row_groups * p.unit_groups
-        if p.crews > 1:
+        if p.pack_only:
+            for direction in range(p.directions):
+                pack_alone(record_at(records + direction * RECORD_BYTES))
+        elif p.crews > 1:
             direction, member = rank // crew, rank % crew
             if direction < p.directions:
                 run_direction(record_at(records + direction * RECORD_BYTES), member)

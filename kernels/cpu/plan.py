@@ -29,6 +29,9 @@ _GROUPS = (
     # one_step: W_hh is used but once; forward reads both matrices where they lie, backward packs as with ih_once
     # operand_rows: rows of an operand of the weights' gradients that are packed at a time, a multiple of 128 or all
     "ih_once one_step panel_bytes operand_rows",
+    # frozen weights: all panels and summed biases of a direction lie at `pack`, if not 0; pack_only: put them there, no more;
+    # pack_bytes: so many they are
+    "pack pack_only pack_bytes",
     # the workspace: packed weights, summed biases, a row of zeros; of the crew: pre-activations or their gradients (shared),
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
     # (own, own_bytes apart); dx of direction 1 while both directions run (dx_other)

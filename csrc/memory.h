@@ -1,0 +1,42 @@
+// Memory of the calls: fresh tensors, and large blocks that stay from one call to the next. See docs/memory.md.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace fastrnn {
+
+// The product of sizes; an error where 64 bits do not hold it.
+int64_t product(std::initializer_list<int64_t> sizes);
+
+// torch.empty on the CPU, by the call that does not go through the dispatcher. dtype: one of aoti_torch_dtype_*.
+torch::stable::Tensor empty_tensor(const std::vector<int64_t>& sizes, int32_t dtype);
+
+// The same for what only backward will see. The C library would map and unmap a large one for each call.
+torch::stable::Tensor empty_kept(const std::vector<int64_t>& sizes, int32_t dtype);
+
+struct Block {
+  int64_t begin = 0, bytes = 0;
+};
+
+// Memory of a call's own, its first byte at the begin of a cache line.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  int64_t begin;
+
+ private:
+  int64_t bytes_;
+  std::optional<torch::stable::Tensor> medium_;
+  Block large_;
+};
+
+}  // namespace fastrnn

@@ -1,0 +1,593 @@
+// The Python module `_runtime`: which tiers there are, and the short way of a call without gradients. One function takes a
+// module's attributes and its input, checks all there is to check, and walks the layers; the dispatcher, which takes longer than
+// a small step does, is not asked. None means: not taken. Whoever called goes the long way then, which has torch's words for
+// what is wrong. Python's limited API, and torch's tensors by DLPack's exchange table, so that one binary serves all versions.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+// Plain C, of DLPack and not of torch: but torch's copy stops whoever asks for its stable ABI.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
+#include <ATen/dlpack.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
+
+#include "layer.h"
+#include "memory.h"
+#include "ops.h"
+
+namespace fastrnn {
+namespace {
+
+// A reference that is given back.
+struct Release {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+Owned owned(PyObject* object) { return Owned(object); }
+Owned kept(PyObject* object) {
+  Py_INCREF(object);
+  return Owned(object);
+}
+
+struct PythonError {};  // Python has its exception already
+
+// What `prepare` is given.
+const DLPackExchangeAPI* exchange = nullptr;
+PyObject* tensor_type;
+PyObject* parameter_type;
+PyObject* watched;  // a tuple of functions: where one says so, somebody looks at the call from outside. See `watch`
+
+// clang-format off
+enum Key : size_t {
+  MODE, NUM_LAYERS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, FROZEN,
+  WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, NEW_EMPTY, IS_NEG, REQUIRES_GRAD, KEYS
+};
+const char* const KEY_NAMES[KEYS] = {
+  "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_flat_weights_names",
+  "_parameters", "_frozen", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "is_neg", "requires_grad"
+};
+// clang-format on
+PyObject* keys[KEYS];
+
+// An attribute in the instance's dictionary, borrowed; null where it is not there, or is not the module's own any more.
+PyObject* find(PyObject* attributes, PyObject* key) {
+  PyObject* found = PyDict_GetItemWithError(attributes, key);
+  if (!found && PyErr_Occurred()) throw PythonError();
+  return found == Py_None ? nullptr : found;
+}
+PyObject* find(PyObject* attributes, Key key) { return find(attributes, keys[key]); }
+
+bool is_true(PyObject* attributes, Key key) {
+  PyObject* found = find(attributes, key);
+  const int truth = found ? PyObject_IsTrue(found) : 0;
+  if (truth < 0) throw PythonError();
+  return truth;
+}
+
+// True where a plain dense tensor of the CPU is seen, whose last axis has its numbers next to each other.
+bool look(PyObject* object, View& seen, bool maybe_parameter = false) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != tensor_type && !(maybe_parameter && type == parameter_type)) return false;
+  DLTensor t;
+  if (exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {  // such as a sparse one
+    PyErr_Clear();
+    return false;
+  }
+  if (t.device.device_type != kDLCPU || t.dtype.lanes != 1 || !t.data || t.ndim < 1 || t.strides[t.ndim - 1] != 1) return false;
+  seen.address = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
+  seen.dims = t.ndim;
+  seen.sizes = t.shape;
+  seen.strides = t.strides;
+  if (t.dtype.code == kDLFloat && t.dtype.bits == 32) seen.kind = Kind::f32;
+  if (t.dtype.code == kDLFloat && t.dtype.bits == 64) seen.kind = Kind::f64;
+  if (t.dtype.code == kDLBfloat) seen.kind = Kind::bf16;
+  // The imaginary part of a conjugate holds its numbers negated, and DLPack does not say so. It has gaps, or one number.
+  bool whole = seen.numel() != 1;
+  for (int64_t axis = seen.dims - 1, expected = 1; axis >= 0; expected *= seen.sizes[axis], --axis)
+    whole = whole && seen.strides[axis] == expected;
+  if (whole) return true;
+  const Owned negated = owned(PyObject_CallMethodObjArgs(object, keys[IS_NEG], nullptr));
+  if (!negated) throw PythonError();
+  return negated.get() == Py_False;
+}
+
+bool somebody_watches() {
+  if (!watched) return true;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(watched); ++i) {
+    const Owned answer = owned(PyObject_CallNoArgs(PyTuple_GetItem(watched, i)));
+    if (!answer) throw PythonError();
+    const int truth = PyObject_IsTrue(answer.get());
+    if (truth < 0) throw PythonError();
+    if (truth) return true;
+  }
+  return false;
+}
+
+// How a layer's frozen weights begin; a line for each of these, then the panels. See fastrnn.freeze.
+struct alignas(64) PackHeader {
+  int64_t tier, cell, layers, directions, input_size, hidden_size, output_size, bias, projected, kind, bytes;
+};
+
+// Layers on top of each other, as a module holds them, without gradients and dropout.
+class Stack {
+ public:
+  // Of a module (RNN, LSTM, GRU), or a cell; false where its weights are not its parameters any more, or not of one kind.
+  bool read(PyObject* attributes, const char* mode, bool frozen_too = true) {
+    if (mode) return read_cell(attributes, mode);
+    PyObject* own_mode = find(attributes, MODE);
+    PyObject* number = find(attributes, NUM_LAYERS);
+    if (!own_mode || !number || !set_cell(own_mode)) return false;
+    layers = PyLong_AsLong(number);
+    if (layers == -1 && PyErr_Occurred()) throw PythonError();
+    directions = 1 + is_true(attributes, BIDIRECTIONAL);
+    batch_first = is_true(attributes, BATCH_FIRST);
+    if (PyObject* pack = frozen_too ? find(attributes, FROZEN) : nullptr) return read_pack(pack);
+    PyObject *flat = find(attributes, FLAT_WEIGHTS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
+    PyObject* parameters = find(attributes, PARAMETERS);
+    if (!flat || !names || !parameters || !PyList_Check(flat) || !PyList_Check(names)) return false;
+    const Py_ssize_t count = PyList_Size(flat);
+    if (PyList_Size(names) != count || count == 0 || count % (layers * directions)) return false;
+    weights.resize(static_cast<size_t>(count));
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* weight = PyList_GetItem(flat, i);
+      if (weight != find(parameters, PyList_GetItem(names, i)) || !look_at_weight(weight, i)) return false;
+    }
+    return understand();
+  }
+
+  // Whether it takes input and states of these shapes; they are of one kind, and states are contiguous.
+  bool takes(const View& x, Layout of, const View* h0, const View* c0, int64_t state_dims) {
+    if (x.kind != kind || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != input_size || x.numel() == 0) return false;
+    layout = of;
+    batch = x.size(layout == Layout::time_batch ? 1 : 0);
+    return is_state(h0, output_size, state_dims) && is_state(c0, hidden_size, state_dims);
+  }
+  bool is_state(const View* state, int64_t width, int64_t dims) const {
+    if (!state) return true;
+    const bool shaped = state->dims == dims && state->size(-1) == width && state->size(-2) == batch;
+    return shaped && state->kind == kind && state->is_contiguous() && (dims == 2 || state->size(0) == layers * directions);
+  }
+
+  // Writes y, h_n and c_n (where the cell has it), which may be h0 and c0 where there is one step. Absent states are zero.
+  void run(const View& x, const View* h0, const View* c0, const View& y, const View& h_n, const View* c_n) const {
+    View input = x;
+    torch::stable::Tensor between;
+    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims), strides(sizes.size());
+    std::unique_ptr<char[]> many_zeros;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const LayerSizes own{*cell, kind, directions, input.size(-1), hidden_size, output_size, bias, projected, half};
+      Call call(own, input, layout, false);
+      if (!packs.empty()) call.packs(packs[layer]);
+      if (packs.empty()) give_weights(call, layer);
+      const auto initial = [&](const View* given, int64_t Record::*field, int64_t width) {
+        if (given) return call.states(*given, field, batch * width, layer, layers);
+        for (Record& record : call.records) record.*field = zeros(batch * width * bytes_of(kind), many_zeros);
+      };
+      initial(h0, &Record::h0, output_size);
+      call.states(h_n, &Record::h_n, batch * output_size, layer, layers);
+      if (cell->has_cell_state) {
+        initial(c0, &Record::c0, hidden_size);
+        call.states(*c_n, &Record::c_n, batch * hidden_size, layer, layers);
+      }
+      View output = y;
+      if (layer < layers - 1) {
+        sizes.back() = directions * output_size;
+        torch::stable::Tensor made = empty_tensor(sizes, kind == Kind::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
+        output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, sizes.data(), strides.data(), kind};
+        int64_t stride = 1;
+        for (size_t axis = sizes.size(); axis-- > 0; stride *= sizes[axis]) strides[axis] = stride;
+        call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
+        call.run(true);
+        between = std::move(made);  // the input of this layer goes
+      } else {
+        call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
+        call.run(true);
+      }
+      input = output;
+    }
+  }
+
+  // The weights of all layers, packed, in a tensor of `allocate`(bytes).
+  Owned pack(PyObject* allocate) const {
+    const auto pack_layer = [&](int64_t layer, const Packs& places) {
+      const int64_t width = layer ? directions * output_size : input_size, sizes[] = {1, width}, strides[] = {width, 1};
+      Call call({*cell, kind, directions, width, hidden_size, output_size, bias, projected, half},
+                {0, 2, sizes, strides, kind}, Layout::batch, false);
+      call.packs(places);
+      give_weights(call, layer);
+      return call.pack();
+    };
+    std::vector<int64_t> bytes;
+    int64_t total = sizeof(PackHeader) * layers;
+    for (int64_t layer = 0; layer < layers; ++layer) total += directions * bytes.emplace_back(pack_layer(layer, {}));
+    Owned tensor = owned(PyObject_CallFunction(allocate, "L", static_cast<long long>(total)));
+    DLTensor t;
+    if (!tensor || exchange->dltensor_from_py_object_no_sync(tensor.get(), &t) != 0) throw PythonError();
+    auto* headers = static_cast<PackHeader*>(t.data);
+    int64_t at = reinterpret_cast<int64_t>(headers + layers);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      headers[layer] = {tier - TIERS, cell - CELLS, layers, directions, layer ? directions * output_size : input_size,
+                        hidden_size, output_size, bias, projected, static_cast<int64_t>(kind), bytes[layer]};
+      pack_layer(layer, {at, at + bytes[layer]});
+      at += directions * bytes[layer];
+    }
+    return tensor;
+  }
+
+  // References to the weights, for as long as others may run.
+  std::vector<Owned> keep() const {
+    std::vector<Owned> references;
+    for (PyObject* object : objects) references.push_back(kept(object));
+    return references;
+  }
+  int64_t operations(const View& x) const {
+    return 2 * x.numel() / x.size(-1) * layers * directions * cell->gates * hidden_size * (input_size + output_size);
+  }
+
+  const Cell* cell = nullptr;
+  Kind kind = Kind::other;
+  Layout layout = Layout::batch;
+  int64_t layers = 1, directions = 1, batch = 0, input_size = 0, hidden_size = 0, output_size = 0;
+  bool batch_first = false, frozen = false, half = false;
+
+ private:
+  bool set_cell(PyObject* mode) {
+    for (const Cell& c : CELLS)
+      if (PyUnicode_CompareWithASCIIString(mode, c.mode) == 0) cell = &c;
+    return cell;
+  }
+
+  bool read_cell(PyObject* attributes, const char* mode) {
+    for (const Cell& c : CELLS)
+      if (std::strcmp(mode, c.mode) == 0) cell = &c;
+    if (PyObject* pack = find(attributes, FROZEN)) return read_pack(pack);
+    PyObject* parameters = find(attributes, PARAMETERS);
+    if (!cell || !parameters) return false;
+    for (const Key key : {WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH}) {
+      PyObject* weight = find(parameters, key);
+      if (!weight && (key == BIAS_IH || key == BIAS_HH) && PyDict_Contains(parameters, keys[key]) == 1) continue;
+      weights.emplace_back();
+      if (!weight || !look_at_weight(weight, static_cast<Py_ssize_t>(weights.size()) - 1)) return false;
+    }
+    return understand();
+  }
+
+  bool look_at_weight(PyObject* weight, Py_ssize_t index) {
+    objects.push_back(weight);
+    return look(weight, weights[index], true) && weights[index].is_contiguous();
+  }
+
+  // The sizes, by the weights' own; false where they do not fit each other.
+  bool understand() {
+    const auto count = static_cast<int64_t>(weights.size()), kinds = count / (layers * directions);
+    if (kinds < 2 || kinds > 5) return false;
+    bias = kinds > 3;
+    projected = kinds % 2;
+    if (weights[0].dims != 2 || weights[1].dims != 2 || (projected && !cell->has_cell_state)) return false;
+    const int64_t gate_rows = weights[1].size(0);
+    input_size = weights[0].size(1);
+    output_size = weights[1].size(1);
+    hidden_size = gate_rows / cell->gates;
+    if (hidden_size * cell->gates != gate_rows || (!projected && output_size != hidden_size)) return false;
+    half = weights[0].kind == Kind::bf16;
+    kind = half ? Kind::f32 : weights[0].kind;
+    if (kind == Kind::other || (half && output_size % 2)) return false;
+    const auto is = [&](const View& w, int64_t height, int64_t width = 0) {
+      if (w.kind != (width && half ? Kind::bf16 : kind)) return false;
+      return w.dims == 1 + (width > 0) && w.size(0) == height && (!width || w.size(1) == width);
+    };
+    for (int64_t i = 0; i < count; i += kinds) {
+      if (!is(weights[i], gate_rows, i < directions * kinds ? input_size : directions * output_size)) return false;
+      if (!is(weights[i + 1], gate_rows, output_size)) return false;
+      if (bias && !(is(weights[i + 2], gate_rows) && is(weights[i + 3], gate_rows))) return false;
+      if (projected && !is(weights[i + kinds - 1], output_size, hidden_size)) return false;
+    }
+    return true;
+  }
+
+  bool read_pack(PyObject* pack) {
+    frozen = true;
+    objects.push_back(pack);
+    DLTensor t;
+    if (exchange->dltensor_from_py_object_no_sync(pack, &t) != 0) {  // True: frozen, but not packed
+      PyErr_Clear();
+      return false;
+    }
+    const auto* headers = static_cast<const PackHeader*>(t.data);
+    const PackHeader& first = headers[0];
+    if (first.tier != tier - TIERS || first.cell != cell - CELLS || first.layers != layers || first.directions != directions)
+      return false;
+    kind = static_cast<Kind>(first.kind);
+    input_size = first.input_size;
+    hidden_size = first.hidden_size;
+    output_size = first.output_size;
+    bias = first.bias;
+    projected = first.projected;
+    int64_t at = reinterpret_cast<int64_t>(headers + layers);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      packs.push_back({at, at + headers[layer].bytes});
+      at += directions * headers[layer].bytes;
+    }
+    return true;
+  }
+
+  void give_weights(Call& call, int64_t layer) const {
+    const int64_t kinds = static_cast<int64_t>(weights.size()) / (layers * directions), gate_rows = cell->gates * hidden_size;
+    for (int64_t d = 0; d < directions; ++d) {
+      const View* own = &weights[(layer * directions + d) * kinds];
+      call.weight(d, own[0], &Record::w_ih, gate_rows, call.records[0].input_size);
+      call.weight(d, own[1], &Record::w_hh, gate_rows, output_size);
+      if (bias) {
+        call.weight(d, own[2], &Record::b_ih, gate_rows);
+        call.weight(d, own[3], &Record::b_hh, gate_rows);
+      }
+      if (projected) call.weight(d, own[kinds - 1], &Record::w_hr, output_size, hidden_size);
+    }
+  }
+
+  // The address of so many zero bytes, which nobody writes.
+  static int64_t zeros(int64_t bytes, std::unique_ptr<char[]>& many) {
+    static const char few[64 << 10] = {};
+    if (bytes <= static_cast<int64_t>(sizeof few)) return reinterpret_cast<int64_t>(few);
+    if (!many) many = std::make_unique<char[]>(static_cast<size_t>(product({bytes, 2})));
+    return reinterpret_cast<int64_t>(many.get());
+  }
+
+  bool bias = false, projected = false;
+  std::vector<View> weights;  // of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, those that are there
+  std::vector<Packs> packs;   // of each layer, in the place of weights
+  std::vector<PyObject*> objects;
+};
+
+// The states a caller gave, or wants filled.
+struct States {
+  View h, c;
+  const View* h_or_none = nullptr;
+  const View* c_or_none = nullptr;
+  PyObject* objects[2] = {};
+
+  // False where they are not what the cell has.
+  bool read(PyObject* given, bool pair) {
+    if (given == Py_None) return true;
+    if (!pair) {
+      objects[0] = given;
+    } else if (PyTuple_CheckExact(given) && PyTuple_Size(given) == 2) {
+      for (int i = 0; i < 2; ++i) objects[i] = PyTuple_GetItem(given, i);
+    } else if (PyList_CheckExact(given) && PyList_Size(given) == 2) {
+      for (int i = 0; i < 2; ++i) objects[i] = PyList_GetItem(given, i);
+    } else {
+      return false;
+    }
+    if (!look(objects[0], h) || (pair && !look(objects[1], c))) return false;
+    h_or_none = &h;
+    if (pair) c_or_none = &c;
+    return true;
+  }
+};
+
+bool wants_gradient(PyObject* tensor) {
+  if (!tensor) return false;
+  const Owned answer = owned(PyObject_GetAttr(tensor, keys[REQUIRES_GRAD]));
+  if (!answer) throw PythonError();
+  return answer.get() == Py_True;
+}
+
+// A new tensor like x, of other sizes.
+Owned new_empty(PyObject* x, std::initializer_list<int64_t> sizes, View& seen) {
+  const Owned shape = owned(PyTuple_New(static_cast<Py_ssize_t>(sizes.size())));
+  if (!shape) throw PythonError();
+  Py_ssize_t axis = 0;
+  for (const int64_t size : sizes) {
+    PyObject* number = PyLong_FromLongLong(size);
+    if (!number) throw PythonError();
+    PyTuple_SetItem(shape.get(), axis++, number);
+  }
+  Owned made = owned(PyObject_CallMethodObjArgs(x, keys[NEW_EMPTY], shape.get(), nullptr));
+  if (!made || !look(made.get(), seen)) throw PythonError();
+  return made;
+}
+
+constexpr int64_t LONG = 4'000'000;  // operations: for so many others may run meanwhile
+
+void run(const Stack& stack, const View& x, const States& before, const View& y, const View& h_n, const View* c_n) {
+  const auto work = [&] { stack.run(x, before.h_or_none, before.c_or_none, y, h_n, c_n); };
+  if (stack.operations(x) < LONG) return work();
+  const std::vector<Owned> references = stack.keep();
+  struct Unlocked {
+    PyThreadState* state = PyEval_SaveThread();
+    ~Unlocked() { PyEval_RestoreThread(state); }
+  } unlocked;
+  work();
+}
+
+// The body of a function for Python: None where `body` gives nothing.
+template <class Body>
+PyObject* answer(const Body& body) {
+  try {
+    if (Owned result = body()) return result.release();
+    Py_RETURN_NONE;
+  } catch (const PythonError&) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "fastrnn: a tensor could not be made");
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+// May this call, of a module with these attributes, be taken? A frozen module has no gradients but its input's.
+bool may_run(const Stack& stack, PyObject* x, const States& before) {
+  if (aoti_torch_grad_mode_is_enabled()) {
+    if (!stack.frozen || wants_gradient(x) || wants_gradient(before.objects[0]) || wants_gradient(before.objects[1])) return false;
+  }
+  return !somebody_watches();
+}
+
+bool drops(PyObject* attributes) { return is_true(attributes, TRAINING) && is_true(attributes, DROPOUT); }
+
+// forward(module.__dict__, x, hx) -> (y, state) of batched dense input, or None.
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    PyObject *attributes = args[0], *x_object = args[1];
+    if (aoti_torch_grad_mode_is_enabled() && !find(attributes, FROZEN)) return nullptr;
+    Stack stack;
+    View x;
+    States before;
+    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr) || drops(attributes)) return nullptr;
+    const bool pair = stack.cell->has_cell_state;
+    if (!before.read(args[2], pair) || !may_run(stack, x_object, before)) return nullptr;
+    const Layout layout = stack.batch_first ? Layout::batch_time : Layout::time_batch;
+    if (!stack.takes(x, layout, before.h_or_none, before.c_or_none, 3)) return nullptr;
+    const int64_t D = stack.directions, B = stack.batch, R = stack.output_size;
+    View y, h_n, c_n;
+    Owned y_object = new_empty(x_object, {x.size(0), x.size(1), D * R}, y);
+    Owned h_object = new_empty(x_object, {stack.layers * D, B, R}, h_n);
+    Owned c_object = pair ? new_empty(x_object, {stack.layers * D, B, stack.hidden_size}, c_n) : nullptr;
+    run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
+    if (!pair) return owned(PyTuple_Pack(2, y_object.get(), h_object.get()));
+    const Owned state = owned(PyTuple_Pack(2, h_object.get(), c_object.get()));
+    return state ? owned(PyTuple_Pack(2, y_object.get(), state.get())) : nullptr;
+  });
+}
+
+// step(module.__dict__, x, state, out) -> (y, state), which are out's if it is given, or None. Without gradients, whoever asks.
+PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    PyObject *attributes = args[0], *x_object = args[1], *out = args[3];
+    Stack stack;
+    View x, y, h_n, c_n;
+    States before, after;
+    if (!look(x_object, x) || !stack.read(attributes, nullptr) || stack.directions != 1 || drops(attributes)) return nullptr;
+    const bool pair = stack.cell->has_cell_state;
+    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
+    if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
+    const int64_t B = stack.batch, R = stack.output_size;
+    if (out != Py_None) {
+      if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), pair)) return nullptr;
+      if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || y.address == x.address) return nullptr;
+      if (!stack.takes(x, Layout::batch, after.h_or_none, after.c_or_none, 3) || !stack.is_state(&y, R, 2)) return nullptr;
+      run(stack, x, before, y, after.h, after.c_or_none);
+      return kept(out);
+    }
+    Owned y_object = new_empty(x_object, {B, R}, y), h_object = new_empty(x_object, {stack.layers, B, R}, h_n);
+    Owned c_object = pair ? new_empty(x_object, {stack.layers, B, stack.hidden_size}, c_n) : nullptr;
+    run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
+    if (!pair) return owned(PyTuple_Pack(2, y_object.get(), h_object.get()));
+    const Owned state = owned(PyTuple_Pack(2, h_object.get(), c_object.get()));
+    return state ? owned(PyTuple_Pack(2, y_object.get(), state.get())) : nullptr;
+  });
+}
+
+// cell(module.__dict__, x, hx, mode) -> h, or (h, c), of a batch, or None. mode: as RNN, LSTM and GRU have it.
+PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    PyObject *attributes = args[0], *x_object = args[1];
+    if (aoti_torch_grad_mode_is_enabled() && !find(attributes, FROZEN)) return nullptr;
+    const char* mode = PyUnicode_AsUTF8AndSize(args[3], nullptr);
+    if (!mode) throw PythonError();
+    Stack stack;
+    View x, h, c;
+    States before;
+    if (!look(x_object, x) || !stack.read(attributes, mode)) return nullptr;
+    const bool pair = stack.cell->has_cell_state;
+    if (!before.read(args[2], pair) || !may_run(stack, x_object, before)) return nullptr;
+    if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;
+    Owned h_object = new_empty(x_object, {stack.batch, stack.output_size}, h);
+    Owned c_object = pair ? new_empty(x_object, {stack.batch, stack.hidden_size}, c) : nullptr;
+    run(stack, x, before, h, h, pair ? &c : nullptr);  // the output is the state
+    return pair ? owned(PyTuple_Pack(2, h_object.get(), c_object.get())) : std::move(h_object);
+  });
+}
+
+// pack(module.__dict__, mode or None, allocate) -> the weights as packed panels in allocate(bytes), or None where it can't.
+PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    const char* mode = args[1] == Py_None ? nullptr : PyUnicode_AsUTF8AndSize(args[1], nullptr);
+    Stack stack;
+    if (!stack.read(args[0], mode, false) || stack.half) return nullptr;
+    return stack.pack(args[2]);
+  });
+}
+
+// tiers() -> names of those in here that this processor runs, widest first.
+PyObject* tiers(PyObject*, PyObject*) {
+  return answer([]() -> Owned {
+    Owned names = owned(PyList_New(0));
+    for (const Tier& t : TIERS) {
+      if (!names || !t.fits()) continue;
+      const Owned name = owned(PyUnicode_FromString(t.name.c_str()));
+      if (!name || PyList_Append(names.get(), name.get()) != 0) throw PythonError();
+    }
+    return names;
+  });
+}
+
+// prepare(tier, DLPack's table, torch.Tensor, torch.nn.Parameter): register the ops, which run that tier's kernels.
+// Not when this library is opened: it may turn out to hold nothing for this processor.
+PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    const char* name = PyUnicode_AsUTF8AndSize(args[0], nullptr);
+    if (!name) throw PythonError();
+    tier = std::find_if(std::begin(TIERS), std::end(TIERS), [&](const Tier& t) { return t.name == name; });
+    exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(args[1], "dlpack_exchange_api"));
+    if (!exchange) throw PythonError();
+    if (exchange->header.version.major != DLPACK_MAJOR_VERSION) throw std::runtime_error("fastrnn: DLPack of another version");
+    tensor_type = kept(args[2]).release();
+    parameter_type = kept(args[3]).release();
+    register_ops();
+    return nullptr;
+  });
+}
+
+// watch(functions): the short way is open from now on, and closed where one of these says something true.
+PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    if (!PyTuple_Check(args[0])) throw std::runtime_error("fastrnn: watch wants a tuple");
+    watched = kept(args[0]).release();
+    return nullptr;
+  });
+}
+
+template <size_t Arguments>
+using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+// With as many arguments as it wants.
+template <PyObject* (*Own)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t Wanted>
+PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  if (count == Wanted) return Own(self, args, count);
+  return PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", Wanted, count);
+}
+
+template <PyObject* (*Own)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t Wanted>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&counted<Own, Wanted>)), METH_FASTCALL, nullptr};
+}
+
+}  // namespace
+}  // namespace fastrnn
+
+PyMODINIT_FUNC PyInit__runtime() {
+  using namespace fastrnn;
+  static PyMethodDef methods[] = {
+      method<forward, 3>("forward"), method<step, 4>("step"),       method<cell, 4>("cell"), method<pack, 3>("pack"),
+      method<prepare, 4>("prepare"), method<watch, 1>("watch"), {"tiers", tiers, METH_NOARGS, nullptr}, {}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  for (size_t i = 0; i < KEYS; ++i)
+    if (!(keys[i] = PyUnicode_InternFromString(KEY_NAMES[i]))) return nullptr;
+  PyObject* module = PyModule_Create(&definition);
+  if (module && PyModule_AddStringConstant(module, "built_from", FASTRNN_BUILT_FROM) != 0) {
+    Py_DECREF(module);
+    return nullptr;
+  }
+  return module;
+}
