@@ -48,6 +48,10 @@ def rivals(case: Case, peers: list[str], threads: int) -> tuple[Subject, dict[st
         runners["torch padded"] = Subject(padded(case), torch.nn).run
     elif case.mode == "infer" and (case.point.layers, case.point.directions) == (1, 1):
         y = truth.results()["y"]
+        frozen = Subject(case, fastrnn)
+        fastrnn.freeze(frozen.module)
+        faults += [f"frozen: {fault}" for fault in wrong(frozen, truth)]
+        runners["fastrnn frozen"] = frozen.run
         for name in peers:
             runners[name], peer_y = PEERS[name](truth, threads)
             if not difference(peer_y, y) <= TOLERANCE:

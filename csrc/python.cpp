@@ -10,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -44,6 +45,7 @@ struct PythonError {};  // Python has its exception already
 const DLPackExchangeAPI* exchange = nullptr;
 PyObject* tensor_type;
 PyObject* parameter_type;
+PyObject* empty_like;
 PyObject* watched;  // a tuple of functions: where one says so, somebody looks at the call from outside. See `watch`
 
 // clang-format off
@@ -298,10 +300,7 @@ class Stack {
     frozen = true;
     objects.push_back(pack);
     DLTensor t;
-    if (exchange->dltensor_from_py_object_no_sync(pack, &t) != 0) {  // True: frozen, but not packed
-      PyErr_Clear();
-      return false;
-    }
+    if (exchange->dltensor_from_py_object_no_sync(pack, &t) != 0) throw PythonError();
     const auto* headers = static_cast<const PackHeader*>(t.data);
     const PackHeader& first = headers[0];
     if (first.tier != tier - TIERS || first.cell != cell - CELLS || first.layers != layers || first.directions != directions)
@@ -381,20 +380,43 @@ bool wants_gradient(PyObject* tensor) {
   return answer.get() == Py_True;
 }
 
-// A new tensor like x, of other sizes.
-Owned new_empty(PyObject* x, std::initializer_list<int64_t> sizes, View& seen) {
-  const Owned shape = owned(PyTuple_New(static_cast<Py_ssize_t>(sizes.size())));
-  if (!shape) throw PythonError();
-  Py_ssize_t axis = 0;
-  for (const int64_t size : sizes) {
-    PyObject* number = PyLong_FromLongLong(size);
-    if (!number) throw PythonError();
-    PyTuple_SetItem(shape.get(), axis++, number);
+// Results, made one after the other. Where there is a tensor of the size already it serves as a pattern: torch takes half as
+// long for a tensor as for numbers.
+class Results {
+ public:
+  Results(PyObject* x, const View& seen, const States& states) {
+    patterns_[count_++] = {x, seen};
+    if (states.h_or_none) patterns_[count_++] = {states.objects[0], states.h};
+    if (states.c_or_none) patterns_[count_++] = {states.objects[1], states.c};
   }
-  Owned made = owned(PyObject_CallMethodObjArgs(x, keys[NEW_EMPTY], shape.get(), nullptr));
-  if (!made || !look(made.get(), seen)) throw PythonError();
-  return made;
-}
+
+  Owned make(std::initializer_list<int64_t> sizes, View& seen) {
+    Owned made;
+    for (size_t i = 0; i < count_ && !made; ++i) {
+      const View& pattern = patterns_[i].second;
+      if (pattern.is_contiguous() && std::equal(sizes.begin(), sizes.end(), pattern.sizes, pattern.sizes + pattern.dims))
+        made = owned(PyObject_CallFunctionObjArgs(empty_like, patterns_[i].first, nullptr));
+    }
+    if (!made) {
+      const Owned shape = owned(PyTuple_New(static_cast<Py_ssize_t>(sizes.size())));
+      if (!shape) throw PythonError();
+      Py_ssize_t axis = 0;
+      for (const int64_t size : sizes) {
+        PyObject* number = PyLong_FromLongLong(size);
+        if (!number) throw PythonError();
+        PyTuple_SetItem(shape.get(), axis++, number);
+      }
+      made = owned(PyObject_CallMethodObjArgs(patterns_[0].first, keys[NEW_EMPTY], shape.get(), nullptr));
+    }
+    if (!made || !look(made.get(), seen)) throw PythonError();
+    if (count_ < std::size(patterns_)) patterns_[count_++] = {made.get(), seen};
+    return made;
+  }
+
+ private:
+  std::pair<PyObject*, View> patterns_[6];
+  size_t count_ = 0;
+};
 
 constexpr int64_t LONG = 4'000'000;  // operations: for so many others may run meanwhile
 
@@ -450,9 +472,9 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!stack.takes(x, layout, before.h_or_none, before.c_or_none, 3)) return nullptr;
     const int64_t D = stack.directions, B = stack.batch, R = stack.output_size;
     View y, h_n, c_n;
-    Owned y_object = new_empty(x_object, {x.size(0), x.size(1), D * R}, y);
-    Owned h_object = new_empty(x_object, {stack.layers * D, B, R}, h_n);
-    Owned c_object = pair ? new_empty(x_object, {stack.layers * D, B, stack.hidden_size}, c_n) : nullptr;
+    Results results(x_object, x, before);
+    Owned h_object = results.make({stack.layers * D, B, R}, h_n), y_object = results.make({x.size(0), x.size(1), D * R}, y);
+    Owned c_object = pair ? results.make({stack.layers * D, B, stack.hidden_size}, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
     if (!pair) return owned(PyTuple_Pack(2, y_object.get(), h_object.get()));
     const Owned state = owned(PyTuple_Pack(2, h_object.get(), c_object.get()));
@@ -479,8 +501,9 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
       run(stack, x, before, y, after.h, after.c_or_none);
       return kept(out);
     }
-    Owned y_object = new_empty(x_object, {B, R}, y), h_object = new_empty(x_object, {stack.layers, B, R}, h_n);
-    Owned c_object = pair ? new_empty(x_object, {stack.layers, B, stack.hidden_size}, c_n) : nullptr;
+    Results results(x_object, x, before);
+    Owned h_object = results.make({stack.layers, B, R}, h_n), y_object = results.make({B, R}, y);
+    Owned c_object = pair ? results.make({stack.layers, B, stack.hidden_size}, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
     if (!pair) return owned(PyTuple_Pack(2, y_object.get(), h_object.get()));
     const Owned state = owned(PyTuple_Pack(2, h_object.get(), c_object.get()));
@@ -502,8 +525,9 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     const bool pair = stack.cell->has_cell_state;
     if (!before.read(args[2], pair) || !may_run(stack, x_object, before)) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;
-    Owned h_object = new_empty(x_object, {stack.batch, stack.output_size}, h);
-    Owned c_object = pair ? new_empty(x_object, {stack.batch, stack.hidden_size}, c) : nullptr;
+    Results results(x_object, x, before);
+    Owned h_object = results.make({stack.batch, stack.output_size}, h);
+    Owned c_object = pair ? results.make({stack.batch, stack.hidden_size}, c) : nullptr;
     run(stack, x, before, h, h, pair ? &c : nullptr);  // the output is the state
     return pair ? owned(PyTuple_Pack(2, h_object.get(), c_object.get())) : std::move(h_object);
   });
@@ -532,7 +556,7 @@ PyObject* tiers(PyObject*, PyObject*) {
   });
 }
 
-// prepare(tier, DLPack's table, torch.Tensor, torch.nn.Parameter): register the ops, which run that tier's kernels.
+// prepare(tier, DLPack's table, torch.Tensor, torch.nn.Parameter, torch.empty_like): register the ops, which run that tier's kernels.
 // Not when this library is opened: it may turn out to hold nothing for this processor.
 PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
@@ -544,6 +568,7 @@ PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (exchange->header.version.major != DLPACK_MAJOR_VERSION) throw std::runtime_error("fastrnn: DLPack of another version");
     tensor_type = kept(args[2]).release();
     parameter_type = kept(args[3]).release();
+    empty_like = kept(args[4]).release();
     register_ops();
     return nullptr;
   });
@@ -580,7 +605,7 @@ PyMODINIT_FUNC PyInit__runtime() {
   using namespace fastrnn;
   static PyMethodDef methods[] = {
       method<forward, 3>("forward"), method<step, 4>("step"),       method<cell, 4>("cell"), method<pack, 3>("pack"),
-      method<prepare, 4>("prepare"), method<watch, 1>("watch"), {"tiers", tiers, METH_NOARGS, nullptr}, {}};
+      method<prepare, 5>("prepare"), method<watch, 1>("watch"), {"tiers", tiers, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   for (size_t i = 0; i < KEYS; ++i)
     if (!(keys[i] = PyUnicode_InternFromString(KEY_NAMES[i]))) return nullptr;

@@ -6,6 +6,8 @@ from fastrnn.convert import compress as compress
 from fastrnn.convert import convert as convert
 from fastrnn.convert import patch as patch
 from fastrnn.dispatch import explain as explain
+from fastrnn.frozen import freeze as freeze
+from fastrnn.frozen import thaw as thaw
 from fastrnn.modules import GRU as GRU
 from fastrnn.modules import LSTM as LSTM
 from fastrnn.modules import RNN as RNN
@@ -24,8 +26,10 @@ __all__ = [
     "compress",
     "convert",
     "explain",
+    "freeze",
     "functional",
     "patch",
     "recompute",
+    "thaw",
 ]
 __version__ = "0.1.0"

@@ -43,24 +43,32 @@ def _rebound(function: _Function) -> _Function:
 
 
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
-    by_torch = _rebound(torch_class.forward)
-
-    def run(self, input, hx):
-        result = _VF.module_forward(self, input, hx)
-        return by_torch(self, input, hx) if result is None else result
-
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
         if not torch.compiler.is_dynamo_compiling() and dispatch.native:
             result = dispatch.native.forward(self.__dict__, input, hx)
             if result is not None:
                 return result
+        return self._long_way(input, hx)
+
+    return forward
+
+
+def _long_way(torch_class: type[nn.RNNBase]) -> Any:
+    """What the short way leaves, with gradients above all."""
+    by_torch = _rebound(torch_class.forward)
+
+    def run(self, input, hx):
+        result = _VF.module_forward(self, input, hx)
+        return by_torch(self, input, hx) if result is None else result
+
+    def long_way(self, input, hx):
         if self.recompute:
             with recompute():
                 return run(self, input, hx)
         return run(self, input, hx)
 
-    return forward
+    return long_way
 
 
 def _init(torch_class: type[nn.RNNBase]) -> Any:
@@ -80,15 +88,13 @@ def _extra_repr(self: Any) -> str:
 
 
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
-    by_torch = _rebound(torch_class.forward)
-
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
         if not torch.compiler.is_dynamo_compiling() and dispatch.native:
             result = dispatch.native.cell(self.__dict__, input, hx, mode_of_cell(self))
             if result is not None:
                 return result
-        return by_torch(self, input, hx)
+        return self._long_way(input, hx)
 
     return forward
 
@@ -172,6 +178,7 @@ class RNN(nn.RNN, _Layers):
     __init__ = _init(nn.RNN)
     extra_repr = _extra_repr
     forward = _forward(nn.RNN)
+    _long_way = _long_way(nn.RNN)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
@@ -185,6 +192,7 @@ class LSTM(nn.LSTM, _Layers):
     __init__ = _init(nn.LSTM)
     extra_repr = _extra_repr
     forward = _forward(nn.LSTM)
+    _long_way = _long_way(nn.LSTM)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
@@ -198,6 +206,7 @@ class GRU(nn.GRU, _Layers):
     __init__ = _init(nn.GRU)
     extra_repr = _extra_repr
     forward = _forward(nn.GRU)
+    _long_way = _long_way(nn.GRU)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
@@ -206,18 +215,21 @@ class RNNCell(nn.RNNCell, _DropIn):
     """`torch.nn.RNNCell`, arguments and behaviour, on fastrnn's engines."""
 
     forward = _cell_forward(nn.RNNCell)
+    _long_way = _rebound(nn.RNNCell.forward)
 
 
 class LSTMCell(nn.LSTMCell, _DropIn):
     """`torch.nn.LSTMCell`, arguments and behaviour, on fastrnn's engines."""
 
     forward = _cell_forward(nn.LSTMCell)
+    _long_way = _rebound(nn.LSTMCell.forward)
 
 
 class GRUCell(nn.GRUCell, _DropIn):
     """`torch.nn.GRUCell`, arguments and behaviour, on fastrnn's engines."""
 
     forward = _cell_forward(nn.GRUCell)
+    _long_way = _rebound(nn.GRUCell.forward)
 
 
 # Each class of torch.nn and the one that stands in for it.

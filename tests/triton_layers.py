@@ -110,14 +110,20 @@ def incoming(layer: Layer, outputs: dict[str, Tensor]) -> dict[str, Tensor | Non
     }
 
 
-def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """The reference's results in a dtype."""
+def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0, sides: Tensor | None = None) -> dict[str, Tensor]:
+    """The reference's results in a dtype.
+
+    sides: outputs of relu that gradients take for zero, or not, as they are here: what is near zero lands there by rounding.
+    """
     made = cast(layer.arguments(seed), dtype)
     results = dict(zip(("y", "h_n", "c_n", "saved"), reference.layer_forward(**made, save=True)))
     given = cast(incoming(layer, cast(results, torch.float64)), dtype)
     inputs = [made[name] for name in ("x", "batch_sizes", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
     options = layer.cell, layer.reverse, layer.layout == "batch"
-    grads = reference.layer_backward(*given.values(), *inputs, results["y"], results["saved"], *options)
+    y = results["y"]
+    if sides is not None and layer.cell == "rnn_relu":
+        y = torch.where(sides > 0, y.clamp(min=torch.finfo(dtype).tiny), 0)
+    grads = reference.layer_backward(*given.values(), *inputs, y, results["saved"], *options)
     return results | dict(zip(GRADIENTS, grads))
 
 
@@ -146,14 +152,15 @@ def faults(layer: Layer, device: str = "cpu", target: Device = H100) -> list[str
     for seed in range(1 if layer.dtype is torch.float32 else 3):  # what is rounded coarsely is wrong by chance
         with np.errstate(over="ignore"):  # exp of what is masked
             found = by_kernels(layer, device, target, seed)
-        truth, own = by_reference(layer, torch.float64, seed), by_reference(layer, layer.dtype, seed)
+        own = by_reference(layer, layer.dtype, seed)
+        truth, truth_of_own = (by_reference(layer, torch.float64, seed, results["y"].cpu()) for results in (found, own))
         for name, value in found.items():
             if value.shape != truth[name].shape or value.dtype != layer.dtype:
                 wrong.append(f"{name} is {tuple(value.shape)} {value.dtype}, expected {tuple(truth[name].shape)}")
                 continue
             pair = errors.setdefault(name, (Error(), Error()))
-            for error, values in zip(pair, (value.cpu(), own[name])):
-                error.add(values, truth[name])
+            for error, values, right in zip(pair, (value.cpu(), own[name]), (truth[name], truth_of_own[name])):
+                error.add(values, right)
     for name, (error, own_error) in errors.items():
         bound = FACTOR * own_error.relative + SLACK * torch.finfo(layer.dtype).eps
         if not error.relative <= bound:  # NaN is wrong too

@@ -43,7 +43,8 @@ def _load_extension() -> Tier | str:
     if not names:
         return "the compiled extension holds no kernels for this processor"
     tier = processor.chosen(names)
-    runtime_module().prepare(tier.name, torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter)
+    table = torch.Tensor.__dlpack_c_exchange_api__
+    runtime_module().prepare(tier.name, table, torch.Tensor, torch.nn.Parameter, torch.empty_like)
     return tier
 
 

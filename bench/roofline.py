@@ -1,0 +1,93 @@
+"""What two things limit, measured: products and reading weights. `python -m bench.roofline --help`.
+
+A layer multiplies, at the rate of the library's matrix product at best; and each step reads the recurrent weights, at the rate at
+which memory, or the cache that holds them, gives them. The longer of the two times is the roofline's; `report` divides it by
+what a case of bench.run took.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench import record
+from bench.grid import Point
+from bench.timing import interleave
+
+DEFAULT_OUTPUT = record.RESULTS / "roofline.json"
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+MATRIX = 2048  # units of the product that sets the rate
+KIB = (256, 1024, 3072, 4096, 12288, 16384, 49152, 65536)  # W_hh of every cell of the grid from H 256 on
+
+
+def forward_operations(point: Point, cell: str) -> int:
+    """Multiplications and additions of one layer's products, forward, of every step."""
+    rows = sum(point.lengths())
+    return 2 * rows * GATES[cell] * point.hidden * (point.input_size + point.hidden)
+
+
+def weight_bytes(point: Point, cell: str) -> int:
+    """Of W_hh in float32, which a step reads."""
+    return 4 * GATES[cell] * point.hidden**2
+
+
+def least_seconds(point: Point, cell: str, mode: str, rates: dict[str, Any]) -> float:
+    """The roofline: backward does twice forward's operations and reads W_hh once more."""
+    stream = rates["bytes_per_second"]
+    nearest = min(stream, key=lambda kib: abs(int(kib) * 1024 - weight_bytes(point, cell)))
+    passes = {"infer": (1, 1), "train": (3, 2)}[mode]
+    products = passes[0] * forward_operations(point, cell) / rates["operations_per_second"]
+    return max(products, passes[1] * point.steps * weight_bytes(point, cell) / stream[nearest])
+
+
+def measure(seconds: float, most: int) -> dict[str, Any]:
+    """Both rates: the best repeat's, since a roof is not an average."""
+    a, b, out = (torch.randn(MATRIX, MATRIX) for _ in range(3))
+
+    def multiply(loops: int) -> None:
+        for _ in range(loops):
+            torch.mm(a, b, out=out)
+
+    rates: dict[str, Any] = {
+        "operations_per_second": 2 * MATRIX**3 / min(interleave({"mm": multiply}, seconds, most)["mm"]["seconds"])
+    }
+    rates["bytes_per_second"] = {}
+    for kib in KIB:
+        weights = torch.randn(kib, 256)
+        state = torch.randn(256)
+
+        def read(loops: int, weights: torch.Tensor = weights, state: torch.Tensor = state) -> None:
+            for _ in range(loops):
+                torch.mv(weights, state)
+
+        def add_up(loops: int, weights: torch.Tensor = weights) -> None:
+            for _ in range(loops):
+                weights.sum()
+
+        taken = interleave({"mv": read, "sum": add_up}, seconds, most)
+        rates["bytes_per_second"][str(kib)] = kib * 1024 / min(min(each["seconds"]) for each in taken.values())
+    return rates
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.roofline", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per size (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=50, help="at most so many (default %(default)s)")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="(default %(default)s)")
+    options = parser.parse_args(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    with torch.inference_mode():
+        rates = measure(options.seconds, options.repeats)
+    console.print(f"products: {rates['operations_per_second'] / 1e9:.0f} GFLOP/s")
+    for kib, rate in rates["bytes_per_second"].items():
+        console.print(f"reading {int(kib) / 1024:g} MiB: {rate / 1e9:.1f} GB/s")
+    settings = {"threads": torch.get_num_threads(), "seconds": options.seconds, "repeats": options.repeats}
+    record.write(options.output, record.header(dtype="float32", **settings) | rates)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Layers whose weights are packed once, for serving: `freeze` and `thaw`.
+
+A frozen layer is of a class made for it, between which and its own class it changes, as torch's parametrized modules do.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn import dispatch
+from fastrnn.modules import DROP_INS, mode_of_cell
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(model: M) -> M:
+    """Pack the weights of every fastrnn layer and cell in `model`, or of `model` itself, once, for serving on a CPU.
+
+    A call then reads panels that lie ready, where it would pack them itself: short sequences and single steps gain most, and a
+    step gets the very bits that it has in a longer sequence. The panels take as much memory as the weights, which stay.
+
+    Frozen layers compute with the weights they had when they were frozen. `load_state_dict` and `to` freeze them anew; after
+    any other change call `freeze` again, whatever else a call then computes with is not defined. They have no gradients, and
+    refuse `train()` and input that requires one. Copies and pickles of a frozen layer are not frozen.
+
+    What the compiled CPU engine does not run is left as it is: layers on other devices or in half precision (`compress`ed
+    ones, too), computed weights (parametrisations), any layer where the engine is not there or another is forced.
+
+    Returns:
+        `model`.
+
+    Raises:
+        RuntimeError: a layer is in training mode.
+    """
+    layers = [module for module in model.modules() if isinstance(module, tuple(DROP_INS.values()))]
+    for layer in layers:
+        if layer.training:
+            raise RuntimeError("freeze: expected a model in evaluation mode, but a layer is training; call eval() first")
+    for layer in layers:
+        panels = _packed(layer)
+        if panels is not None:
+            layer.__class__ = _frozen_class(_own_class(layer))
+            layer._frozen = panels
+    return model
+
+
+def thaw(model: M) -> M:
+    """Make ordinary layers of all that are frozen in `model`, or of `model` itself: they read their weights at each call.
+
+    Returns:
+        `model`.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, _Frozen):
+            module.__class__ = _own_class(module)
+            del module._frozen
+    return model
+
+
+def _packed(layer: Any) -> Tensor | None:
+    """The panels of a layer, or None where there cannot be any."""
+    if dispatch.native is None:
+        return None
+    mode = mode_of_cell(layer) if isinstance(layer, nn.RNNCellBase) else None
+    return dispatch.native.pack(layer.__dict__, mode, functools.partial(torch.empty, dtype=torch.uint8, device="cpu"))
+
+
+class _Frozen(nn.Module):
+    """What a frozen layer does otherwise. Its panels are in `_frozen`, where the extension finds them (csrc/python.cpp)."""
+
+    _frozen: Tensor
+
+    def _long_way(self: Any, input: Any, hx: Any = None) -> Any:
+        if torch.is_grad_enabled():
+            given = (input, *hx) if isinstance(hx, (tuple, list)) else (input, hx)
+            if any(getattr(value, "requires_grad", False) for value in given):
+                raise RuntimeError(f"{_own_class(self).__name__} is frozen and has no gradients: call thaw() to train with it")
+        with torch.no_grad():
+            return super()._long_way(input, hx)  # type: ignore[misc]
+
+    def train(self: Any, mode: bool = True) -> Any:
+        if mode:
+            raise RuntimeError(f"{_own_class(self).__name__} is frozen: call thaw() before train()")
+        return super().train(mode)
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        return self._freeze_anew()
+
+    def _load_from_state_dict(self: Any, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._freeze_anew()
+
+    def _freeze_anew(self: Any) -> Any:
+        panels = _packed(self)
+        if panels is None:  # such as on another device
+            return thaw(self)
+        self._frozen = panels
+        return self
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        """As an ordinary layer: panels are this processor's."""
+        own_class = _own_class(self)
+        twin = object.__new__(own_class)
+        twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_frozen"}
+        state = twin.__reduce_ex__(2)[2]
+        return object.__new__, (own_class,), state
+
+
+@functools.cache
+def _frozen_class(own_class: type) -> type:
+    return type(f"Frozen{own_class.__name__}", (_Frozen, own_class), {"__module__": own_class.__module__})
+
+
+def _own_class(layer: nn.Module) -> Any:
+    """The class that it has, or had before it was frozen."""
+    return type(layer).__bases__[1] if isinstance(layer, _Frozen) else type(layer)
