@@ -1,6 +1,6 @@
 """What two things limit, measured: products and reading weights. `python -m bench.roofline --help`.
 
-A layer multiplies, at the rate of the library's matrix product at best; and each step reads the recurrent weights, at the rate at
+A layer multiplies, at the rate of a library at best; and each step reads the recurrent weights, at the rate at
 which memory, or the cache that holds them, gives them. The longer of the two times is the roofline's; `report` divides it by
 what a case of bench.run took.
 """

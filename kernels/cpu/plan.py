@@ -74,19 +74,21 @@ def wide_columns(registers):
 
 
 def step_cost(rows, depth, panels, panel_vectors, vector_bytes, row_groups, unit_groups, l2_bytes):
-    """Estimated cycles of one step of one thread: the product, the streaming of its share of the weights, and the barrier.
+    """Estimated cycles of one step of one thread: its products and gates, the streaming of its share of the weights, and
+    between threads that share rows the barrier, and fetching what the others computed.
 
-    Rates measured on two AVX-512 cores: one FMA a cycle; from L2 32 bytes a cycle, while it multiplies; from beyond it 12, for
-    which it waits; 500 cycles a barrier.
+    Rates measured on two AVX-512 cores: two FMAs a cycle, 110 cycles for the gates of a vector of units; 41 bytes a cycle from
+    L2, 10 from beyond it; 900 cycles a barrier, 6 a number fetched. Work and streaming overlap in part, like the legs of a right
+    triangle, whose hypotenuse is about the longer leg and half the square of the other over it.
     """
     group_rows = ceil_div(rows, row_groups)
     own_panels = ceil_div(panels, unit_groups)
-    fma = own_panels * depth * panel_vectors * group_rows
+    work = own_panels * group_rows * (depth * panel_vectors // 2 + 110)
     weights = own_panels * depth * panel_vectors * vector_bytes
-    product = max(fma, weights // 32) if 4 * weights <= 3 * l2_bytes else fma + weights // 12
-    elementwise = own_panels * group_rows * 200
-    barrier = 500 if unit_groups > 1 else 0
-    return product + elementwise + barrier
+    streaming = weights // (41 if 4 * weights <= 3 * l2_bytes else 10)
+    longer, other = max(work, streaming), min(work, streaming)
+    exchange = 900 + 6 * group_rows * depth * (unit_groups - 1) // unit_groups if unit_groups > 1 else 0
+    return longer + other * other // (2 * longer) + exchange
 
 
 def choose_groups(rows, depth, panels, panel_vectors, vector_bytes, threads, l2_bytes):
