@@ -34,6 +34,11 @@ class Point:
         return self.fill < 1
 
     @property
+    def simple(self) -> bool:
+        """One layer, one direction, dense."""
+        return (self.layers, self.directions, self.fill) == (1, 1, 1)
+
+    @property
     def name(self) -> str:
         """Such as B32 T100 H256: what differs from the plain case follows."""
         name = f"B{self.batch} T{self.steps} H{self.hidden}"

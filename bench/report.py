@@ -1,7 +1,7 @@
 """Tables and heat map from bench/results/*.json: `python -m bench.report`.
 
-Writes bench/results/heatmap.png, and puts the tables between the bench markers of README.md. Every ratio is the other's
-median time over fastrnn's: above 1, fastrnn is faster.
+Writes bench/results/heatmap.png and roofline.png, and puts the tables between the bench markers of README.md, the roofline's
+between those of docs/performance.md. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is faster.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from bench import record
 from bench.grid import CELLS, GROUPS, MODES, Point
 from bench.memory import above
+from bench.roofline import forward_operations, least_seconds
 
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 FLOOR = 0.85  # no point of the grid is to be below
 
 Result = dict[str, Any]
@@ -75,21 +75,35 @@ def apart_table(results: Sequence[Result]) -> str:
     return table(["against torch.nn", *(f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS)], rows)
 
 
+def against_frozen(results: Sequence[Result], rivals: Sequence[str], group: str, cell: str) -> list[float]:
+    """Times of the fastest of the rivals over those of frozen layers, whose weights are packed as the rivals' are."""
+    timed = [
+        {name: taken["median"] for name, taken in result["times"].items()}
+        for result in results
+        if result["point"]["group"] == group and result["cell"] == cell and "fastrnn frozen" in result.get("times", {})
+    ]
+    return [min(times[rival] for rival in rivals) / times["fastrnn frozen"] for times in timed if {*rivals} <= {*times}]
+
+
 def peer_table(results: Sequence[Result]) -> str:
-    """Geometric means of inference against the other engines."""
+    """Geometric means of frozen layers' inference against the other engines, which hold packed weights too."""
     rows = []
-    for rival in ("onnxruntime", "openvino"):
+    peers = ("onnxruntime", "openvino")
+    for name, rivals in (*((peer, (peer,)) for peer in peers), ("the fastest of three", ("torch", *peers))):
         for group, words in GROUPS.items():
-            means = [_times(ratios(results, rival, group=group, cell=cell, mode="infer")) for cell in CELLS]
+            means = [_times(against_frozen(results, rivals, group, cell)) for cell in CELLS]
             if any(means):
-                rows.append([f"{rival}, {words}", *means])
-    return table(["inference against", *(WORDS[cell] for cell in CELLS)], rows)
+                rows.append([f"{name}, {words}", *means])
+    return table(["frozen, against", *(WORDS[cell] for cell in CELLS)], rows) if rows else ""
+
+
+def _point(result: Result) -> Point:
+    return Point(**dict(result["point"], modes=tuple(result["point"]["modes"])))
 
 
 def point_name(result: Result) -> str:
     """Name of the result's point."""
-    sizes = dict(result["point"], modes=tuple(result["point"]["modes"]))
-    return Point(**sizes).name
+    return _point(result).name
 
 
 def worst(results: Sequence[Result], count: int = 5) -> str:
@@ -127,6 +141,83 @@ def memory(content: dict[str, Any]) -> str:
     least = f"{4 * resolution / 2**20:.0f} MiB"
     text = f"Peak memory of a training step: {mean} (geometric mean of the {len(told)} points above {least}); "
     return text + (f"above torch.nn's at {names}." if names else "above torch.nn's at none.")
+
+
+def reached(results: Sequence[Result], rates: dict[str, Any], mode: str) -> list[float]:
+    """Shares of the roofline, of the cases of at least 256 units and 32 rows."""
+    shares = []
+    for result in results:
+        point = _point(result)
+        if result["mode"] == mode and point.hidden >= 256 and point.batch >= 32 and point.simple and "times" in result:
+            least = least_seconds(point, result["cell"], mode, rates)
+            shares.append(least / result["times"]["fastrnn"]["median"])
+    return shares
+
+
+def roofline(results: Sequence[Result], rates: dict[str, Any]) -> str:
+    """What is reached of the roofline, and how much faster than torch.nn the roofline itself would be."""
+    stream = {int(kib): rate / 1e9 for kib, rate in rates["bytes_per_second"].items()}
+    head = f"Products at {rates['operations_per_second'] / 1e9:.0f} GFLOP/s; weights read at " + ", ".join(
+        f"{rate:.0f} GB/s ({kib / 1024:g} MiB)" for kib, rate in stream.items()
+    )
+    shares = {mode: reached(results, rates, mode) for mode in MODES}
+    told = ", ".join(
+        f"{words} {geomean(shares[mode]):.0%} (least {min(shares[mode]):.0%})"
+        for mode, words in (("infer", "inference"), ("train", "training"))
+        if shares[mode]
+    )
+    rows = []
+    for group, words in GROUPS.items():
+        cells = []
+        for cell, mode in COLUMNS:
+            found = [
+                result["times"]["torch"]["median"] / least_seconds(_point(result), cell, mode, rates)
+                for result in results
+                if (result["point"]["group"], result["cell"], result["mode"]) == (group, cell, mode)
+                and "times" in result
+                and _point(result).simple
+            ]
+            cells.append(_times(found))
+        if group != "apart":
+            rows.append([words, *cells])
+    limits = table(["the roofline against torch.nn", *(f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS)], rows)
+    return f"{head}. Reached from 256 units and 32 rows on, in the geometric mean: {told}.\n\n{limits}"
+
+
+def draw_roofline(results: Sequence[Result], rates: dict[str, Any], path: Path) -> None:
+    """Rates reached in inference over operations per byte of recurrent weights, below what products and reading allow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    roof, stream = rates["operations_per_second"] / 1e9, rates["bytes_per_second"]
+    batches = [0.7 * 1.05**step for step in range(120)]
+    for kib, style in (("1024", "-"), ("16384", "--"), ("65536", ":")):
+        heights = [min(roof, batch * stream[kib] / 1e9) for batch in batches]
+        axes.plot(
+            batches, heights, color="black", linestyle=style, linewidth=1, label=f"roof, weights of {int(kib) / 1024:g} MiB"
+        )
+    for cell, marker in (("lstm", "o"), ("gru", "s"), ("rnn", "^")):
+        for hidden, colour in ((256, "tab:blue"), (512, "tab:green"), (1024, "tab:orange"), (2048, "tab:red")):
+            at = [
+                (point.batch, forward_operations(point, cell) / result["times"]["fastrnn"]["median"] / 1e9)
+                for result in results
+                if result["cell"] == cell and result["mode"] == "infer" and "times" in result
+                for point in [_point(result)]
+                if point.hidden == hidden and point.simple and point.steps > 1 and point.input_size == hidden
+            ]
+            if at:
+                axes.plot(*zip(*at), marker, color=colour, label=f"{WORDS[cell]} H {hidden}", markersize=6)
+    axes.set(
+        xscale="log", yscale="log", xlabel="operations per byte of recurrent weights (rows of the batch)", ylabel="GFLOP/s"
+    )
+    axes.set_xticks([1, 2, 4, 8, 16, 32, 64, 128], labels=["1", "2", "4", "8", "16", "32", "64", "128"])
+    axes.set_title("Inference below the roofline", fontsize=11)
+    axes.legend(fontsize=7, ncols=2, loc="lower right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def startup(content: dict[str, Any]) -> str:
@@ -222,25 +313,32 @@ def markdown(contents: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def insert(text: str, page: str) -> str:
-    """The page with `text` between its markers. ValueError: it has none."""
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"no {BEGIN} ... {END} to put the report between")
-    before, rest = page.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
+def insert(text: str, page: str, name: str = "bench") -> str:
+    """The page with `text` between the markers of this name. ValueError: it has none."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in page or end not in page:
+        raise ValueError(f"no {begin} ... {end} to put the report between")
+    before, rest = page.split(begin, 1)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder (default %(default)s)")
     parser.add_argument("--page", type=Path, default=record.ROOT / "README.md", help="(default %(default)s)")
+    parser.add_argument("--log", type=Path, default=record.ROOT / "docs" / "performance.md", help="(default %(default)s)")
     options = parser.parse_args(argv)
-    files = {name: options.results / f"{name}.json" for name in ("grid", "memory", "startup", "half")}
+    files = {name: options.results / f"{name}.json" for name in ("grid", "memory", "startup", "half", "roofline")}
     contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     report = markdown(contents)
     print(report)
     if "grid" in contents:
         heatmap(contents["grid"]["cases"], options.results / "heatmap.png")
+    if "grid" in contents and "roofline" in contents:
+        results, rates = contents["grid"]["cases"], contents["roofline"]
+        draw_roofline(results, rates, options.results / "roofline.png")
+        if options.log.exists():
+            options.log.write_text(insert(roofline(results, rates), options.log.read_text(), "roofline"))
     if options.page.exists():
         options.page.write_text(insert(report, options.page.read_text()))
 

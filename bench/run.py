@@ -46,7 +46,7 @@ def rivals(case: Case, peers: list[str], threads: int) -> tuple[Subject, dict[st
     if case.point.packed:
         runners["fastrnn padded"] = Subject(padded(case), fastrnn).run
         runners["torch padded"] = Subject(padded(case), torch.nn).run
-    elif case.mode == "infer" and (case.point.layers, case.point.directions) == (1, 1):
+    elif case.mode == "infer" and case.point.simple:
         y = truth.results()["y"]
         frozen = Subject(case, fastrnn)
         fastrnn.freeze(frozen.module)

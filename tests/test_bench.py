@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from bench import half, memory, record, report, run, timing
+from bench import half, memory, record, report, roofline, run, timing
 from bench.grid import GRID, Case, Point, cases
 from bench.subjects import Subject, difference, onnx_model
 
@@ -117,14 +117,15 @@ def test_report_sums():
     results = [
         result(FEW, "lstm", "train", torch=2.0),
         result(Point("few", 1, 128, 100), "lstm", "train", torch=8.0),
-        result(FEW, "gru", "infer", torch=0.8, onnxruntime=0.5),
+        result(FEW, "gru", "infer", torch=0.8, onnxruntime=0.5, openvino=0.7, **{"fastrnn frozen": 0.25}),
         result(STEP, "rnn", "infer", torch=3.0),
         result(packed, "gru", "train", torch=2.0, **{"fastrnn padded": 1.6, "torch padded": 0.8}),
     ]
     assert report.ratios(results, group="few", cell="lstm", mode="train") == [2.0, 8.0]
     assert "| few rows | 4.00x |  |  |  | 0.80x |  |" in report.class_table(results)
     assert "| B1 T1 H64 |  |  |  |  |  | 3.00x |" in report.apart_table(results)
-    assert "| onnxruntime, few rows |  | 0.50x |  |" in report.peer_table(results)
+    assert "| onnxruntime, few rows |  | 2.00x |  |" in report.peer_table(results)
+    assert "| the fastest of three, few rows |  | 2.00x |  |" in report.peer_table(results)
     assert report.worst(results).startswith("Of 5 points 1 are below 0.85x. The least: GRU infer B1 T100 H64 (0.80x)")
     assert "at 57% fill, in padded steps: GRU 0.62 (torch.nn 2.50)" in report.packed(results)
 
@@ -151,9 +152,37 @@ def test_memory_sums():
     assert text.endswith("at two.")
 
 
+def test_roofline_sums(tmp_path):
+    """Handmade: a case takes 10 ms, torch.nn twice that."""
+    point = Point("middle", 32, 256, 100)
+    operations = 2 * 100 * 32 * 4 * 256 * 512
+    assert roofline.forward_operations(point, "lstm") == operations
+    assert roofline.weight_bytes(point, "lstm") == 2**20
+    rates = {"operations_per_second": operations / 0.004, "bytes_per_second": {"256": 1e12, "1024": 2**20 * 100 / 0.005}}
+    assert roofline.least_seconds(point, "lstm", "infer", rates) == pytest.approx(0.005)  # reading takes longer
+    assert roofline.least_seconds(point, "lstm", "train", rates) == pytest.approx(0.012)
+    results = [result(point, "lstm", mode, torch=2.0) for mode in ("infer", "train")]
+    assert report.reached(results, rates, "infer") == [pytest.approx(0.5)]
+    text = report.roofline(results, rates)
+    assert "inference 50% (least 50%), training 120%" in text
+    assert "| middle | 1.67x |  |  | 4.00x |  |  |" in text
+    report.draw_roofline(
+        results, rates | {"bytes_per_second": dict.fromkeys(("1024", "16384", "65536"), 1e11)}, tmp_path / "p.png"
+    )
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rates_are_rates(monkeypatch):
+    monkeypatch.setattr(roofline, "MATRIX", 64)
+    monkeypatch.setattr(roofline, "KIB", (4,))
+    rates = roofline.measure(seconds=0.01, most=2)
+    assert rates["operations_per_second"] > 1e6 and rates["bytes_per_second"]["4"] > 1e6
+
+
 def test_report_goes_between_the_markers():
-    page = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.insert("new", page) == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
+    page = f"before\n{begin}\nold\n{end}\nafter\n"
+    assert report.insert("new", page) == f"before\n{begin}\nnew\n{end}\nafter\n"
     with pytest.raises(ValueError, match="no <!-- bench:begin"):
         report.insert("new", "a page without")
 

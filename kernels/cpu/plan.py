@@ -78,8 +78,8 @@ def step_cost(rows, depth, panels, panel_vectors, vector_bytes, row_groups, unit
     between threads that share rows the barrier, and fetching what the others computed.
 
     Rates measured on two AVX-512 cores: two FMAs a cycle, 110 cycles for the gates of a vector of units; 41 bytes a cycle from
-    L2, 10 from beyond it; 900 cycles a barrier, 6 a number fetched. Work and streaming overlap in part, like the legs of a right
-    triangle, whose hypotenuse is about the longer leg and half the square of the other over it.
+    L2, 10 from beyond it; 900 cycles a barrier, 6 a number fetched. Work and streaming overlap in part, like the legs of a
+    right triangle, whose hypotenuse is about the longer leg and half the square of the other over it.
     """
     group_rows = ceil_div(rows, row_groups)
     own_panels = ceil_div(panels, unit_groups)
