@@ -225,6 +225,14 @@ class Stack {
     return tensor;
   }
 
+  // The weights of one layer: each direction's w_ih, each one's w_hh, and so on.
+  std::vector<PyObject*> by_kind() const {
+    std::vector<PyObject*> sorted;
+    const size_t count = objects.size(), kinds = count / static_cast<size_t>(directions);
+    for (size_t i = 0; i < count; ++i) sorted.push_back(objects[i % directions * kinds + i / directions]);
+    return sorted;
+  }
+
   // References to the weights, for as long as others may run.
   std::vector<Owned> keep() const {
     std::vector<Owned> references;
@@ -533,6 +541,51 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
+// training(module.__dict__, x, hx) -> the arguments of fastrnn.ops.apply_eagerly for a module of one layer, batched dense input and
+// gradients that are wanted, or None.
+PyObject* training(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    PyObject *attributes = args[0], *x_object = args[1];
+    if (!aoti_torch_grad_mode_is_enabled() || find(attributes, FROZEN)) return nullptr;
+    Stack stack;
+    View x, h, c;
+    States before;
+    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr) || stack.layers != 1 || stack.half) return nullptr;
+    const bool pair = stack.cell->has_cell_state;
+    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
+    const Layout layout = stack.batch_first ? Layout::batch_time : Layout::time_batch;
+    if (!stack.takes(x, layout, before.h_or_none, before.c_or_none, 3)) return nullptr;
+    const std::vector<PyObject*> weights = stack.by_kind();
+    bool wanted = wants_gradient(x_object) || wants_gradient(before.objects[0]) || wants_gradient(before.objects[1]);
+    for (size_t i = 0; i < weights.size() && !wanted; ++i) wanted = wants_gradient(weights[i]);
+    if (!wanted) return nullptr;
+    Owned h_object, c_object;
+    if (!before.h_or_none) {
+      Results results(x_object, x, before);
+      const auto zeros = [&](int64_t width, View& seen) {
+        Owned made = results.make({stack.directions, stack.batch, width}, seen);
+        std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.kind)));
+        return made;
+      };
+      h_object = zeros(stack.output_size, h);
+      if (pair) c_object = zeros(stack.hidden_size, c);
+    } else {
+      h_object = kept(before.objects[0]);
+      if (pair) c_object = kept(before.objects[1]);
+    }
+    const Owned first = owned(Py_BuildValue("(OOOOsOOiL)", x_object, Py_None, h_object.get(), pair ? c_object.get() : Py_None,
+                                            stack.cell->name, Py_False, stack.batch_first ? Py_True : Py_False, 0,
+                                            static_cast<long long>(stack.directions)));
+    Owned all = owned(PyTuple_New(9 + static_cast<Py_ssize_t>(weights.size())));
+    if (!first || !all) throw PythonError();
+    for (Py_ssize_t i = 0; i < PyTuple_Size(all.get()); ++i) {
+      PyObject* item = i < 9 ? PyTuple_GetItem(first.get(), i) : weights[static_cast<size_t>(i) - 9];
+      PyTuple_SetItem(all.get(), i, kept(item).release());
+    }
+    return all;
+  });
+}
+
 // pack(module.__dict__, mode or None, allocate) -> the weights as packed panels in allocate(bytes), or None where it can't.
 PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
@@ -604,7 +657,7 @@ PyMethodDef method(const char* name) {
 PyMODINIT_FUNC PyInit__runtime() {
   using namespace fastrnn;
   static PyMethodDef methods[] = {
-      method<forward, 3>("forward"), method<step, 4>("step"),       method<cell, 4>("cell"), method<pack, 3>("pack"),
+      method<forward, 3>("forward"), method<step, 4>("step"),       method<cell, 4>("cell"), method<pack, 3>("pack"), method<training, 3>("training"),
       method<prepare, 5>("prepare"), method<watch, 1>("watch"), {"tiers", tiers, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   for (size_t i = 0; i < KEYS; ++i)

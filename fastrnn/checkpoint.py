@@ -56,6 +56,11 @@ def recompute(enabled: bool = True) -> Iterator[None]:
         _mode.recompute = outer
 
 
+def is_on() -> bool:
+    """Is the mode on, in this thread?"""
+    return _mode.recompute
+
+
 def segments_wanted(x: Tensor, batch_sizes: Tensor | None, batch: int, cell: str, projected: bool) -> int:
     """Segments into which the current mode divides a layer's steps; 0: it keeps the gates. Shapes as in ops.py."""
     if not _mode.recompute or CELLS[cell].slots == 0:

@@ -276,6 +276,10 @@ class EagerLayer(Function):
     backward = Layer.backward
 
 
+# Function.apply would look for wrappers of transforms that have ended, of which there are none among plain tensors.
+apply_eagerly = super(Function, EagerLayer).apply
+
+
 class LayerBackward(Function):
     """The gradients of `Layer`, as layer_backward returns them; their own gradients come from the reference."""
 
