@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <forward_list>
 #include <memory>
 #include <string>
 #include <utility>
@@ -46,6 +47,7 @@ const DLPackExchangeAPI* exchange = nullptr;
 PyObject* tensor_type;
 PyObject* parameter_type;
 PyObject* empty_like;
+PyObject* increment_version;
 PyObject* watched;  // a tuple of functions: where one says so, somebody looks at the call from outside. See `watch`
 
 // clang-format off
@@ -119,6 +121,45 @@ struct alignas(64) PackHeader {
   int64_t tier, cell, layers, directions, input_size, hidden_size, output_size, bias, projected, kind, bytes;
 };
 
+constexpr int64_t MOST_WIDENED = 1 << 16;  // numbers: more of them are converted faster by torch's threads
+
+// Tensors in bfloat16 as float32, and back.
+class Widened {
+ public:
+  View like(const View& given) {
+    auto& numbers = buffers_.emplace_front(given.numel());
+    View made = given;
+    made.kind = Kind::f32;
+    made.address = reinterpret_cast<int64_t>(numbers.data());
+    return made;
+  }
+  View of(const View& given) {
+    const View made = like(given);
+    const auto* source = reinterpret_cast<const uint16_t*>(given.address);
+    auto* numbers = reinterpret_cast<uint32_t*>(made.address);
+    for (int64_t i = 0; i < given.numel(); ++i) numbers[i] = static_cast<uint32_t>(source[i]) << 16;
+    return made;
+  }
+  static void round(const View& wide, const View& out) {
+    const auto* numbers = reinterpret_cast<const uint32_t*>(wide.address);
+    auto* rounded = reinterpret_cast<uint16_t*>(out.address);
+    for (int64_t i = 0; i < out.numel(); ++i) rounded[i] = static_cast<uint16_t>(nearest(numbers[i]));
+  }
+  static void round_in_place(const View& wide) {
+    auto* numbers = reinterpret_cast<uint32_t*>(wide.address);
+    for (int64_t i = 0; i < wide.numel(); ++i) numbers[i] = nearest(numbers[i]) << 16;
+  }
+
+ private:
+  // The upper half of a float's bits, rounded to the nearest, and to even between two; NaN stays NaN.
+  static uint32_t nearest(uint32_t bits) {
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    return nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  }
+
+  std::forward_list<std::vector<float>> buffers_;
+};
+
 // Layers on top of each other, as a module holds them, without gradients and dropout.
 class Stack {
  public:
@@ -148,7 +189,10 @@ class Stack {
 
   // Whether it takes input and states of these shapes; they are of one kind, and states are contiguous.
   bool takes(const View& x, Layout of, const View* h0, const View* c0, int64_t state_dims) {
-    if (x.kind != kind || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != input_size || x.numel() == 0) return false;
+    if (half && !bias) all_half = x.kind == Kind::bf16;
+    if (x.kind != given_kind() || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != input_size) return false;
+    if (x.numel() == 0 || (all_half && (!x.is_contiguous() || x.numel() / input_size * (input_size + output_size) > MOST_WIDENED)))
+      return false;
     layout = of;
     batch = x.size(layout == Layout::time_batch ? 1 : 0);
     return is_state(h0, output_size, state_dims) && is_state(c0, hidden_size, state_dims);
@@ -156,11 +200,22 @@ class Stack {
   bool is_state(const View* state, int64_t width, int64_t dims) const {
     if (!state) return true;
     const bool shaped = state->dims == dims && state->size(-1) == width && state->size(-2) == batch;
-    return shaped && state->kind == kind && state->is_contiguous() && (dims == 2 || state->size(0) == layers * directions);
+    return shaped && state->kind == given_kind() && state->is_contiguous() && (dims == 2 || state->size(0) == layers * directions);
   }
 
   // Writes y, h_n and c_n (where the cell has it), which may be h0 and c0 where there is one step. Absent states are zero.
   void run(const View& x, const View* h0, const View* c0, const View& y, const View& h_n, const View* c_n) const {
+    if (!all_half) return run_wide(x, h0, c0, y, h_n, c_n);
+    View states[2];
+    if (h0) states[0] = wide.of(*h0);
+    if (c0) states[1] = wide.of(*c0);
+    const View wide_y = wide.like(y), wide_h = wide.like(h_n), wide_c = c_n ? wide.like(*c_n) : View();
+    run_wide(wide.of(x), h0 ? &states[0] : nullptr, c0 ? &states[1] : nullptr, wide_y, wide_h, c_n ? &wide_c : nullptr);
+    Widened::round(wide_y, y);
+    Widened::round(wide_h, h_n);
+    if (c_n) Widened::round(wide_c, *c_n);
+  }
+  void run_wide(const View& x, const View* h0, const View* c0, const View& y, const View& h_n, const View* c_n) const {
     View input = x;
     torch::stable::Tensor between;
     std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims), strides(sizes.size());
@@ -189,7 +244,8 @@ class Stack {
         for (size_t axis = sizes.size(); axis-- > 0; stride *= sizes[axis]) strides[axis] = stride;
         call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
         call.run(true);
-        between = std::move(made);  // the input of this layer goes
+        if (all_half) Widened::round_in_place(output);  // as ever between layers
+        between = std::move(made);                      // the input of this layer goes
       } else {
         call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
         call.run(true);
@@ -197,6 +253,8 @@ class Stack {
       input = output;
     }
   }
+
+  Kind given_kind() const { return all_half ? Kind::bf16 : kind; }
 
   // The weights of all layers, packed, in a tensor of `allocate`(bytes).
   Owned pack(PyObject* allocate) const {
@@ -247,7 +305,8 @@ class Stack {
   Kind kind = Kind::other;
   Layout layout = Layout::batch;
   int64_t layers = 1, directions = 1, batch = 0, input_size = 0, hidden_size = 0, output_size = 0;
-  bool batch_first = false, frozen = false, half = false;
+  bool batch_first = false, frozen = false;
+  bool half = false, all_half = false;  // matrices in bfloat16; all else, too
 
  private:
   bool set_cell(PyObject* mode) {
@@ -289,10 +348,11 @@ class Stack {
     hidden_size = gate_rows / cell->gates;
     if (hidden_size * cell->gates != gate_rows || (!projected && output_size != hidden_size)) return false;
     half = weights[0].kind == Kind::bf16;
+    all_half = half && (!bias || weights[2].kind == Kind::bf16);
     kind = half ? Kind::f32 : weights[0].kind;
     if (kind == Kind::other || (half && output_size % 2)) return false;
     const auto is = [&](const View& w, int64_t height, int64_t width = 0) {
-      if (w.kind != (width && half ? Kind::bf16 : kind)) return false;
+      if (w.kind != (width && half ? Kind::bf16 : given_kind())) return false;
       return w.dims == 1 + (width > 0) && w.size(0) == height && (!width || w.size(1) == width);
     };
     for (int64_t i = 0; i < count; i += kinds) {
@@ -334,8 +394,8 @@ class Stack {
       call.weight(d, own[0], &Record::w_ih, gate_rows, call.records[0].input_size);
       call.weight(d, own[1], &Record::w_hh, gate_rows, output_size);
       if (bias) {
-        call.weight(d, own[2], &Record::b_ih, gate_rows);
-        call.weight(d, own[3], &Record::b_hh, gate_rows);
+        call.weight(d, widened(own[2]), &Record::b_ih, gate_rows);
+        call.weight(d, widened(own[3]), &Record::b_hh, gate_rows);
       }
       if (projected) call.weight(d, own[kinds - 1], &Record::w_hr, output_size, hidden_size);
     }
@@ -349,7 +409,10 @@ class Stack {
     return reinterpret_cast<int64_t>(many.get());
   }
 
+  View widened(const View& given) const { return all_half ? wide.of(given) : given; }
+
   bool bias = false, projected = false;
+  mutable Widened wide;
   std::vector<View> weights;  // of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, those that are there
   std::vector<Packs> packs;   // of each layer, in the place of weights
   std::vector<PyObject*> objects;
@@ -507,6 +570,10 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || y.address == x.address) return nullptr;
       if (!stack.takes(x, Layout::batch, after.h_or_none, after.c_or_none, 3) || !stack.is_state(&y, R, 2)) return nullptr;
       run(stack, x, before, y, after.h, after.c_or_none);
+      // So that autograd notices if one of them was kept for a backward pass.
+      const Owned written = owned(pair ? PyTuple_Pack(3, PyTuple_GetItem(out, 0), after.objects[0], after.objects[1])
+                                       : PyTuple_Pack(2, PyTuple_GetItem(out, 0), after.objects[0]));
+      if (!written || !owned(PyObject_CallFunctionObjArgs(increment_version, written.get(), nullptr))) throw PythonError();
       return kept(out);
     }
     Results results(x_object, x, before);
@@ -609,7 +676,8 @@ PyObject* tiers(PyObject*, PyObject*) {
   });
 }
 
-// prepare(tier, DLPack's table, torch.Tensor, torch.nn.Parameter, torch.empty_like): register the ops, which run that tier's kernels.
+// prepare(tier, DLPack's table, torch.Tensor, torch.nn.Parameter, torch.empty_like, torch.autograd.graph.increment_version):
+// register the ops, which run that tier's kernels.
 // Not when this library is opened: it may turn out to hold nothing for this processor.
 PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
@@ -622,6 +690,7 @@ PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t) {
     tensor_type = kept(args[2]).release();
     parameter_type = kept(args[3]).release();
     empty_like = kept(args[4]).release();
+    increment_version = kept(args[5]).release();
     register_ops();
     return nullptr;
   });
@@ -658,7 +727,7 @@ PyMODINIT_FUNC PyInit__runtime() {
   using namespace fastrnn;
   static PyMethodDef methods[] = {
       method<forward, 3>("forward"), method<step, 4>("step"),       method<cell, 4>("cell"), method<pack, 3>("pack"), method<training, 3>("training"),
-      method<prepare, 5>("prepare"), method<watch, 1>("watch"), {"tiers", tiers, METH_NOARGS, nullptr}, {}};
+      method<prepare, 6>("prepare"), method<watch, 1>("watch"), {"tiers", tiers, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   for (size_t i = 0; i < KEYS; ++i)
     if (!(keys[i] = PyUnicode_InternFromString(KEY_NAMES[i]))) return nullptr;

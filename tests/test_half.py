@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -146,6 +147,28 @@ def _flat(result) -> dict[str, torch.Tensor]:
     data = output.data if isinstance(output, PackedSequence) else output
     states = state if isinstance(state, tuple) else (state,)
     return {f"{index}": value.detach() for index, value in enumerate((data, *states))}
+
+
+@pytest.mark.parametrize("steps", [1, 7, 900])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_same_bits_without_gradients(name, options, steps):
+    """Which take another way, for few numbers a native one."""
+    module = getattr(fastrnn, name)(9, 34, dtype=torch.bfloat16, **options)
+    x = torch.randn(steps, 3, 9, dtype=torch.bfloat16)
+    x[0, 0, 0] = torch.nan
+    depth = module.num_layers * (1 + module.bidirectional)
+    h, c = torch.randn(2, depth, 3, 34, dtype=torch.bfloat16)
+    state = (h, c) if name == "LSTM" else h
+    expected, last = module(x, state)
+    same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+    with torch.no_grad():
+        found, found_last = module(x, state)
+        same(found, expected)
+        for one, other in zip(*(s if name == "LSTM" else (s,) for s in (found_last, last)), strict=True):
+            same(one, other)
+        if steps == 1 and not module.bidirectional:
+            same(module.step(x[0], state)[0], expected[0])
 
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])

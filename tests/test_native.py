@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import fastrnn
+from fastrnn import dispatch
 
 I, H, B, T = 5, 7, 3, 6
 LAYERS = ("RNN", "LSTM", "GRU")
@@ -183,6 +184,56 @@ def test_every_change_of_a_weight_is_seen(name, change):
         for found in (module.step(x, state)[0], module(x[None], state)[0][0]):
             torch.testing.assert_close(found, expected[0])
     assert not torch.allclose(before, expected[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autograd_notices_what_a_step_writes(name):
+    module, x = getattr(fastrnn, name)(I, H), torch.randn(B, I)
+    y, state = module.step(x)
+    for written in (y, *parts(state)):
+        weight = torch.ones(1, requires_grad=True)
+        product = weight * written
+        module.step(x, state, out=(y, state))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_numbers_that_lie_negated_or_apart(name):
+    """The imaginary part of a conjugate holds what its reader has to negate; views have gaps."""
+    torch.manual_seed(0)
+    for inputs, steps, batch in ((I, T, B), (1, T, B), (1, 1, 1)):
+        module, twin = (getattr(library, name)(inputs, H) for library in (fastrnn, nn))
+        twin.load_state_dict(module.state_dict())
+        lying = torch.randn(steps, batch, inputs, dtype=torch.complex64).conj().imag
+        gaps = torch.randn(steps, 2 * batch, 2 * inputs)[:, ::2, :inputs]
+        alone = torch.randn(steps, batch, dtype=torch.complex64).conj().imag.unsqueeze(-1) if inputs == 1 else lying
+        with torch.no_grad():
+            for x in (lying, gaps, alone, lying.transpose(0, 1).contiguous().transpose(0, 1)):
+                plain = x.resolve_neg().clone(memory_format=torch.contiguous_format)
+                h = torch.randn(1, batch, H, dtype=torch.complex64).conj().imag
+                given, solid = state_of(name, h, h), state_of(name, *(h.resolve_neg().contiguous(),) * 2)
+                torch.testing.assert_close(module(x)[0], twin(plain)[0])
+                torch.testing.assert_close(module(x, given)[0], twin(plain, solid)[0])
+                torch.testing.assert_close(module.step(x[0], given)[0], twin(plain[:1], solid)[0][0])
+
+
+def test_a_profiler_sees_the_layer():
+    module = fastrnn.LSTM(I, H)
+    with torch.no_grad(), torch.profiler.profile() as seen:
+        module(torch.randn(T, B, I))
+        module.step(torch.randn(B, I))
+    assert sum(event.name == "fastrnn::layer_forward" for event in seen.events()) == 2
+
+
+def test_the_runtime_counts_its_arguments():
+    with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
+        dispatch.native.forward({})
+    with torch.no_grad():
+        assert dispatch.native.forward({}, torch.zeros(2, 3, 4), None) is None
+        assert dispatch.native.forward(fastrnn.LSTM(I, H).__dict__, None, None) is None
+        assert dispatch.native.cell({}, torch.zeros(2, 3), None, "LSTM") is None
+        assert dispatch.native.step({}, torch.zeros(2, 3), None, None) is None
 
 
 def test_refusals():

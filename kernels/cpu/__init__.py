@@ -44,7 +44,8 @@ def _load_extension() -> Tier | str:
         return "the compiled extension holds no kernels for this processor"
     tier = processor.chosen(names)
     table = torch.Tensor.__dlpack_c_exchange_api__
-    runtime_module().prepare(tier.name, table, torch.Tensor, torch.nn.Parameter, torch.empty_like)
+    functions = torch.empty_like, torch.autograd.graph.increment_version
+    runtime_module().prepare(tier.name, table, torch.Tensor, torch.nn.Parameter, *functions)
     return tier
 
 
