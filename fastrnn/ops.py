@@ -165,7 +165,7 @@ def layer(
     elif transformed or (torch.is_grad_enabled() and _requires_grad((x, h0, *weights), c0)):
         function = Layer if compiling or transformed else EagerLayer
         # the rules for torch.func's transforms know the gates only
-        segments = 0 if transformed else checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, bool(w_hr))
+        segments = 0 if transformed else checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, len(w_hr) > 0)
         y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, len(w_ih), *weights)
     else:
         y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)

@@ -187,7 +187,7 @@ def test_compression_is_read_as_it_is():
     """No copy in float32 is made of large weights, in a sequence or a step; and what is not float32 is left alone."""
     module = fastrnn.compress(fastrnn.GRU(8, 512))
     x = torch.randn(3, 1, 8)
-    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as seen:
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True, acc_events=True) as seen:
         module(x)
         module.step(x[0], None)
     assert "aten::_to_copy" not in {event.name for event in seen.events()}

@@ -220,7 +220,7 @@ def test_numbers_that_lie_negated_or_apart(name):
 
 def test_a_profiler_sees_the_layer():
     module = fastrnn.LSTM(I, H)
-    with torch.no_grad(), torch.profiler.profile() as seen:
+    with torch.no_grad(), torch.profiler.profile(acc_events=True) as seen:
         module(torch.randn(T, B, I))
         module.step(torch.randn(B, I))
     assert sum(event.name == "fastrnn::layer_forward" for event in seen.events()) == 2

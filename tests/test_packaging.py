@@ -227,6 +227,27 @@ def test_the_tiers_of_the_wheel(in_empty_environment):
     in_empty_environment("tests/test_tiers.py")
 
 
+OTHER = os.environ.get("FASTRNN_OTHER_PYTHON", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not OTHER, reason="FASTRNN_OTHER_PYTHON names no interpreter that has another torch, such as 2.10, and pytest"
+)
+def test_another_torch(wheel, tmp_path):
+    """The same binary."""
+    shutil.copytree(ROOT / "tests", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    zipfile.ZipFile(wheel[0]).extractall(tmp_path / "installed")
+    names = ("native", "frozen", "half", "contract", "ops", "compile")
+    command = [OTHER, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in names)]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    done = subprocess.run(
+        [*command, "-k", "not test_float32"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_versions_agree():
     from importlib.metadata import version
 
