@@ -160,17 +160,44 @@ class Widened {
   std::forward_list<std::vector<float>> buffers_;
 };
 
+// The states a caller gave, or wants filled.
+struct States {
+  View h, c;
+  const View* h_or_none = nullptr;
+  const View* c_or_none = nullptr;
+  PyObject* objects[2] = {};
+
+  // False where they are not what the cell has.
+  bool read(PyObject* given, bool pair) {
+    if (given == Py_None) return true;
+    if (!pair) {
+      objects[0] = given;
+    } else if (PyTuple_CheckExact(given) && PyTuple_Size(given) == 2) {
+      for (int i = 0; i < 2; ++i) objects[i] = PyTuple_GetItem(given, i);
+    } else if (PyList_CheckExact(given) && PyList_Size(given) == 2) {
+      for (int i = 0; i < 2; ++i) objects[i] = PyList_GetItem(given, i);
+    } else {
+      return false;
+    }
+    if (!look(objects[0], h) || (pair && !look(objects[1], c))) return false;
+    h_or_none = &h;
+    if (pair) c_or_none = &c;
+    return true;
+  }
+};
+
 // Layers on top of each other, as a module holds them, without gradients and dropout.
 class Stack {
  public:
   // Of a module (RNN, LSTM, GRU), or a cell; false where its weights are not its parameters any more, or not of one kind.
   bool read(PyObject* attributes, const char* mode, bool frozen_too = true) {
-    if (mode) return read_cell(attributes, mode);
+    if (mode) return read_cell(attributes, mode, frozen_too);
     PyObject* own_mode = find(attributes, MODE);
     PyObject* number = find(attributes, NUM_LAYERS);
     if (!own_mode || !number || !set_cell(own_mode)) return false;
     layers = PyLong_AsLong(number);
     if (layers == -1 && PyErr_Occurred()) throw PythonError();
+    if (layers < 1) return false;
     directions = 1 + is_true(attributes, BIDIRECTIONAL);
     batch_first = is_true(attributes, BATCH_FIRST);
     if (PyObject* pack = frozen_too ? find(attributes, FROZEN) : nullptr) return read_pack(pack);
@@ -236,20 +263,18 @@ class Stack {
         call.states(*c_n, &Record::c_n, batch * hidden_size, layer, layers);
       }
       View output = y;
+      torch::stable::Tensor made;
       if (layer < layers - 1) {
         sizes.back() = directions * output_size;
-        torch::stable::Tensor made = empty_tensor(sizes, kind == Kind::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
+        made = empty_tensor(sizes, kind == Kind::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
         output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, sizes.data(), strides.data(), kind};
         int64_t stride = 1;
         for (size_t axis = sizes.size(); axis-- > 0; stride *= sizes[axis]) strides[axis] = stride;
-        call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
-        call.run(true);
-        if (all_half) Widened::round_in_place(output);  // as ever between layers
-        between = std::move(made);                      // the input of this layer goes
-      } else {
-        call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
-        call.run(true);
       }
+      call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
+      call.run(true);
+      if (all_half && layer < layers - 1) Widened::round_in_place(output);  // as every layer's result is
+      between = std::move(made);                                            // the input of this layer goes
       input = output;
     }
   }
@@ -291,14 +316,18 @@ class Stack {
     return sorted;
   }
 
-  // References to the weights, for as long as others may run.
-  std::vector<Owned> keep() const {
+  // References to what others hold, for as long as they may run.
+  std::vector<Owned> keep(const States& before) const {
     std::vector<Owned> references;
     for (PyObject* object : objects) references.push_back(kept(object));
+    for (PyObject* object : before.objects)
+      if (object) references.push_back(kept(object));
     return references;
   }
-  int64_t operations(const View& x) const {
-    return 2 * x.numel() / x.size(-1) * layers * directions * cell->gates * hidden_size * (input_size + output_size);
+
+  double operations(const View& x) const {
+    const auto rows = static_cast<double>(x.numel() / x.size(-1));
+    return 2 * rows * static_cast<double>(layers * directions * cell->gates * hidden_size) * static_cast<double>(input_size + output_size);
   }
 
   const Cell* cell = nullptr;
@@ -315,10 +344,10 @@ class Stack {
     return cell;
   }
 
-  bool read_cell(PyObject* attributes, const char* mode) {
+  bool read_cell(PyObject* attributes, const char* mode, bool frozen_too) {
     for (const Cell& c : CELLS)
       if (std::strcmp(mode, c.mode) == 0) cell = &c;
-    if (PyObject* pack = find(attributes, FROZEN)) return read_pack(pack);
+    if (PyObject* pack = frozen_too ? find(attributes, FROZEN) : nullptr) return read_pack(pack);
     PyObject* parameters = find(attributes, PARAMETERS);
     if (!cell || !parameters) return false;
     for (const Key key : {WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH}) {
@@ -418,32 +447,6 @@ class Stack {
   std::vector<PyObject*> objects;
 };
 
-// The states a caller gave, or wants filled.
-struct States {
-  View h, c;
-  const View* h_or_none = nullptr;
-  const View* c_or_none = nullptr;
-  PyObject* objects[2] = {};
-
-  // False where they are not what the cell has.
-  bool read(PyObject* given, bool pair) {
-    if (given == Py_None) return true;
-    if (!pair) {
-      objects[0] = given;
-    } else if (PyTuple_CheckExact(given) && PyTuple_Size(given) == 2) {
-      for (int i = 0; i < 2; ++i) objects[i] = PyTuple_GetItem(given, i);
-    } else if (PyList_CheckExact(given) && PyList_Size(given) == 2) {
-      for (int i = 0; i < 2; ++i) objects[i] = PyList_GetItem(given, i);
-    } else {
-      return false;
-    }
-    if (!look(objects[0], h) || (pair && !look(objects[1], c))) return false;
-    h_or_none = &h;
-    if (pair) c_or_none = &c;
-    return true;
-  }
-};
-
 bool wants_gradient(PyObject* tensor) {
   if (!tensor) return false;
   const Owned answer = owned(PyObject_GetAttr(tensor, keys[REQUIRES_GRAD]));
@@ -489,12 +492,12 @@ class Results {
   size_t count_ = 0;
 };
 
-constexpr int64_t LONG = 4'000'000;  // operations: for so many others may run meanwhile
+constexpr double LONG = 4e6;  // operations: for so many others may run meanwhile
 
 void run(const Stack& stack, const View& x, const States& before, const View& y, const View& h_n, const View* c_n) {
   const auto work = [&] { stack.run(x, before.h_or_none, before.c_or_none, y, h_n, c_n); };
   if (stack.operations(x) < LONG) return work();
-  const std::vector<Owned> references = stack.keep();
+  const std::vector<Owned> references = stack.keep(before);
   struct Unlocked {
     PyThreadState* state = PyEval_SaveThread();
     ~Unlocked() { PyEval_RestoreThread(state); }
@@ -569,11 +572,12 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), pair)) return nullptr;
       if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || y.address == x.address) return nullptr;
       if (!stack.takes(x, Layout::batch, after.h_or_none, after.c_or_none, 3) || !stack.is_state(&y, R, 2)) return nullptr;
-      run(stack, x, before, y, after.h, after.c_or_none);
-      // So that autograd notices if one of them was kept for a backward pass.
       const Owned written = owned(pair ? PyTuple_Pack(3, PyTuple_GetItem(out, 0), after.objects[0], after.objects[1])
                                        : PyTuple_Pack(2, PyTuple_GetItem(out, 0), after.objects[0]));
-      if (!written || !owned(PyObject_CallFunctionObjArgs(increment_version, written.get(), nullptr))) throw PythonError();
+      if (!written) throw PythonError();
+      run(stack, x, before, y, after.h, after.c_or_none);
+      // So that autograd notices if one of them was kept for a backward pass.
+      if (!owned(PyObject_CallFunctionObjArgs(increment_version, written.get(), nullptr))) throw PythonError();
       return kept(out);
     }
     Results results(x_object, x, before);

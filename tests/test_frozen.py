@@ -84,6 +84,9 @@ def test_a_step_has_the_bits_of_the_sequence(name, batch, hidden):
 def test_cells(name, bias):
     module, twin = frozen(name, I, H, bias=bias)
     x, h, c = torch.randn(B, I), torch.randn(B, H), torch.randn(B, H)
+    assert fastrnn.freeze(module) is module  # anew
+    module.load_state_dict({key: value / 2 for key, value in twin.state_dict().items()})
+    twin.load_state_dict(module.state_dict())
     for state in (None, (h, c) if name == "LSTMCell" else h):
         found = parts(module(x, state))
         for value, right in zip(found, parts(twin(x, state)), strict=True):
