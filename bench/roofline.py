@@ -60,7 +60,7 @@ def add_up(rows, times):
 
 
 def measure(seconds: float, most: int) -> dict[str, Any]:
-    """Both rates: the best repeat's, since a roof is not an average."""
+    """Both rates, of medians, as the times are that they are compared with."""
     a, b, out = (torch.randn(MATRIX, MATRIX) for _ in range(3))
 
     def multiply(loops: int) -> None:
@@ -68,7 +68,7 @@ def measure(seconds: float, most: int) -> dict[str, Any]:
             torch.mm(a, b, out=out)
 
     rates: dict[str, Any] = {
-        "operations_per_second": 2 * MATRIX**3 / min(interleave({"mm": multiply}, seconds, most)["mm"]["seconds"])
+        "operations_per_second": 2 * MATRIX**3 / interleave({"mm": multiply}, seconds, most)["mm"]["median"]
     }
     rates["bytes_per_second"] = {}
     threads = torch.get_num_threads()
@@ -80,7 +80,7 @@ def measure(seconds: float, most: int) -> dict[str, Any]:
             add_up(weights, 10 * loops)
 
         taken = interleave({"read": read}, seconds, most)["read"]
-        rates["bytes_per_second"][str(kib)] = 10 * kib * 1024 / min(taken["seconds"])
+        rates["bytes_per_second"][str(kib)] = 10 * kib * 1024 / taken["median"]
     return rates
 
 

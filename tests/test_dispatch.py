@@ -259,6 +259,7 @@ def test_forced(monkeypatch, engine_calls):
     expected = nn.GRU.forward(module, x)[0]
     for name in ("torch", "reference"):
         monkeypatch.setattr(dispatch, "forced", name)
+        monkeypatch.setattr(dispatch, "native", None)  # as where it is forced from the start
         assert fastrnn.explain(module, x).engine == name
         torch.testing.assert_close(module(x)[0], expected)
         assert not engine_calls

@@ -278,6 +278,7 @@ def test_reasons(monkeypatch):
     module, x = fastrnn.LSTM(4, 5), torch.randn(3, 2, 4)
     assert fastrnn.explain(module, x).declined["triton"] == "device cpu"
     monkeypatch.setattr(dispatch, "forced", "triton")
+    monkeypatch.setattr(dispatch, "native", None)  # as where it is forced from the start
     with pytest.raises(RuntimeError, match="FASTRNN_BACKEND=triton: the engine cannot run this call: device cpu"):
         module(x)
     monkeypatch.setattr(dispatch, "forced", None)
