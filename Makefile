@@ -57,6 +57,7 @@ bench: install
 	$(BIN)/python -m bench.run $(BENCH_ARGS)
 	$(BIN)/python -m bench.half
 	$(BIN)/python -m bench.roofline
+	$(BIN)/python -m bench.stream
 	$(BIN)/python -m bench.report
 
 check: install build/types

@@ -21,7 +21,7 @@ from bench.roofline import forward_operations, least_seconds
 
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
-FLOOR = 0.85  # no point of the grid is to be below
+FLOOR = 1  # no point of the grid is to be below
 
 Result = dict[str, Any]
 
@@ -249,6 +249,26 @@ def half(content: dict[str, Any]) -> str:
     )
 
 
+def stream(content: dict[str, Any]) -> str:
+    """Microseconds of one step of one row."""
+    names = (
+        ("torch", "torch.nn"),
+        ("onnxruntime", "onnxruntime"),
+        ("fastrnn", "module"),
+        ("fastrnn frozen", "frozen"),
+        ("fastrnn step", "step, out"),
+        ("fastrnn frozen step", "frozen step, out"),
+        ("torch cell", "torch.nn's cell"),
+        ("fastrnn cell", "cell"),
+    )
+    rows = [
+        [f"{WORDS[case['cell']]} H {case['hidden']}", *(f"{case['times'][name]['median'] * 1e6:.1f}" for name, _ in names)]
+        for case in content["cases"]
+        if "times" in case
+    ]
+    return table(["one step of one row, us", *(words for _, words in names)], rows)
+
+
 def origin(content: dict[str, Any]) -> str:
     """Where and when the figures were taken."""
     machine, versions, settings = content["machine"], content["versions"], content["settings"]
@@ -302,6 +322,8 @@ def markdown(contents: dict[str, dict[str, Any]]) -> str:
         results = grid["cases"]
         parts += [class_table(results), worst(results), "![Heat map of the grid](bench/results/heatmap.png)"]
         parts += [apart_table(results), packed(results), peer_table(results)]
+    if "stream" in contents:
+        parts.append(stream(contents["stream"]))
     if "memory" in contents:
         parts.append(memory(contents["memory"]))
     if "startup" in contents:
@@ -328,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=record.ROOT / "README.md", help="(default %(default)s)")
     parser.add_argument("--log", type=Path, default=record.ROOT / "docs" / "performance.md", help="(default %(default)s)")
     options = parser.parse_args(argv)
-    files = {name: options.results / f"{name}.json" for name in ("grid", "memory", "startup", "half", "roofline")}
+    files = {name: options.results / f"{name}.json" for name in ("grid", "memory", "startup", "half", "roofline", "stream")}
     contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     report = markdown(contents)
     print(report)

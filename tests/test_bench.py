@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from bench import half, memory, record, report, roofline, run, timing
+from bench import half, memory, record, report, roofline, run, stream, timing
 from bench.grid import GRID, Case, Point, cases
 from bench.subjects import Subject, difference, onnx_model
 
@@ -126,7 +126,7 @@ def test_report_sums():
     assert "| B1 T1 H64 |  |  |  |  |  | 3.00x |" in report.apart_table(results)
     assert "| onnxruntime, few rows |  | 2.00x |  |" in report.peer_table(results)
     assert "| the fastest of three, few rows |  | 2.00x |  |" in report.peer_table(results)
-    assert report.worst(results).startswith("Of 5 points 1 are below 0.85x. The least: GRU infer B1 T100 H64 (0.80x)")
+    assert report.worst(results).startswith("Of 5 points 1 are below 1x. The least: GRU infer B1 T100 H64 (0.80x)")
     assert "at 57% fill, in padded steps: GRU 0.62 (torch.nn 2.50)" in report.packed(results)
 
 
@@ -170,6 +170,17 @@ def test_roofline_sums(tmp_path):
         results, rates | {"bytes_per_second": dict.fromkeys(("1024", "16384", "65536"), 1e11)}, tmp_path / "p.png"
     )
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_a_stream_is_checked_and_told(cell):
+    pytest.importorskip("onnxruntime")
+    found = stream.measure(cell, 17, 1, seconds=0.01, most=2)
+    assert {"torch", "onnxruntime", "fastrnn frozen step", "fastrnn cell"} <= found["times"].keys()
+    assert 0 < found["errors"]["fastrnn"] and found["errors"]["torch"] == 0
+    assert "times" not in stream.measure(cell, 17, 1, seconds=0.01, most=2, tolerance=1e-12)
+    (row,) = report.stream({"cases": [found]}).splitlines()[2:]
+    assert row.startswith(f"| {report.WORDS[cell]} H 17 | ") and row.count("|") == 10
 
 
 def test_rates_are_rates(monkeypatch):
