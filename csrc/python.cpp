@@ -254,7 +254,7 @@ class Stack {
       if (packs.empty()) give_weights(call, layer);
       const auto initial = [&](const View* given, int64_t Record::*field, int64_t width) {
         if (given) return call.states(*given, field, batch * width, layer, layers);
-        for (Record& record : call.records) record.*field = zeros(batch * width * bytes_of(kind), many_zeros);
+        for (Record& record : call.records) record.*field = zeros(many_zeros);
       };
       initial(h0, &Record::h0, output_size);
       call.states(h_n, &Record::h_n, batch * output_size, layer, layers);
@@ -430,11 +430,12 @@ class Stack {
     }
   }
 
-  // The address of so many zero bytes, which nobody writes.
-  static int64_t zeros(int64_t bytes, std::unique_ptr<char[]>& many) {
+  // A state of zeros, hidden or cell, which nobody writes.
+  int64_t zeros(std::unique_ptr<char[]>& many) const {
     static const char few[64 << 10] = {};
+    const int64_t bytes = product({batch, std::max(hidden_size, output_size), bytes_of(kind)});
     if (bytes <= static_cast<int64_t>(sizeof few)) return reinterpret_cast<int64_t>(few);
-    if (!many) many = std::make_unique<char[]>(static_cast<size_t>(product({bytes, 2})));
+    if (!many) many = std::make_unique<char[]>(static_cast<size_t>(bytes));
     return reinterpret_cast<int64_t>(many.get());
   }
 
@@ -510,6 +511,7 @@ template <class Body>
 PyObject* answer(const Body& body) {
   try {
     if (Owned result = body()) return result.release();
+    if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   } catch (const PythonError&) {
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "fastrnn: a tensor could not be made");
@@ -531,6 +533,13 @@ bool may_run(const Stack& stack, PyObject* x, const States& before) {
 
 bool drops(PyObject* attributes) { return is_true(attributes, TRAINING) && is_true(attributes, DROPOUT); }
 
+// (y, h), or (y, (h, c)).
+Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
+  if (!c) return owned(PyTuple_Pack(2, y.get(), h.get()));
+  const Owned state = owned(PyTuple_Pack(2, h.get(), c.get()));
+  return state ? owned(PyTuple_Pack(2, y.get(), state.get())) : nullptr;
+}
+
 // forward(module.__dict__, x, hx) -> (y, state) of batched dense input, or None.
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
@@ -550,9 +559,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Owned h_object = results.make({stack.layers * D, B, R}, h_n), y_object = results.make({x.size(0), x.size(1), D * R}, y);
     Owned c_object = pair ? results.make({stack.layers * D, B, stack.hidden_size}, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
-    if (!pair) return owned(PyTuple_Pack(2, y_object.get(), h_object.get()));
-    const Owned state = owned(PyTuple_Pack(2, h_object.get(), c_object.get()));
-    return state ? owned(PyTuple_Pack(2, y_object.get(), state.get())) : nullptr;
+    return with_state(y_object, h_object, c_object);
   });
 }
 
@@ -584,9 +591,7 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     Owned h_object = results.make({stack.layers, B, R}, h_n), y_object = results.make({B, R}, y);
     Owned c_object = pair ? results.make({stack.layers, B, stack.hidden_size}, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
-    if (!pair) return owned(PyTuple_Pack(2, y_object.get(), h_object.get()));
-    const Owned state = owned(PyTuple_Pack(2, h_object.get(), c_object.get()));
-    return state ? owned(PyTuple_Pack(2, y_object.get(), state.get())) : nullptr;
+    return with_state(y_object, h_object, c_object);
   });
 }
 

@@ -103,6 +103,15 @@ def test_steps_are_the_sequence(name, batch, options):
         torch.testing.assert_close(found, right.detach(), rtol=1e-12, atol=1e-13)
 
 
+def test_absent_states_are_zero_whatever_their_sizes():
+    """The cell state may be far larger than a projected hidden one, and both larger than what lies ready."""
+    module = fastrnn.LSTM(I, 150, 2, proj_size=9)
+    x = torch.randn(2, 2000, I)
+    zeros = torch.zeros(2, 2000, 9), torch.zeros(2, 2000, 150)
+    with torch.no_grad():
+        assert torch.equal(module(x)[0], module(x, zeros)[0])
+
+
 def test_projection():
     module = fastrnn.LSTM(I, H, 2, proj_size=3, dtype=torch.float64)
     x = torch.randn(T, B, I, dtype=torch.float64)
