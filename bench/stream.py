@@ -57,13 +57,13 @@ def measure(cell: str, hidden: int, threads: int, seconds: float, most: int, tol
         cells.append(made)
     x, h, c = torch.randn(1, hidden), torch.randn(1, 1, hidden), torch.randn(1, 1, hidden)
     state, cell_state = ((h, c), (h[0], c[0])) if cell == "lstm" else (h, h[0])
-    places = [torch.empty(1, 1, hidden), torch.empty(1, 1, hidden)]
+    sequence, places = x[None], [torch.empty(1, 1, hidden), torch.empty(1, 1, hidden)]
     out = torch.empty(1, hidden), tuple(places) if cell == "lstm" else places[0]
     calls: dict[str, Callable[[], Any]] = {
-        "torch": lambda: truth(x[None], state),
+        "torch": lambda: truth(sequence, state),
         "torch cell": lambda: cells[0](x, cell_state),
-        "fastrnn": lambda: own(x[None], state),
-        "fastrnn frozen": lambda: frozen(x[None], state),
+        "fastrnn": lambda: own(sequence, state),
+        "fastrnn frozen": lambda: frozen(sequence, state),
         "fastrnn step": lambda: own.step(x, state, out=out),
         "fastrnn frozen step": lambda: frozen.step(x, state, out=out),
         "fastrnn cell": lambda: cells[1](x, cell_state),
