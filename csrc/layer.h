@@ -12,7 +12,7 @@ namespace fastrnn {
 
 extern const Tier* tier;  // whose kernels run; set when the extension is loaded
 
-enum class Kind { f32, f64, bf16, other };  // of a tensor's numbers; other: also where it is not on the CPU, or not strided
+enum class Kind { f32, f64, bf16, byte, other };  // of a tensor's numbers; other: also where it is not on the CPU
 
 inline int64_t bytes_of(Kind kind) { return kind == Kind::f64 ? 8 : kind == Kind::f32 ? 4 : 2; }
 

@@ -56,7 +56,7 @@ class Op {
   Op(const Tensor& x, const MaybeTensor& batch_sizes, const Tensors& w_ih, const Tensors& w_hh, const Tensors& w_hr,
      const std::string& cell, bool bias, bool reverse, bool batch_first)
       : dtype_(dtype_code(x)),
-        batch_sizes_(batch_sizes ? MaybeTensor(torch::stable::contiguous(*batch_sizes)) : std::nullopt),
+        batch_sizes_(batch_sizes ? MaybeTensor(checked(*batch_sizes)) : std::nullopt),
         call(sizes(x, w_ih, w_hh, w_hr, cell, bias), rows_of(x),
              batch_sizes   ? Layout::packed
              : batch_first ? Layout::batch_time
@@ -96,6 +96,11 @@ class Op {
     const auto directions = static_cast<int64_t>(w_ih.size());
     const bool half = view(w_hh[0]).kind == Kind::bf16;
     return {cell, view(x).kind, directions, x.size(-1), w_hh[0].size(0) / cell.gates, w_hh[0].size(1), bias, !w_hr.empty(), half};
+  }
+  static Tensor checked(const Tensor& batch_sizes) {
+    STD_TORCH_CHECK(dtype_code(batch_sizes) == aoti_torch_dtype_int64() && batch_sizes.dim() == 1 && batch_sizes.is_cpu(),
+                    "fastrnn: expected batch_sizes of int64 [T] on the CPU");
+    return torch::stable::contiguous(batch_sizes);
   }
   const Tensor& keep(const Tensor& t) { return t.is_contiguous() ? t : copies_.emplace_front(torch::stable::contiguous(t)); }
   View rows_of(const Tensor& t) { return view(t.stride(-1) == 1 ? t : keep(t)); }

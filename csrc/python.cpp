@@ -41,6 +41,7 @@ Owned kept(PyObject* object) {
 }
 
 struct PythonError {};  // Python has its exception already
+struct NotTaken {};     // the call goes the long way
 
 // What `prepare` is given.
 const DLPackExchangeAPI* exchange = nullptr;
@@ -52,12 +53,12 @@ PyObject* watched;  // a tuple of functions: where one says so, somebody looks a
 
 // clang-format off
 enum Key : size_t {
-  MODE, NUM_LAYERS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, FROZEN,
+  MODE, NUM_LAYERS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, PANELS,
   WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, NEW_EMPTY, IS_NEG, REQUIRES_GRAD, KEYS
 };
 const char* const KEY_NAMES[KEYS] = {
   "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_flat_weights_names",
-  "_parameters", "_frozen", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "is_neg", "requires_grad"
+  "_parameters", "_fastrnn_panels", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "is_neg", "requires_grad"
 };
 // clang-format on
 PyObject* keys[KEYS];
@@ -70,9 +71,11 @@ PyObject* find(PyObject* attributes, PyObject* key) {
 }
 PyObject* find(PyObject* attributes, Key key) { return find(attributes, keys[key]); }
 
+// One that a module has, unless somebody made something else of it, such as a property.
 bool is_true(PyObject* attributes, Key key) {
   PyObject* found = find(attributes, key);
-  const int truth = found ? PyObject_IsTrue(found) : 0;
+  if (!found) throw NotTaken();
+  const int truth = PyObject_IsTrue(found);
   if (truth < 0) throw PythonError();
   return truth;
 }
@@ -94,6 +97,7 @@ bool look(PyObject* object, View& seen, bool maybe_parameter = false) {
   if (t.dtype.code == kDLFloat && t.dtype.bits == 32) seen.kind = Kind::f32;
   if (t.dtype.code == kDLFloat && t.dtype.bits == 64) seen.kind = Kind::f64;
   if (t.dtype.code == kDLBfloat) seen.kind = Kind::bf16;
+  if (t.dtype.code == kDLUInt && t.dtype.bits == 8) seen.kind = Kind::byte;
   // The imaginary part of a conjugate holds its numbers negated, and DLPack does not say so. It has gaps, or one number.
   bool whole = seen.numel() != 1;
   for (int64_t axis = seen.dims - 1, expected = 1; axis >= 0; expected *= seen.sizes[axis], --axis)
@@ -165,21 +169,21 @@ struct States {
   View h, c;
   const View* h_or_none = nullptr;
   const View* c_or_none = nullptr;
-  PyObject* objects[2] = {};
+  Owned objects[2];  // looking at them, others may run and drop theirs
 
   // False where they are not what the cell has.
   bool read(PyObject* given, bool pair) {
     if (given == Py_None) return true;
     if (!pair) {
-      objects[0] = given;
+      objects[0] = kept(given);
     } else if (PyTuple_CheckExact(given) && PyTuple_Size(given) == 2) {
-      for (int i = 0; i < 2; ++i) objects[i] = PyTuple_GetItem(given, i);
+      for (int i = 0; i < 2; ++i) objects[i] = kept(PyTuple_GetItem(given, i));
     } else if (PyList_CheckExact(given) && PyList_Size(given) == 2) {
-      for (int i = 0; i < 2; ++i) objects[i] = PyList_GetItem(given, i);
+      for (int i = 0; i < 2; ++i) objects[i] = kept(PyList_GetItem(given, i));
     } else {
       return false;
     }
-    if (!look(objects[0], h) || (pair && !look(objects[1], c))) return false;
+    if (!look(objects[0].get(), h) || (pair && !look(objects[1].get(), c))) return false;
     h_or_none = &h;
     if (pair) c_or_none = &c;
     return true;
@@ -200,18 +204,18 @@ class Stack {
     if (layers < 1) return false;
     directions = 1 + is_true(attributes, BIDIRECTIONAL);
     batch_first = is_true(attributes, BATCH_FIRST);
-    if (PyObject* pack = frozen_too ? find(attributes, FROZEN) : nullptr) return read_pack(pack);
+    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack);
     PyObject *flat = find(attributes, FLAT_WEIGHTS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
     PyObject* parameters = find(attributes, PARAMETERS);
     if (!flat || !names || !parameters || !PyList_Check(flat) || !PyList_Check(names)) return false;
     const Py_ssize_t count = PyList_Size(flat);
     if (PyList_Size(names) != count || count == 0 || count % (layers * directions)) return false;
-    weights.resize(static_cast<size_t>(count));
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* weight = PyList_GetItem(flat, i);
-      if (weight != find(parameters, PyList_GetItem(names, i)) || !look_at_weight(weight, i)) return false;
+      if (weight != find(parameters, PyList_GetItem(names, i))) return false;
+      objects.push_back(kept(weight));
     }
-    return understand();
+    return look_at_weights();
   }
 
   // Whether it takes input and states of these shapes; they are of one kind, and states are contiguous.
@@ -312,17 +316,8 @@ class Stack {
   std::vector<PyObject*> by_kind() const {
     std::vector<PyObject*> sorted;
     const size_t count = objects.size(), kinds = count / static_cast<size_t>(directions);
-    for (size_t i = 0; i < count; ++i) sorted.push_back(objects[i % directions * kinds + i / directions]);
+    for (size_t i = 0; i < count; ++i) sorted.push_back(objects[i % directions * kinds + i / directions].get());
     return sorted;
-  }
-
-  // References to what others hold, for as long as they may run.
-  std::vector<Owned> keep(const States& before) const {
-    std::vector<Owned> references;
-    for (PyObject* object : objects) references.push_back(kept(object));
-    for (PyObject* object : before.objects)
-      if (object) references.push_back(kept(object));
-    return references;
   }
 
   double operations(const View& x) const {
@@ -339,6 +334,7 @@ class Stack {
 
  private:
   bool set_cell(PyObject* mode) {
+    if (!PyUnicode_Check(mode)) return false;
     for (const Cell& c : CELLS)
       if (PyUnicode_CompareWithASCIIString(mode, c.mode) == 0) cell = &c;
     return cell;
@@ -347,21 +343,23 @@ class Stack {
   bool read_cell(PyObject* attributes, const char* mode, bool frozen_too) {
     for (const Cell& c : CELLS)
       if (std::strcmp(mode, c.mode) == 0) cell = &c;
-    if (PyObject* pack = frozen_too ? find(attributes, FROZEN) : nullptr) return read_pack(pack);
+    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack);
     PyObject* parameters = find(attributes, PARAMETERS);
     if (!cell || !parameters) return false;
     for (const Key key : {WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH}) {
       PyObject* weight = find(parameters, key);
       if (!weight && (key == BIAS_IH || key == BIAS_HH) && PyDict_Contains(parameters, keys[key]) == 1) continue;
-      weights.emplace_back();
-      if (!weight || !look_at_weight(weight, static_cast<Py_ssize_t>(weights.size()) - 1)) return false;
+      if (!weight) return false;
+      objects.push_back(kept(weight));
     }
-    return understand();
+    return look_at_weights();
   }
 
-  bool look_at_weight(PyObject* weight, Py_ssize_t index) {
-    objects.push_back(weight);
-    return look(weight, weights[index], true) && weights[index].is_contiguous();
+  bool look_at_weights() {
+    weights.resize(objects.size());
+    for (size_t i = 0; i < objects.size(); ++i)
+      if (!look(objects[i].get(), weights[i], true) || !weights[i].is_contiguous()) return false;
+    return understand();
   }
 
   // The sizes, by the weights' own; false where they do not fit each other.
@@ -395,10 +393,11 @@ class Stack {
 
   bool read_pack(PyObject* pack) {
     frozen = true;
-    objects.push_back(pack);
-    DLTensor t;
-    if (exchange->dltensor_from_py_object_no_sync(pack, &t) != 0) throw PythonError();
-    const auto* headers = static_cast<const PackHeader*>(t.data);
+    objects.push_back(kept(pack));
+    View t;
+    if (!look(pack, t) || t.kind != Kind::byte || t.dims != 1) return false;
+    if (t.size(0) / static_cast<int64_t>(sizeof(PackHeader)) < layers) return false;
+    const auto* headers = reinterpret_cast<const PackHeader*>(t.address);
     const PackHeader& first = headers[0];
     if (first.tier != tier - TIERS || first.cell != cell - CELLS || first.layers != layers || first.directions != directions)
       return false;
@@ -413,7 +412,7 @@ class Stack {
       packs.push_back({at, at + headers[layer].bytes});
       at += directions * headers[layer].bytes;
     }
-    return true;
+    return at == t.address + t.size(0);
   }
 
   void give_weights(Call& call, int64_t layer) const {
@@ -445,7 +444,7 @@ class Stack {
   mutable Widened wide;
   std::vector<View> weights;  // of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, those that are there
   std::vector<Packs> packs;   // of each layer, in the place of weights
-  std::vector<PyObject*> objects;
+  std::vector<Owned> objects;  // the weights, or the panels: looking at them, others may run and drop theirs
 };
 
 bool wants_gradient(PyObject* tensor) {
@@ -461,8 +460,8 @@ class Results {
  public:
   Results(PyObject* x, const View& seen, const States& states) {
     patterns_[count_++] = {x, seen};
-    if (states.h_or_none) patterns_[count_++] = {states.objects[0], states.h};
-    if (states.c_or_none) patterns_[count_++] = {states.objects[1], states.c};
+    if (states.h_or_none) patterns_[count_++] = {states.objects[0].get(), states.h};
+    if (states.c_or_none) patterns_[count_++] = {states.objects[1].get(), states.c};
   }
 
   Owned make(std::initializer_list<int64_t> sizes, View& seen) {
@@ -498,7 +497,6 @@ constexpr double LONG = 4e6;  // operations: for so many others may run meanwhil
 void run(const Stack& stack, const View& x, const States& before, const View& y, const View& h_n, const View* c_n) {
   const auto work = [&] { stack.run(x, before.h_or_none, before.c_or_none, y, h_n, c_n); };
   if (stack.operations(x) < LONG) return work();
-  const std::vector<Owned> references = stack.keep(before);
   struct Unlocked {
     PyThreadState* state = PyEval_SaveThread();
     ~Unlocked() { PyEval_RestoreThread(state); }
@@ -513,6 +511,8 @@ PyObject* answer(const Body& body) {
     if (Owned result = body()) return result.release();
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
+  } catch (const NotTaken&) {
+    Py_RETURN_NONE;
   } catch (const PythonError&) {
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "fastrnn: a tensor could not be made");
   } catch (const std::bad_alloc&) {
@@ -526,9 +526,26 @@ PyObject* answer(const Body& body) {
 // May this call, of a module with these attributes, be taken? A frozen module has no gradients but its input's.
 bool may_run(const Stack& stack, PyObject* x, const States& before) {
   if (aoti_torch_grad_mode_is_enabled()) {
-    if (!stack.frozen || wants_gradient(x) || wants_gradient(before.objects[0]) || wants_gradient(before.objects[1])) return false;
+    if (!stack.frozen || wants_gradient(x) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get())) return false;
   }
   return !somebody_watches();
+}
+
+bool overlap(const View& a, const View& b) {
+  const auto end = [](const View& t) {
+    int64_t last = 0;
+    for (int64_t axis = 0; axis < t.dims; ++axis) last += (t.sizes[axis] - 1) * t.strides[axis];
+    return t.address + (last + 1) * bytes_of(t.kind);
+  };
+  return a.dims && b.dims && a.address < end(b) && b.address < end(a);
+}
+
+// Would a step write what it, or a later layer, still has to read? A state may be written where it was read.
+bool mixes(const View& x, const States& before, const View& y, const States& after) {
+  const auto other = [](const View& now, const View& then) { return overlap(now, then) && now.address != then.address; };
+  return overlap(y, x) || overlap(y, before.h) || overlap(y, before.c) || overlap(y, after.h) || overlap(y, after.c) ||
+         overlap(after.h, x) || overlap(after.c, x) || overlap(after.h, after.c) || overlap(after.h, before.c) ||
+         overlap(after.c, before.h) || other(after.h, before.h) || other(after.c, before.c);
 }
 
 bool drops(PyObject* attributes) { return is_true(attributes, TRAINING) && is_true(attributes, DROPOUT); }
@@ -544,7 +561,7 @@ Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *attributes = args[0], *x_object = args[1];
-    if (aoti_torch_grad_mode_is_enabled() && !find(attributes, FROZEN)) return nullptr;
+    if (aoti_torch_grad_mode_is_enabled() && !find(attributes, PANELS)) return nullptr;
     Stack stack;
     View x;
     States before;
@@ -577,10 +594,12 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     const int64_t B = stack.batch, R = stack.output_size;
     if (out != Py_None) {
       if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), pair)) return nullptr;
-      if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || y.address == x.address) return nullptr;
+      if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || mixes(x, before, y, after)) return nullptr;
       if (!stack.takes(x, Layout::batch, after.h_or_none, after.c_or_none, 3) || !stack.is_state(&y, R, 2)) return nullptr;
-      const Owned written = owned(pair ? PyTuple_Pack(3, PyTuple_GetItem(out, 0), after.objects[0], after.objects[1])
-                                       : PyTuple_Pack(2, PyTuple_GetItem(out, 0), after.objects[0]));
+      PyObject *y_object = PyTuple_GetItem(out, 0), *h_object = after.objects[0].get(), *c_object = after.objects[1].get();
+      const bool leaf = wants_gradient(y_object) || wants_gradient(h_object) || wants_gradient(c_object);
+      if (aoti_torch_grad_mode_is_enabled() && leaf) return nullptr;
+      const Owned written = owned(pair ? PyTuple_Pack(3, y_object, h_object, c_object) : PyTuple_Pack(2, y_object, h_object));
       if (!written) throw PythonError();
       run(stack, x, before, y, after.h, after.c_or_none);
       // So that autograd notices if one of them was kept for a backward pass.
@@ -599,7 +618,7 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *attributes = args[0], *x_object = args[1];
-    if (aoti_torch_grad_mode_is_enabled() && !find(attributes, FROZEN)) return nullptr;
+    if (aoti_torch_grad_mode_is_enabled() && !find(attributes, PANELS)) return nullptr;
     const char* mode = PyUnicode_AsUTF8AndSize(args[3], nullptr);
     if (!mode) throw PythonError();
     Stack stack;
@@ -622,7 +641,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
 PyObject* training(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *attributes = args[0], *x_object = args[1];
-    if (!aoti_torch_grad_mode_is_enabled() || find(attributes, FROZEN)) return nullptr;
+    if (!aoti_torch_grad_mode_is_enabled() || find(attributes, PANELS)) return nullptr;
     Stack stack;
     View x, h, c;
     States before;
@@ -632,7 +651,7 @@ PyObject* training(PyObject*, PyObject* const* args, Py_ssize_t) {
     const Layout layout = stack.batch_first ? Layout::batch_time : Layout::time_batch;
     if (!stack.takes(x, layout, before.h_or_none, before.c_or_none, 3)) return nullptr;
     const std::vector<PyObject*> weights = stack.by_kind();
-    bool wanted = wants_gradient(x_object) || wants_gradient(before.objects[0]) || wants_gradient(before.objects[1]);
+    bool wanted = wants_gradient(x_object) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get());
     for (size_t i = 0; i < weights.size() && !wanted; ++i) wanted = wants_gradient(weights[i]);
     if (!wanted) return nullptr;
     Owned h_object, c_object;
@@ -646,8 +665,8 @@ PyObject* training(PyObject*, PyObject* const* args, Py_ssize_t) {
       h_object = zeros(stack.output_size, h);
       if (pair) c_object = zeros(stack.hidden_size, c);
     } else {
-      h_object = kept(before.objects[0]);
-      if (pair) c_object = kept(before.objects[1]);
+      h_object = kept(before.objects[0].get());
+      if (pair) c_object = kept(before.objects[1].get());
     }
     const Owned first = owned(Py_BuildValue("(OOOOsOOiL)", x_object, Py_None, h_object.get(), pair ? c_object.get() : Py_None,
                                             stack.cell->name, Py_False, stack.batch_first ? Py_True : Py_False, 0,

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch
 from fastrnn.modules import DROP_INS, mode_of_cell
@@ -44,7 +45,9 @@ def freeze(model: M) -> M:
         panels = _packed(layer)
         if panels is not None:
             layer.__class__ = _frozen_class(_own_class(layer))
-            layer._frozen = panels
+            layer._fastrnn_panels = panels
+        else:  # what was packed before is not what it has now
+            thaw(layer)
     return model
 
 
@@ -53,11 +56,16 @@ def thaw(model: M) -> M:
 
     Returns:
         `model`.
+
+    Raises:
+        RuntimeError: a class was derived from that of a frozen layer, as a parametrisation of it does.
     """
     for module in list(model.modules()):
         if isinstance(module, _Frozen):
+            if type(module) is not _frozen_class(module._own_class):
+                raise RuntimeError(f"thaw: {type(module).__name__} was derived from a frozen layer; undo that first")
             module.__class__ = _own_class(module)
-            del module._frozen
+            del module._fastrnn_panels
     return model
 
 
@@ -70,13 +78,15 @@ def _packed(layer: Any) -> Tensor | None:
 
 
 class _Frozen(nn.Module):
-    """What a frozen layer does otherwise. Its panels are in `_frozen`, where the extension finds them (csrc/python.cpp)."""
+    """What a frozen layer does otherwise. The extension (csrc/python.cpp) finds its panels in `_fastrnn_panels`."""
 
-    _frozen: Tensor
+    _fastrnn_panels: Tensor
+    _own_class: type
 
     def _long_way(self: Any, input: Any, hx: Any = None) -> Any:
         if torch.is_grad_enabled():
-            given = (input, *hx) if isinstance(hx, (tuple, list)) else (input, hx)
+            x = input[0] if isinstance(input, PackedSequence) else input
+            given = (x, *hx) if isinstance(hx, (tuple, list)) else (x, hx)
             if any(getattr(value, "requires_grad", False) for value in given):
                 raise RuntimeError(f"{_own_class(self).__name__} is frozen and has no gradients: call thaw() to train with it")
         with torch.no_grad():
@@ -99,23 +109,24 @@ class _Frozen(nn.Module):
         panels = _packed(self)
         if panels is None:  # such as on another device
             return thaw(self)
-        self._frozen = panels
+        self._fastrnn_panels = panels
         return self
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """As an ordinary layer: panels are this processor's."""
         own_class = _own_class(self)
         twin = object.__new__(own_class)
-        twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_frozen"}
+        twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_fastrnn_panels"}
         state = twin.__reduce_ex__(2)[2]
         return object.__new__, (own_class,), state
 
 
 @functools.cache
 def _frozen_class(own_class: type) -> type:
-    return type(f"Frozen{own_class.__name__}", (_Frozen, own_class), {"__module__": own_class.__module__})
+    attributes = {"__module__": own_class.__module__, "_own_class": own_class}
+    return type(f"Frozen{own_class.__name__}", (_Frozen, own_class), attributes)
 
 
 def _own_class(layer: nn.Module) -> Any:
     """The class that it has, or had before it was frozen."""
-    return type(layer).__bases__[1] if isinstance(layer, _Frozen) else type(layer)
+    return type(layer)._own_class if isinstance(layer, _Frozen) else type(layer)

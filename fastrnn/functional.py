@@ -377,6 +377,8 @@ def _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str
         raise ValueError(f"x: expected {'[T, B, I]' if batch_sizes is None else '[N, I]'}, got {tuple(x.shape)}")
     if batch_sizes is not None and batch_first:
         raise ValueError("batch_first: packed input has no such layout")
+    if batch_sizes is not None and (batch_sizes.dtype is not torch.int64 or batch_sizes.dim() != 1):
+        raise ValueError(f"batch_sizes: expected int64 [T], got {batch_sizes.dtype} {tuple(batch_sizes.shape)}")
     if (c0 is None) != (cell != "lstm"):
         raise ValueError(f"c0: {'needed by' if cell == 'lstm' else 'not an argument of'} cell {cell!r}")
     if len(w_hh) != directions or w_hh[0].dim() != 2:

@@ -38,7 +38,7 @@ def frozen(name, *sizes, **options):
     """A frozen module and its ordinary twin."""
     twin = getattr(fastrnn, name)(*sizes, **options).eval()
     module = fastrnn.freeze(copy.deepcopy(twin))
-    assert module._frozen is not None and type(module).__name__ == f"Frozen{name}"
+    assert module._fastrnn_panels is not None and type(module).__name__ == f"Frozen{name}"
     return module, twin
 
 
@@ -125,7 +125,7 @@ def test_weights_are_those_of_the_moment(name):
         assert torch.equal(module(x.double())[0], twin(x.double())[0])
         module.weight_hh_l0.mul_(0.5), twin.weight_hh_l0.mul_(0.5)
         assert torch.equal(fastrnn.thaw(module)(x.double())[0], twin(x.double())[0])
-        assert type(module) is getattr(fastrnn, name) and "_frozen" not in module.__dict__
+        assert type(module) is getattr(fastrnn, name) and "_fastrnn_panels" not in module.__dict__
         module.weight_ih_l0.mul_(0.5), twin.weight_ih_l0.mul_(0.5)
         assert torch.equal(module(x.double())[0], twin(x.double())[0])
 
@@ -160,7 +160,7 @@ def test_copies_and_pickles_are_thawed(name, tmp_path):
     buffer.seek(0)
     x = torch.randn(B, I) if name in CELLS else torch.randn(4, B, I)
     for copied in (copy.deepcopy(module), copy.copy(module), torch.load(buffer, weights_only=False)):
-        assert type(copied) is getattr(fastrnn, name) and "_frozen" not in copied.__dict__
+        assert type(copied) is getattr(fastrnn, name) and "_fastrnn_panels" not in copied.__dict__
         torch.testing.assert_close(parts(copied(x)), parts(module(x)))
     assert type(module).__name__ == f"Frozen{name}" and isinstance(module, getattr(nn, name))
 
@@ -182,13 +182,42 @@ def test_what_cannot_be_frozen_is_left_as_it_is():
     assert fastrnn.thaw(model) is model and [type(module) for module in model] == classes
 
 
+def test_what_is_not_panels_is_not_read():
+    """An attribute of that name may hold anything."""
+    x = torch.randn(4, B, I)
+    for value in (False, True, 3, torch.zeros(1), torch.zeros(0), torch.zeros(200, dtype=torch.uint8)):
+        module = fastrnn.LSTM(I, H)
+        expected = module(x)[0].detach()
+        module.__dict__["_fastrnn_panels"] = value
+        with torch.no_grad():
+            assert torch.equal(module(x)[0], expected)
+
+
+def test_packed_input_that_requires_gradients_is_refused():
+    module, _ = frozen("LSTM", I, H)
+    with pytest.raises(RuntimeError, match="has no gradients"):
+        module(pack_sequence([torch.randn(3, I, requires_grad=True)]))
+
+
+def test_frozen_anew_where_it_cannot_be():
+    module, _ = frozen("GRU", I, 20)
+    fastrnn.compress(module)
+    assert type(fastrnn.freeze(module)) is fastrnn.GRU and "_fastrnn_panels" not in module.__dict__
+    module, _ = frozen("GRU", I, 20)
+    parametrize.register_parametrization(module, "weight_hh_l0", nn.Identity())
+    with pytest.raises(RuntimeError, match="ParametrizedFrozenGRU was derived from a frozen layer; undo that first"):
+        fastrnn.thaw(module)
+    parametrize.remove_parametrizations(module, "weight_hh_l0")
+    assert type(fastrnn.thaw(module)) is fastrnn.GRU
+
+
 def test_panels_are_written_whole():
     """What was in their memory before does not matter."""
     module, twin = frozen("LSTM", I, H, 2, bidirectional=True, bias=False)
     x, state = given(module, 5)
     for fill in (0x00, 0xFF):  # 0xFF everywhere is not a number
         poisoned = functools.partial(torch.full, fill_value=fill, dtype=torch.uint8)
-        module._frozen = dispatch.native.pack(twin.__dict__, None, lambda size, make=poisoned: make((size,)))
-        assert len(module._frozen) > 4 * sum(weight.numel() for weight in twin.parameters())
+        module._fastrnn_panels = dispatch.native.pack(twin.__dict__, None, lambda size, make=poisoned: make((size,)))
+        assert len(module._fastrnn_panels) > 4 * sum(weight.numel() for weight in twin.parameters())
         with torch.no_grad():
             assert_same_bits(module(x, state), twin(x, state))

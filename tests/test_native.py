@@ -1,5 +1,7 @@
 """Calls without gradients, which are one call of the native runtime: a module's, a cell's, and `step`."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -225,6 +227,69 @@ def test_numbers_that_lie_negated_or_apart(name):
                 torch.testing.assert_close(module(x)[0], twin(plain)[0])
                 torch.testing.assert_close(module(x, given)[0], twin(plain, solid)[0])
                 torch.testing.assert_close(module.step(x[0], given)[0], twin(plain[:1], solid)[0][0])
+
+
+@pytest.mark.parametrize("hidden", [7, 40])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_step_into_what_it_reads(name, layers, hidden):
+    """Memory that a step, or a later layer, still has to read: y in the state's place or x's, states exchanged or shifted."""
+    module = getattr(fastrnn, name)(hidden, hidden, layers)
+    x, lstm = torch.randn(B, hidden), name == "LSTM"
+
+    def fresh():
+        torch.manual_seed(1)
+        memory = torch.randn(2, layers + 1, B, hidden)
+        return memory, memory[0, :layers].clone(), memory[1, :layers].clone()
+
+    for case in ("y is h", "y is x", "states exchanged", "states shifted", "c is x"):
+        memory, h, c = fresh()
+        given, y, step_x = state_of(name, h, c), torch.empty(B, hidden), x.clone()
+        expected, last = module.step(x, state_of(name, h.clone(), c.clone()))
+        into = state_of(name, torch.empty_like(h), torch.empty_like(c))
+        if case == "y is h":
+            y, into = h[0], given
+        elif case == "y is x":
+            y = step_x
+        elif case == "states exchanged":
+            into = state_of(name, c, h)
+        elif case == "states shifted":
+            given, into = (state_of(name, *memory[:, at : at + layers]) for at in (0, 1))
+        elif lstm and layers == 1:
+            into = into[0], step_x[None]
+        found, _ = module.step(step_x, given, out=(y, into))
+        if case != "y is h":  # of one layer it is h_n, too
+            torch.testing.assert_close(found, expected)
+        if case != "states exchanged" or not lstm:
+            for one, other in zip(parts(into), parts(last), strict=True):
+                torch.testing.assert_close(one, other)
+
+
+def test_batch_sizes_are_int64():
+    weights = {name: [torch.randn(3 * H, width)] for name, width in (("w_ih", I), ("w_hh", H))}
+    for wrong in (torch.tensor([2, 1], dtype=torch.int32), torch.tensor([[2, 1]])):
+        with pytest.raises(ValueError, match="batch_sizes: expected int64"):
+            fastrnn.functional.layer(torch.randn(3, I), torch.zeros(1, 2, H), cell="gru", batch_sizes=wrong, **weights)
+
+
+def test_weights_replaced_by_another_thread():
+    """While a call runs, or looks: it ends with the one weight or the other."""
+    module = fastrnn.freeze(fastrnn.LSTM(64, 64).eval())
+    state, x, stop = module.state_dict(), torch.randn(1, 64), threading.Event()
+    expected, _ = module.step(x)
+
+    def reload():
+        while not stop.is_set():
+            module.load_state_dict(state)
+
+    thread = threading.Thread(target=reload)
+    thread.start()
+    try:
+        for _ in range(3000):
+            assert torch.equal(module.step(x)[0], expected)
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_profiler_sees_the_layer():
