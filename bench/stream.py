@@ -48,9 +48,10 @@ def _output(result: Any) -> Tensor:
 def measure(cell: str, hidden: int, threads: int, seconds: float, most: int, tolerance: float = TOLERANCE) -> dict[str, Any]:
     """The record of one cell and size."""
     case = Case(Point("apart", 1, hidden, 1), cell, "infer")
-    truth, own = Subject(case, torch.nn).module, Subject(case, fastrnn).module
+    truth: Any = Subject(case, torch.nn).module
+    own: Any = Subject(case, fastrnn).module
     frozen = fastrnn.freeze(copy.deepcopy(own))
-    cells = []
+    cells: list[Any] = []
     for library in (torch.nn, fastrnn):
         made = getattr(library, f"{cell.upper()}Cell")(hidden, hidden)
         made.load_state_dict({name.removesuffix("_l0"): value for name, value in own.state_dict().items()})

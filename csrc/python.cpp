@@ -597,8 +597,8 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || mixes(x, before, y, after)) return nullptr;
       if (!stack.takes(x, Layout::batch, after.h_or_none, after.c_or_none, 3) || !stack.is_state(&y, R, 2)) return nullptr;
       PyObject *y_object = PyTuple_GetItem(out, 0), *h_object = after.objects[0].get(), *c_object = after.objects[1].get();
-      const bool leaf = wants_gradient(y_object) || wants_gradient(h_object) || wants_gradient(c_object);
-      if (aoti_torch_grad_mode_is_enabled() && leaf) return nullptr;
+      if (aoti_torch_grad_mode_is_enabled() && (wants_gradient(y_object) || wants_gradient(h_object) || wants_gradient(c_object)))
+        return nullptr;
       const Owned written = owned(pair ? PyTuple_Pack(3, y_object, h_object, c_object) : PyTuple_Pack(2, y_object, h_object));
       if (!written) throw PythonError();
       run(stack, x, before, y, after.h, after.c_or_none);
