@@ -44,7 +44,8 @@ def freeze(model: M) -> M:
     for layer in layers:
         panels = _packed(layer)
         if panels is not None:
-            layer.__class__ = _frozen_class(_own_class(layer))
+            own_class: Any = getattr(layer, "_own_class", type(layer))
+            layer.__class__ = _frozen_class(own_class)
             layer._fastrnn_panels = panels
         else:  # what was packed before is not what it has now
             thaw(layer)
@@ -64,7 +65,7 @@ def thaw(model: M) -> M:
         if isinstance(module, _Frozen):
             if type(module) is not _frozen_class(module._own_class):
                 raise RuntimeError(f"thaw: {type(module).__name__} was derived from a frozen layer; undo that first")
-            module.__class__ = _own_class(module)
+            module.__class__ = module._own_class
             del module._fastrnn_panels
     return model
 
@@ -81,20 +82,20 @@ class _Frozen(nn.Module):
     """What a frozen layer does otherwise. The extension (csrc/python.cpp) finds its panels in `_fastrnn_panels`."""
 
     _fastrnn_panels: Tensor
-    _own_class: type
+    _own_class: type  # that it had before it was frozen
 
     def _long_way(self: Any, input: Any, hx: Any = None) -> Any:
         if torch.is_grad_enabled():
             x = input[0] if isinstance(input, PackedSequence) else input
             given = (x, *hx) if isinstance(hx, (tuple, list)) else (x, hx)
             if any(getattr(value, "requires_grad", False) for value in given):
-                raise RuntimeError(f"{_own_class(self).__name__} is frozen and has no gradients: call thaw() to train with it")
+                raise RuntimeError(f"{self._own_class.__name__} is frozen and has no gradients: call thaw() to train with it")
         with torch.no_grad():
-            return super()._long_way(input, hx)  # type: ignore[misc]
+            return super()._long_way(input, hx)  # type: ignore[misc] # of the class that it is mixed into
 
     def train(self: Any, mode: bool = True) -> Any:
         if mode:
-            raise RuntimeError(f"{_own_class(self).__name__} is frozen: call thaw() before train()")
+            raise RuntimeError(f"{self._own_class.__name__} is frozen: call thaw() before train()")
         return super().train(mode)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
@@ -114,19 +115,13 @@ class _Frozen(nn.Module):
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """As an ordinary layer: panels are this processor's."""
-        own_class = _own_class(self)
-        twin = object.__new__(own_class)
+        twin = object.__new__(self._own_class)
         twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_fastrnn_panels"}
         state = twin.__reduce_ex__(2)[2]
-        return object.__new__, (own_class,), state
+        return object.__new__, (self._own_class,), state
 
 
 @functools.cache
 def _frozen_class(own_class: type) -> type:
     attributes = {"__module__": own_class.__module__, "_own_class": own_class}
     return type(f"Frozen{own_class.__name__}", (_Frozen, own_class), attributes)
-
-
-def _own_class(layer: nn.Module) -> Any:
-    """The class that it has, or had before it was frozen."""
-    return type(layer)._own_class if isinstance(layer, _Frozen) else type(layer)
