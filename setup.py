@@ -50,17 +50,19 @@ def chosen_tiers():
     return [tier for tier in tiers.values() if tier.name in names]
 
 
-def kernels_header(tiers, units, cells, fields) -> str:
+def kernels_header(tiers, units, conversions, cells, fields) -> str:
     """kernels.h: the record, the cells, the tiers and their entry points, as C++ sees them."""
     declarations, tables = [], []
     for tier in tiers:
         entries = []
         for cell, scalar, which in units:
-            name = tier.entry(cell, scalar, which)
-            declarations += [f"void {name}(int64_t, int64_t);", f"int64_t {name}_arrange(int64_t, int64_t);"]
-            entries.append(f"    {{{name}, {name}_arrange}},")
+            name, arrange = tier.entries((cell, scalar, which))
+            declarations += [f"void {name}(int64_t, int64_t);", f"int64_t {arrange}(int64_t, int64_t);"]
+            entries.append(f"    {{{name}, {arrange}}},")
+        converting = [tier.entry(*conversion) for conversion in conversions]
+        declarations += [f"void {name}(int64_t, int64_t);" for name in converting]
         fits = f'__builtin_cpu_supports("{tier.processor}") != 0' if tier.features else "true"
-        tables += [f'    {{"{tier.name}", [] {{ return {fits}; }}, {{', *entries, "    }},"]
+        tables += [f'    {{"{tier.name}", [] {{ return {fits}; }}, {", ".join(converting)}, {{', *entries, "    }},"]
     cell_table = [
         f'    {{"{c.name}", "{c.mode}", {c.gates}, {c.slots}, {"true" if c.carry == "cell" else "false"}}},'
         for c in cells.values()
@@ -79,8 +81,10 @@ def kernels_header(tiers, units, cells, fields) -> str:
             f"struct Record {{ int64_t {', '.join(fields)}; }};",
             "struct Cell { const char *name, *mode; int64_t gates, slots; bool has_cell_state; };",
             "struct Unit { void (*run)(int64_t, int64_t); int64_t (*arrange)(int64_t, int64_t); };",
+            "// widen, round: numbers in bfloat16 to float32 and back; of the address of int64 source, destination and count.",
             "// units: float32's, then float64's; of each a cell's in the order of CELLS; of each forward, then backward.",
-            "struct Tier { std::string name; bool (*fits)(); std::vector<Unit> units; };",
+            "using Conversion = void (*)(int64_t, int64_t);",
+            "struct Tier { std::string name; bool (*fits)(); Conversion widen, round; std::vector<Unit> units; };",
             "inline const Cell CELLS[] = {",
             *cell_table,
             "};",
@@ -128,22 +132,22 @@ class BuildEngine(build_ext):
     def build_engine(self, target: Path) -> None:
         import torch
 
-        source, units = engine("cpu.source"), engine("cpu.compile").UNITS
+        source, compiled = engine("cpu.source"), engine("cpu.compile")
         tiers, build = chosen_tiers(), ROOT / "build"
         names = ",".join(tier.name for tier in tiers)
         subprocess.run([sys.executable, "-m", "kernels.cpu.compile", str(build), names], cwd=ROOT, check=True)
         objects = [
-            source.object_directory(build, tier.name) / f"{tier.entry(*unit)}{point}.o"
+            source.object_directory(build, tier.name) / f"{name}.o"
             for tier in tiers
-            for unit in units
-            for point in ("", "_arrange")
+            for unit in (*compiled.UNITS, *compiled.CONVERSIONS)
+            for name in tier.entries(unit)
         ]
         for path in objects:
             check_object(path)
 
         generated = build / "generated"
         generated.mkdir(exist_ok=True)
-        header = kernels_header(tiers, units, engine("cells").CELLS, engine("cpu.plan").FIELDS)
+        header = kernels_header(tiers, compiled.UNITS, compiled.CONVERSIONS, engine("cells").CELLS, engine("cpu.plan").FIELDS)
         (generated / "kernels.h").write_text(header)
         exports = ROOT / "csrc" / "exports.map"
         torch_root = Path(torch.__path__[0])

@@ -28,6 +28,22 @@ bool View::is_contiguous() const {
   return true;
 }
 
+namespace {
+
+constexpr int64_t CONVERTED = 1 << 15;  // numbers that a thread converts in less time than another takes to wake
+
+void convert(Conversion kernel, const View& from, const View& to) {
+  torch::stable::parallel_for(0, from.numel(), CONVERTED, [&](int64_t begin, int64_t end) {
+    const std::array<int64_t, 3> job{from.address + begin * bytes_of(from.kind), to.address + begin * bytes_of(to.kind), end - begin};
+    kernel(reinterpret_cast<int64_t>(job.data()), 0);
+  });
+}
+
+}  // namespace
+
+void widen(const View& half, const View& out) { convert(tier->widen, half, out); }
+void round(const View& wide, const View& out) { convert(tier->round, wide, out); }
+
 Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, const int64_t* batch_sizes, int64_t steps)
     : cell(sizes.cell), kind_(sizes.kind), layout_(layout), directions_(sizes.directions), records{} {
   STD_TORCH_CHECK(directions_ == 1 || directions_ == 2, "fastrnn: expected one or two directions, got ", directions_);

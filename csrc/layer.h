@@ -29,6 +29,10 @@ struct View {
   bool is_contiguous() const;
 };
 
+// Numbers in bfloat16 to float32, and back: each the nearest, and the even one between two. Both are contiguous.
+void widen(const View& half, const View& out);
+void round(const View& wide, const View& out);
+
 // The axes of a sequence before its features.
 enum class Layout { time_batch, batch_time, packed, batch };  // batch: one step
 

@@ -155,7 +155,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   Op op(x, batch_sizes, w_ih, w_hh, w_hr, cell, !b_ih.empty(), reverse, batch_first);
   Call& call = op.call;
   const Record& r = call.records[0];
-  STD_TORCH_CHECK(!r.half, "fastrnn: gradients need weights in the dtype of x");
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, G = call.cell.gates * H;
   for (Record& record : call.records) {
     record.need_dx = need_dx;
@@ -189,17 +188,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     op.rows(dx, &Record::dx, &Record::dx_step, &Record::dx_row, 0);
   }
   if (need_dw) {
-    const auto gradient = [&](Tensor& out, int64_t Record::*field, std::vector<int64_t> sizes) {
-      out = op.empty(sizes);
-      op.states(out, field, out.numel() / D);
+    const auto bias = [&](Tensor& out, int64_t Record::*field) {
+      out = op.empty({D * G});
+      op.states(out, field, G);
     };
-    gradient(dw_ih, &Record::dw_ih, {D * G, r.input_size});
-    gradient(dw_hh, &Record::dw_hh, {D * G, R});
-    if (r.bias) {
-      gradient(db_ih, &Record::db_ih, {D * G});
-      gradient(db_hh, &Record::db_hh, {D * G});
-    }
-    if (r.projected) gradient(dw_hr, &Record::dw_hr, {D * R, H});
+    const auto matrix = [&](Tensor& out, int64_t Record::*field, int64_t Record::*half, int64_t height, int64_t width) {
+      out = empty_tensor({D * height, width}, dtype_code(w_hh[0]));
+      const View both = view(out);
+      for (int64_t d = 0; d < D; ++d)
+        call.records[d].*(r.half ? half : field) = both.address + d * height * width * bytes_of(both.kind);
+    };
+    matrix(dw_ih, &Record::dw_ih, &Record::dw_ih_half, G, r.input_size);
+    matrix(dw_hh, &Record::dw_hh, &Record::dw_hh_half, G, R);
+    if (r.bias) bias(db_ih, &Record::db_ih), bias(db_hh, &Record::db_hh);
+    if (r.projected) matrix(dw_hr, &Record::dw_hr, &Record::dw_hr_half, R, H);
   }
   call.run(false);
   if (!need_dh0) dh0 = absent(), dc0 = absent();  // they were the carried gradients' place

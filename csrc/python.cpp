@@ -125,43 +125,31 @@ struct alignas(64) PackHeader {
   int64_t tier, cell, layers, directions, input_size, hidden_size, output_size, bias, projected, kind, bytes;
 };
 
-constexpr int64_t MOST_WIDENED = 1 << 16;  // numbers: more of them are converted faster by torch's threads
-
 // Tensors in bfloat16 as float32, and back.
 class Widened {
  public:
-  View like(const View& given) {
-    auto& numbers = buffers_.emplace_front(given.numel());
+  View like(const View& given, Kind kind = Kind::f32) {
     View made = given;
-    made.kind = Kind::f32;
-    made.address = reinterpret_cast<int64_t>(numbers.data());
+    made.kind = kind;
+    const auto bytes = static_cast<size_t>(product({given.numel(), bytes_of(kind)}));
+    made.address = reinterpret_cast<int64_t>(buffers_.emplace_front(std::make_unique_for_overwrite<char[]>(bytes)).get());
     return made;
   }
   View of(const View& given) {
     const View made = like(given);
-    const auto* source = reinterpret_cast<const uint16_t*>(given.address);
-    auto* numbers = reinterpret_cast<uint32_t*>(made.address);
-    for (int64_t i = 0; i < given.numel(); ++i) numbers[i] = static_cast<uint32_t>(source[i]) << 16;
+    widen(given, made);
     return made;
   }
-  static void round(const View& wide, const View& out) {
-    const auto* numbers = reinterpret_cast<const uint32_t*>(wide.address);
-    auto* rounded = reinterpret_cast<uint16_t*>(out.address);
-    for (int64_t i = 0; i < out.numel(); ++i) rounded[i] = static_cast<uint16_t>(nearest(numbers[i]));
-  }
-  static void round_in_place(const View& wide) {
-    auto* numbers = reinterpret_cast<uint32_t*>(wide.address);
-    for (int64_t i = 0; i < wide.numel(); ++i) numbers[i] = nearest(numbers[i]) << 16;
+  // What a layer hands to the next in bfloat16.
+  void round_in_place(const View& wide) {
+    const View rounded = like(wide, Kind::bf16);
+    round(wide, rounded);
+    widen(rounded, wide);
+    buffers_.pop_front();
   }
 
  private:
-  // The upper half of a float's bits, rounded to the nearest, and to even between two; NaN stays NaN.
-  static uint32_t nearest(uint32_t bits) {
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    return nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  }
-
-  std::forward_list<std::vector<float>> buffers_;
+  std::forward_list<std::unique_ptr<char[]>> buffers_;
 };
 
 // The states a caller gave, or wants filled.
@@ -222,8 +210,7 @@ class Stack {
   bool takes(const View& x, Layout of, const View* h0, const View* c0, int64_t state_dims) {
     if (half && !bias) all_half = x.kind == Kind::bf16;
     if (x.kind != given_kind() || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != input_size) return false;
-    if (x.numel() == 0 || (all_half && (!x.is_contiguous() || x.numel() / input_size * (input_size + output_size) > MOST_WIDENED)))
-      return false;
+    if (x.numel() == 0 || (all_half && !x.is_contiguous())) return false;
     layout = of;
     batch = x.size(layout == Layout::time_batch ? 1 : 0);
     return is_state(h0, output_size, state_dims) && is_state(c0, hidden_size, state_dims);
@@ -242,9 +229,9 @@ class Stack {
     if (c0) states[1] = wide.of(*c0);
     const View wide_y = wide.like(y), wide_h = wide.like(h_n), wide_c = c_n ? wide.like(*c_n) : View();
     run_wide(wide.of(x), h0 ? &states[0] : nullptr, c0 ? &states[1] : nullptr, wide_y, wide_h, c_n ? &wide_c : nullptr);
-    Widened::round(wide_y, y);
-    Widened::round(wide_h, h_n);
-    if (c_n) Widened::round(wide_c, *c_n);
+    round(wide_y, y);
+    round(wide_h, h_n);
+    if (c_n) round(wide_c, *c_n);
   }
   void run_wide(const View& x, const View* h0, const View* c0, const View& y, const View& h_n, const View* c_n) const {
     View input = x;
@@ -277,7 +264,7 @@ class Stack {
       }
       call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
       call.run(true);
-      if (all_half && layer < layers - 1) Widened::round_in_place(output);  // as every layer's result is
+      if (all_half && layer < layers - 1) wide.round_in_place(output);  // as every layer's result is
       between = std::move(made);                                            // the input of this layer goes
       input = output;
     }
@@ -645,7 +632,7 @@ PyObject* training(PyObject*, PyObject* const* args, Py_ssize_t) {
     Stack stack;
     View x, h, c;
     States before;
-    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr) || stack.layers != 1 || stack.half) return nullptr;
+    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr) || stack.layers != 1) return nullptr;
     const bool pair = stack.cell->has_cell_state;
     if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
     const Layout layout = stack.batch_first ? Layout::batch_time : Layout::time_batch;

@@ -127,7 +127,8 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
     if dispatch.native and not checkpoint.is_on():
         arguments = dispatch.native.training(module.__dict__, x, hx)
         if arguments is not None:
-            y, h_n, c_n, _ = ops.apply_eagerly(*arguments)
+            weight = arguments[9]
+            y, h_n, c_n, *_ = (ops.apply_half if weight.dtype is torch.bfloat16 else ops.apply_eagerly)(*arguments)
             return y, (h_n, c_n) if module.mode == "LSTM" else h_n
     cell, lstm, weights = dispatch.BY_MODE[module.mode], module.mode == "LSTM", own_weights(module)
     if weights is None:

@@ -9,8 +9,8 @@ Raw ops (no autograd; engines register them per device). They assume T >= 1, B >
     batch_sizes  int64 [T] on the CPU, rows of each step, never increasing, sum N
     h0, c0       [D, B, R], [D, B, H] (lstm only)
     w_ih, ...    one tensor a direction, D in {1, 2}: w_ih [G*H, I], w_hh [G*H, R], b_* [G*H] or no tensors,
-                 w_hr [R, H] or no tensors. Direction 1 runs opposite to direction 0. For layer_forward on the CPU, where
-                 all else is float32 and R is even, matrices may be bfloat16.
+                 w_hr [R, H] or no tensors. Direction 1 runs opposite to direction 0. On the CPU, where all else is
+                 float32 and R is even, matrices may be bfloat16, and their gradients are then, rounded once.
     cell         a key of fastrnn.kernels.cells.CELLS
     reverse      direction 0 runs from the last step to the first
     save         keep what layer_backward needs
@@ -112,7 +112,9 @@ def _fake_backward(
     cell, reverse, batch_first, need_dx, need_dh0, need_dw
 ):  # fmt: skip
     def joined(weights):
-        return x.new_empty((len(weights) * weights[0].shape[0], *weights[0].shape[1:]) if need_dw and weights else (0,))
+        if not need_dw or not weights:
+            return x.new_empty((0,))
+        return weights[0].new_empty((len(weights) * weights[0].shape[0], *weights[0].shape[1:]))
 
     return (
         x.new_empty(x.shape if need_dx else (0,)),
@@ -175,26 +177,34 @@ def layer(
 def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
     """`layer` in half precision or under autocast, on a CPU: all of it in float32, and each result rounded once.
 
-    Without gradients matrices in bfloat16 are read as they are.
+    Matrices in bfloat16 are read as they are, but where a transform, a compiler or recompute mode wants plain operations.
     """
     dtype, autocast = x.dtype, torch.is_autocast_enabled("cpu")
     if autocast:  # as torch.nn does: of its GRU only the products are cast
         dtype = torch.promote_types(x.dtype, h0.dtype) if cell == "gru" else torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
-        x, h0, c0 = x.float(), h0.float(), None if c0 is None else c0.float()
-        if _takes_half(weights) and not (
-            _forward_mode()
-            or torch._C._are_functorch_transforms_active()
-            or (torch.is_grad_enabled() and _requires_grad((x, h0, *itertools.chain(*weights)), c0))
-        ):
-            w_ih, w_hh, b_ih, b_hh, w_hr = weights
-            biases = [b.float() for b in b_ih], [b.float() for b in b_hh]
-            y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, *biases, w_hr, cell, reverse, batch_first, False)
+        plain = not (_forward_mode() or torch._C._are_functorch_transforms_active())
+        wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *itertools.chain(*weights)), c0)
+        if _takes_half(weights) and plain and not wanted:
+            y, h_n, c_n, _ = _forward_half(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first, False)
+            c_n = None if c0 is None else c_n
+        elif _takes_half(weights) and plain and not autocast and not torch.compiler.is_compiling() and not checkpoint.is_on():
+            options = cell, reverse, batch_first, 0, len(weights[0])
+            y, h_n, c_n = HalfLayer.apply(x, batch_sizes, h0, c0, *options, *itertools.chain(*weights))
             c_n = None if c0 is None else c_n
         else:
+            x, h0, c0 = x.float(), h0.float(), None if c0 is None else c0.float()
             w_ih, w_hh, b_ih, b_hh, w_hr = ([weight.float() for weight in kind] for kind in weights)
             y, h_n, c_n = layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
         return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
+
+
+def _forward_half(x, batch_sizes, h0, c0, weights: Kinds, cell, reverse, batch_first, save):
+    """layer_forward of matrices in bfloat16; all else in float32, whatever it was."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    biases = [b.float() for b in b_ih], [b.float() for b in b_hh]
+    x, h0, c0 = (_to(tensor, torch.float32) for tensor in (x, h0, c0))
+    return _forward(x, batch_sizes, h0, c0, w_ih, w_hh, *biases, w_hr, cell, reverse, batch_first, save)
 
 
 def _takes_half(weights: Kinds) -> bool:
@@ -226,7 +236,11 @@ class Layer(Function):
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _):
-        x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
+        return Layer.gradients(ctx, dy, dh_n, dc_n, *ctx.saved_tensors)
+
+    @staticmethod
+    def gradients(ctx, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights):
+        """Of the inputs in turn. Saved tensors may come in another dtype than they were saved in."""
         cell, reverse, batch_first, segments, directions = ctx.options
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (9 + len(weights))
@@ -278,6 +292,43 @@ class EagerLayer(Function):
 
 # Function.apply would look for wrappers of transforms that have ended, of which there are none among plain tensors.
 apply_eagerly = super(Function, EagerLayer).apply
+
+
+class HalfLayer(Function):
+    """`EagerLayer` of matrices in bfloat16, and of all else in any dtype: in float32, each result and gradient rounded once."""
+
+    @staticmethod
+    def forward(ctx, x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights):
+        kinds = _kinds(weights, directions)
+        y, h_n, c_n, saved = _forward_half(x, batch_sizes, h0, c0, kinds, cell, reverse, batch_first, True)
+        rounded = _to(y, x.dtype), _to(h_n, x.dtype), _to(c_n, x.dtype)
+        ctx.options = cell, reverse, batch_first, segments, directions
+        ctx.save_for_backward(x, batch_sizes, h0, c0, y, saved, *weights)
+        ctx.set_materialize_grads(False)
+        if c0 is None:
+            ctx.mark_non_differentiable(rounded[2])
+        return rounded
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n):
+        x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
+        dtypes = x.dtype, None, h0.dtype, h0.dtype, *(None,) * 5, *[weight.dtype for weight in weights]
+        plain = not (_forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+        if not plain or _vmapped_the_old_way(dy, dh_n, dc_n):
+            weights = [weight.float() for weight in weights]
+        dy, dh_n, dc_n, x, h0, c0 = (_to(tensor, torch.float32) for tensor in (dy, dh_n, dc_n, x, h0, c0))
+        found = Layer.gradients(ctx, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights)
+        return tuple(map(_to, found, dtypes))
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """tensor.to(dtype) in half the time, for what may be absent."""
+    if tensor is None or tensor.dtype is dtype:
+        return tensor
+    return tensor.float() if dtype is torch.float32 else tensor.bfloat16() if dtype is torch.bfloat16 else tensor.to(dtype)
+
+
+apply_half = super(Function, HalfLayer).apply
 
 
 class LayerBackward(Function):

@@ -36,7 +36,7 @@ def check(cell, which):
             "hidden_size": hidden,
             "output_size": hidden // 2 if projected else hidden,
             "projected": projected,
-            "half": which == "forward" and hidden % 4 == 0 and draw.randrange(2),
+            "half": hidden % 4 == 0 and draw.randrange(2),
             "directions": directions,
             "save": draw.choice((0, 1)),
             "need_dx": draw.choice((0, 1)),

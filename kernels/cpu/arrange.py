@@ -10,7 +10,7 @@ from ..cells import Cell, bind
 from . import plan
 from .plan import SCRATCH_VECTORS, unit_vectors, wide_columns
 from .processor import Target
-from .product import ceil_div, options
+from .product import DOT_PART, ceil_div, options
 from .team import RECORD_BYTES, record_at
 from .vector import VectorLibrary
 
@@ -67,8 +67,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             tables = 3 * B + 2 * block * B
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
             ih_once = row_groups == 1 and block == p.steps and not frozen
-            deepest = max(I if ih_once else 0, R if half_panels else 0)
-            panel_bytes = 0 if one_step else align(columns * vector * deepest)
+            panel_bytes = align(columns * vector * I) if ih_once else 0
+            if one_step:
+                panel_bytes = lanes * DOT_PART * size if p.half and B > 2 else 0
         else:
             block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
@@ -84,13 +85,21 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset = 0  # directions take turns in one workspace
             d.half_panels = half_panels
             d.ih_once, d.one_step, d.panel_bytes = ih_once, one_step, panel_bytes
+            if not forward and d.half and d.need_dw:
+                d.rounded_at_once = d.rows <= plan.FEW_ROWS
+                d.dw_ih, d.dw_hh, d.dw_hr = d.dw_ih_half, d.dw_hh_half, d.dw_hr_half
+                if not d.rounded_at_once:
+                    d.dw_ih = d.workspace + offset
+                    d.dw_hh = d.dw_ih + align(gates * H * I * size)
+                    d.dw_hr = d.dw_hh + align(gates * H * R * size)
+                    offset = d.dw_hr - d.workspace + (align(R * H * size) if d.projected else 0)
             begin, behind = (d.pack, offset) if frozen else (d.workspace, 0)
             offset = 0 if frozen else offset
             d.ih_panels = begin + offset
             if not ih_once:
                 offset += align(units * gates * I * size)
             d.hh_panels = begin + offset
-            if not forward and d.need_dw and block == p.steps and R % wide == 0:
+            if not forward and d.need_dw and block == p.steps and R % wide == 0 and not d.rounded_at_once:
                 d.hh_panels = d.dw_hh  # of the panels' size, and written when no step needs them any more
             elif not one_step:
                 offset += align(

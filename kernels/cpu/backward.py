@@ -12,7 +12,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import LINE, OPERAND_PANELS, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
+from .plan import FEW_ROWS, LINE, OPERAND_PANELS, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
 from .processor import Target
 from .product import ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
 from .team import (
@@ -30,7 +30,6 @@ from .team import (
 )
 from .vector import VectorLibrary, load_int, store_int
 
-FEW_ROWS = 8
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
 
 
@@ -46,6 +45,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     product = make_product(v, target, columns)
     multiply = make_multiply(v, target, columns)
     pack_rows = make_pack_rows(v, columns)
+    # The same for matrices in bfloat16; in float64 there are none.
+    has_half = v.half is not None
+    multiply_half = make_multiply(v, target, columns, "rows" if has_half else "")
+    pack_rows_half = make_pack_rows(v, columns, has_half)
+    store_half = v.half.store if has_half else v.store
     input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
     names = {"tanh": v.tanh, "where_positive": v.where_positive}
@@ -84,19 +88,31 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return ceil_div(preactivations * p.hidden_size * size, LINE) * LINE + LINE
 
     @njit(**options)
+    def weight_size(p):
+        return 2 if p.half else size
+
+    @njit(**options)
+    def pack_weight(p, weight_rows, depth, width, panel, out):
+        if p.half:
+            pack_rows_half(weight_rows, depth, width, panel, out)
+        else:
+            pack_rows(weight_rows, depth, width, panel, out)
+
+    @njit(**options)
     def pack_weights(p, member, members, table):
         """This member's share of the panels that every step needs, of W_hh and W_hr: their rows are the k of the product."""
         if not p.one_step:
-            fill_rows(table, gates * p.hidden_size, p.w_hh, p.output_size * size)
+            fill_rows(table, gates * p.hidden_size, p.w_hh, p.output_size * weight_size(p))
             panels = ceil_div(p.output_size, wide)
             for panel in range(share(panels, members, member), share(panels, members, member + 1)):
                 out = p.hh_panels + panel * gates * p.hidden_size * wide * size
-                pack_rows(table, gates * p.hidden_size, p.output_size, panel, out)
+                pack_weight(p, table, gates * p.hidden_size, p.output_size, panel, out)
         if p.projected:
-            fill_rows(table, p.output_size, p.w_hr, p.hidden_size * size)
+            fill_rows(table, p.output_size, p.w_hr, p.hidden_size * weight_size(p))
             panels = ceil_div(p.hidden_size, wide)
             for panel in range(share(panels, members, member), share(panels, members, member + 1)):
-                pack_rows(table, p.output_size, p.hidden_size, panel, p.hr_panels + panel * p.output_size * wide * size)
+                out = p.hr_panels + panel * p.output_size * wide * size
+                pack_weight(p, table, p.output_size, p.hidden_size, panel, out)
 
     @njit(**options)
     def earlier(p, t, b):
@@ -196,21 +212,27 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def multiply_once(
-        count, a_rows, weight_rows, in_order, depth, width, first, last, out_rows, add, scratch, own_panel
+        p, count, a_rows, weight_rows, in_order, depth, width, first, last, out_rows, add, scratch, own_panel
     ):  # fmt: skip
         """`multiply` with a matrix that is used this once, its rows of `width` at weight_rows, one after the other if in_order.
 
         A panel is packed before many rows meet it; few read it where it lies.
         """
         for panel in range(first, last):
-            if in_order and count <= 2 * most and (panel + 1) * wide <= width:
-                weights, row_bytes = load_int(weight_rows) + panel * panel_row, width * size
+            weights, row_bytes = own_panel, panel_row
+            in_place = in_order and count <= 2 * most and (panel + 1) * wide <= width
+            if in_place:
+                weights, row_bytes = load_int(weight_rows) + panel * wide * weight_size(p), width * weight_size(p)
             else:
-                pack_rows(weight_rows, depth, width, panel, own_panel)
-                weights, row_bytes = own_panel, panel_row
-            multiply(
-                count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
-            )  # fmt: skip
+                pack_weight(p, weight_rows, depth, width, panel, own_panel)
+            if in_place and p.half:
+                multiply_half(
+                    count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
+                )  # fmt: skip
+            else:
+                multiply(
+                    count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
+                )  # fmt: skip
 
     @njit(**options)
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel):
@@ -226,9 +248,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             depth, rows = gates * p.hidden_size, later + 8 * from_row
             if p.one_step:
                 weight_rows = table + 8 * count
-                fill_rows(weight_rows, depth, p.w_hh, p.output_size * size)
+                fill_rows(weight_rows, depth, p.w_hh, p.output_size * weight_size(p))
                 multiply_once(
-                    count, rows, weight_rows, True, depth, p.output_size, first, last, table, 1, scratch, own_panel
+                    p, count, rows, weight_rows, True, depth, p.output_size, first, last, table, 1, scratch, own_panel
                 )  # fmt: skip
             else:
                 multiply(
@@ -255,8 +277,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         store(destination, value, n)
 
     @njit(**options)
-    def outer_products(a, a_bytes, units, operand_rows, rows, width, out_rows, add):
-        """The sum that weight_gradient takes, to the bit, of rows so few that neither packing nor a tile pays."""
+    def outer_products(a, a_bytes, units, operand_rows, rows, width, out_rows, half, add):
+        """The sum that weight_gradient takes, to the bit, of rows so few that neither packing nor a tile pays.
+
+        half: it is all there is, and goes to where it is wanted in bfloat16.
+        """
         for unit in range(units):
             out = load_int(out_rows + 8 * unit)
             for column in range(0, width, lanes):
@@ -264,7 +289,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 for i in range(rows):
                     value = load(load_int(operand_rows + 8 * i) + column * size, n)
                     total = multiply_add(a + i * a_bytes + unit * size, value, total)
-                accumulate(out + column * size, total, n, add)
+                if half:
+                    store_half(out + column * 2, total, n)
+                else:
+                    accumulate(out + column * size, total, n, add)
 
     @njit(**options)
     def weight_gradient(p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch):
@@ -275,7 +303,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """
         unit, end = share(units, members, member), share(units, members, member + 1)
         if rows <= FEW_ROWS:
-            outer_products(a + unit * size, a_bytes, end - unit, operand_rows, rows, width, out_rows + 8 * unit, add)
+            half, out = p.rounded_at_once, out_rows + 8 * unit
+            outer_products(a + unit * size, a_bytes, end - unit, operand_rows, rows, width, out, half, add)
             return
         panels = ceil_div(width, wide)
         for first in range(0, panels, OPERAND_PANELS):
@@ -294,10 +323,27 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 )  # fmt: skip
 
     @njit(**options)
-    def fill_gate_rows(table, order, units, matrix, width):
-        """Addresses of the rows of a gate matrix [gates * units, width], the gates in `order`."""
+    def fill_gate_rows(p, table, order, matrix, width):
+        """Addresses of the rows of a gradient [gates * hidden_size, width], the gates in `order`."""
+        units, row_bytes = p.hidden_size, width * (2 if p.rounded_at_once else size)
         for s in range(gates):
-            fill_rows(table + 8 * s * units, units, matrix + order[s] * units * width * size, width * size)
+            fill_rows(table + 8 * s * units, units, matrix + order[s] * units * row_bytes, row_bytes)
+
+    @njit(**options)
+    def round_gradient(numbers, count, out, members, member):
+        """This member's share of `count` sums, to bfloat16."""
+        vectors = ceil_div(count, lanes)
+        for i in range(share(vectors, members, member) * lanes, min(count, share(vectors, members, member + 1) * lanes), lanes):
+            store_half(out + 2 * i, load(numbers + size * i, count - i), count - i)
+
+    @njit(**options)
+    def round_gradients(p, member, members):
+        """The weights' gradients to where they are wanted in bfloat16."""
+        depth = gates * p.hidden_size
+        round_gradient(p.dw_ih, depth * p.input_size, p.dw_ih_half, members, member)
+        round_gradient(p.dw_hh, depth * p.output_size, p.dw_hh_half, members, member)
+        if p.projected:
+            round_gradient(p.dw_hr, p.output_size * p.hidden_size, p.dw_hr_half, members, member)
 
     @njit(**options)
     def parameter_gradients(p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch):
@@ -317,12 +363,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         while i < rows:  # so much of the operands is packed at a time
             count, more = min(p.operand_rows, rows - i), add or i > 0
             a = gradients + i * row_bytes
-            fill_gate_rows(out_rows, input_order, units, p.dw_ih, p.input_size)
+            fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
             weight_gradient(
                 p, member, members, a, row_bytes, depth, x_rows + 8 * i, count, p.input_size, out_rows, more, columns_of_a,
                 scratch,
             )  # fmt: skip
-            fill_gate_rows(out_rows, hidden_order, units, p.dw_hh, p.output_size)
+            fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, p.output_size)
             weight_gradient(
                 p, member, members, a + hidden * units * size, row_bytes, depth, h_rows + 8 * i, count, p.output_size,
                 out_rows, more, columns_of_a, scratch,
@@ -331,7 +377,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 saved_row = (slots + 1) * units * size
                 first = p.saved + (first_row(p, t_low) + i) * saved_row + slots * units * size
                 fill_rows(x_rows + 8 * i, count, first, saved_row)
-                fill_rows(out_rows, p.output_size, p.dw_hr, units * size)
+                fill_rows(out_rows, p.output_size, p.dw_hr, units * (2 if p.rounded_at_once else size))
                 a, a_bytes = out_gradients + i * p.output_size * size, p.output_size * size
                 weight_gradient(
                     p, member, members, a, a_bytes, p.output_size, x_rows + 8 * i, count, units, out_rows, more, columns_of_a,
@@ -363,8 +409,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         weight_rows, gradient_rows = tables, tables + 8 * depth
         out_rows = gradient_rows + 8 * rows
         for s in range(gates):  # in the order in which gradients of the input pre-activations are kept
-            row = p.w_ih + input_order[s] * p.hidden_size * p.input_size * size
-            fill_rows(weight_rows + 8 * s * p.hidden_size, p.hidden_size, row, p.input_size * size)
+            row_bytes = p.input_size * weight_size(p)
+            row = p.w_ih + input_order[s] * p.hidden_size * row_bytes
+            fill_rows(weight_rows + 8 * s * p.hidden_size, p.hidden_size, row, row_bytes)
         fill_rows(gradient_rows, last - first, gradients + first * pitch(p), pitch(p))
         i = 0
         for t in range(t_low, t_high + 1):
@@ -373,7 +420,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + b * p.dx_row)
                 i += 1
         multiply_once(
-            last - first, gradient_rows, weight_rows, input_order == hidden_order, depth, p.input_size,
+            p, last - first, gradient_rows, weight_rows, input_order == hidden_order, depth, p.input_size,
             share(panels, panel_parts, panel_part), share(panels, panel_parts, panel_part + 1), out_rows, p.dx_add, scratch,
             own_panel,
         )  # fmt: skip
@@ -487,6 +534,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel)
             wait_crew(p)
             end = start
+        if p.half and p.need_dw and not p.rounded_at_once:
+            round_gradients(p, member, members)
 
     @njit(**options)
     def add_other_direction(p, rank):

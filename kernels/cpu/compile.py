@@ -4,7 +4,7 @@ Entry points, for every cell, scalar type ("f32", "f64") and pass ("forward", "b
 named by `Tier.entry`:
     <entry>          void (records, rank)
     <entry>_arrange  int64 (records, threads)
-records is the address of one record of plan.FIELDS a direction.
+records is the address of one record of plan.FIELDS a direction. Beside these the conversions of convert.py.
 
     python -m kernels.cpu.compile BASE TIER,TIER.. [CELL TYPE PASS]
 
@@ -62,6 +62,7 @@ cpu_target.target_context._internal_codegen = Codegen("fastrnn")
 from ..cells import CELLS  # noqa: E402
 from .arrange import make_arrange  # noqa: E402
 from .backward import make_backward  # noqa: E402
+from .convert import make_conversion  # noqa: E402
 from .forward import make_forward  # noqa: E402
 from .processor import Tier, tiers  # noqa: E402
 from .source import object_directory  # noqa: E402
@@ -70,6 +71,7 @@ from .vector import vector_library  # noqa: E402
 SCALARS = {"f32": types.float32, "f64": types.float64}
 PASSES = ("forward", "backward")
 UNITS = tuple((cell, scalar, which) for scalar in SCALARS for cell in CELLS for which in PASSES)
+CONVERSIONS = (("numbers", "bf16", "widen"), ("numbers", "bf16", "round"))
 INT64 = types.int64
 
 
@@ -104,16 +106,19 @@ def emit(name: str, function, returns: types.Type, tier: Tier) -> bytes:
 
 
 def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
-    """Compile a unit's two functions and write them, whole or not at all, whoever else does the same."""
+    """Compile a unit's functions and write them, each whole or not at all, whoever else does the same."""
     cell, scalar, which = unit
-    v = vector_library(SCALARS[scalar], tier.target)
-    make = make_forward if which == "forward" else make_backward
     name = tier.entry(*unit)
+    if unit in CONVERSIONS:
+        v = vector_library(types.float32, tier.target)
+        points = [(name, make_conversion(v, which), types.void)]
+    else:
+        v = vector_library(SCALARS[scalar], tier.target)
+        make = make_forward if which == "forward" else make_backward
+        arrange = make_arrange(CELLS[cell], v, tier.target, which == "forward")
+        points = [(name, make(CELLS[cell], v, tier.target), types.void), (f"{name}_arrange", arrange, INT64)]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for point, function, returns in (
-        (name, make(CELLS[cell], v, tier.target), types.void),
-        (f"{name}_arrange", make_arrange(CELLS[cell], v, tier.target, which == "forward"), INT64),
-    ):
+    for point, function, returns in points:
         partial = directory / f"{point}.{os.getpid()}"
         partial.write_bytes(emit(point, function, returns, tier))
         partial.replace(directory / f"{point}.o")
@@ -125,7 +130,7 @@ def main(base: Path, names: Sequence[str], units: Sequence[tuple[str, str, str]]
     tasks = []
     for tier in tiers():
         directory = object_directory(base, tier.name)
-        missing = [unit for unit in units if not (directory / f"{tier.entry(*unit)}_arrange.o").exists()]
+        missing = [unit for unit in units if not all((directory / f"{name}.o").exists() for name in tier.entries(unit))]
         tasks += [(directory, tier, unit) for unit in missing if tier.name in names]
     if len(tasks) == 1:
         return write_unit(*tasks[0])
@@ -137,4 +142,4 @@ def main(base: Path, names: Sequence[str], units: Sequence[tuple[str, str, str]]
 
 if __name__ == "__main__":
     base, names, *unit = sys.argv[1:]
-    main(Path(base), names.split(","), [(unit[0], unit[1], unit[2])] if unit else UNITS)
+    main(Path(base), names.split(","), [(unit[0], unit[1], unit[2])] if unit else (*UNITS, *CONVERSIONS))

@@ -71,8 +71,8 @@ def unit(cell: str, scalar: str, which: str):
     import llvmlite.binding as llvm
 
     base = cache_directory()
-    entry = tier().entry(cell, scalar, which)
-    paths = [object_directory(base, tier().name) / f"{point}.o" for point in (entry, f"{entry}_arrange")]
+    entries = tier().entries((cell, scalar, which))
+    paths = [object_directory(base, tier().name) / f"{entry}.o" for entry in entries]
     if not all(path.exists() for path in paths):
         # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
         command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier().name, cell, scalar, which]
@@ -84,9 +84,8 @@ def unit(cell: str, scalar: str, which: str):
         engine.add_object_file(llvm.object_file.ObjectFileRef.from_path(str(path)))
     engine.finalize_object()
     int64 = ctypes.c_int64
-    run = ctypes.CFUNCTYPE(None, int64, int64)(engine.get_function_address(entry))
-    arrange = ctypes.CFUNCTYPE(int64, int64, int64)(engine.get_function_address(f"{entry}_arrange"))
-    return run, arrange
+    run, arrange = map(engine.get_function_address, entries)
+    return ctypes.CFUNCTYPE(None, int64, int64)(run), ctypes.CFUNCTYPE(int64, int64, int64)(arrange)
 
 
 class Call:
@@ -180,6 +179,8 @@ def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
 
 def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse,
                    batch_first, need_dx, need_dh0, need_dw):  # fmt: skip
+    half = w_ih[0].dtype
+    w_ih, w_hh, w_hr = ([w.to(x.dtype) for w in matrices] for matrices in (w_ih, w_hh, w_hr))  # they may be in bfloat16
     call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
     D, B, R = h0.shape
     H, G, inputs = int(call.records["hidden_size"][0]), CELLS[cell].gates, x.shape[-1]
@@ -214,7 +215,7 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
     call.run("backward")
     if not need_dh0:  # they were the carried gradients' place
         dh0, dc0 = x.new_empty(0), x.new_empty(0)
-    return dx, dh0, dc0, *weights.values()
+    return dx, dh0, dc0, *(w.to(half) if w.dim() == 2 else w for w in weights.values())
 
 
 def register() -> None:

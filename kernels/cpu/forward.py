@@ -44,9 +44,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     product = make_product(v, target, columns)
     # The same for matrices in bfloat16; in float64 there are none.
     has_half = v.half is not None
-    product_half = make_product(v, target, columns, has_half)
+    product_half = make_product(v, target, columns, "pairs" if has_half else "")
     pack_columns_half, dot_rows_half = make_pack_columns(v, has_half), make_dot_rows(v, has_half)
-    store_pair = v.half.store_pair if has_half else None
     wide = wide_columns(target.registers)
     multiply = make_multiply(v, target, wide)
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
@@ -96,29 +95,24 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             pack_columns(source, depth * size, units, depth, out, out_stride)
 
     @njit(**options)
-    def pair_up(panel, depth, out):
-        """A panel whose numbers bfloat16 holds, in pairs of k."""
-        for k in range(0, depth, 2):
-            for j in range(columns):
-                store_pair(panel + (k * columns + j) * vector, panel + ((k + 1) * columns + j) * vector, out)
-                out += vector
+    def pack_gates(p, w, depth, order, panel, paired, out):
+        """One panel of a gate matrix [gates * hidden_size, depth]: all gates of a block of units, k running down.
 
-    if not has_half:
-        pair_up = njit(lambda panel, depth, out: None, **options)
-
-    @njit(**options)
-    def pack_gates(p, w, depth, order, panel, out):
-        """One panel of a gate matrix [gates * hidden_size, depth]: all gates of a block of units, k running down."""
+        paired: in bfloat16, pairs of k. In torch's layout these are next to each other: one number in the size of a float32.
+        """
         w_size = 2 if p.half else size
         for j in range(per_panel):
             unit = (panel * per_panel + j) * lanes
             for g in range(gates):
                 source = w + (order[g] * p.hidden_size + unit) * depth * w_size
-                column = (g * per_panel + j) * vector
-                pack_rows_of(p, source, p.hidden_size - unit, depth, out + column, columns * vector)
+                column = out + (g * per_panel + j) * vector
+                if paired:
+                    pack_columns(source, depth * 2, p.hidden_size - unit, depth // 2, column, columns * vector)
+                else:
+                    pack_rows_of(p, source, p.hidden_size - unit, depth, column, columns * vector)
 
     @njit(**options)
-    def dot_gates(p, count, a_rows, w, depth, order, panel, sums):
+    def dot_gates(p, count, a_rows, w, depth, order, panel, sums, buffer):
         """What the product with a panel of pack_gates gives, but for rounding, from the matrix where it lies."""
         w_size = 2 if p.half else size
         for j in range(per_panel):
@@ -127,9 +121,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 rows = w + (order[g] * p.hidden_size + unit) * depth * w_size
                 out = sums + (g * per_panel + j) * vector
                 if p.half:
-                    dot_rows_half(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector)
+                    dot_rows_half(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector, buffer)
                 else:
-                    dot_rows(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector)
+                    dot_rows(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector, buffer)
 
     @njit(**options)
     def sum_biases(p, panel, bias_gate):
@@ -147,19 +141,17 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 store_all(p.bias_sums + s * bias_gate + unit * size, total)
 
     @njit(**options)
-    def pack_weights(p, member, members, bias_gate, own_panel):
+    def pack_weights(p, member, members, bias_gate):
         """This member's share of the panels that are packed once for all, and of the biases."""
         hh_bytes = p.output_size * columns * vector
         panels = ceil_div(p.hidden_size, lanes * per_panel)
         for panel in range(share(panels, members, member), share(panels, members, member + 1)):
             if not p.ih_once:
                 out = p.ih_panels + panel * p.input_size * columns * vector
-                pack_gates(p, p.w_ih, p.input_size, input_order, panel, out)
+                pack_gates(p, p.w_ih, p.input_size, input_order, panel, 0, out)
             if not p.one_step:
                 out = p.hh_panels + panel * (hh_bytes // 2 if p.half_panels else hh_bytes)
-                pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, own_panel if p.half_panels else out)
-                if p.half_panels:
-                    pair_up(own_panel, p.output_size, out)
+                pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, p.half_panels, out)
             sum_biases(p, panel, bias_gate)
         if p.projected:
             outputs = ceil_div(p.output_size, lanes * wide)
@@ -174,7 +166,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     def pack_alone(p):
         """All of a direction's panels, by one thread."""
         bias_gate = ceil_div(p.hidden_size, lanes * per_panel) * per_panel * vector
-        pack_weights(p, 0, 1, bias_gate, p.own)
+        pack_weights(p, 0, 1, bias_gate)
 
     @njit(**options)
     def bring_near(count, rows, parts, part_bytes, panel):
@@ -193,13 +185,13 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             weights, following = p.ih_panels + panel * panel_bytes, p.ih_panels + min(panel + 1, last - 1) * panel_bytes
             if p.ih_once and not p.one_step:
                 weights = following = own_panel
-                pack_gates(p, p.w_ih, p.input_size, input_order, panel, weights)
+                pack_gates(p, p.w_ih, p.input_size, input_order, panel, 0, weights)
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
                 bring_near(rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
                 if p.one_step:
-                    dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch)
+                    dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch, own_panel)
                 else:
                     product(rows, x_rows + 8 * i, size, weights, columns * vector, p.input_size, scratch, following)
                 for m in range(rows):
@@ -214,7 +206,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 i += rows
 
     @njit(**options)
-    def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch):
+    def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
         """The k-th step, of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
         gate_stride = p.hidden_size * size
         panel_bytes = p.output_size * columns * vector // (2 if p.half_panels else 1)
@@ -226,7 +218,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 bring_near(rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel)
                 bring_near(rows, h_rows + 8 * i, 1, 0, panel)
                 if p.one_step:
-                    dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel, scratch)
+                    dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel, scratch, own_panel)
                 else:
                     weights, following = p.hh_panels + panel * panel_bytes, p.hh_panels + next_panel * panel_bytes
                     if p.half_panels:
@@ -282,7 +274,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         z_rows = x_rows + 8 * p.block_steps * p.batch
 
         if not p.pack:
-            pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate, own_panel)
+            pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
         for b in range(r0, r1):
             store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
             if has_cell_state:
@@ -325,7 +317,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         h = p.tails + (r0 + i) * hidden_bytes
                     store_int(h_rows + 8 * i, h)
                 z, c = z_rows + 8 * n, p.c_n + r0 * hidden_bytes
-                step(p, k, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch)
+                step(p, k, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch, own_panel)
                 if p.projected:
                     wait_group(p, row_group)
                     panel_row = wide * vector

@@ -13,14 +13,17 @@ from __future__ import annotations
 # Names are those of the op; *_step and *_row are strides in bytes of a step and of a batch row; a pointer may be 0 (absent).
 _GROUPS = (
     # sizes and flags; rows counts those of all steps, output_size is hidden_size or the projection's
-    # half: forward's weight matrices are in bfloat16, and output_size is even; half_panels: those of W_hh stay so when packed
+    # half: weight matrices are in bfloat16, and output_size is even; half_panels: forward's of W_hh stay so when packed
     "steps batch rows input_size hidden_size output_size bias projected half half_panels reverse save need_dx need_dh0 need_dw",
     # packed only: rows of each step, and rows before it
     "batch_sizes offsets",
     # the op's tensors; y and dy point at this direction's columns
     "x x_step x_row y y_step y_row h0 c0 h_n c_n w_ih w_hh b_ih b_hh w_hr saved",
     # dx_add: add to dx, which the other direction has written
+    # dw_*_half: where the weights' gradients are wanted in bfloat16; dw_* are then the workspace's, where they are summed in
+    # float32, but if rounded_at_once: of few rows they need no sums
     "dy dy_step dy_row dh_n dc_n dx dx_step dx_row dx_add dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr",
+    "dw_ih_half dw_hh_half dw_hr_half rounded_at_once",
     # the machine; `threads` becomes the team's size
     "threads l2_bytes directions direction",
     # the schedule (see above); steps in a block of time
@@ -51,6 +54,7 @@ FORWARD_BLOCK_ROWS = 256  # but for so many rows W_ih is read at least: else it 
 BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
 OPERAND_PANELS = 8  # panels of an operand of the weights' gradients that are packed at a time,
 OPERAND_ROWS = 256  # of so many rows, or of more where there are fewer panels
+FEW_ROWS = 8  # rows whose share of the weights' gradients is summed without packing them
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
 
 

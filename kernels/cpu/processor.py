@@ -31,8 +31,13 @@ class Tier:
     features: tuple[str, ...] = ()
 
     def entry(self, cell: str, scalar: str, which: str) -> str:
-        """Symbol of a pass ("forward", "backward") of a cell; with "_arrange" after it, of what lays out its workspace."""
+        """Symbol of a pass ("forward", "backward") of a cell, or of a conversion."""
         return f"fastrnn_{self.name.replace('-', '_')}_{cell}_{scalar}_{which}"
+
+    def entries(self, unit: tuple[str, str, str]) -> list[str]:
+        """All symbols of a pass of a cell, the second is of what lays out its workspace; or the one of a conversion."""
+        name = self.entry(*unit)
+        return [name, f"{name}_arrange"] if unit[2] in ("forward", "backward") else [name]
 
 
 # The levels of the x86-64 ABI, widest first.

@@ -38,7 +38,7 @@ def tile_rows(target: Target, columns: int) -> int:
 
 
 @cache
-def make_product(v: VectorLibrary, target: Target, columns: int, half: bool = False):
+def make_product(v: VectorLibrary, target: Target, columns: int, half: str = ""):
     """product(count, a_rows, a_stride, panel, panel_row, depth, sums, following): `count` <= ROW_BLOCK rows times one panel.
 
     panel_row: bytes from one row of the panel to the next.
@@ -48,11 +48,13 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: bool = Fa
     Every part of the panel that is one chain long meets all rows in turn: the rest of a deep panel, which no cache near holds,
     is read once. The first tile of rows brings the part into L1; those after it prefetch the next part, a line for each k.
 
-    half: the panel holds pairs in bfloat16; depth and a_stride are of single numbers all the same, panel_row of pairs.
+    half: the panel is in bfloat16, see product_tile; of "pairs" depth and a_stride are of single numbers all the same, and
+    panel_row is of a pair.
     """
-    vector, group = v.lanes * v.size, 1 + half
-    lines = _ceil_div(columns * vector, LINE)  # of each k, or pair
-    stride = min(columns * vector, LINE)
+    vector, group = v.lanes * v.size, 2 if half == "pairs" else 1
+    row_bytes = columns * v.lanes * (2 if half == "rows" else v.size)
+    lines = _ceil_div(row_bytes, LINE)  # of each k, or pair
+    stride = min(row_bytes, LINE)
 
     def tiles(rows):
         tile = product_tile(v, rows, columns, half)
@@ -105,23 +107,40 @@ def make_dot_rows(v: VectorLibrary, half: bool = False):
     """dot_rows(...): rows times up to `lanes` rows of a matrix as torch keeps it, which are read once and never packed.
 
     a_rows: address of `count` row addresses.
-    w:      `units` rows of `depth` numbers, next to each other.
+    w:      `units` rows, of which `lanes` at most are meant, of `depth` numbers, next to each other.
     sums:   where the vector of each row goes, `stride` bytes apart; lanes past `units` are not to be used.
+    buffer: of `lanes` times DOT_PART numbers, if half.
     half:   the matrix is in bfloat16.
     """
     size, lanes, dots = v.size, v.lanes, v.half.dots if half else v.dots
     w_size = 2 if half else size
     store, load_all, store_all, zero = v.store, v.load_all, v.store_all, v.zero
+    if half:
+        spread, dots_of_spread = v.half.spread, v.half.dots_of_spread
 
-    @njit(integers(7), **options)
-    def dot_rows(count, a_rows, w, units, depth, sums, stride):
-        k = 0
+        @njit(integers(4), **options)
+        def widen(w, row_bytes, length, buffer):
+            for unit in range(lanes):
+                for k in range(0, length, 2 * lanes):
+                    spread(w + unit * row_bytes + 2 * k, length - k, buffer + (unit * DOT_PART + k) * size)
+
+    else:
+        dots_of_spread, widen = dots, njit(lambda w, row_bytes, length, buffer: None, **options)
+
+    @njit(integers(8), **options)
+    def dot_rows(count, a_rows, w, units, depth, sums, stride, buffer):
+        k, widened = 0, half and count > 2 and units >= lanes  # so many rows share what widening costs
         while k < depth:  # a part that stays in L1 meets all rows
             length = min(DOT_PART, depth - k)
+            if widened:
+                widen(w + k * w_size, depth * w_size, length, buffer)
             for m in range(count):
                 x, out = load_int(a_rows + 8 * m) + k * size, sums + m * stride
                 if units >= lanes:
-                    total = dots(w + k * w_size, depth * w_size, x, length)
+                    if widened:
+                        total = dots_of_spread(buffer, DOT_PART * size, x, length)
+                    else:
+                        total = dots(w + k * w_size, depth * w_size, x, length)
                     store_all(out, total + load_all(out) if k > 0 else total)
                 else:
                     if k == 0:
@@ -135,15 +154,16 @@ def make_dot_rows(v: VectorLibrary, half: bool = False):
 
 
 @cache
-def make_multiply(v: VectorLibrary, target: Target, columns: int):
+def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""):
     """multiply(...): out[i, :width] (=, or += if add) sum over k of a[i, k] * panels[k, :width].
 
     a_rows, out_rows: address of `count` int64 row addresses.
     panels:           `panel_bytes` apart, each of `depth` rows, `panel_row` bytes apart.
     first, last:      the panels (columns * lanes numbers wide each) to do.
     scratch:          SCRATCH_VECTORS vectors.
+    half:             the panels are in bfloat16, see product_tile.
     """
-    product = make_product(v, target, columns)
+    product = make_product(v, target, columns, half)
     vector, size, lanes = v.lanes * v.size, v.size, v.lanes
     load, store, load_all = v.load, v.store, v.load_all
 
@@ -177,10 +197,13 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int):
 
 
 @cache
-def make_pack_rows(v: VectorLibrary, columns: int):
-    """pack_rows(...): to `out`, panel `panel` of the matrix whose `depth` rows, `width` wide, have addresses `rows`."""
-    vector, size, lanes = v.lanes * v.size, v.size, v.lanes
-    load, store_all, zero = v.load, v.store_all, v.zero
+def make_pack_rows(v: VectorLibrary, columns: int, half: bool = False):
+    """pack_rows(...): to `out`, panel `panel` of the matrix whose `depth` rows, `width` wide, have addresses `rows`.
+
+    half: the matrix is in bfloat16.
+    """
+    vector, size, lanes = v.lanes * v.size, 2 if half else v.size, v.lanes
+    load, store_all, zero = v.half.load if half else v.load, v.store_all, v.zero
 
     @njit(integers(5), **options)
     def pack_rows(rows, depth, width, panel, out):
@@ -205,6 +228,7 @@ def make_pack_columns(v: VectorLibrary, half: bool = False):
     half: the rows are in bfloat16.
     """
     size, lanes, source_size = v.size, v.lanes, 2 if half else v.size
+    block = 2 * lanes if half else lanes  # k of a transposition
     load_scalar, transpose = (v.half.load_scalar, v.half.transpose) if half else (v.load_scalar, v.transpose)
     store_scalar, store_all, zero = v.store_scalar, v.store_all, v.zero
 
@@ -212,9 +236,9 @@ def make_pack_columns(v: VectorLibrary, half: bool = False):
     def pack_columns(source, source_stride, units, depth, out, out_stride):
         k = 0
         if units >= lanes:
-            while k + lanes <= depth:
+            while k + block <= depth:
                 transpose(source + k * source_size, source_stride, out + k * out_stride, out_stride)
-                k += lanes
+                k += block
         while k < depth:
             store_all(out + k * out_stride, zero())
             for unit in range(min(units, lanes)):

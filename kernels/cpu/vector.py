@@ -117,17 +117,49 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         result = builder.shl(builder.zext(bits, wide), ir.Constant(wide, sixteen))
         return builder.bitcast(result, V.llvm if wide is V.integer else V.element)
 
-    def load_half(builder, address):
-        value = builder.load(_pointer(builder, address, ir.VectorType(I16, lanes)))
-        value.align = 2
-        return widened(builder, value)
+    def load_half(builder, address, mask=None):
+        """A vector of them; zero in the lanes that a mask leaves out."""
+        return widened(builder, load_bits(builder, address, mask))
 
-    def load_half_where(builder, address, mask):
-        kind = ir.VectorType(I16, lanes)
+    def load_bits(builder, address, mask=None):
+        """As many numbers in bfloat16 as the mask has lanes, or a whole vector's."""
+        kind = ir.VectorType(I16, mask.type.count if mask else lanes)
         pointer = _pointer(builder, address, kind)
+        if mask is None:
+            value = builder.load(pointer)
+            value.align = 2
+            return value
         signature = ir.FunctionType(kind, [pointer.type, I32, mask.type, kind])
-        function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.load.v{lanes}i16.p0")
-        return widened(builder, builder.call(function, [pointer, I32(2), mask, ir.Constant(kind, [0] * lanes)]))
+        function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.load.v{kind.count}i16.p0")
+        return builder.call(function, [pointer, I32(2), mask, ir.Constant(kind, [0] * kind.count)])
+
+    def load_integers(builder, address):
+        value = builder.load(_pointer(builder, address, V.integer))
+        value.align = 2
+        return value
+
+    def load_pairs(builder, address, mask=None):
+        """Two vectors of numbers in bfloat16: those at even places from `address` on, and those at odd ones."""
+        pairs = builder.bitcast(load_bits(builder, address, mask), V.integer) if mask else load_integers(builder, address)
+        return split(builder, pairs)
+
+    def split(builder, pairs):
+        """The lower and the upper halves of each lane, numbers in bfloat16."""
+        low = builder.shl(pairs, ir.Constant(V.integer, [I32(16)] * lanes))
+        high = builder.and_(pairs, ir.Constant(V.integer, [I32(0xFFFF0000)] * lanes))
+        return builder.bitcast(low, V.llvm), builder.bitcast(high, V.llvm)
+
+    def rounded(builder, value):
+        """To bfloat16, the nearest, and the even one between two; every NaN is one."""
+        bits = builder.bitcast(value, V.integer)
+
+        def every(number):
+            return ir.Constant(V.integer, [I32(number)] * lanes)
+
+        odd = builder.and_(builder.lshr(bits, every(16)), every(1))
+        nearest = builder.lshr(builder.add(builder.add(bits, every(0x7FFF)), odd), every(16))
+        nearest = builder.select(builder.fcmp_unordered("uno", value, value), every(0x7FC0), nearest)
+        return builder.trunc(nearest, ir.VectorType(I16, lanes))
 
     def unary(emit):
         @intrinsic
@@ -136,7 +168,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
 
         return function
 
-    def _mask(builder, count):
+    def _mask(builder, count, lanes=lanes):
         """Lanes below `count`."""
         index = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
         return builder.icmp_signed("<", index, _splat(builder, count, lanes))
@@ -310,10 +342,12 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
 
         return V(V, V), codegen
 
-    def transposition(read):
+    def transposition(read, write):
+        """read(builder, address) gives a vector; write(builder, vector) what a column is, one vector or some."""
+
         @intrinsic
         def transpose(typing_context, source, source_stride, destination, destination_stride):
-            """Write the lanes x lanes block of rows at `source` as columns: rows at `destination`. Strides in bytes."""
+            """Write the block of rows at `source`, one a lane, as columns: rows at `destination`. Strides in bytes."""
 
             def codegen(context, builder, sig, args):
                 source, source_stride, destination, destination_stride = args
@@ -334,37 +368,51 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
                         rows[i] = builder.shuffle_vector(a, b, ir.Constant(shuffle, low))
                         rows[i + width] = builder.shuffle_vector(a, b, ir.Constant(shuffle, high))
                     width *= 2
-                for i in range(lanes):
-                    _store_at(builder, row(destination, destination_stride, i), rows[i])
+                for i, vector in enumerate(vector for column in rows for vector in write(builder, column)):
+                    _store_at(builder, row(destination, destination_stride, i), vector)
                 return context.get_dummy_value()
 
             return types.void(*[types.int64] * 4), codegen
 
         return transpose
 
-    def dot_products(read, read_where, bytes_):
-        """bytes_: of a number of w, which `read` and, where a mask says so, `read_where` read."""
+    def dot_products(group, read, read_rest):
+        """group: vectors of x that meet as many of a row of w, which read(builder, address of w, k) gives.
+
+        read_rest(builder, address, k, mask) gives those of a row's end: the mask, of group * lanes numbers, says how many.
+        A group of two is taken apart: numbers at even places are multiplied first, then those at odd ones.
+        """
 
         @intrinsic
         def dots(typing_context, w, w_stride, x, depth):
-            """Lane u: the sum over k < depth of w[u, k] * x[k]; rows of w, as torch keeps it, are w_stride bytes apart.
+            """Lane u: the sum over k < depth of w[u, k] * x[k]; rows of w are w_stride bytes apart.
 
             A row's sum is as many chains of FMAs as there are lanes, which are then added in pairs.
             """
-            return V(*[types.int64] * 4), lambda *given: emit_dots(*given, read, read_where, bytes_)
+            return V(*[types.int64] * 4), lambda *given: emit_dots(*given, group, read, read_rest)
 
         return dots
 
-    def emit_dots(context, b, sig, args, read, read_where, bytes_):
+    def emit_dots(context, b, sig, args, group, read, read_rest):
         w, w_stride, x, depth = args
         rows = [b.add(w, b.mul(w_stride, I64(u))) for u in range(lanes)]
         before = b.block
         loop, after, rest, done = (b.append_basic_block(name) for name in ("k", "after", "rest", "done"))
-        whole = b.and_(depth, I64(-lanes))
+        whole = b.and_(depth, I64(-group * lanes))
 
-        def add_products(factor, weights, k, totals):
-            offset = b.mul(k, I64(bytes_))
-            return [_fma(b, V, weights(b.add(row, offset)), factor, total) for row, total in zip(rows, totals, strict=True)]
+        def add_products(factors, weights, totals):
+            if group == 2:
+                even, odd = (ir.Constant(ir.VectorType(I32, lanes), list(range(first, 2 * lanes, 2))) for first in (0, 1))
+                factors = b.shuffle_vector(*factors, even), b.shuffle_vector(*factors, odd)
+            sums = []
+            for row, total in zip(rows, totals, strict=True):
+                for factor, weight in zip(factors, weights(row), strict=True):
+                    total = _fma(b, V, weight, factor, total)
+                sums.append(total)
+            return sums
+
+        def x_at(k, part):
+            return b.add(x, b.mul(b.add(k, I64(part * lanes)), I64(size)))
 
         def merge(*origins):
             phis = [b.phi(V.llvm) for _ in range(lanes)]
@@ -378,8 +426,8 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         b.position_at_end(loop)
         k = b.phi(I64)
         totals = merge((zeros, before))
-        new = add_products(_load_at(b, V, b.add(x, b.mul(k, I64(size)))), lambda address: read(b, address), k, totals)
-        following = b.add(k, I64(lanes))
+        new = add_products([_load_at(b, V, x_at(k, part)) for part in range(group)], lambda row: read(b, row, k), totals)
+        following = b.add(k, I64(group * lanes))
         k.add_incoming(I64(0), before)
         k.add_incoming(following, loop)
         for phi, value in zip(totals, new, strict=True):
@@ -390,9 +438,10 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         totals = merge((zeros, before), (new, loop))
         b.cbranch(b.icmp_signed("<", whole, depth), rest, done)
         b.position_at_end(rest)
-        mask = _mask(b, b.sub(depth, whole))
-        factor = load_where(b, b.add(x, b.mul(whole, I64(size))), mask)
-        new = add_products(factor, lambda address: read_where(b, address, mask), whole, totals)
+        left = b.sub(depth, whole)
+        factors = [load_where(b, x_at(whole, part), _mask(b, b.sub(left, I64(part * lanes)))) for part in range(group)]
+        mask = _mask(b, left, group * lanes)
+        new = add_products(factors, lambda row: read_rest(b, row, whole, mask), totals)
         b.branch(done)
         b.position_at_end(done)
         sums, width = merge((totals, after), (new, rest)), 1
@@ -405,6 +454,13 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
             width *= 2
         return sums[0]
 
+    def place(builder, row, k, bytes_):
+        return builder.add(row, builder.mul(k, I64(bytes_)))
+
+    def read_two(builder, row, k, mask=None):
+        """Of `spread`'s numbers: zeros follow the last."""
+        return [_load_at(builder, V, builder.add(place(builder, row, k, size), I64(part * lanes * size))) for part in range(2)]
+
     @intrinsic
     def load_scalar_half(typing_context, address):
         def codegen(context, builder, sig, args):
@@ -413,15 +469,51 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         return scalar(types.int64), codegen
 
     @intrinsic
-    def store_pair(typing_context, first, second, out):
-        """The vectors at `first` and `second`, whose numbers bfloat16 holds, to `out`: in a lane the first is below."""
+    def load_bfloats(typing_context, address, count):
+        """The `count` numbers in bfloat16 at `address`, zero in the other lanes."""
 
         def codegen(context, builder, sig, args):
-            first, second, out = args
-            low, high = (builder.bitcast(_load_at(builder, V, address), V.integer) for address in (first, second))
-            low = builder.lshr(low, ir.Constant(V.integer, [I32(16)] * lanes))
-            high = builder.and_(high, ir.Constant(V.integer, [I32(0xFFFF0000)] * lanes))
-            _store_at(builder, out, builder.or_(low, high))
+            address, count = args
+            whole, some = (lambda: load_half(builder, address)), (lambda mask: load_half(builder, address, mask))
+            return _masked(builder, count, whole, some)
+
+        return V(types.int64, types.int64), codegen
+
+    @intrinsic
+    def store_bfloats(typing_context, address, value, count):
+        """Write the first `count` lanes to `address`, rounded."""
+
+        def codegen(context, builder, sig, args):
+            address, value, count = args
+            bits = rounded(builder, value)
+            pointer = _pointer(builder, address, bits.type)
+
+            def whole():
+                builder.store(bits, pointer).align = 2
+
+            def masked(mask):
+                kind = ir.FunctionType(ir.VoidType(), [bits.type, pointer.type, I32, mask.type])
+                name = f"llvm.masked.store.v{lanes}i16.p0"
+                function = cgutils.get_or_insert_function(builder.module, kind, name)
+                builder.call(function, [bits, pointer, I32(2), mask])
+
+            _masked(builder, count, whole, masked)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, V, types.int64), codegen
+
+    @intrinsic
+    def spread(typing_context, source, count, out):
+        """The `count` numbers in bfloat16 at `source`, two vectors of them at most, to `out`: even places, then odd ones."""
+
+        def codegen(context, builder, sig, args):
+            source, count, out = args
+            with builder.if_else(builder.icmp_signed(">=", count, I64(2 * lanes)), likely=True) as branches:
+                for whole, branch in zip((True, False), branches, strict=True):
+                    with branch:
+                        parts = load_pairs(builder, source, None if whole else _mask(builder, count, 2 * lanes))
+                        for part, value in enumerate(parts):
+                            _store_at(builder, builder.add(out, I64(part * lanes * size)), value)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 3), codegen
@@ -444,9 +536,18 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
     half = None
     if size == 4:  # the same of matrices in bfloat16
         half = VectorLibrary(
-            transpose=transposition(load_half), dots=dot_products(load_half, load_half_where, 2), load_scalar=load_scalar_half,
-            store_pair=store_pair,
-        )  # fmt: skip
+            load=load_bfloats,
+            store=store_bfloats,
+            spread=spread,
+            transpose=transposition(load_integers, split),
+            dots=dot_products(
+                2,
+                lambda b, row, k: load_pairs(b, place(b, row, k, 2)),
+                lambda b, row, k, mask: load_pairs(b, place(b, row, k, 2), mask),
+            ),
+            dots_of_spread=dot_products(2, read_two, read_two),
+            load_scalar=load_scalar_half,
+        )
     return VectorLibrary(
         type=V,
         size=size,
@@ -461,11 +562,17 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         tanh=unary(emit_tanh),
         relu=unary(emit_relu),
         where_positive=where_positive,
-        transpose=transposition(lambda builder, address: _load_at(builder, V, address)),
-        dots=dot_products(lambda builder, address: _load_at(builder, V, address), load_where, size),
+        transpose=transposition(lambda b, address: _load_at(b, V, address), lambda b, column: [column]),
+        dots=dot_products(
+            1,
+            lambda b, row, k: [_load_at(b, V, place(b, row, k, size))],
+            lambda b, row, k, mask: [load_where(b, place(b, row, k, size), mask)],
+        ),
         load_scalar=load_scalar,
         store_scalar=store_scalar,
         half=half,
+        emit_half=load_half,
+        emit_pairs=load_pairs,
     )
 
 
@@ -523,27 +630,26 @@ PREFETCHING_ROWS = 3
 
 
 @cache
-def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: bool = False):
+def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""):
     """The register tile: out[rows, columns * lanes] (=, or += if add) sum over k of a[row, k] * panel[k, :], a chain of FMAs.
 
     a_rows:  address of `rows` int64 addresses; a[row, k] is `a_offset + k * a_stride` bytes after its row's.
     panel:   `depth` groups of `columns` vectors, `panel_stride` bytes apart.
     out:     rows * columns vectors, contiguous.
-    half:    the panel holds pairs of k in bfloat16, as store_pair writes them: `depth` and strides count pairs, and the numbers
-             of a row of `a` are next to each other.
+    half:    the panel is in bfloat16. "rows": else as it is otherwise. "pairs": it holds pairs of k, the first of a pair in the
+             lower half of a lane: `depth` and strides count pairs, and the numbers of a row of `a` are next to each other.
     ahead:   what is to be brought into L2 meanwhile, a line for each k, `ahead_stride` bytes apart; tiles that have fewer than
              PREFETCHING_ROWS, which are busy loading as it is, do not.
     """
     V, size, lanes = vectors.type, vectors.size, vectors.lanes
     broadcast = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
 
+    members, weight_bytes = 2 if half == "pairs" else 1, 2 if half == "rows" else size
+
     def panel_vector(b, address, member):
-        if not half:
-            return _load_at(b, V, address)
-        pairs = b.bitcast(_load_at(b, V, address), V.integer)
-        if member:
-            return b.bitcast(b.and_(pairs, ir.Constant(V.integer, [I32(0xFFFF0000)] * lanes)), V.llvm)
-        return b.bitcast(b.shl(pairs, ir.Constant(V.integer, [I32(16)] * lanes)), V.llvm)
+        if half == "pairs":
+            return vectors.emit_pairs(b, address)[member]
+        return vectors.emit_half(b, address) if half else _load_at(b, V, address)
 
     @intrinsic
     def tile(typing_context, a_rows, a_offset, a_stride, panel, panel_stride, depth, out, add, ahead, ahead_stride):
@@ -561,8 +667,8 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: bool = F
             if rows >= PREFETCHING_ROWS:
                 _prefetch(b, line, 2)
             new = total
-            for member in range(1 + half):
-                w = [panel_vector(b, b.add(weights, I64(n * lanes * size)), member) for n in range(columns)]
+            for member in range(members):
+                w = [panel_vector(b, b.add(weights, I64(n * lanes * weight_bytes)), member) for n in range(columns)]
                 sums = []
                 for m in range(rows):
                     offset = b.add(a_offset, I64(member * size))
