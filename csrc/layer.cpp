@@ -34,7 +34,8 @@ constexpr int64_t CONVERTED = 1 << 15;  // numbers that a thread converts in les
 
 void convert(Conversion kernel, const View& from, const View& to) {
   torch::stable::parallel_for(0, from.numel(), CONVERTED, [&](int64_t begin, int64_t end) {
-    const std::array<int64_t, 3> job{from.address + begin * bytes_of(from.kind), to.address + begin * bytes_of(to.kind), end - begin};
+    const int64_t source = from.address + begin * bytes_of(from.kind), out = to.address + begin * bytes_of(to.kind);
+    const std::array<int64_t, 3> job{source, out, end - begin};
     kernel(reinterpret_cast<int64_t>(job.data()), 0);
   });
 }

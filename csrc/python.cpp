@@ -1,6 +1,6 @@
 // The Python module `_runtime`: which tiers there are, and the short way of a call without gradients. One function takes a
-// module's attributes and its input, checks all there is to check, and walks the layers; the dispatcher, which takes longer than
-// a small step does, is not asked. None means: not taken. Whoever called goes the long way then, which has torch's words for
+// module's attributes and its input, checks all there is to check, and walks the layers; the dispatcher, which takes longer
+// than a small step does, is not asked. None means: not taken. Whoever called goes the long way then, which has torch's words for
 // what is wrong. Python's limited API, and torch's tensors by DLPack's exchange table, so that one binary serves all versions.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030a0000
@@ -218,7 +218,8 @@ class Stack {
   bool is_state(const View* state, int64_t width, int64_t dims) const {
     if (!state) return true;
     const bool shaped = state->dims == dims && state->size(-1) == width && state->size(-2) == batch;
-    return shaped && state->kind == given_kind() && state->is_contiguous() && (dims == 2 || state->size(0) == layers * directions);
+    return shaped && state->kind == given_kind() && state->is_contiguous() &&
+           (dims == 2 || state->size(0) == layers * directions);
   }
 
   // Writes y, h_n and c_n (where the cell has it), which may be h0 and c0 where there is one step. Absent states are zero.
@@ -236,7 +237,7 @@ class Stack {
   void run_wide(const View& x, const View* h0, const View* c0, const View& y, const View& h_n, const View* c_n) const {
     View input = x;
     torch::stable::Tensor between;
-    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims), strides(sizes.size());
+    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
     std::unique_ptr<char[]> many_zeros;
     for (int64_t layer = 0; layer < layers; ++layer) {
       const LayerSizes own{*cell, kind, directions, input.size(-1), hidden_size, output_size, bias, projected, half};
@@ -258,9 +259,7 @@ class Stack {
       if (layer < layers - 1) {
         sizes.back() = directions * output_size;
         made = empty_tensor(sizes, kind == Kind::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
-        output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, sizes.data(), strides.data(), kind};
-        int64_t stride = 1;
-        for (size_t axis = sizes.size(); axis-- > 0; stride *= sizes[axis]) strides[axis] = stride;
+        output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), kind};
       }
       call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
       call.run(true);
@@ -271,6 +270,7 @@ class Stack {
   }
 
   Kind given_kind() const { return all_half ? Kind::bf16 : kind; }
+  Layout sequence_layout() const { return batch_first ? Layout::batch_time : Layout::time_batch; }
 
   // The weights of all layers, packed, in a tensor of `allocate`(bytes).
   Owned pack(PyObject* allocate) const {
@@ -309,7 +309,8 @@ class Stack {
 
   double operations(const View& x) const {
     const auto rows = static_cast<double>(x.numel() / x.size(-1));
-    return 2 * rows * static_cast<double>(layers * directions * cell->gates * hidden_size) * static_cast<double>(input_size + output_size);
+    const auto units = static_cast<double>(layers * directions * cell->gates * hidden_size);
+    return 2 * rows * units * static_cast<double>(input_size + output_size);
   }
 
   const Cell* cell = nullptr;
@@ -510,11 +511,13 @@ PyObject* answer(const Body& body) {
   return nullptr;
 }
 
-// May this call, of a module with these attributes, be taken? A frozen module has no gradients but its input's.
+bool input_wants_gradient(PyObject* x, const States& before) {
+  return wants_gradient(x) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get());
+}
+
+// May this call be taken? A frozen module has no gradients but its input's.
 bool may_run(const Stack& stack, PyObject* x, const States& before) {
-  if (aoti_torch_grad_mode_is_enabled()) {
-    if (!stack.frozen || wants_gradient(x) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get())) return false;
-  }
+  if (aoti_torch_grad_mode_is_enabled() && (!stack.frozen || input_wants_gradient(x, before))) return false;
   return !somebody_watches();
 }
 
@@ -555,8 +558,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr) || drops(attributes)) return nullptr;
     const bool pair = stack.cell->has_cell_state;
     if (!before.read(args[2], pair) || !may_run(stack, x_object, before)) return nullptr;
-    const Layout layout = stack.batch_first ? Layout::batch_time : Layout::time_batch;
-    if (!stack.takes(x, layout, before.h_or_none, before.c_or_none, 3)) return nullptr;
+    if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
     const int64_t D = stack.directions, B = stack.batch, R = stack.output_size;
     View y, h_n, c_n;
     Results results(x_object, x, before);
@@ -584,8 +586,8 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || mixes(x, before, y, after)) return nullptr;
       if (!stack.takes(x, Layout::batch, after.h_or_none, after.c_or_none, 3) || !stack.is_state(&y, R, 2)) return nullptr;
       PyObject *y_object = PyTuple_GetItem(out, 0), *h_object = after.objects[0].get(), *c_object = after.objects[1].get();
-      if (aoti_torch_grad_mode_is_enabled() && (wants_gradient(y_object) || wants_gradient(h_object) || wants_gradient(c_object)))
-        return nullptr;
+      const bool watched_by_autograd = wants_gradient(y_object) || wants_gradient(h_object) || wants_gradient(c_object);
+      if (aoti_torch_grad_mode_is_enabled() && watched_by_autograd) return nullptr;
       const Owned written = owned(pair ? PyTuple_Pack(3, y_object, h_object, c_object) : PyTuple_Pack(2, y_object, h_object));
       if (!written) throw PythonError();
       run(stack, x, before, y, after.h, after.c_or_none);
@@ -623,8 +625,8 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// training(module.__dict__, x, hx) -> the arguments of fastrnn.ops.apply_eagerly for a module of one layer, batched dense input and
-// gradients that are wanted, or None.
+// training(module.__dict__, x, hx) -> the arguments of fastrnn.ops.apply_eagerly, or of apply_half where matrices are in
+// bfloat16, for a module of one layer, batched dense input and gradients that are wanted, or None.
 PyObject* training(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *attributes = args[0], *x_object = args[1];
@@ -635,10 +637,9 @@ PyObject* training(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr) || stack.layers != 1) return nullptr;
     const bool pair = stack.cell->has_cell_state;
     if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
-    const Layout layout = stack.batch_first ? Layout::batch_time : Layout::time_batch;
-    if (!stack.takes(x, layout, before.h_or_none, before.c_or_none, 3)) return nullptr;
+    if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
     const std::vector<PyObject*> weights = stack.by_kind();
-    bool wanted = wants_gradient(x_object) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get());
+    bool wanted = input_wants_gradient(x_object, before);
     for (size_t i = 0; i < weights.size() && !wanted; ++i) wanted = wants_gradient(weights[i]);
     if (!wanted) return nullptr;
     Owned h_object, c_object;
@@ -658,13 +659,11 @@ PyObject* training(PyObject*, PyObject* const* args, Py_ssize_t) {
     const Owned first = owned(Py_BuildValue("(OOOOsOOiL)", x_object, Py_None, h_object.get(), pair ? c_object.get() : Py_None,
                                             stack.cell->name, Py_False, stack.batch_first ? Py_True : Py_False, 0,
                                             static_cast<long long>(stack.directions)));
-    Owned all = owned(PyTuple_New(9 + static_cast<Py_ssize_t>(weights.size())));
-    if (!first || !all) throw PythonError();
-    for (Py_ssize_t i = 0; i < PyTuple_Size(all.get()); ++i) {
-      PyObject* item = i < 9 ? PyTuple_GetItem(first.get(), i) : weights[static_cast<size_t>(i) - 9];
-      PyTuple_SetItem(all.get(), i, kept(item).release());
-    }
-    return all;
+    const Owned rest = owned(PyTuple_New(static_cast<Py_ssize_t>(weights.size())));
+    if (!first || !rest) throw PythonError();
+    Py_ssize_t at = 0;
+    for (PyObject* weight : weights) PyTuple_SetItem(rest.get(), at++, kept(weight).release());
+    return owned(PySequence_Concat(first.get(), rest.get()));
   });
 }
 
@@ -720,9 +719,6 @@ PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-template <size_t Arguments>
-using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
-
 // With as many arguments as it wants.
 template <PyObject* (*Own)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t Wanted>
 PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -741,8 +737,9 @@ PyMethodDef method(const char* name) {
 PyMODINIT_FUNC PyInit__runtime() {
   using namespace fastrnn;
   static PyMethodDef methods[] = {
-      method<forward, 3>("forward"), method<step, 4>("step"),       method<cell, 4>("cell"), method<pack, 3>("pack"), method<training, 3>("training"),
-      method<prepare, 6>("prepare"), method<watch, 1>("watch"), {"tiers", tiers, METH_NOARGS, nullptr}, {}};
+      method<forward, 3>("forward"), method<step, 4>("step"), method<cell, 4>("cell"), method<training, 3>("training"),
+      method<pack, 3>("pack"), method<prepare, 6>("prepare"), method<watch, 1>("watch"),
+      {"tiers", tiers, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   for (size_t i = 0; i < KEYS; ++i)
     if (!(keys[i] = PyUnicode_InternFromString(KEY_NAMES[i]))) return nullptr;

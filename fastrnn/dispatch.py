@@ -11,7 +11,6 @@ The environment variable FASTRNN_BACKEND, read once at import, forces one of the
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from collections.abc import Collection, Sequence
@@ -43,7 +42,7 @@ _WATCHERS = (
     lambda: forward_ad._current_level >= 0,
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
-    functools.partial(torch.is_autocast_enabled, "cpu"),
+    torch._C._is_any_autocast_enabled,
     torch.autograd._profiler_enabled,
 )
 BY_MODE = {cell.mode: cell.name for cell in CELLS.values()}  # names of cells by torch.nn's

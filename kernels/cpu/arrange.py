@@ -75,7 +75,11 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
             ih_once = True
             panel_bytes = align(wide * gates * H * size) if p.need_dx or one_step else 0
-        own = align(SCRATCH_VECTORS * vector + panel_bytes + 8 * tables)
+        operand_rows = operand_panels = 0
+        if not forward and p.need_dw:
+            operand_panels = min(ceil_div(max(I, R, H), wide), plan.OPERAND_PANELS)
+            operand_rows = min(plan.OPERAND_PANELS // operand_panels * plan.OPERAND_ROWS, block * B)
+        own = align(SCRATCH_VECTORS * vector + panel_bytes + operand_rows * plan.UNIT_BLOCK * size + 8 * tables)
 
         offset = 0
         for direction in range(p.directions):
@@ -124,9 +128,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset += align(B * H * size if forward else block * B * R * size)
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
-                panels = min(ceil_div(max(I, R, H), wide), plan.OPERAND_PANELS)
-                d.operand_rows = min(plan.OPERAND_PANELS // panels * plan.OPERAND_ROWS, block * B)
-                offset += align(panels * wide * d.operand_rows * size)
+                d.operand_rows = operand_rows
+                offset += align(operand_panels * wide * operand_rows * size)
             d.own, d.own_bytes = d.workspace + offset, own
             offset += row_groups * unit_groups * own
         if not forward and p.directions == 2 and p.need_dx:

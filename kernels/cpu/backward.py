@@ -259,16 +259,21 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 )  # fmt: skip
 
     @njit(**options)
-    def sum_columns(gradients, rows, row_bytes, unit, n):
-        """Sum over rows of the vector at column `unit`, in chains of BIAS_CHAIN."""
-        total, i = zero(), 0
-        while i < rows:
-            part, end = zero(), min(rows, i + BIAS_CHAIN)
-            while i < end:
-                part = part + load(gradients + i * row_bytes + unit * size, n)
-                i += 1
-            total = total + part
-        return total
+    def sum_columns(gradients, rows, row_bytes, n, totals, part):
+        """Sums over rows of the first n numbers of each, in chains of BIAS_CHAIN; part: room for as much as totals."""
+        vectors = ceil_div(n, lanes)
+        for j in range(vectors):
+            store_all(totals + j * vector, zero())
+        for first in range(0, rows, BIAS_CHAIN):
+            for j in range(vectors):
+                store_all(part + j * vector, zero())
+            for i in range(first, min(rows, first + BIAS_CHAIN)):
+                row = gradients + i * row_bytes
+                for j in range(vectors):
+                    at = j * vector
+                    store_all(part + at, load_all(part + at) + load(row + at, n - j * lanes))
+            for j in range(vectors):
+                store_all(totals + j * vector, load_all(totals + j * vector) + load_all(part + j * vector))
 
     @njit(**options)
     def accumulate(destination, value, n, add):
@@ -295,11 +300,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     accumulate(out + column * size, total, n, add)
 
     @njit(**options)
-    def weight_gradient(p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch):
+    def weight_gradient(
+        p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch, own_block
+    ):  # fmt: skip
         """What is at out_rows, [units, width], (+)= a[rows, units]^T * operand[rows, width]; a_bytes from one row of a on.
 
-        The operand is packed by all members together, some panels at a time; a block of units meets those while their part of
-        `a`, whose columns are far apart, stays in L1.
+        The operand is packed by all members together, some panels at a time. A block of units meets those from a copy in
+        own_block: each row of `a` is in a page of its own, and a tile would go through more of them than the TLB holds.
         """
         unit, end = share(units, members, member), share(units, members, member + 1)
         if rows <= FEW_ROWS:
@@ -310,16 +317,25 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for first in range(0, panels, OPERAND_PANELS):
             count = min(OPERAND_PANELS, panels - first)
             wait_crew(p)  # the panels before are done with
-            for i in range(share(count, members, member), share(count, members, member + 1)):
-                pack_rows(operand_rows, rows, width, first + i, p.operands + i * rows * panel_row)
+            for i in range(share(rows, members, member), share(rows, members, member + 1)):
+                row = load_int(operand_rows + 8 * i)
+                for panel in range(count):
+                    out = p.operands + (panel * rows + i) * panel_row
+                    for j in range(columns):
+                        column = ((first + panel) * columns + j) * lanes
+                        store_all(out + j * vector, load(row + column * size, width - column) if column < width else zero())
             wait_crew(p)
             base = p.operands - first * rows * panel_row
             for u in range(unit, end, UNIT_BLOCK):
                 n = min(UNIT_BLOCK, end - u)
-                fill_rows(tables, n, a + u * size, size)
+                for i in range(rows):
+                    for j in range(0, n, lanes):
+                        value = load(a + i * a_bytes + (u + j) * size, n - j)
+                        store(own_block + (i * UNIT_BLOCK + j) * size, value, n - j)
+                fill_rows(tables, n, own_block, size)
                 multiply(
-                    n, tables, a_bytes, base, rows * panel_row, panel_row, rows, width, first, first + count, out_rows + 8 * u,
-                    add, scratch,
+                    n, tables, UNIT_BLOCK * size, base, rows * panel_row, panel_row, rows, width, first, first + count,
+                    out_rows + 8 * u, add, scratch,
                 )  # fmt: skip
 
     @njit(**options)
@@ -346,7 +362,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             round_gradient(p.dw_hr, p.output_size * p.hidden_size, p.dw_hr_half, members, member)
 
     @njit(**options)
-    def parameter_gradients(p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch):
+    def parameter_gradients(
+        p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch, own_block
+    ):  # fmt: skip
         """One block's share of the gradients of weights and biases: `rows` rows, steps t_low .. t_high."""
         row_bytes, units = pitch(p), p.hidden_size
         depth = gates * units
@@ -366,12 +384,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
             weight_gradient(
                 p, member, members, a, row_bytes, depth, x_rows + 8 * i, count, p.input_size, out_rows, more, columns_of_a,
-                scratch,
+                scratch, own_block,
             )  # fmt: skip
             fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, p.output_size)
             weight_gradient(
                 p, member, members, a + hidden * units * size, row_bytes, depth, h_rows + 8 * i, count, p.output_size,
-                out_rows, more, columns_of_a, scratch,
+                out_rows, more, columns_of_a, scratch, own_block,
             )  # fmt: skip
             if p.projected:
                 saved_row = (slots + 1) * units * size
@@ -381,20 +399,23 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 a, a_bytes = out_gradients + i * p.output_size * size, p.output_size * size
                 weight_gradient(
                     p, member, members, a, a_bytes, p.output_size, x_rows + 8 * i, count, units, out_rows, more, columns_of_a,
-                    scratch,
+                    scratch, own_block,
                 )  # fmt: skip
             i += count
         if p.bias:
-            blocks = ceil_div(units, lanes)
-            for block in range(share(blocks, members, member), share(blocks, members, member + 1)):
-                unit = block * lanes
-                n = units - unit
+            blocks, half = ceil_div(units, lanes), SCRATCH_VECTORS // 2
+            end = min(units, share(blocks, members, member + 1) * lanes)
+            for first in range(share(blocks, members, member) * lanes, end, half * lanes):
+                n = min(end - first, half * lanes)
                 for s in range(preactivations):
-                    total = sum_columns(gradients + s * units * size, rows, row_bytes, unit, n)
-                    if s < gates:
-                        accumulate(p.db_ih + (input_order[s] * units + unit) * size, total, n, add)
-                    if s >= hidden:
-                        accumulate(p.db_hh + ((s - hidden) * units + unit) * size, total, n, add)
+                    column = gradients + (s * units + first) * size
+                    sum_columns(column, rows, row_bytes, n, scratch, scratch + half * vector)
+                    for j in range(0, n, lanes):
+                        unit, total = first + j, load_all(scratch + j * size)
+                        if s < gates:
+                            accumulate(p.db_ih + (input_order[s] * units + unit) * size, total, n - j, add)
+                        if s >= hidden:
+                            accumulate(p.db_hh + ((s - hidden) * units + unit) * size, total, n - j, add)
 
     @njit(**options)
     def input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel):
@@ -439,10 +460,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         row_bytes = pitch(p)
         saved_row = (slots + p.projected) * hidden_bytes
 
-        # This thread's own memory: scratch tiles, a panel packed to be used once, tables of row addresses.
+        # This thread's own memory: scratch tiles, a panel packed to be used once, a block of units, tables of row addresses.
         scratch = p.own + member * p.own_bytes
         own_panel = scratch + SCRATCH_VECTORS * vector
-        later = own_panel + p.panel_bytes
+        own_block = own_panel + p.panel_bytes
+        later = own_block + p.operand_rows * UNIT_BLOCK * size
         extra = later + 8 * p.batch
         out_rows = extra + 8 * p.batch
         tables = out_rows + 8 * p.batch
@@ -529,7 +551,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     store_int(later + 8 * i, carried + (r0 + i) * row_bytes)
             if p.need_dw:
                 add = 1 if end < p.steps else 0
-                parameter_gradients(p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch)
+                parameter_gradients(
+                    p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch, own_block
+                )  # fmt: skip
             if p.need_dx:
                 input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel)
             wait_crew(p)
