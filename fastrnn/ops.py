@@ -28,6 +28,7 @@ The same two in the recompute mode, over the raw ops of any engine, see checkpoi
     checkpoint_backward -> as layer_backward
 
     segments     parts of about equal rows into which the steps are divided, from 1 to max(1, T // 2)
+    weights      in x's dtype, all
     kept         [D, segments - 1, B, H], cell states before each segment but a direction's first, in the order they run; [0]
                  for cells that have none
 
@@ -112,9 +113,8 @@ def _fake_backward(
     cell, reverse, batch_first, need_dx, need_dh0, need_dw
 ):  # fmt: skip
     def joined(weights):
-        if not need_dw or not weights:
-            return x.new_empty((0,))
-        return weights[0].new_empty((len(weights) * weights[0].shape[0], *weights[0].shape[1:]))
+        shape = (len(weights) * weights[0].shape[0], *weights[0].shape[1:]) if need_dw and weights else (0,)
+        return x.new_empty(shape, dtype=weights[0].dtype if len(shape) == 2 else x.dtype)
 
     return (
         x.new_empty(x.shape if need_dx else (0,)),

@@ -60,16 +60,16 @@ def _make_layer(
     cell: str,
     directions: int = 1,
     bias: bool = True,
-    project: bool = False,
+    project: int = 0,
     packed: bool = False,
     batch_first: bool = False,
     reverse: bool = False,
     sizes: tuple[int, int, int, int] = (3, 2, 3, 2),
     dtype: torch.dtype = torch.float64,
 ) -> dict:
-    """sizes: T, B, I, H; a packed batch loses a row on its way."""
+    """sizes: T, B, I, H; project: R, or 0; a packed batch loses a row on its way."""
     T, B, I, H = sizes
-    R, rows = (1 if project else H), {"lstm": 4, "gru": 3}.get(cell, 1) * H
+    R, rows = int(project) or H, {"lstm": 4, "gru": 3}.get(cell, 1) * H
     steps = torch.tensor([B] * (T - 1) + [max(B - 1, 1)])
 
     def each(*shape: int) -> list[Tensor]:

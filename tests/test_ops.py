@@ -94,6 +94,29 @@ def test_values_and_gradients(make_layer, plain_layer, cell, form):
     _close(*grads, flat.labels)
 
 
+def test_projection_wider_than_all_gates(make_layer, plain_layer):
+    """Which torch.nn refuses; `functional.layer` takes it."""
+    flat, ours, plain = _pair(make_layer, plain_layer, "lstm", {"project": 35}, sizes=(3, 5, 4, 8))
+    mine, theirs = flat.leaves(), flat.leaves()
+    grads = torch.autograd.grad(_scalar(ours)(*mine), mine), torch.autograd.grad(_scalar(plain)(*theirs), theirs)
+    _close(*grads, flat.labels)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck_of_bfloat16(make_layer, cell):
+    """Matrices in bfloat16 have gradients in it; vectors do not, whatever they are."""
+    arguments = make_layer(cell, dtype=torch.float32, sizes=(3, 2, 3, 4), project=2 * (cell == "lstm"))
+    for name in ("w_ih", "w_hh", "w_hr"):
+        arguments[name] = [weight.bfloat16() for weight in arguments[name]]
+    options, tensors = (cell, False, False), tuple(arguments.values())[:9]
+    y, _, _, saved = torch.ops.fastrnn.layer_forward(*tensors, *options, True)
+    biases = [[bias.bfloat16() for bias in kind] for kind in tensors[6:8]]
+    given = torch.randn_like(y), None, None, *tensors[:6], *biases, tensors[8], y, saved, *options, True, True, True
+    grads = torch.ops.fastrnn.layer_backward(*given)
+    assert [grad.dtype for grad in grads[3:5]] == [torch.bfloat16] * 2
+    torch.library.opcheck(torch.ops.fastrnn.layer_backward, given, test_utils=("test_schema", "test_faketensor"))
+
+
 @some_layers
 def test_opcheck(make_layer, cell, form):
     arguments = make_layer(cell, **form)

@@ -54,7 +54,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             depth, panels = R, units // (lanes * per_panel)
         else:
             depth, panels = gates * H, ceil_div(R, wide)
-        half_panels = p.half and B <= plan.HALF_PANEL_ROWS
+        half_panels = forward and p.half and B <= plan.HALF_PANEL_ROWS
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,
@@ -114,7 +114,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)
             d.bias_sums = begin + offset
             d.zeros = begin + offset
-            offset += align((preactivations * units if forward else gates * H) * size)
+            offset += align((preactivations * units if forward else max(gates * H, R)) * size)
             if frozen:
                 d.pack_bytes, offset = offset, behind
             d.shared = d.workspace + offset

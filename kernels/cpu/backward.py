@@ -370,7 +370,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         depth = gates * units
         x_rows, h_rows = tables, tables + 8 * rows
         out_rows = h_rows + 8 * rows
-        columns_of_a = out_rows + 8 * depth
+        columns_of_a = out_rows + 8 * max(depth, p.output_size)
         i = 0
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
@@ -473,8 +473,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         carried = p.shared + p.block_steps * p.batch * row_bytes  # the last step of the block before
 
         if member == 0:
-            for unit in range(0, gates * p.hidden_size, lanes):
-                store(p.zeros + unit * size, zero(), gates * p.hidden_size - unit)
+            widest = max(gates * p.hidden_size, p.output_size)
+            for unit in range(0, widest, lanes):
+                store(p.zeros + unit * size, zero(), widest - unit)
         pack_weights(p, member, members, tables)
         for b in range(r0, r1):
             store_int(later + 8 * (b - r0), p.zeros)
