@@ -183,20 +183,18 @@ def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
     if autocast:  # as torch.nn does: of its GRU only the products are cast
         dtype = torch.promote_types(x.dtype, h0.dtype) if cell == "gru" else torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
-        plain = not (_forward_mode() or torch._C._are_functorch_transforms_active())
+        as_they_are = _takes_half(weights) and not (_forward_mode() or torch._C._are_functorch_transforms_active())
         wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *itertools.chain(*weights)), c0)
-        if _takes_half(weights) and plain and not wanted:
+        if as_they_are and not wanted:
             y, h_n, c_n, _ = _forward_half(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first, False)
-            c_n = None if c0 is None else c_n
-        elif _takes_half(weights) and plain and not autocast and not torch.compiler.is_compiling() and not checkpoint.is_on():
+        elif as_they_are and not (autocast or torch.compiler.is_compiling() or checkpoint.is_on()):
             options = cell, reverse, batch_first, 0, len(weights[0])
             y, h_n, c_n = HalfLayer.apply(x, batch_sizes, h0, c0, *options, *itertools.chain(*weights))
-            c_n = None if c0 is None else c_n
         else:
-            x, h0, c0 = x.float(), h0.float(), None if c0 is None else c0.float()
+            x, h0, c0 = (_to(tensor, torch.float32) for tensor in (x, h0, c0))
             w_ih, w_hh, b_ih, b_hh, w_hr = ([weight.float() for weight in kind] for kind in weights)
             y, h_n, c_n = layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
-        return y.to(dtype), h_n.to(dtype), None if c_n is None else c_n.to(dtype)
+        return _to(y, dtype), _to(h_n, dtype), None if c0 is None else _to(c_n, dtype)
 
 
 def _forward_half(x, batch_sizes, h0, c0, weights: Kinds, cell, reverse, batch_first, save):
@@ -205,6 +203,13 @@ def _forward_half(x, batch_sizes, h0, c0, weights: Kinds, cell, reverse, batch_f
     biases = [b.float() for b in b_ih], [b.float() for b in b_hh]
     x, h0, c0 = (_to(tensor, torch.float32) for tensor in (x, h0, c0))
     return _forward(x, batch_sizes, h0, c0, w_ih, w_hh, *biases, w_hr, cell, reverse, batch_first, save)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """tensor.to(dtype) in half the time, for what may be absent."""
+    if tensor is None or tensor.dtype is dtype:
+        return tensor
+    return tensor.float() if dtype is torch.float32 else tensor.bfloat16() if dtype is torch.bfloat16 else tensor.to(dtype)
 
 
 def _takes_half(weights: Kinds) -> bool:
@@ -319,13 +324,6 @@ class HalfLayer(Function):
         dy, dh_n, dc_n, x, h0, c0 = (_to(tensor, torch.float32) for tensor in (dy, dh_n, dc_n, x, h0, c0))
         found = Layer.gradients(ctx, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights)
         return tuple(map(_to, found, dtypes))
-
-
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """tensor.to(dtype) in half the time, for what may be absent."""
-    if tensor is None or tensor.dtype is dtype:
-        return tensor
-    return tensor.float() if dtype is torch.float32 else tensor.bfloat16() if dtype is torch.bfloat16 else tensor.to(dtype)
 
 
 apply_half = super(Function, HalfLayer).apply
