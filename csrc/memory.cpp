@@ -9,6 +9,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 // Of torch from 2.11 on; null in 2.10, whose headers and library lack it.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t dimensions, const int64_t* sizes,
@@ -130,9 +131,8 @@ int64_t product(std::initializer_list<int64_t> sizes) {
 Tensor empty_tensor(const std::vector<int64_t>& sizes, int32_t dtype) {
   const Strides contiguous(sizes);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         contiguous.strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), contiguous.strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   const int64_t bytes = contiguous.numbers * static_cast<int64_t>(tensor.element_size());
   if (bytes >= MAPPED_BYTES) want_huge_pages(reinterpret_cast<int64_t>(tensor.data_ptr()), bytes);
@@ -149,9 +149,9 @@ Tensor empty_kept(const std::vector<int64_t>& sizes, int32_t dtype) {
     saved_blocks.give_back(*block, block->bytes);
   };
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(reinterpret_cast<void*>(block->begin), static_cast<int64_t>(sizes.size()),
-                                                sizes.data(), contiguous.strides.data(), 0, dtype, aoti_torch_device_type_cpu(),
-                                                -1, &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block.get()));
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(reinterpret_cast<void*>(block->begin), static_cast<int64_t>(sizes.size()),
+                                         sizes.data(), contiguous.strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1,
+                                         &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, block.get()));
   block.release();
   return Tensor(handle);
 }
