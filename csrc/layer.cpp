@@ -131,22 +131,15 @@ void Call::run(bool forward) {
   const int64_t threads = records[0].threads;
   if (threads == 1) return kernel.run(at, 0);
 
-  // As many as any smaller team needs: nothing may fail once threads have come.
-  const auto barriers = std::make_unique<Barrier[]>(1 + directions_ * (1 + threads));
+  // The team's, each crew's and its row groups', which a smaller team has room in: nothing may fail once threads have come.
+  const auto arrivals = std::make_unique<Arrivals[]>(threads * (1 + 2 * directions_));
   const auto gathered = [&](int64_t size) {
     if (size < threads) {  // share out anew, among as many as the workspace has room for: it has for one
       for (int64_t workers = size; kernel.arrange(at, workers) > bytes && workers > 1;) --workers;
     }
     for (Record& record : records) {
       record.threads = size;
-      record.barriers = reinterpret_cast<int64_t>(barriers.get());
-    }
-    const Record& r = records[0];
-    barriers[0].size = size;
-    for (int64_t d = 0; d < directions_; ++d) {
-      Barrier* of_crew = &barriers[1 + d * (1 + r.row_groups)];
-      of_crew[0].size = r.row_groups * r.unit_groups;
-      for (int64_t group = 0; group < r.row_groups; ++group) of_crew[1 + group].size = r.unit_groups;
+      record.arrivals = reinterpret_cast<int64_t>(arrivals.get());
     }
   };
   run_team(threads, patience(forward ? 1 : 2), gathered, [&](int64_t rank) { kernel.run(at, rank); });

@@ -15,12 +15,12 @@ void pause() {
 #endif
 }
 
-// Wait until done() holds.
+// Wait until done() holds: at first without a pause, which takes longer than a thread that is nearly there.
 template <class Done>
 void spin_until(const Done& done) {
   for (int spins = 0; spins < 4000; ++spins) {
     if (done()) return;
-    pause();
+    if (spins > 50) pause();
   }
   while (!done()) std::this_thread::yield();
 }
@@ -29,14 +29,13 @@ constexpr int64_t CLOSED = int64_t{1} << 32;  // set in `arrivals` once the team
 
 }  // namespace
 
-void wait_at(int64_t address) {
-  auto& barrier = *reinterpret_cast<Barrier*>(address);
-  const int64_t round = barrier.round.load(std::memory_order_acquire);
-  if (barrier.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == barrier.size) {
-    barrier.arrived.store(0, std::memory_order_relaxed);
-    barrier.round.store(round + 1, std::memory_order_release);
-  } else {
-    spin_until([&] { return barrier.round.load(std::memory_order_acquire) != round; });
+void wait_at(int64_t arrivals, int64_t member, int64_t size) {
+  auto* of = reinterpret_cast<Arrivals*>(arrivals);
+  int64_t count = of[member].count.load(std::memory_order_relaxed);
+  for (int64_t distance = 1; distance < size; distance *= 2) {
+    of[member].count.store(++count, std::memory_order_release);
+    const auto& other = of[(member + distance) % size].count;
+    spin_until([&] { return other.load(std::memory_order_acquire) >= count; });
   }
 }
 

@@ -316,7 +316,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         panels = ceil_div(width, wide)
         for first in range(0, panels, OPERAND_PANELS):
             count = min(OPERAND_PANELS, panels - first)
-            wait_crew(p)  # the panels before are done with
+            wait_crew(p, member)  # the panels before are done with
             for i in range(share(rows, members, member), share(rows, members, member + 1)):
                 row = load_int(operand_rows + 8 * i)
                 for panel in range(count):
@@ -324,7 +324,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     for j in range(columns):
                         column = ((first + panel) * columns + j) * lanes
                         store_all(out + j * vector, load(row + column * size, width - column) if column < width else zero())
-            wait_crew(p)
+            wait_crew(p, member)
             base = p.operands - first * rows * panel_row
             for u in range(unit, end, UNIT_BLOCK):
                 n = min(UNIT_BLOCK, end - u)
@@ -495,7 +495,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                             n = p.hidden_size - unit
                             given = load(p.dc_n + b * hidden_bytes + unit * size, n) if p.dc_n else zero()
                             store(p.dc0 + b * hidden_bytes + unit * size, given, n)
-        wait_crew(p)
+        wait_crew(p, member)
 
         end, previous_count = p.steps, 0
         while end > 0:
@@ -526,10 +526,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     saved_row,
                 )
                 if p.projected:
-                    wait_group(p, row_group)
+                    wait_group(p, member)
                     fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)
                     unproject(p, t, base, r0, count, out_rows, gradients, first_cell, last_cell, scratch, saved_row)
-                wait_group(p, row_group)
+                wait_group(p, member)
                 for i in range(count):
                     store_int(later + 8 * i, gradients + (base + r0 + i) * row_bytes + hidden * hidden_bytes)
                     if not reads_hidden:
@@ -537,7 +537,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 previous_count = count
             if start == 0:
                 finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel)
-            wait_crew(p)
+            wait_crew(p, member)
             if start > 0:  # the next block overwrites the gradients that its first step reads
                 share0, share1 = (
                     share(previous_count, p.unit_groups, unit_group),
@@ -557,7 +557,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 )  # fmt: skip
             if p.need_dx:
                 input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel)
-            wait_crew(p)
+            wait_crew(p, member)
             end = start
         if p.half and p.need_dw and not p.rounded_at_once:
             round_gradients(p, member, members)
@@ -580,12 +580,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             if direction < p.directions:
                 run_direction(record_at(records + direction * RECORD_BYTES), member)
             if p.need_dx:
-                wait_team(p)
+                wait_team(p, rank)
                 add_other_direction(p, rank)
         else:
             for direction in range(p.directions):
                 if rank < crew:
                     run_direction(record_at(records + direction * RECORD_BYTES), rank)
-                wait_team(p)
+                wait_team(p, rank)
 
     return backward

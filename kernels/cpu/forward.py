@@ -279,7 +279,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
             if has_cell_state:
                 copy_units(p.c0 + b * hidden_bytes, p.c_n + b * hidden_bytes, unit0, unit1, p.hidden_size)
-        wait_crew(p)
+        wait_crew(p, member)
 
         # Pre-activations live where what is kept goes afterwards: saved, or y for a cell without slots, or a block's buffer.
         in_saved = p.save and slots > 0
@@ -319,13 +319,13 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 z, c = z_rows + 8 * n, p.c_n + r0 * hidden_bytes
                 step(p, k, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch, own_panel)
                 if p.projected:
-                    wait_group(p, row_group)
+                    wait_group(p, member)
                     panel_row = wide * vector
                     multiply(
                         count, h_rows, size, p.hr_panels, p.hidden_size * panel_row, panel_row, p.hidden_size, p.output_size,
                         first_out, last_out, y_rows, 0, scratch,
                     )  # fmt: skip
-                wait_group(p, row_group)
+                wait_group(p, member)
                 for i in range(count):
                     store_int(previous + 8 * i, load_int(y_rows + 8 * i))
                 n += count
@@ -350,6 +350,6 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             for direction in range(p.directions):
                 if rank < crew:
                     run_direction(record_at(records + direction * RECORD_BYTES), rank)
-                wait_team(p)
+                wait_team(p, rank)
 
     return forward

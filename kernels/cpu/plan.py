@@ -39,13 +39,13 @@ _GROUPS = (
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
     # (own, own_bytes apart); dx of direction 1 while both directions run (dx_other)
     "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other",
-    # the runtime's barrier function, and its barriers: the team's, then each crew's followed by its row groups'
-    "wait barriers",
+    # the runtime's barrier function, and where threads tell it that they have come: the team's, then each crew's and its groups'
+    "wait arrivals",
 )
 FIELDS = tuple(" ".join(_GROUPS).split())
 
 HALF_PANEL_ROWS = 16  # a step of so many rows waits for weights; one of more is busy, and would have to widen them
-BARRIER_BYTES = 128  # each barrier has two cache lines of its own
+ARRIVALS_BYTES = 128  # of a thread at one kind of barrier
 LINE = 64
 ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
 SCRATCH_VECTORS = ROW_BLOCK * 4  # sums of a block of rows, four vectors wide at most

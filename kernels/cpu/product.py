@@ -33,8 +33,8 @@ ceil_div = njit(_ceil_div, **options)
 
 
 def tile_rows(target: Target, columns: int) -> int:
-    """Rows of the largest tile whose sums, one panel row and one broadcast fit the registers."""
-    return max(1, min(8, (target.registers - columns - 1) // columns))
+    """Rows of the largest tile whose sums fit the registers, beside one of its sides and a register for the other's."""
+    return max(rows for rows in range(1, 9) if rows * columns + min(rows, columns) + 1 <= target.registers)
 
 
 @cache

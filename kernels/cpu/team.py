@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import from_dtype, njit, types
 from numba.extending import intrinsic
 
-from .plan import BARRIER_BYTES, FIELDS
+from .plan import ARRIVALS_BYTES, FIELDS
 from .product import options
 from .vector import call, load_int
 
@@ -35,24 +35,28 @@ def address_of(typing_context, record):
 
 
 @njit(**options)
-def wait_team(p):
+def wait_team(p, rank):
     """Every thread of the team."""
     if p.threads > 1:
-        call(p.wait, p.barriers)
+        call(p.wait, p.arrivals, rank, p.threads)
 
 
 @njit(**options)
-def wait_crew(p):
+def wait_crew(p, member):
     """Every thread of this direction's crew."""
-    if p.row_groups * p.unit_groups > 1:
-        call(p.wait, p.barriers + BARRIER_BYTES * (1 + p.direction * (1 + p.row_groups)))
+    size = p.row_groups * p.unit_groups
+    if size > 1:
+        call(p.wait, p.arrivals + ARRIVALS_BYTES * (p.threads + 2 * p.direction * size), member, size)
 
 
 @njit(**options)
-def wait_group(p, row_group):
+def wait_group(p, member):
     """The threads that share this thread's rows."""
-    if p.unit_groups > 1:
-        call(p.wait, p.barriers + BARRIER_BYTES * (1 + p.direction * (1 + p.row_groups) + 1 + row_group))
+    size = p.unit_groups
+    if size > 1:
+        group = member // size
+        first = p.threads + (2 * p.direction + 1) * p.row_groups * size + group * size
+        call(p.wait, p.arrivals + ARRIVALS_BYTES * first, member % size, size)
 
 
 @njit(**options)

@@ -615,15 +615,15 @@ def prefetch(typing_context, address):
 
 
 @intrinsic
-def call(typing_context, function, argument):
-    """Call the C function `void (*)(int64_t)` at address `function`."""
+def call(typing_context, function, a, b, c):
+    """Call the C function `void (*)(int64_t, int64_t, int64_t)` at address `function`."""
 
     def codegen(context, builder, sig, args):
-        kind = ir.FunctionType(ir.VoidType(), [I64])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 3)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
+    return types.void(*[types.int64] * 4), codegen
 
 
 PREFETCHING_ROWS = 3
@@ -668,13 +668,27 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
                 _prefetch(b, line, 2)
             new = total
             for member in range(members):
-                w = [panel_vector(b, b.add(weights, I64(n * lanes * weight_bytes)), member) for n in range(columns)]
-                sums = []
-                for m in range(rows):
+
+                def weight(n, member=member):
+                    return panel_vector(b, b.add(weights, I64(n * lanes * weight_bytes)), member)
+
+                def factor(m, member=member):
                     offset = b.add(a_offset, I64(member * size))
                     x = b.load(b.inttoptr(b.add(a[m], offset), V.element.as_pointer()))
-                    x = b.shuffle_vector(b.insert_element(undefined, x, I32(0)), undefined, broadcast)
-                    sums.append([_fma(b, V, x, w[n], new[m][n]) for n in range(columns)])
+                    return b.shuffle_vector(b.insert_element(undefined, x, I32(0)), undefined, broadcast)
+
+                # The shorter side stays in registers.
+                if rows < columns:
+                    xs, sums = [factor(m) for m in range(rows)], []
+                    for n in range(columns):
+                        w = weight(n)
+                        sums.append([_fma(b, V, x, w, new[m][n]) for m, x in enumerate(xs)])
+                    sums = [list(row) for row in zip(*sums, strict=True)]
+                else:
+                    ws, sums = [weight(n) for n in range(columns)], []
+                    for m in range(rows):
+                        x = factor(m)
+                        sums.append([_fma(b, V, x, w, new[m][n]) for n, w in enumerate(ws)])
                 new = sums
             steps = (
                 (k, I64(0), b.add(k, I64(1))),
