@@ -145,13 +145,17 @@ def memory(content: dict[str, Any]) -> str:
 
 def reached(results: Sequence[Result], rates: dict[str, Any], mode: str) -> list[float]:
     """Shares of the roofline, of the cases of at least 256 units and 32 rows."""
-    shares = []
-    for result in results:
-        point = _point(result)
-        if result["mode"] == mode and point.hidden >= 256 and point.batch >= 32 and point.simple and "times" in result:
-            least = least_seconds(point, result["cell"], mode, rates)
-            shares.append(least / result["times"]["fastrnn"]["median"])
-    return shares
+    points = (_point(result) for result in results)
+    wide = [result for result, point in zip(results, points, strict=True) if point.hidden >= 256 and point.batch >= 32]
+    return [
+        least / result["times"]["fastrnn"]["median"] for result, least in rooflines(wide, rates) if result["mode"] == mode
+    ]
+
+
+def rooflines(results: Sequence[Result], rates: dict[str, Any]) -> list[tuple[Result, float]]:
+    """Those of one layer and direction that were timed, each with the seconds of its roofline."""
+    timed = [result for result in results if "times" in result and _point(result).simple]
+    return [(result, least_seconds(_point(result), result["cell"], result["mode"], rates)) for result in timed]
 
 
 def roofline(results: Sequence[Result], rates: dict[str, Any]) -> str:
@@ -169,18 +173,19 @@ def roofline(results: Sequence[Result], rates: dict[str, Any]) -> str:
     rows = []
     for group, words in GROUPS.items():
         cells = []
-        for cell, mode in COLUMNS:
+        for column in COLUMNS:
             found = [
-                result["times"]["torch"]["median"] / least_seconds(_point(result), cell, mode, rates)
-                for result in results
-                if (result["point"]["group"], result["cell"], result["mode"]) == (group, cell, mode)
-                and "times" in result
-                and _point(result).simple
+                (result["times"], least)
+                for result, least in rooflines(results, rates)
+                if (result["point"]["group"], result["cell"], result["mode"]) == (group, *column)
             ]
-            cells.append(_times(found))
+            limit = _times([times["torch"]["median"] / least for times, least in found])
+            share = f" ({geomean([least / times['fastrnn']['median'] for times, least in found]):.0%})" if found else ""
+            cells.append(limit + share)
         if group != "apart":
             rows.append([words, *cells])
-    limits = table(["the roofline against torch.nn", *(f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS)], rows)
+    columns = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
+    limits = table(["the roofline against torch.nn (reached)", *columns], rows)
     return f"{head}. Reached from 256 units and 32 rows on, in the geometric mean: {told}.\n\n{limits}"
 
 

@@ -1,8 +1,8 @@
 """What two things limit, measured: products and reading weights. `python -m bench.roofline --help`.
 
 A layer multiplies, at the rate of a library at best; and each step reads the recurrent weights, at the rate at
-which memory, or the cache that holds them, gives them. The longer of the two times is the roofline's; `report` divides it by
-what a case of bench.run took.
+which memory, or the cache that holds them, gives them. The longer of the two times is the recurrence's; the other products,
+which wait for no step, add theirs. `report` divides that by what a case of bench.run took.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ def weight_bytes(point: Point, cell: str) -> int:
 
 
 def least_seconds(point: Point, cell: str, mode: str, rates: dict[str, Any]) -> float:
-    """The roofline: backward does twice forward's operations and reads W_hh once more."""
+    """The roofline. Backward does twice forward's operations; half of its recurrence's are the weights' gradient, after it."""
     stream = rates["bytes_per_second"]
     nearest = min(stream, key=lambda kib: abs(int(kib) * 1024 - weight_bytes(point, cell)))
-    passes = {"infer": (1, 1), "train": (3, 2)}[mode]
-    products = passes[0] * forward_operations(point, cell) / rates["operations_per_second"]
-    return max(products, passes[1] * point.steps * weight_bytes(point, cell) / stream[nearest])
+    layer = forward_operations(point, cell) / rates["operations_per_second"]
+    recurrent = layer * point.hidden / (point.input_size + point.hidden)
+    reading = point.steps * weight_bytes(point, cell) / stream[nearest]
+    layers, recurrences = {"infer": (1, 1), "train": (3, 2)}[mode]
+    return layers * layer + recurrences * max(0, reading - recurrent)
 
 
 @numba.njit(parallel=True, fastmath=True)

@@ -159,13 +159,13 @@ def test_roofline_sums(tmp_path):
     assert roofline.forward_operations(point, "lstm") == operations
     assert roofline.weight_bytes(point, "lstm") == 2**20
     rates = {"operations_per_second": operations / 0.004, "bytes_per_second": {"256": 1e12, "1024": 2**20 * 100 / 0.005}}
-    assert roofline.least_seconds(point, "lstm", "infer", rates) == pytest.approx(0.005)  # reading takes longer
-    assert roofline.least_seconds(point, "lstm", "train", rates) == pytest.approx(0.012)
+    assert roofline.least_seconds(point, "lstm", "infer", rates) == pytest.approx(0.002 + 0.005)  # reading takes longer
+    assert roofline.least_seconds(point, "lstm", "train", rates) == pytest.approx(0.008 + 2 * 0.005)
     results = [result(point, "lstm", mode, torch=2.0) for mode in ("infer", "train")]
-    assert report.reached(results, rates, "infer") == [pytest.approx(0.5)]
+    assert report.reached(results, rates, "infer") == [pytest.approx(0.7)]
     text = report.roofline(results, rates)
-    assert "inference 50% (least 50%), training 120%" in text
-    assert "| middle | 1.67x |  |  | 4.00x |  |  |" in text
+    assert "inference 70% (least 70%), training 180%" in text
+    assert "| middle | 1.11x (180%) |  |  | 2.86x (70%) |  |  |" in text
     report.draw_roofline(
         results, rates | {"bytes_per_second": dict.fromkeys(("1024", "16384", "65536"), 1e11)}, tmp_path / "p.png"
     )
