@@ -6,19 +6,16 @@ whose matrices `fastrnn.compress` holds in bfloat16. Checked first, then timed i
 
 from __future__ import annotations
 
-import argparse
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 import fastrnn
-from bench import record
+from bench import record, timing
 from bench.grid import Case, cases
 from bench.subjects import Runner, Subject, difference
-from bench.timing import interleave
 
 POINTS = r"^(few .* B1 T50|middle .* B32 T50|large .* B32 T25|apart .* T1 H256)"
 TOLERANCE = 0.05  # relative L2 to float32: bfloat16 rounds to 1/256, torch.nn at every operation
@@ -48,18 +45,15 @@ def measure(case: Case, seconds: float, most: int, tolerance: float = TOLERANCE)
     result: dict[str, Any] = {"name": case.name, "cell": case.cell, "mode": case.mode, "errors": errors}
     if max(errors.values()) <= tolerance:
         runners: dict[str, Runner] = {name: subject.run for name, subject in subjects.items()}
-        times = interleave(runners, seconds, most)
+        times = timing.interleave(runners, seconds, most)
         result["ratios"] = {name: taken["median"] / times["fastrnn"]["median"] for name, taken in times.items()}
         result["times"] = times
     return result
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.half", description=__doc__.splitlines()[0])
+    parser = timing.parser("bench.half", __doc__, DEFAULT_OUTPUT)
     parser.add_argument("--only", default=POINTS, metavar="REGEX", help="cases of bench.run (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per case (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=50, help="at most so many of each rival (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="(default %(default)s)")
     options = parser.parse_args(argv)
     record.one_tree()
     console, results = Console(highlight=False, soft_wrap=True), []

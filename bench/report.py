@@ -147,9 +147,7 @@ def reached(results: Sequence[Result], rates: dict[str, Any], mode: str) -> list
     """Shares of the roofline, of the cases of at least 256 units and 32 rows."""
     points = (_point(result) for result in results)
     wide = [result for result, point in zip(results, points, strict=True) if point.hidden >= 256 and point.batch >= 32]
-    return [
-        least / result["times"]["fastrnn"]["median"] for result, least in rooflines(wide, rates) if result["mode"] == mode
-    ]
+    return [least / result["times"]["fastrnn"]["median"] for result, least in rooflines(wide, rates) if result["mode"] == mode]
 
 
 def rooflines(results: Sequence[Result], rates: dict[str, Any]) -> list[tuple[Result, float]]:

@@ -7,8 +7,6 @@ which wait for no step, add theirs. `report` divides that by what a case of benc
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -16,9 +14,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from bench import record
+from bench import record, timing
 from bench.grid import Point
-from bench.timing import interleave
 
 DEFAULT_OUTPUT = record.RESULTS / "roofline.json"
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -70,7 +67,7 @@ def measure(seconds: float, most: int) -> dict[str, Any]:
             torch.mm(a, b, out=out)
 
     rates: dict[str, Any] = {
-        "operations_per_second": 2 * MATRIX**3 / interleave({"mm": multiply}, seconds, most)["mm"]["median"]
+        "operations_per_second": 2 * MATRIX**3 / timing.interleave({"mm": multiply}, seconds, most)["mm"]["median"]
     }
     rates["bytes_per_second"] = {}
     threads = torch.get_num_threads()
@@ -81,17 +78,13 @@ def measure(seconds: float, most: int) -> dict[str, Any]:
         def read(loops: int, weights: np.ndarray = weights) -> None:
             add_up(weights, 10 * loops)
 
-        taken = interleave({"read": read}, seconds, most)["read"]
+        taken = timing.interleave({"read": read}, seconds, most)["read"]
         rates["bytes_per_second"][str(kib)] = 10 * kib * 1024 / taken["median"]
     return rates
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="bench.roofline", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per size (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=50, help="at most so many (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="(default %(default)s)")
-    options = parser.parse_args(argv)
+    options = timing.parser("bench.roofline", __doc__, DEFAULT_OUTPUT).parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     with torch.inference_mode():
         rates = measure(options.seconds, options.repeats)

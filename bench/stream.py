@@ -6,10 +6,8 @@ torch.nn's module and cell and, from zero states that it need not read, onnxrunt
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +15,9 @@ from rich.console import Console
 from torch import Tensor
 
 import fastrnn
-from bench import record
+from bench import record, timing
 from bench.grid import CELLS, Case, Point
 from bench.subjects import Runner, Subject, difference, onnxruntime
-from bench.timing import interleave
 
 HIDDEN = (64, 128, 256)
 TOLERANCE = 1e-5  # relative L2, float32
@@ -76,16 +73,12 @@ def measure(cell: str, hidden: int, threads: int, seconds: float, most: int, tol
     if max(errors.values()) <= tolerance:
         runners = {name: repeated(call) for name, call in calls.items()}
         runners["onnxruntime"], _ = onnxruntime(Subject(case, torch.nn), threads)
-        result["times"] = interleave(runners, seconds, most)
+        result["times"] = timing.interleave(runners, seconds, most)
     return result
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.stream", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing per case (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=50, help="at most so many of each rival (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="(default %(default)s)")
-    options = parser.parse_args(argv)
+    options = timing.parser("bench.stream", __doc__, DEFAULT_OUTPUT).parse_args(argv)
     record.one_tree()
     console, results, threads = Console(highlight=False, soft_wrap=True), [], torch.get_num_threads()
     for cell in CELLS:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 LEAST = 0.01  # seconds that a repeat takes at least
 FEWEST = 5  # repeats, however slow
 SETTLE = 0.02  # a call below it is made once untimed before each repeat: caches and threads are then its own again
+
+
+def parser(program: str, description: str, output: Path) -> argparse.ArgumentParser:
+    """The options of a benchmark that times cases one after the other and writes a file."""
+    made = argparse.ArgumentParser(prog=program, description=description.splitlines()[0])
+    made.add_argument("--seconds", type=float, default=2.0, help="of timing per case (default %(default)s)")
+    made.add_argument("--repeats", type=int, default=50, help="at most so many of each rival (default %(default)s)")
+    made.add_argument("--output", type=Path, default=output, help="(default %(default)s)")
+    return made
 
 
 def elapsed(run: Callable[[int], object], loops: int) -> float:

@@ -204,11 +204,12 @@ def _weights(module: Any) -> list[Tensor | None]:
 def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
     """What the engine says it would do in each layer."""
     I, H = module.input_size, module.hidden_size
+    half = _weights(module)[0].dtype is torch.bfloat16
 
     def describe(cell: str, T: int, B: int, I: int, R: int, D: int) -> str:
         if x.is_cuda:
             return gpu.describe(cell, T, B, H, R, D, x.dtype, x.device, training)
-        return cpu.describe(cell, T, B, I, H, R, D, torch.get_num_threads(), training)
+        return cpu.describe(cell, T, B, I, H, R, D, torch.get_num_threads(), training, half)
 
     if not isinstance(module, nn.RNNBase):
         cell = {3: "gru", 4: "lstm"}.get(len(module.weight_hh) // H) or f"rnn_{module.nonlinearity}"

@@ -187,7 +187,11 @@ def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
         wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *itertools.chain(*weights)), c0)
         if as_they_are and not wanted:
             y, h_n, c_n, _ = _forward_half(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first, False)
-        elif as_they_are and not (autocast or torch.compiler.is_compiling() or checkpoint.is_on()):
+        elif as_they_are and not (
+            autocast
+            or torch.compiler.is_compiling()
+            or checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, len(weights[-1]) > 0)
+        ):
             options = cell, reverse, batch_first, 0, len(weights[0])
             y, h_n, c_n = HalfLayer.apply(x, batch_sizes, h0, c0, *options, *itertools.chain(*weights))
         else:

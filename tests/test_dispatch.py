@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import fastrnn
 from fastrnn import dispatch, functional, ops
+from fastrnn.kernels import cpu
 
 needs_engine = pytest.mark.skipif(dispatch.unavailable is not None, reason=f"the CPU engine: {dispatch.unavailable}")
 MODULES = ["RNN", "LSTM", "GRU"]
@@ -252,6 +253,19 @@ def test_explain():
     with torch.autocast("cpu", torch.bfloat16):
         assert fastrnn.explain(module, torch.randn(3, 2, 4)).engine == "cpu"
         assert "autocast" in fastrnn.explain(module.double(), torch.randn(3, 2, 4).double()).declined["cpu"]
+
+
+@needs_engine
+def test_explain_reckons_with_the_bytes_of_bfloat16(monkeypatch):
+    """A step of few rows reads panels of half the size."""
+    sizes, schedule = [], cpu.plan.schedule
+    monkeypatch.setattr(cpu.plan, "schedule", lambda *given: sizes.append(given[-2]) or schedule(*given))
+    with torch.no_grad():
+        for rows in (16, 17):
+            for module in (fastrnn.LSTM(4, 6), fastrnn.compress(fastrnn.LSTM(4, 6)), fastrnn.compress(fastrnn.LSTM(4, 7))):
+                fastrnn.explain(module, torch.randn(3, rows, 4))
+    whole = cpu.load()[1].target.vector_bytes
+    assert sizes == [whole, whole // 2, whole, whole, whole, whole]
 
 
 def test_forced(monkeypatch, engine_calls):

@@ -84,10 +84,13 @@ def load() -> tuple[str, Tier]:
     return "run time", tier
 
 
-def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool) -> str:
+def describe(
+    cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool, half: bool = False
+) -> str:
     """How the engine would share a dense layer's work out, in words.
 
     cell: a name of cells.CELLS; T steps, B rows, I inputs, H units, R outputs (projection, or H), D directions.
+    half: matrices are in bfloat16.
     """
     how, tier = load()
     target, threads = tier.target, threads if how == "compiled" else 1
@@ -100,9 +103,10 @@ def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads:
         width = columns if forward else plan.wide_columns(target.registers)
         depth, units = (R, H) if forward else (gates * H, R)
         panels = plan.ceil_div(units, width // (gates if forward else 1) * lanes)
+        half_panels = forward and half and R % 2 == 0 and B <= plan.HALF_PANEL_ROWS
         crews, rows, parts = plan.schedule(
-            T, T * B, B, I, H, R, D, threads, max(l2_bytes, 256 * 1024), gates, depth, panels, width, target.vector_bytes,
-            1 if forward else 2,
+            T, T * B, B, I, H, R, D, threads, max(l2_bytes, 256 * 1024), gates, depth, panels, width,
+            target.vector_bytes // (2 if half_panels else 1), 1 if forward else 2,
         )  # fmt: skip
         shares = [f"{rows} x rows"] * (rows > 1) + [f"{parts} x units"] * (parts > 1)
         crew = " and ".join(shares) or "one thread"

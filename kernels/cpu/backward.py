@@ -403,13 +403,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 )  # fmt: skip
             i += count
         if p.bias:
-            blocks, half = ceil_div(units, lanes), SCRATCH_VECTORS // 2
+            blocks, room = ceil_div(units, lanes), SCRATCH_VECTORS // 2
             end = min(units, share(blocks, members, member + 1) * lanes)
-            for first in range(share(blocks, members, member) * lanes, end, half * lanes):
-                n = min(end - first, half * lanes)
+            for first in range(share(blocks, members, member) * lanes, end, room * lanes):
+                n = min(end - first, room * lanes)
                 for s in range(preactivations):
                     column = gradients + (s * units + first) * size
-                    sum_columns(column, rows, row_bytes, n, scratch, scratch + half * vector)
+                    sum_columns(column, rows, row_bytes, n, scratch, scratch + room * vector)
                     for j in range(0, n, lanes):
                         unit, total = first + j, load_all(scratch + j * size)
                         if s < gates:

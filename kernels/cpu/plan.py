@@ -39,7 +39,7 @@ _GROUPS = (
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
     # (own, own_bytes apart); dx of direction 1 while both directions run (dx_other)
     "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other",
-    # the runtime's barrier function, and where threads tell it that they have come: the team's, then each crew's and its groups'
+    # the runtime's barrier function, and where it keeps count of arrivals: the team's, then each crew's and its groups'
     "wait arrivals",
 )
 FIELDS = tuple(" ".join(_GROUPS).split())

@@ -119,19 +119,23 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
 
     def load_half(builder, address, mask=None):
         """A vector of them; zero in the lanes that a mask leaves out."""
-        return widened(builder, load_bits(builder, address, mask))
+        return widened(builder, load_kind(builder, ir.VectorType(I16, lanes), address, mask))
 
-    def load_bits(builder, address, mask=None):
-        """As many numbers in bfloat16 as the mask has lanes, or a whole vector's."""
-        kind = ir.VectorType(I16, mask.type.count if mask else lanes)
-        pointer = _pointer(builder, address, kind)
+    def masked_access(builder, name, returns, vector, arguments):
+        """Call llvm.masked.load or llvm.masked.store of a kind of vector."""
+        scalar = f"i{vector.element.width}" if vector.element == I16 else vector.element.intrinsic_name
+        kind = ir.FunctionType(returns, [argument.type for argument in arguments])
+        full = f"llvm.masked.{name}.v{vector.count}{scalar}.p0"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, full), arguments)
+
+    def load_kind(builder, kind, address, mask=None):
+        """A vector of this kind; zero in the lanes that a mask leaves out."""
+        pointer, align = _pointer(builder, address, kind), 2 if kind.element == I16 else size
         if mask is None:
             value = builder.load(pointer)
-            value.align = 2
+            value.align = align
             return value
-        signature = ir.FunctionType(kind, [pointer.type, I32, mask.type, kind])
-        function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.load.v{kind.count}i16.p0")
-        return builder.call(function, [pointer, I32(2), mask, ir.Constant(kind, [0] * kind.count)])
+        return masked_access(builder, "load", kind, kind, [pointer, I32(align), mask, ir.Constant(kind, None)])
 
     def load_integers(builder, address):
         value = builder.load(_pointer(builder, address, V.integer))
@@ -140,8 +144,9 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
 
     def load_pairs(builder, address, mask=None):
         """Two vectors of numbers in bfloat16: those at even places from `address` on, and those at odd ones."""
-        pairs = builder.bitcast(load_bits(builder, address, mask), V.integer) if mask else load_integers(builder, address)
-        return split(builder, pairs)
+        if mask is None:
+            return split(builder, load_integers(builder, address))
+        return split(builder, builder.bitcast(load_kind(builder, ir.VectorType(I16, 2 * lanes), address, mask), V.integer))
 
     def split(builder, pairs):
         """The lower and the upper halves of each lane, numbers in bfloat16."""
@@ -173,8 +178,6 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         index = ir.Constant(ir.VectorType(I64, lanes), list(range(lanes)))
         return builder.icmp_signed("<", index, _splat(builder, count, lanes))
 
-    masked_type = f"v{lanes}f{8 * size}.p0"
-
     def _masked(builder, count, whole, masked):
         """All lanes at once where there are enough of them: a masked access costs more on many processors."""
         full = builder.icmp_signed(">=", count, I64(lanes))
@@ -192,41 +195,49 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         merged.add_incoming(b, b_block)
         return merged
 
-    def load_where(builder, address, mask):
-        pointer = _pointer(builder, address, V.llvm)
-        kind = ir.FunctionType(V.llvm, [pointer.type, I32, mask.type, V.llvm])
-        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.load.{masked_type}")
-        return builder.call(function, [pointer, I32(size), mask, _constant(V, 0.0)])
+    def load_numbers(builder, address, mask=None):
+        return load_kind(builder, V.llvm, address, mask)
 
-    @intrinsic
-    def load(typing_context, address, count):
-        """The `count` numbers at `address`, zero in the other lanes."""
+    def loading(read):
+        """read(builder, address, mask) gives a vector, all of it without a mask."""
 
-        def codegen(context, builder, sig, args):
-            address, count = args
-            whole, some = (lambda: _load_at(builder, V, address)), (lambda mask: load_where(builder, address, mask))
-            return _masked(builder, count, whole, some)
+        @intrinsic
+        def load(typing_context, address, count):
+            """The `count` numbers at `address`, zero in the other lanes."""
 
-        return V(types.int64, types.int64), codegen
+            def codegen(context, builder, sig, args):
+                address, count = args
+                whole, some = (lambda: read(builder, address)), (lambda mask: read(builder, address, mask))
+                return _masked(builder, count, whole, some)
 
-    @intrinsic
-    def store(typing_context, address, value, count):
-        """Write the first `count` lanes to `address`."""
+            return V(types.int64, types.int64), codegen
 
-        def codegen(context, builder, sig, args):
-            address, value, count = args
+        return load
 
-            def masked(mask):
-                pointer = _pointer(builder, address, V.llvm)
-                kind = ir.FunctionType(ir.VoidType(), [V.llvm, pointer.type, I32, mask.type])
-                name = f"llvm.masked.store.{masked_type}"
-                function = cgutils.get_or_insert_function(builder.module, kind, name)
-                builder.call(function, [value, pointer, I32(size), mask])
+    def storing(written):
+        """written(builder, value) gives the vector that is to be in memory."""
 
-            _masked(builder, count, lambda: _store_at(builder, address, value), masked)
-            return context.get_dummy_value()
+        @intrinsic
+        def store(typing_context, address, value, count):
+            """Write the first `count` lanes to `address`."""
 
-        return types.void(types.int64, V, types.int64), codegen
+            def codegen(context, builder, sig, args):
+                address, value, count = args
+                bits = written(builder, value)
+                pointer, align = _pointer(builder, address, bits.type), 2 if bits.type.element == I16 else size
+
+                def whole():
+                    builder.store(bits, pointer).align = align
+
+                def some(mask):
+                    masked_access(builder, "store", ir.VoidType(), bits.type, [bits, pointer, I32(align), mask])
+
+                _masked(builder, count, whole, some)
+                return context.get_dummy_value()
+
+            return types.void(types.int64, V, types.int64), codegen
+
+        return store
 
     @intrinsic
     def load_all(typing_context, address):
@@ -439,7 +450,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         b.cbranch(b.icmp_signed("<", whole, depth), rest, done)
         b.position_at_end(rest)
         left = b.sub(depth, whole)
-        factors = [load_where(b, x_at(whole, part), _mask(b, b.sub(left, I64(part * lanes)))) for part in range(group)]
+        factors = [load_numbers(b, x_at(whole, part), _mask(b, b.sub(left, I64(part * lanes)))) for part in range(group)]
         mask = _mask(b, left, group * lanes)
         new = add_products(factors, lambda row: read_rest(b, row, whole, mask), totals)
         b.branch(done)
@@ -467,40 +478,6 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
             return widened(builder, builder.load(_pointer(builder, args[0], I16)))
 
         return scalar(types.int64), codegen
-
-    @intrinsic
-    def load_bfloats(typing_context, address, count):
-        """The `count` numbers in bfloat16 at `address`, zero in the other lanes."""
-
-        def codegen(context, builder, sig, args):
-            address, count = args
-            whole, some = (lambda: load_half(builder, address)), (lambda mask: load_half(builder, address, mask))
-            return _masked(builder, count, whole, some)
-
-        return V(types.int64, types.int64), codegen
-
-    @intrinsic
-    def store_bfloats(typing_context, address, value, count):
-        """Write the first `count` lanes to `address`, rounded."""
-
-        def codegen(context, builder, sig, args):
-            address, value, count = args
-            bits = rounded(builder, value)
-            pointer = _pointer(builder, address, bits.type)
-
-            def whole():
-                builder.store(bits, pointer).align = 2
-
-            def masked(mask):
-                kind = ir.FunctionType(ir.VoidType(), [bits.type, pointer.type, I32, mask.type])
-                name = f"llvm.masked.store.v{lanes}i16.p0"
-                function = cgutils.get_or_insert_function(builder.module, kind, name)
-                builder.call(function, [bits, pointer, I32(2), mask])
-
-            _masked(builder, count, whole, masked)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, V, types.int64), codegen
 
     @intrinsic
     def spread(typing_context, source, count, out):
@@ -536,8 +513,8 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
     half = None
     if size == 4:  # the same of matrices in bfloat16
         half = VectorLibrary(
-            load=load_bfloats,
-            store=store_bfloats,
+            load=loading(load_half),
+            store=storing(rounded),
             spread=spread,
             transpose=transposition(load_integers, split),
             dots=dot_products(
@@ -552,8 +529,8 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         type=V,
         size=size,
         lanes=lanes,
-        load=load,
-        store=store,
+        load=loading(load_numbers),
+        store=storing(lambda b, value: value),
         load_all=load_all,
         store_all=store_all,
         zero=zero,
@@ -566,7 +543,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         dots=dot_products(
             1,
             lambda b, row, k: [_load_at(b, V, place(b, row, k, size))],
-            lambda b, row, k, mask: [load_where(b, place(b, row, k, size), mask)],
+            lambda b, row, k, mask: [load_numbers(b, place(b, row, k, size), mask)],
         ),
         load_scalar=load_scalar,
         store_scalar=store_scalar,
