@@ -89,9 +89,13 @@ def test_autocast(cell, dtype):
         with torch.autocast("cpu", dtype), torch.no_grad():
             for module in (ours, ours.train()):
                 y, state = module(x)
-                like, like_state = stock(x)
-                assert y.dtype == like.dtype
-                assert [s.dtype for s in state] == [s.dtype for s in like_state]
+                try:
+                    like, like_state = stock(x)
+                    expected_dtypes = [t.dtype for t in (like, *like_state)]
+                except RuntimeError as error:  # oneDNN's LSTM wants AVX-512 for half precision: what it gives there
+                    assert cell == "lstm" and "could not create a primitive" in str(error)
+                    expected_dtypes = [dtype] * 3
+                assert [t.dtype for t in (y, *state)] == expected_dtypes
 
 
 @torchs_warnings
