@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from sysconfig import get_path
 
 import pytest
 import torch
@@ -231,10 +232,28 @@ def test_the_tiers_of_the_wheel(in_empty_environment):
 OTHER = os.environ.get("FASTRNN_OTHER_PYTHON", "")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+beside_another_torch = pytest.mark.skipif(
     not OTHER, reason="FASTRNN_OTHER_PYTHON names no interpreter that has another torch, such as 2.10, and pytest"
 )
+
+
+@pytest.mark.slow
+@beside_another_torch
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").glob("*.cpp")), ids=lambda path: path.name)
+def test_the_runtime_compiles_beside_another_torch(path):
+    """As where fastrnn is built from source: torch's stable headers have grown from version to version."""
+    where = subprocess.run([OTHER, "-c", "import torch; print(*torch.__path__)"], capture_output=True, text=True, check=True)
+    include = Path(where.stdout.strip()) / "include"
+    folders = ROOT / "csrc", ROOT / "build" / "generated", include, include / "torch/csrc/api/include", get_path("include")
+    macros = "-DTORCH_TARGET_VERSION=0x020a000000000000", '-DFASTRNN_BUILT_FROM=""'
+    compiler = os.environ.get("CXX", "g++").split()
+    command = [*compiler, "-std=c++20", "-fsyntax-only", *macros, *(f"-I{folder}" for folder in folders), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@beside_another_torch
 def test_another_torch(wheel, tmp_path):
     """The same binary."""
     shutil.copytree(ROOT / "tests", tmp_path / "tests")
