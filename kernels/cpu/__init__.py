@@ -84,9 +84,7 @@ def load() -> tuple[str, Tier]:
     return "run time", tier
 
 
-def describe(
-    cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool, half: bool = False
-) -> str:
+def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool, half: bool) -> str:
     """How the engine would share a dense layer's work out, in words.
 
     cell: a name of cells.CELLS; T steps, B rows, I inputs, H units, R outputs (projection, or H), D directions.
