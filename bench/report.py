@@ -335,6 +335,8 @@ def markdown(contents: dict[str, dict[str, Any]]) -> str:
         parts.append(half(contents["half"]))
     if grid:
         parts.append(origin(grid))
+    if avx2 := contents.get("grid-avx2"):
+        parts += ["The same on a processor without AVX-512:", class_table(avx2["cases"]), origin(avx2)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -353,7 +355,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=record.ROOT / "README.md", help="(default %(default)s)")
     parser.add_argument("--log", type=Path, default=record.ROOT / "docs" / "performance.md", help="(default %(default)s)")
     options = parser.parse_args(argv)
-    files = {name: options.results / f"{name}.json" for name in ("grid", "memory", "startup", "half", "roofline", "stream")}
+    names = "grid", "grid-avx2", "memory", "startup", "half", "roofline", "stream"
+    files = {name: options.results / f"{name}.json" for name in names}
     contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     report = markdown(contents)
     print(report)

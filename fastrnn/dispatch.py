@@ -192,7 +192,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
-    return Explanation(engine, declined, _schedule(module, x, batch_sizes, training) if engine in FUSED else ())
+    half = weights[0].dtype is torch.bfloat16
+    return Explanation(engine, declined, _schedule(module, x, batch_sizes, training, half) if engine in FUSED else ())
 
 
 def _weights(module: Any) -> list[Tensor | None]:
@@ -201,10 +202,9 @@ def _weights(module: Any) -> list[Tensor | None]:
     return [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh]
 
 
-def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
-    """What the engine says it would do in each layer."""
+def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool, half: bool) -> tuple[str, ...]:
+    """What the engine says it would do in each layer. half: its matrices are in bfloat16."""
     I, H = module.input_size, module.hidden_size
-    half = _weights(module)[0].dtype is torch.bfloat16
 
     def describe(cell: str, T: int, B: int, I: int, R: int, D: int) -> str:
         if x.is_cuda:

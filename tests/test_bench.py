@@ -190,6 +190,16 @@ def test_rates_are_rates(monkeypatch):
     assert rates["operations_per_second"] > 1e6 and rates["bytes_per_second"]["4"] > 1e6
 
 
+def test_another_processor_has_a_table_of_its_own():
+    machine = {"processor": "Other", "torch": "AVX2", "caches": {}}
+    header = {"machine": machine, "versions": dict.fromkeys(("torch", "onnxruntime", "openvino"), "1"), "date": "2000-01-01"}
+    results = [result(Point("large", 128, 256, 50), "gru", "train", torch=3.0)]
+    content = header | {"settings": {"threads": 2, "dtype": "float32"}, "commit": "", "cases": results}
+    text = report.markdown({"grid-avx2": content})
+    assert text.startswith("The same on a processor without AVX-512:") and "| large |  | 3.00x |" in text
+    assert "2 threads of Other (AVX2" in text
+
+
 def test_report_goes_between_the_markers():
     begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
     page = f"before\n{begin}\nold\n{end}\nafter\n"
