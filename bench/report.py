@@ -21,6 +21,7 @@ from bench.roofline import forward_operations, least_seconds
 
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
+HEADS = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
 FLOOR = 1  # no point of the grid is to be below
 
 Result = dict[str, Any]
@@ -58,7 +59,7 @@ def class_table(results: Sequence[Result]) -> str:
         for group, words in GROUPS.items()
         if group != "apart"
     ]
-    return table(["against torch.nn", *(f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS)], rows)
+    return table(["against torch.nn", *HEADS], rows)
 
 
 def by_place(results: Sequence[Result]) -> dict[tuple[str, str, str], float | None]:
@@ -72,7 +73,7 @@ def apart_table(results: Sequence[Result]) -> str:
     names = dict.fromkeys(point_name(result) for result in results if result["point"]["group"] == "apart")
     found = by_place(results)
     rows = [[name, *(_times([r] if (r := found.get((name, *column))) else []) for column in COLUMNS)] for name in names]
-    return table(["against torch.nn", *(f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS)], rows)
+    return table(["against torch.nn", *HEADS], rows)
 
 
 def against_frozen(results: Sequence[Result], rivals: Sequence[str], group: str, cell: str) -> list[float]:
@@ -145,9 +146,11 @@ def memory(content: dict[str, Any]) -> str:
 
 def reached(results: Sequence[Result], rates: dict[str, Any], mode: str) -> list[float]:
     """Shares of the roofline, of the cases of at least 256 units and 32 rows."""
-    points = (_point(result) for result in results)
-    wide = [result for result, point in zip(results, points, strict=True) if point.hidden >= 256 and point.batch >= 32]
-    return [least / result["times"]["fastrnn"]["median"] for result, least in rooflines(wide, rates) if result["mode"] == mode]
+    return [
+        least / result["times"]["fastrnn"]["median"]
+        for result, least in rooflines(results, rates)
+        if result["mode"] == mode and result["point"]["hidden"] >= 256 and result["point"]["batch"] >= 32
+    ]
 
 
 def rooflines(results: Sequence[Result], rates: dict[str, Any]) -> list[tuple[Result, float]]:
@@ -168,13 +171,13 @@ def roofline(results: Sequence[Result], rates: dict[str, Any]) -> str:
         for mode, words in (("infer", "inference"), ("train", "training"))
         if shares[mode]
     )
-    rows = []
+    timed, rows = rooflines(results, rates), []
     for group, words in GROUPS.items():
         cells = []
         for column in COLUMNS:
             found = [
                 (result["times"], least)
-                for result, least in rooflines(results, rates)
+                for result, least in timed
                 if (result["point"]["group"], result["cell"], result["mode"]) == (group, *column)
             ]
             limit = _times([times["torch"]["median"] / least for times, least in found])
@@ -182,8 +185,7 @@ def roofline(results: Sequence[Result], rates: dict[str, Any]) -> str:
             cells.append(limit + share)
         if group != "apart":
             rows.append([words, *cells])
-    columns = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
-    limits = table(["the roofline against torch.nn (reached)", *columns], rows)
+    limits = table(["the roofline against torch.nn (reached)", *HEADS], rows)
     return f"{head}. Reached from 256 units and 32 rows on, in the geometric mean: {told}.\n\n{limits}"
 
 
