@@ -157,10 +157,8 @@ def wheel(tmp_path_factory):
         if (objects := source.object_directory(ROOT / "build", tier.name)).is_dir():  # compiled already, of the same sources
             shutil.copytree(objects, tree / "build" / objects.name)
     environment = {name: value for name, value in os.environ.items() if name != "FASTRNN_TIERS"}
-    command = [
-        sys.executable,
-        *"-m pip wheel . --no-deps --no-build-isolation -w dist".split(),
-    ]  # as `make wheel`, but for the tag
+    # As `make wheel`, but for the tag.
+    command = [sys.executable, *"-m pip wheel . --no-deps --no-build-isolation -w dist".split()]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (tree / "dist").glob("*.whl")
