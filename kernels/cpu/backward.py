@@ -12,7 +12,17 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import FEW_ROWS, LINE, OPERAND_PANELS, ROW_BLOCK, SCRATCH_VECTORS, UNIT_BLOCK, wide_columns
+from .plan import (
+    FEW_ROWS,
+    INPUT_BLOCK,
+    LINE,
+    OPERAND_VECTORS,
+    ROW_BLOCK,
+    SCRATCH_BYTES,
+    UNIT_BLOCK,
+    panels_together,
+    wide_columns,
+)
 from .processor import Target
 from .product import ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
 from .team import (
@@ -42,8 +52,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
     columns = wide_columns(target.registers)
     wide, panel_row, most = columns * lanes, columns * vector, tile_rows(target, columns)
+    group, operand_panels = panels_together(columns, vector), OPERAND_VECTORS // columns
     product = make_product(v, target, columns)
     multiply = make_multiply(v, target, columns)
+    multiply_group = make_multiply(v, target, columns, together=group)
     pack_rows = make_pack_rows(v, columns)
     # The same for matrices in bfloat16; in float64 there are none.
     has_half = v.half is not None
@@ -162,30 +174,38 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         Without a projection the cell takes it from the tile.
         """
         depth = gates * p.hidden_size
-        row_bytes = pitch(p)
-        for index in range(first, last):
-            panel, next_panel = there_and_back(k, first, last, index), there_and_back(k, first, last, min(index + 1, last - 1))
-            weights, following = p.hh_panels + panel * depth * panel_row, p.hh_panels + next_panel * depth * panel_row
+        row_bytes, panel_bytes = pitch(p), depth * panel_row
+        together = group if count > most else 1
+        groups = ceil_div(last - first, together)
+        for index in range(groups):
+            panel = first + there_and_back(k, 0, groups, index) * together
+            next_panel = first + there_and_back(k, 0, groups, min(index + 1, groups - 1)) * together
+            panels = min(together, last - panel)
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
                 going_on = min(rows, max(0, live - i))
-                product(going_on, later + 8 * i, size, weights, panel_row, depth, scratch, following)
-                for j in range(going_on * columns, rows * columns):
-                    store_all(scratch + j * vector, zero())
+                product(
+                    going_on, later + 8 * i, size, p.hh_panels + panel * panel_bytes, panel_bytes, panels, panel_row, depth,
+                    scratch, p.hh_panels + next_panel * panel_bytes,
+                )  # fmt: skip
                 for m in range(rows):
                     b = r0 + i + m
                     dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
                     more = load_int(extra + 8 * (i + m))
-                    for j in range(columns):
-                        unit = (panel * columns + j) * lanes
-                        if unit < p.output_size:
-                            n, at = p.output_size - unit, unit * size
-                            dh = load_all(scratch + (m * columns + j) * vector) + load(dy + at, n) + load(more + at, n)
-                            if p.projected:
-                                store(projected_gradients + (base + b) * p.output_size * size + at, dh, n)
-                            else:
-                                gate_gradients(p, t, b, at, n, dh, gradients + (base + b) * row_bytes, saved_row)
+                    for q in range(panels):
+                        for j in range(columns):
+                            unit = ((panel + q) * columns + j) * lanes
+                            if unit < p.output_size:
+                                n, at = p.output_size - unit, unit * size
+                                dh = zero()
+                                if m < going_on:
+                                    dh = load_all(scratch + ((q * going_on + m) * columns + j) * vector)
+                                dh = dh + load(dy + at, n) + load(more + at, n)
+                                if p.projected:
+                                    store(projected_gradients + (base + b) * p.output_size * size + at, dh, n)
+                                else:
+                                    gate_gradients(p, t, b, at, n, dh, gradients + (base + b) * row_bytes, saved_row)
                 i += rows
 
     @njit(**options)
@@ -199,7 +219,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                product(rows, out_rows + 8 * i, size, weights, panel_row, depth, scratch, following)
+                product(rows, out_rows + 8 * i, size, weights, 0, 1, panel_row, depth, scratch, following)
                 for m in range(rows):
                     b = r0 + i + m
                     for j in range(columns):
@@ -216,23 +236,37 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     ):  # fmt: skip
         """`multiply` with a matrix that is used this once, its rows of `width` at weight_rows, one after the other if in_order.
 
-        A panel is packed before many rows meet it; few read it where it lies.
+        Panels are packed before many rows meet them, INPUT_BLOCK of their rows at a time; few read them where they lie. The
+        addresses at a_rows are moved on.
         """
-        for panel in range(first, last):
-            weights, row_bytes = own_panel, panel_row
-            in_place = in_order and count <= 2 * most and (panel + 1) * wide <= width
-            if in_place:
-                weights, row_bytes = load_int(weight_rows) + panel * wide * weight_size(p), width * weight_size(p)
-            else:
-                pack_weight(p, weight_rows, depth, width, panel, own_panel)
-            if in_place and p.half:
-                multiply_half(
-                    count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
-                )  # fmt: skip
-            else:
-                multiply(
-                    count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
-                )  # fmt: skip
+        in_order = in_order and count <= 2 * most
+        room = max(1, p.panel_bytes // (panel_row * min(depth, INPUT_BLOCK)))
+        for k in range(0, depth, INPUT_BLOCK):
+            length, more = min(depth - k, INPUT_BLOCK), add or k > 0
+            panel = first
+            while panel < last:
+                in_place, together = in_order and (panel + 1) * wide <= width, min(room, last - panel)
+                if in_place:
+                    weights = load_int(weight_rows + 8 * k) + panel * wide * weight_size(p)
+                    panel_bytes, row_bytes, together = wide * weight_size(p), width * weight_size(p), 1
+                else:
+                    weights, panel_bytes, row_bytes = own_panel, length * panel_row, panel_row
+                    for index in range(together):
+                        pack_weight(p, weight_rows + 8 * k, length, width, panel + index, own_panel + index * panel_bytes)
+                weights -= panel * panel_bytes  # of panel 0, so to say
+                if in_place and p.half:
+                    multiply_half(
+                        count, a_rows, size, weights, panel_bytes, row_bytes, length, width, panel, panel + 1, out_rows, more,
+                        scratch,
+                    )  # fmt: skip
+                else:
+                    multiply_group(
+                        count, a_rows, size, weights, panel_bytes, row_bytes, length, width, panel, panel + together, out_rows,
+                        more, scratch,
+                    )  # fmt: skip
+                panel += together
+            for i in range(count):
+                store_int(a_rows + 8 * i, load_int(a_rows + 8 * i) + length * size)
 
     @njit(**options)
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel):
@@ -253,7 +287,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     p, count, rows, weight_rows, True, depth, p.output_size, first, last, table, 1, scratch, own_panel
                 )  # fmt: skip
             else:
-                multiply(
+                multiply_group(
                     count, rows, size, p.hh_panels, depth * panel_row, panel_row, depth, p.output_size, first, last, table, 1,
                     scratch,
                 )  # fmt: skip
@@ -314,29 +348,34 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             outer_products(a + unit * size, a_bytes, end - unit, operand_rows, rows, width, out, half, add)
             return
         panels = ceil_div(width, wide)
-        for first in range(0, panels, OPERAND_PANELS):
-            count = min(OPERAND_PANELS, panels - first)
-            wait_crew(p, member)  # the panels before are done with
-            for i in range(share(rows, members, member), share(rows, members, member + 1)):
-                row = load_int(operand_rows + 8 * i)
-                for panel in range(count):
-                    out = p.operands + (panel * rows + i) * panel_row
-                    for j in range(columns):
-                        column = ((first + panel) * columns + j) * lanes
-                        store_all(out + j * vector, load(row + column * size, width - column) if column < width else zero())
-            wait_crew(p, member)
-            base = p.operands - first * rows * panel_row
-            for u in range(unit, end, UNIT_BLOCK):
-                n = min(UNIT_BLOCK, end - u)
-                for i in range(rows):
-                    for j in range(0, n, lanes):
-                        value = load(a + i * a_bytes + (u + j) * size, n - j)
-                        store(own_block + (i * UNIT_BLOCK + j) * size, value, n - j)
-                fill_rows(tables, n, own_block, size)
-                multiply(
-                    n, tables, UNIT_BLOCK * size, base, rows * panel_row, panel_row, rows, width, first, first + count,
-                    out_rows + 8 * u, add, scratch,
-                )  # fmt: skip
+        for first in range(0, panels, operand_panels):
+            count = min(operand_panels, panels - first)
+            begin = 0
+            while begin < rows:
+                length = min(p.operand_rows, rows - begin)
+                wait_crew(p, member)  # the panels before are done with
+                for i in range(share(length, members, member), share(length, members, member + 1)):
+                    row = load_int(operand_rows + 8 * (begin + i))
+                    for panel in range(count):
+                        out = p.operands + (panel * length + i) * panel_row
+                        for j in range(columns):
+                            column = ((first + panel) * columns + j) * lanes
+                            value = load(row + column * size, width - column) if column < width else zero()
+                            store_all(out + j * vector, value)
+                wait_crew(p, member)
+                base = p.operands - first * length * panel_row
+                for u in range(unit, end, UNIT_BLOCK):
+                    n = min(UNIT_BLOCK, end - u)
+                    for i in range(length):
+                        for j in range(0, n, lanes):
+                            value = load(a + (begin + i) * a_bytes + (u + j) * size, n - j)
+                            store(own_block + (i * UNIT_BLOCK + j) * size, value, n - j)
+                    fill_rows(tables, n, own_block, size)
+                    multiply(
+                        n, tables, UNIT_BLOCK * size, base, length * panel_row, panel_row, length, width, first, first + count,
+                        out_rows + 8 * u, add or begin > 0, scratch,
+                    )  # fmt: skip
+                begin += length
 
     @njit(**options)
     def fill_gate_rows(p, table, order, matrix, width):
@@ -377,33 +416,26 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + b * p.x_row)
                 store_int(h_rows + 8 * i, hidden_before(p, t, b))
                 i += 1
-        i = 0
-        while i < rows:  # so much of the operands is packed at a time
-            count, more = min(p.operand_rows, rows - i), add or i > 0
-            a = gradients + i * row_bytes
-            fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
+        fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
+        weight_gradient(
+            p, member, members, gradients, row_bytes, depth, x_rows, rows, p.input_size, out_rows, add, columns_of_a,
+            scratch, own_block,
+        )  # fmt: skip
+        fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, p.output_size)
+        weight_gradient(
+            p, member, members, gradients + hidden * units * size, row_bytes, depth, h_rows, rows, p.output_size,
+            out_rows, add, columns_of_a, scratch, own_block,
+        )  # fmt: skip
+        if p.projected:
+            saved_row = (slots + 1) * units * size
+            fill_rows(x_rows, rows, p.saved + first_row(p, t_low) * saved_row + slots * units * size, saved_row)
+            fill_rows(out_rows, p.output_size, p.dw_hr, units * (2 if p.rounded_at_once else size))
             weight_gradient(
-                p, member, members, a, row_bytes, depth, x_rows + 8 * i, count, p.input_size, out_rows, more, columns_of_a,
-                scratch, own_block,
+                p, member, members, out_gradients, p.output_size * size, p.output_size, x_rows, rows, units, out_rows, add,
+                columns_of_a, scratch, own_block,
             )  # fmt: skip
-            fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, p.output_size)
-            weight_gradient(
-                p, member, members, a + hidden * units * size, row_bytes, depth, h_rows + 8 * i, count, p.output_size,
-                out_rows, more, columns_of_a, scratch, own_block,
-            )  # fmt: skip
-            if p.projected:
-                saved_row = (slots + 1) * units * size
-                first = p.saved + (first_row(p, t_low) + i) * saved_row + slots * units * size
-                fill_rows(x_rows + 8 * i, count, first, saved_row)
-                fill_rows(out_rows, p.output_size, p.dw_hr, units * (2 if p.rounded_at_once else size))
-                a, a_bytes = out_gradients + i * p.output_size * size, p.output_size * size
-                weight_gradient(
-                    p, member, members, a, a_bytes, p.output_size, x_rows + 8 * i, count, units, out_rows, more, columns_of_a,
-                    scratch, own_block,
-                )  # fmt: skip
-            i += count
         if p.bias:
-            blocks, room = ceil_div(units, lanes), SCRATCH_VECTORS // 2
+            blocks, room = ceil_div(units, lanes), SCRATCH_BYTES // (2 * vector)
             end = min(units, share(blocks, members, member + 1) * lanes)
             for first in range(share(blocks, members, member) * lanes, end, room * lanes):
                 n = min(end - first, room * lanes)
@@ -462,7 +494,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
         # This thread's own memory: scratch tiles, a panel packed to be used once, a block of units, tables of row addresses.
         scratch = p.own + member * p.own_bytes
-        own_panel = scratch + SCRATCH_VECTORS * vector
+        own_panel = scratch + SCRATCH_BYTES
         own_block = own_panel + p.panel_bytes
         later = own_block + p.operand_rows * UNIT_BLOCK * size
         extra = later + 8 * p.batch

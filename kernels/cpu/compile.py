@@ -68,6 +68,9 @@ from .processor import Tier, tiers  # noqa: E402
 from .source import object_directory  # noqa: E402
 from .vector import vector_library  # noqa: E402
 
+if llvm.get_process_triple().startswith("x86_64"):  # a tile's loop that begins amid a cache line takes 9 % longer on Zen 3
+    llvm.set_option("fastrnn", "-x86-experimental-pref-innermost-loop-alignment=6")
+
 SCALARS = {"f32": types.float32, "f64": types.float64}
 PASSES = ("forward", "backward")
 UNITS = tuple((cell, scalar, which) for scalar in SCALARS for cell in CELLS for which in PASSES)

@@ -7,7 +7,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell, bind
-from .plan import ROW_BLOCK, SCRATCH_VECTORS, unit_vectors, wide_columns
+from .plan import ROW_BLOCK, SCRATCH_BYTES, unit_vectors, wide_columns
 from .processor import Target
 from .product import (
     ceil_div,
@@ -193,7 +193,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch, own_panel)
                 else:
-                    product(rows, x_rows + 8 * i, size, weights, columns * vector, p.input_size, scratch, following)
+                    product(rows, x_rows + 8 * i, size, weights, 0, 1, columns * vector, p.input_size, scratch, following)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     for j in range(per_panel):
@@ -222,9 +222,13 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 else:
                     weights, following = p.hh_panels + panel * panel_bytes, p.hh_panels + next_panel * panel_bytes
                     if p.half_panels:
-                        product_half(rows, previous + 8 * i, size, weights, columns * vector, p.output_size, scratch, following)
+                        product_half(
+                            rows, previous + 8 * i, size, weights, 0, 1, columns * vector, p.output_size, scratch, following
+                        )
                     else:
-                        product(rows, previous + 8 * i, size, weights, columns * vector, p.output_size, scratch, following)
+                        product(
+                            rows, previous + 8 * i, size, weights, 0, 1, columns * vector, p.output_size, scratch, following
+                        )
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     h = load_int(h_rows + 8 * (i + m))
@@ -266,7 +270,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
         # This thread's own memory: scratch tiles, a panel packed to be used once, tables of row addresses.
         scratch = p.own + member * p.own_bytes
-        own_panel = scratch + SCRATCH_VECTORS * vector
+        own_panel = scratch + SCRATCH_BYTES
         previous = own_panel + p.panel_bytes
         h_rows = previous + 8 * p.batch
         y_rows = h_rows + 8 * p.batch

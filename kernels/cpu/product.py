@@ -39,22 +39,22 @@ def tile_rows(target: Target, columns: int) -> int:
 
 @cache
 def make_product(v: VectorLibrary, target: Target, columns: int, half: str = ""):
-    """product(count, a_rows, a_stride, panel, panel_row, depth, sums, following): `count` <= ROW_BLOCK rows times one panel.
+    """product(...): `count` <= ROW_BLOCK rows times `together` panels, whose rows span GROUP_BYTES at most.
 
-    panel_row: bytes from one row of the panel to the next.
-    sums:      SCRATCH_VECTORS vectors; the first count * columns become the result.
-    following: the panel that comes next, or any: its first part is brought near meanwhile.
+    panels:      the first panel; the next ones lie `panel_bytes` apart.
+    panel_row:   bytes from one row of a panel to the next.
+    sums:        SCRATCH_BYTES; the first together * count * columns vectors become the result, panel by panel.
+    following:   the panel that comes next, or any: its first part is brought near meanwhile.
 
-    Every part of the panel that is one chain long meets all rows in turn: the rest of a deep panel, which no cache near holds,
-    is read once. The first tile of rows brings the part into L1; those after it prefetch the next part, a line for each k.
+    Every part of a panel that is one chain long meets all rows in turn: the rest of a deep panel, which no cache near holds,
+    is read once. Panels that go together meet the same part of the rows in turn: it, too, is read once for them. The first
+    tile of rows brings a panel's part into L1; those after it prefetch the next part, evenly.
 
-    half: the panel is in bfloat16, see product_tile; of "pairs" depth and a_stride are of single numbers all the same, and
+    half: the panels are in bfloat16, see product_tile; of "pairs" depth and a_stride are of single numbers all the same, and
     panel_row is of a pair.
     """
     vector, group = v.lanes * v.size, 2 if half == "pairs" else 1
     row_bytes = columns * v.lanes * (2 if half == "rows" else v.size)
-    lines = _ceil_div(row_bytes, LINE)  # of each k, or pair
-    stride = min(row_bytes, LINE)
 
     def tiles(rows):
         tile = product_tile(v, rows, columns, half)
@@ -79,25 +79,32 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
     most = tile_rows(target, columns)
     run = tiles(most)
 
-    @njit(integers(8), **options)
-    def product(count, a_rows, a_stride, panel, panel_row, depth, sums, following):
-        k, part = 0, panel
+    @njit(integers(10), **options)
+    def product(count, a_rows, a_stride, panels, panel_bytes, together, panel_row, depth, sums, following):
+        k = 0
         while k < depth:
-            i, tile, tiles, length = 0, 0, ceil_div(count, most), min(depth - k, CHAIN)
+            length = min(depth - k, CHAIN)
             count_k = length // group
-            next_part = part + count_k * panel_row if k + length < depth else following
-            while i < count:
-                rows, out = ceil_div(count - i, tiles - tile), sums + i * columns * vector
-                ahead, ahead_stride = part, 0
-                if 0 < tile <= lines:
-                    ahead, ahead_stride = next_part + (tile - 1) * count_k * stride, stride
-                run(
-                    rows, a_rows + 8 * i, k * a_stride, group * a_stride, part, panel_row, count_k, out, k, ahead, ahead_stride
-                )  # fmt: skip
-                i += rows
-                tile += 1
+            for index in range(together):
+                part = panels + index * panel_bytes + k // group * panel_row
+                if index + 1 < together:
+                    next_part = part + panel_bytes
+                else:
+                    next_part = panels + (k + length) // group * panel_row if k + length < depth else following
+                i, tile, tiles = 0, 0, ceil_div(count, most)
+                while i < count:
+                    rows, out = ceil_div(count - i, tiles - tile), sums + (index * count + i) * columns * vector
+                    ahead, ahead_stride = part, 0
+                    if tile > 0:
+                        ahead_stride = min(LINE, ceil_div(row_bytes, tiles - 1))
+                        ahead = next_part + (tile - 1) * count_k * ahead_stride
+                    run(
+                        rows, a_rows + 8 * i, k * a_stride, group * a_stride, part, panel_row, count_k, out, k, ahead,
+                        ahead_stride,
+                    )  # fmt: skip
+                    i += rows
+                    tile += 1
             k += length
-            part = next_part
 
     return product
 
@@ -154,14 +161,15 @@ def make_dot_rows(v: VectorLibrary, half: bool = False):
 
 
 @cache
-def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""):
+def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = "", together: int = 1):
     """multiply(...): out[i, :width] (=, or += if add) sum over k of a[i, k] * panels[k, :width].
 
     a_rows, out_rows: address of `count` int64 row addresses.
     panels:           `panel_bytes` apart, each of `depth` rows, `panel_row` bytes apart.
     first, last:      the panels (columns * lanes numbers wide each) to do.
-    scratch:          SCRATCH_VECTORS vectors.
+    scratch:          SCRATCH_BYTES.
     half:             the panels are in bfloat16, see product_tile.
+    together:         so many panels meet a block of rows together.
     """
     product = make_product(v, target, columns, half)
     vector, size, lanes = v.lanes * v.size, v.size, v.lanes
@@ -171,26 +179,28 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
     def multiply(
         count, a_rows, a_stride, panels, panel_bytes, panel_row, depth, width, first, last, out_rows, add, scratch
     ):  # fmt: skip
-        for panel in range(first, last):
+        for panel in range(first, last, together):
+            n = min(together, last - panel)
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
                 if add:  # else the sums would wait for what they are added to
                     for m in range(rows):
-                        for j in range(columns):
+                        for j in range(n * columns):
                             prefetch(load_int(out_rows + 8 * (i + m)) + ((panel * columns + j) * lanes) * size)
                 weights = panels + panel * panel_bytes
-                following = panels + min(panel + 1, last - 1) * panel_bytes
-                product(rows, a_rows + 8 * i, a_stride, weights, panel_row, depth, scratch, following)
+                following = panels + min(panel + n, last - 1) * panel_bytes
+                product(rows, a_rows + 8 * i, a_stride, weights, panel_bytes, n, panel_row, depth, scratch, following)
                 for m in range(rows):
                     row = load_int(out_rows + 8 * (i + m))
-                    for j in range(columns):
-                        column = (panel * columns + j) * lanes
-                        if column < width:
-                            value = load_all(scratch + (m * columns + j) * vector)
-                            if add:
-                                value = value + load(row + column * size, width - column)
-                            store(row + column * size, value, width - column)
+                    for index in range(n):
+                        for j in range(columns):
+                            column = ((panel + index) * columns + j) * lanes
+                            if column < width:
+                                value = load_all(scratch + ((index * rows + m) * columns + j) * vector)
+                                if add:
+                                    value = value + load(row + column * size, width - column)
+                                store(row + column * size, value, width - column)
                 i += rows
 
     return multiply

@@ -606,6 +606,10 @@ def call(typing_context, function, a, b, c):
 PREFETCHING_ROWS = 3
 
 
+# The same number, but the compiler does not know that it is.
+OPAQUE = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
+
+
 @cache
 def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""):
     """The register tile: out[rows, columns * lanes] (=, or += if add) sum over k of a[row, k] * panel[k, :], a chain of FMAs.
@@ -641,6 +645,7 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
             b.position_at_end(loop)
             k, a_offset, weights, line = b.phi(I64), b.phi(I64), b.phi(I64), b.phi(I64)
             total = [[b.phi(V.llvm) for _ in range(columns)] for _ in range(rows)]
+            offset_now = b.call(OPAQUE, [a_offset])  # else each row's address may get a register and an addition of its own
             if rows >= PREFETCHING_ROWS:
                 _prefetch(b, line, 2)
             new = total
@@ -650,7 +655,7 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
                     return panel_vector(b, b.add(weights, I64(n * lanes * weight_bytes)), member)
 
                 def factor(m, member=member):
-                    offset = b.add(a_offset, I64(member * size))
+                    offset = b.add(offset_now, I64(member * size))
                     x = b.load(b.inttoptr(b.add(a[m], offset), V.element.as_pointer()))
                     return b.shuffle_vector(b.insert_element(undefined, x, I32(0)), undefined, broadcast)
 
@@ -669,7 +674,7 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
                 new = sums
             steps = (
                 (k, I64(0), b.add(k, I64(1))),
-                (a_offset, a_first, b.add(a_offset, a_stride)),
+                (a_offset, a_first, b.add(offset_now, a_stride)),
                 (weights, panel, b.add(weights, panel_stride)),
                 (line, ahead, b.add(line, ahead_stride)),
             )
