@@ -8,7 +8,7 @@ from numba import njit
 
 from ..cells import Cell, bind
 from . import plan
-from .plan import SCRATCH_BYTES, panels_together, unit_vectors, wide_columns
+from .plan import SCRATCH_BYTES, unit_vectors, wide_columns
 from .processor import Target
 from .product import DOT_PART, ceil_div, options
 from .team import RECORD_BYTES, record_at
@@ -44,7 +44,6 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
-    group = panels_together(columns, vector)
 
     @njit(**options)
     def arrange(records, threads):
@@ -75,8 +74,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
             ih_once = True
-            panels_once = group if p.rows > plan.ROW_BLOCK else 1
-            panel_bytes = panels_once * wide * size * min(gates * H, plan.INPUT_BLOCK) if p.need_dx or one_step else 0
+            panel_bytes = align(wide * gates * H * size) if p.need_dx or one_step else 0
         operand_rows = operand_panels = 0
         if not forward and p.need_dw:
             most = plan.OPERAND_VECTORS // columns

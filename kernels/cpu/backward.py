@@ -14,13 +14,12 @@ from numba import njit
 from ..cells import Cell, bind
 from .plan import (
     FEW_ROWS,
-    INPUT_BLOCK,
+    GROUP_BYTES,
     LINE,
     OPERAND_VECTORS,
     ROW_BLOCK,
     SCRATCH_BYTES,
     UNIT_BLOCK,
-    panels_together,
     wide_columns,
 )
 from .processor import Target
@@ -52,10 +51,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
     columns = wide_columns(target.registers)
     wide, panel_row, most = columns * lanes, columns * vector, tile_rows(target, columns)
-    group, operand_panels = panels_together(columns, vector), OPERAND_VECTORS // columns
+    group, operand_panels = max(1, GROUP_BYTES // panel_row), OPERAND_VECTORS // columns
     product = make_product(v, target, columns)
     multiply = make_multiply(v, target, columns)
-    multiply_group = make_multiply(v, target, columns, together=group)
     pack_rows = make_pack_rows(v, columns)
     # The same for matrices in bfloat16; in float64 there are none.
     has_half = v.half is not None
@@ -236,37 +234,23 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     ):  # fmt: skip
         """`multiply` with a matrix that is used this once, its rows of `width` at weight_rows, one after the other if in_order.
 
-        Panels are packed before many rows meet them, INPUT_BLOCK of their rows at a time; few read them where they lie. The
-        addresses at a_rows are moved on.
+        A panel is packed before many rows meet it; few read it where it lies.
         """
-        in_order = in_order and count <= 2 * most
-        room = max(1, p.panel_bytes // (panel_row * min(depth, INPUT_BLOCK)))
-        for k in range(0, depth, INPUT_BLOCK):
-            length, more = min(depth - k, INPUT_BLOCK), add or k > 0
-            panel = first
-            while panel < last:
-                in_place, together = in_order and (panel + 1) * wide <= width, min(room, last - panel)
-                if in_place:
-                    weights = load_int(weight_rows + 8 * k) + panel * wide * weight_size(p)
-                    panel_bytes, row_bytes, together = wide * weight_size(p), width * weight_size(p), 1
-                else:
-                    weights, panel_bytes, row_bytes = own_panel, length * panel_row, panel_row
-                    for index in range(together):
-                        pack_weight(p, weight_rows + 8 * k, length, width, panel + index, own_panel + index * panel_bytes)
-                weights -= panel * panel_bytes  # of panel 0, so to say
-                if in_place and p.half:
-                    multiply_half(
-                        count, a_rows, size, weights, panel_bytes, row_bytes, length, width, panel, panel + 1, out_rows, more,
-                        scratch,
-                    )  # fmt: skip
-                else:
-                    multiply_group(
-                        count, a_rows, size, weights, panel_bytes, row_bytes, length, width, panel, panel + together, out_rows,
-                        more, scratch,
-                    )  # fmt: skip
-                panel += together
-            for i in range(count):
-                store_int(a_rows + 8 * i, load_int(a_rows + 8 * i) + length * size)
+        for panel in range(first, last):
+            weights, row_bytes = own_panel, panel_row
+            in_place = in_order and count <= 2 * most and (panel + 1) * wide <= width
+            if in_place:
+                weights, row_bytes = load_int(weight_rows) + panel * wide * weight_size(p), width * weight_size(p)
+            else:
+                pack_weight(p, weight_rows, depth, width, panel, own_panel)
+            if in_place and p.half:
+                multiply_half(
+                    count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
+                )  # fmt: skip
+            else:
+                multiply(
+                    count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
+                )  # fmt: skip
 
     @njit(**options)
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel):
@@ -287,7 +271,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     p, count, rows, weight_rows, True, depth, p.output_size, first, last, table, 1, scratch, own_panel
                 )  # fmt: skip
             else:
-                multiply_group(
+                multiply(
                     count, rows, size, p.hh_panels, depth * panel_row, panel_row, depth, p.output_size, first, last, table, 1,
                     scratch,
                 )  # fmt: skip

@@ -48,12 +48,11 @@ HALF_PANEL_ROWS = 16  # a step of so many rows waits for weights; one of more is
 ARRIVALS_BYTES = 128  # of a thread at one kind of barrier
 LINE = 64
 ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
-GROUP_BYTES = 256  # width of the panels for which a part of the rows is read once: of one in AVX-512
+GROUP_BYTES = 256  # width of the panels of W_hh for which backward reads a part of the rows once: of one in AVX-512
 SCRATCH_BYTES = ROW_BLOCK * GROUP_BYTES  # sums of a block of rows
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them,
 FORWARD_BLOCK_ROWS = 256  # but for so many rows W_ih is read at least: else it comes from beyond L2 too often
 BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
-INPUT_BLOCK = 1024  # numbers of a row of gate gradients that meet a group of packed panels of W_ih while it is in L2
 OPERAND_VECTORS = 32  # width of the panels of an operand of the weights' gradients that are packed at a time,
 OPERAND_ROWS = 256  # of so many rows, or of more where there are fewer panels
 FEW_ROWS = 8  # rows whose share of the weights' gradients is summed without packing them
@@ -77,11 +76,6 @@ def unit_vectors(gates, registers):
 def wide_columns(registers):
     """Vectors in a row of a panel that is not split by gates."""
     return 4 if registers >= 32 else 2
-
-
-def panels_together(columns, vector_bytes):
-    """Panels in a group whose rows span GROUP_BYTES."""
-    return max(1, GROUP_BYTES // (columns * vector_bytes))
 
 
 def step_cost(rows, depth, panels, panel_vectors, vector_bytes, row_groups, unit_groups, l2_bytes):

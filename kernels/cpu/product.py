@@ -161,7 +161,7 @@ def make_dot_rows(v: VectorLibrary, half: bool = False):
 
 
 @cache
-def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = "", together: int = 1):
+def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""):
     """multiply(...): out[i, :width] (=, or += if add) sum over k of a[i, k] * panels[k, :width].
 
     a_rows, out_rows: address of `count` int64 row addresses.
@@ -169,7 +169,6 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
     first, last:      the panels (columns * lanes numbers wide each) to do.
     scratch:          SCRATCH_BYTES.
     half:             the panels are in bfloat16, see product_tile.
-    together:         so many panels meet a block of rows together.
     """
     product = make_product(v, target, columns, half)
     vector, size, lanes = v.lanes * v.size, v.size, v.lanes
@@ -179,28 +178,26 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
     def multiply(
         count, a_rows, a_stride, panels, panel_bytes, panel_row, depth, width, first, last, out_rows, add, scratch
     ):  # fmt: skip
-        for panel in range(first, last, together):
-            n = min(together, last - panel)
+        for panel in range(first, last):
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
                 if add:  # else the sums would wait for what they are added to
                     for m in range(rows):
-                        for j in range(n * columns):
+                        for j in range(columns):
                             prefetch(load_int(out_rows + 8 * (i + m)) + ((panel * columns + j) * lanes) * size)
                 weights = panels + panel * panel_bytes
-                following = panels + min(panel + n, last - 1) * panel_bytes
-                product(rows, a_rows + 8 * i, a_stride, weights, panel_bytes, n, panel_row, depth, scratch, following)
+                following = panels + min(panel + 1, last - 1) * panel_bytes
+                product(rows, a_rows + 8 * i, a_stride, weights, 0, 1, panel_row, depth, scratch, following)
                 for m in range(rows):
                     row = load_int(out_rows + 8 * (i + m))
-                    for index in range(n):
-                        for j in range(columns):
-                            column = ((panel + index) * columns + j) * lanes
-                            if column < width:
-                                value = load_all(scratch + ((index * rows + m) * columns + j) * vector)
-                                if add:
-                                    value = value + load(row + column * size, width - column)
-                                store(row + column * size, value, width - column)
+                    for j in range(columns):
+                        column = (panel * columns + j) * lanes
+                        if column < width:
+                            value = load_all(scratch + (m * columns + j) * vector)
+                            if add:
+                                value = value + load(row + column * size, width - column)
+                            store(row + column * size, value, width - column)
                 i += rows
 
     return multiply
