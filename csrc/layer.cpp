@@ -116,6 +116,13 @@ void Call::rows(const View& given, int64_t Record::*field, int64_t Record::*step
   }
 }
 
+void Call::scratch(int64_t Record::*field, int64_t numbers_a_direction) {
+  const int64_t bytes = product({numbers_a_direction, directions_, bytes_of(kind_)});
+  const char* begin = scratch_.emplace_front(std::make_unique_for_overwrite<char[]>(static_cast<size_t>(bytes))).get();
+  for (int64_t d = 0; d < directions_; ++d)
+    records[d].*field = reinterpret_cast<int64_t>(begin) + d * numbers_a_direction * bytes_of(kind_);
+}
+
 const Unit& Call::unit(bool forward) const {
   const auto index = ((kind_ == Kind::f64) * (std::end(CELLS) - std::begin(CELLS)) + (&cell - CELLS)) * 2 + !forward;
   return tier->units[index];
@@ -142,7 +149,7 @@ void Call::run(bool forward) {
       record.arrivals = reinterpret_cast<int64_t>(arrivals.get());
     }
   };
-  run_team(threads, patience(forward ? 1 : 2), gathered, [&](int64_t rank) { kernel.run(at, rank); });
+  run_team(threads, patience(forward), gathered, [&](int64_t rank) { kernel.run(at, rank); });
 }
 
 int64_t Call::pack() {
@@ -156,12 +163,119 @@ int64_t Call::pack() {
   return records[0].pack_bytes;
 }
 
+int64_t Call::operations(bool forward) const {
+  const Record& r = records[0];
+  return (forward ? 2 : 4) * directions_ * r.rows * cell.gates * r.hidden_size * (r.input_size + r.output_size);
+}
+
 // How long to wait for a thread: waking one takes 5 to 50 us, on a virtual machine now and then a millisecond, which a long
 // call should rather wait for than go without. A quarter of what one thread needs, at 50 operations a nanosecond.
-std::chrono::nanoseconds Call::patience(int64_t passes) const {
-  const Record& r = records[0];
-  const int64_t operations = 2 * passes * directions_ * r.rows * cell.gates * r.hidden_size * (r.input_size + r.output_size);
-  return std::chrono::nanoseconds(std::max<int64_t>(100'000, operations / 200));
+std::chrono::nanoseconds Call::patience(bool forward) const {
+  return std::chrono::nanoseconds(std::max<int64_t>(100'000, operations(forward) / 200));
+}
+
+namespace {
+
+// One weight of each direction.
+void give(Call& call, const Views& given, int64_t Record::*field, int64_t height, int64_t width = 1) {
+  STD_TORCH_CHECK(static_cast<int64_t>(given.size()) == call.records[0].directions, "fastrnn: expected a weight for each direction");
+  for (size_t d = 0; d < given.size(); ++d) call.weight(static_cast<int64_t>(d), given[d], field, height, width);
+}
+
+// What both ops have, but for biases, which backward only counts.
+Call common(const Layer& layer) {
+  STD_TORCH_CHECK(!layer.w_ih.empty() && !layer.w_hh.empty() && layer.w_hh[0].dims == 2, "fastrnn: expected matrices w_ih and w_hh");
+  const View &w_hh = layer.w_hh[0], &batch_sizes = layer.batch_sizes;
+  STD_TORCH_CHECK(!batch_sizes.dims || (batch_sizes.kind == Kind::i64 && batch_sizes.dims == 1),
+                  "fastrnn: expected batch_sizes of int64 [T] on the CPU");
+  const LayerSizes sizes{*layer.cell,
+                         layer.x.kind,
+                         static_cast<int64_t>(layer.w_ih.size()),
+                         layer.x.size(-1),
+                         w_hh.size(0) / layer.cell->gates,
+                         w_hh.size(1),
+                         !layer.b_ih.empty(),
+                         !layer.w_hr.empty(),
+                         w_hh.kind == Kind::bf16};
+  const Layout layout = batch_sizes.dims    ? Layout::packed
+                        : layer.batch_first ? Layout::batch_time
+                                            : Layout::time_batch;
+  Call call(sizes, layer.x, layout, layer.reverse, reinterpret_cast<const int64_t*>(batch_sizes.address), batch_sizes.numel());
+  const Record& r = call.records[0];
+  const int64_t gate_rows = call.cell.gates * r.hidden_size;
+  give(call, layer.w_ih, &Record::w_ih, gate_rows, r.input_size);
+  give(call, layer.w_hh, &Record::w_hh, gate_rows, r.output_size);
+  if (r.projected) give(call, layer.w_hr, &Record::w_hr, r.output_size, r.hidden_size);
+  call.states(layer.h0, &Record::h0, r.batch * r.output_size);
+  STD_TORCH_CHECK(!call.cell.has_cell_state || layer.c0.dims, "fastrnn: ", call.cell.name, " needs c0");
+  if (call.cell.has_cell_state) call.states(layer.c0, &Record::c0, r.batch * r.hidden_size);
+  return call;
+}
+
+// Numbers that are saved for one row.
+int64_t saved_width(const Call& call) { return (call.cell.slots + call.records[0].projected) * call.records[0].hidden_size; }
+
+}  // namespace
+
+Call forward_call(const Layer& layer, bool save, const Make& make) {
+  Call call = common(layer);
+  const Record& r = call.records[0];
+  const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, saved = saved_width(call);
+  const Kind kind = layer.x.kind;
+  if (r.bias) {
+    give(call, layer.b_ih, &Record::b_ih, call.cell.gates * H);
+    give(call, layer.b_hh, &Record::b_hh, call.cell.gates * H);
+  }
+  std::vector<int64_t> y_sizes(layer.x.sizes, layer.x.sizes + layer.x.dims);
+  y_sizes.back() = D * R;
+  call.states(make(H_N, {D, B, R}, kind), &Record::h_n, B * R);
+  call.rows(make(Y, y_sizes, kind), &Record::y, &Record::y_step, &Record::y_row, R);
+  if (call.cell.has_cell_state) call.states(make(C_N, {D, B, H}, kind), &Record::c_n, B * H);
+  if (save) call.states(make(SAVED, {D, r.rows, saved}, kind), &Record::saved, r.rows * saved);
+  for (Record& record : call.records) record.save = save;
+  return call;
+}
+
+Call backward_call(const Layer& layer, const Gradients& gradients, const View& y, const View& saved, const Make& make) {
+  Call call = common(layer);
+  const Record& r = call.records[0];
+  const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, G = call.cell.gates * H;
+  const Kind kind = layer.x.kind;
+  for (Record& record : call.records) {
+    record.need_dx = gradients.need_dx;
+    record.need_dh0 = gradients.need_dh0;
+    record.need_dw = gradients.need_dw;
+  }
+  call.rows(y, &Record::y, &Record::y_step, &Record::y_row, R);
+  call.rows(gradients.dy, &Record::dy, &Record::dy_step, &Record::dy_row, R);
+  call.states(saved, &Record::saved, r.rows * saved_width(call));
+  // The states' gradients are carried back in the place of the result.
+  const auto state = [&](const View& final, int64_t Record::*field, size_t result, int64_t Record::*carried, int64_t width) {
+    if (final.dims) call.states(final, field, B * width);
+    if (!gradients.need_dh0) return call.scratch(carried, B * width);
+    call.states(make(result, {D, B, width}, kind), carried, B * width);
+  };
+  state(gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, R);
+  if (call.cell.has_cell_state) state(gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, H);
+  if (gradients.need_dx) {
+    const View dx = make(DX, std::vector<int64_t>(layer.x.sizes, layer.x.sizes + layer.x.dims), kind);
+    call.rows(dx, &Record::dx, &Record::dx_step, &Record::dx_row, 0);
+  }
+  if (gradients.need_dw) {
+    const auto matrix = [&](size_t result, int64_t Record::*field, int64_t Record::*half, int64_t height, int64_t width) {
+      const View all = make(result, {D * height, width}, layer.w_hh[0].kind);
+      for (int64_t d = 0; d < D; ++d)
+        call.records[d].*(r.half ? half : field) = all.address + d * height * width * bytes_of(all.kind);
+    };
+    matrix(DW_IH, &Record::dw_ih, &Record::dw_ih_half, G, r.input_size);
+    matrix(DW_HH, &Record::dw_hh, &Record::dw_hh_half, G, R);
+    if (r.bias) {
+      call.states(make(DB_IH, {D * G}, kind), &Record::db_ih, G);
+      call.states(make(DB_HH, {D * G}, kind), &Record::db_hh, G);
+    }
+    if (r.projected) matrix(DW_HR, &Record::dw_hr, &Record::dw_hr_half, R, H);
+  }
+  return call;
 }
 
 }  // namespace fastrnn

@@ -24,8 +24,6 @@ namespace {
 
 using torch::stable::Tensor;
 
-// The C library maps blocks of this size anew each time, and unmaps them when freed.
-constexpr int64_t MAPPED_BYTES = 32 << 20;
 constexpr int64_t LARGE_BYTES = 8 << 20;  // a smaller workspace would be a large part of a step's memory if it stayed
 constexpr int64_t SMALL_BYTES = 64 << 10;
 constexpr int64_t HUGE_PAGE_BYTES = 2 << 20;

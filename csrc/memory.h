@@ -13,10 +13,14 @@ namespace fastrnn {
 // The product of sizes; an error where 64 bits do not hold it.
 int64_t product(std::initializer_list<int64_t> sizes);
 
+// The C library maps blocks of this size anew each time, and unmaps them when freed; these functions keep them, or ask for huge
+// pages.
+constexpr int64_t MAPPED_BYTES = 32 << 20;
+
 // torch.empty on the CPU, by the call that does not go through the dispatcher. dtype: one of aoti_torch_dtype_*.
 torch::stable::Tensor empty_tensor(const std::vector<int64_t>& sizes, int32_t dtype);
 
-// The same for what only backward will see. The C library would map and unmap a large one for each call.
+// The same for what only backward will see. Large blocks stay for later calls.
 torch::stable::Tensor empty_kept(const std::vector<int64_t>& sizes, int32_t dtype);
 
 struct Block {

@@ -7,6 +7,7 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <forward_list>
 #include <memory>
@@ -50,15 +51,18 @@ PyObject* parameter_type;
 PyObject* empty_like;
 PyObject* increment_version;
 PyObject* watched;  // a tuple of functions: where one says so, somebody looks at the call from outside. See `watch`
+// What `differentiate` is given.
+PyObject *apply, *apply_half, *recompute_is_on;
 
 // clang-format off
 enum Key : size_t {
   MODE, NUM_LAYERS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, PANELS,
-  WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, NEW_EMPTY, IS_NEG, REQUIRES_GRAD, KEYS
+  WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, RECOMPUTE, NEW_EMPTY, IS_NEG, REQUIRES_GRAD, CHUNK, KEYS
 };
 const char* const KEY_NAMES[KEYS] = {
   "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_flat_weights_names",
-  "_parameters", "_fastrnn_panels", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "is_neg", "requires_grad"
+  "_parameters", "_fastrnn_panels", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "recompute", "new_empty",
+  "is_neg", "requires_grad", "chunk"
 };
 // clang-format on
 PyObject* keys[KEYS];
@@ -89,7 +93,7 @@ bool look(PyObject* object, View& seen, bool maybe_parameter = false) {
     PyErr_Clear();
     return false;
   }
-  if (t.device.device_type != kDLCPU || t.dtype.lanes != 1 || !t.data || t.ndim < 1 || t.strides[t.ndim - 1] != 1) return false;
+  if (t.device.device_type != kDLCPU || t.dtype.lanes != 1 || t.ndim < 1 || t.strides[t.ndim - 1] != 1) return false;
   seen.address = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
   seen.dims = t.ndim;
   seen.sizes = t.shape;
@@ -98,8 +102,11 @@ bool look(PyObject* object, View& seen, bool maybe_parameter = false) {
   if (t.dtype.code == kDLFloat && t.dtype.bits == 64) seen.kind = Kind::f64;
   if (t.dtype.code == kDLBfloat) seen.kind = Kind::bf16;
   if (t.dtype.code == kDLUInt && t.dtype.bits == 8) seen.kind = Kind::byte;
+  if (t.dtype.code == kDLInt && t.dtype.bits == 64) seen.kind = Kind::i64;
+  const int64_t numbers = seen.numel();
+  if (!t.data && numbers) return false;
   // The imaginary part of a conjugate holds its numbers negated, and DLPack does not say so. It has gaps, or one number.
-  bool whole = seen.numel() != 1;
+  bool whole = numbers != 1;
   for (int64_t axis = seen.dims - 1, expected = 1; axis >= 0; expected *= seen.sizes[axis], --axis)
     whole = whole && seen.strides[axis] == expected;
   if (whole) return true;
@@ -118,6 +125,22 @@ bool somebody_watches() {
     if (truth) return true;
   }
   return false;
+}
+
+bool wants_gradient(PyObject* tensor) {
+  if (!tensor) return false;
+  const Owned answer = owned(PyObject_GetAttr(tensor, keys[REQUIRES_GRAD]));
+  if (!answer) throw PythonError();
+  return answer.get() == Py_True;
+}
+
+// None in the place of what is not there.
+Owned tuple_of(std::vector<Owned> items) {
+  Owned tuple = owned(PyTuple_New(static_cast<Py_ssize_t>(items.size())));
+  if (!tuple || PyErr_Occurred()) throw PythonError();
+  Py_ssize_t at = 0;
+  for (Owned& item : items) PyTuple_SetItem(tuple.get(), at++, (item ? std::move(item) : kept(Py_None)).release());
+  return tuple;
 }
 
 // How a layer's frozen weights begin; a line for each of these, then the panels. See fastrnn.freeze.
@@ -307,6 +330,10 @@ class Stack {
     return sorted;
   }
 
+  bool wants_gradient() const {
+    return std::any_of(objects.begin(), objects.end(), [](const Owned& weight) { return fastrnn::wants_gradient(weight.get()); });
+  }
+
   double operations(const View& x) const {
     const auto rows = static_cast<double>(x.numel() / x.size(-1));
     const auto units = static_cast<double>(layers * directions * cell->gates * hidden_size);
@@ -435,31 +462,30 @@ class Stack {
   std::vector<Owned> objects;  // the weights, or the panels: looking at them, others may run and drop theirs
 };
 
-bool wants_gradient(PyObject* tensor) {
-  if (!tensor) return false;
-  const Owned answer = owned(PyObject_GetAttr(tensor, keys[REQUIRES_GRAD]));
-  if (!answer) throw PythonError();
-  return answer.get() == Py_True;
-}
-
 // Results, made one after the other. Where there is a tensor of the size already it serves as a pattern: torch takes half as
 // long for a tensor as for numbers.
 class Results {
  public:
-  Results(PyObject* x, const View& seen, const States& states) {
-    patterns_[count_++] = {x, seen};
-    if (states.h_or_none) patterns_[count_++] = {states.objects[0].get(), states.h};
-    if (states.c_or_none) patterns_[count_++] = {states.objects[1].get(), states.c};
+  void like(PyObject* object, const View& seen) {
+    if (count_ < std::size(patterns_)) patterns_[count_++] = {object, seen};
+  }
+  void like(PyObject* x, const View& seen, const States& states) {
+    like(x, seen);
+    if (states.h_or_none) like(states.objects[0].get(), states.h);
+    if (states.c_or_none) like(states.objects[1].get(), states.c);
   }
 
-  Owned make(std::initializer_list<int64_t> sizes, View& seen) {
+  Owned make(const std::vector<int64_t>& sizes, Kind kind, View& seen) {
     Owned made;
-    for (size_t i = 0; i < count_ && !made; ++i) {
-      const View& pattern = patterns_[i].second;
+    PyObject* of_kind = nullptr;
+    for (size_t i = count_; i-- > 0 && !made;) {
+      const auto& [object, pattern] = patterns_[i];
+      if (pattern.kind != kind) continue;
+      of_kind = object;
       if (pattern.is_contiguous() && std::equal(sizes.begin(), sizes.end(), pattern.sizes, pattern.sizes + pattern.dims))
-        made = owned(PyObject_CallFunctionObjArgs(empty_like, patterns_[i].first, nullptr));
+        made = owned(PyObject_CallFunctionObjArgs(empty_like, object, nullptr));
     }
-    if (!made) {
+    if (!made && of_kind) {
       const Owned shape = owned(PyTuple_New(static_cast<Py_ssize_t>(sizes.size())));
       if (!shape) throw PythonError();
       Py_ssize_t axis = 0;
@@ -468,28 +494,32 @@ class Results {
         if (!number) throw PythonError();
         PyTuple_SetItem(shape.get(), axis++, number);
       }
-      made = owned(PyObject_CallMethodObjArgs(patterns_[0].first, keys[NEW_EMPTY], shape.get(), nullptr));
+      made = owned(PyObject_CallMethodObjArgs(of_kind, keys[NEW_EMPTY], shape.get(), nullptr));
     }
     if (!made || !look(made.get(), seen)) throw PythonError();
-    if (count_ < std::size(patterns_)) patterns_[count_++] = {made.get(), seen};
+    like(made.get(), seen);
     return made;
   }
 
  private:
-  std::pair<PyObject*, View> patterns_[6];
+  std::pair<PyObject*, View> patterns_[12];
   size_t count_ = 0;
 };
 
 constexpr double LONG = 4e6;  // operations: for so many others may run meanwhile
 
-void run(const Stack& stack, const View& x, const States& before, const View& y, const View& h_n, const View* c_n) {
-  const auto work = [&] { stack.run(x, before.h_or_none, before.c_or_none, y, h_n, c_n); };
-  if (stack.operations(x) < LONG) return work();
+template <class Work>
+void run(double operations, const Work& work) {
+  if (operations < LONG) return work();
   struct Unlocked {
     PyThreadState* state = PyEval_SaveThread();
     ~Unlocked() { PyEval_RestoreThread(state); }
   } unlocked;
   work();
+}
+
+void run(const Stack& stack, const View& x, const States& before, const View& y, const View& h_n, const View* c_n) {
+  run(stack.operations(x), [&] { stack.run(x, before.h_or_none, before.c_or_none, y, h_n, c_n); });
 }
 
 // The body of a function for Python: None where `body` gives nothing.
@@ -511,14 +541,11 @@ PyObject* answer(const Body& body) {
   return nullptr;
 }
 
-bool input_wants_gradient(PyObject* x, const States& before) {
-  return wants_gradient(x) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get());
-}
-
-// May this call be taken? A frozen module has no gradients but its input's.
-bool may_run(const Stack& stack, PyObject* x, const States& before) {
-  if (aoti_torch_grad_mode_is_enabled() && (!stack.frozen || input_wants_gradient(x, before))) return false;
-  return !somebody_watches();
+// Has torch to differentiate this call? A frozen module has no gradients but its input's.
+bool differentiates(const Stack& stack, PyObject* x, const States& before) {
+  if (!aoti_torch_grad_mode_is_enabled()) return false;
+  return wants_gradient(x) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get()) ||
+         (!stack.frozen && stack.wants_gradient());
 }
 
 bool overlap(const View& a, const View& b) {
@@ -547,23 +574,66 @@ Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
   return state ? owned(PyTuple_Pack(2, y.get(), state.get())) : nullptr;
 }
 
+// A call of one layer that is differentiated: its autograd.Function's. Null in recompute mode.
+Owned differentiable(PyObject* attributes, const Stack& stack, PyObject* x_object, const View& x, const States& before) {
+  const Owned recompute = owned(PyObject_CallNoArgs(recompute_is_on));
+  if (!recompute) throw PythonError();
+  if (recompute.get() == Py_True || find(attributes, RECOMPUTE)) return nullptr;
+  const bool pair = stack.cell->has_cell_state;
+  Owned states[2];
+  Results zeros;
+  zeros.like(x_object, x);
+  for (size_t i = 0; i < 1U + pair; ++i) {
+    const int64_t width = i ? stack.hidden_size : stack.output_size;
+    if (before.h_or_none) {
+      states[i] = kept(before.objects[i].get());
+    } else if (i && stack.hidden_size == stack.output_size) {
+      states[i] = kept(states[0].get());
+    } else {
+      View seen;
+      states[i] = zeros.make({stack.directions, stack.batch, width}, x.kind, seen);
+      std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.kind)));
+    }
+  }
+  std::vector<Owned> arguments;
+  arguments.push_back(kept(x_object));
+  arguments.push_back(nullptr);
+  arguments.push_back(std::move(states[0]));
+  arguments.push_back(std::move(states[1]));
+  arguments.push_back(owned(PyUnicode_InternFromString(stack.cell->name)));
+  arguments.push_back(kept(Py_False));
+  arguments.push_back(kept(stack.batch_first ? Py_True : Py_False));
+  arguments.push_back(owned(PyLong_FromLong(0)));
+  arguments.push_back(owned(PyLong_FromLongLong(stack.directions)));
+  for (PyObject* weight : stack.by_kind()) arguments.push_back(kept(weight));
+  const Owned results = owned(PyObject_CallObject(stack.half ? apply_half : apply, tuple_of(std::move(arguments)).get()));
+  if (!results) throw PythonError();
+  const auto result = [&](Py_ssize_t index) { return kept(PyTuple_GetItem(results.get(), index)); };
+  return with_state(result(0), result(1), pair ? result(2) : nullptr);
+}
+
 // forward(module.__dict__, x, hx) -> (y, state) of batched dense input, or None.
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *attributes = args[0], *x_object = args[1];
-    if (aoti_torch_grad_mode_is_enabled() && !find(attributes, PANELS)) return nullptr;
     Stack stack;
     View x;
     States before;
-    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr) || drops(attributes)) return nullptr;
+    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr)) return nullptr;
+    if (stack.layers > 1 && drops(attributes)) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[2], pair) || !may_run(stack, x_object, before)) return nullptr;
+    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
+    if (differentiates(stack, x_object, before)) {
+      if (stack.frozen || stack.layers > 1) return nullptr;
+      return differentiable(attributes, stack, x_object, x, before);
+    }
     const int64_t D = stack.directions, B = stack.batch, R = stack.output_size;
     View y, h_n, c_n;
-    Results results(x_object, x, before);
-    Owned h_object = results.make({stack.layers * D, B, R}, h_n), y_object = results.make({x.size(0), x.size(1), D * R}, y);
-    Owned c_object = pair ? results.make({stack.layers * D, B, stack.hidden_size}, c_n) : nullptr;
+    Results results;
+    results.like(x_object, x, before);
+    Owned h_object = results.make({stack.layers * D, B, R}, x.kind, h_n), y_object = results.make({x.size(0), x.size(1), D * R}, x.kind, y);
+    Owned c_object = pair ? results.make({stack.layers * D, B, stack.hidden_size}, x.kind, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
     return with_state(y_object, h_object, c_object);
   });
@@ -595,9 +665,10 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (!owned(PyObject_CallFunctionObjArgs(increment_version, written.get(), nullptr))) throw PythonError();
       return kept(out);
     }
-    Results results(x_object, x, before);
-    Owned h_object = results.make({stack.layers, B, R}, h_n), y_object = results.make({B, R}, y);
-    Owned c_object = pair ? results.make({stack.layers, B, stack.hidden_size}, c_n) : nullptr;
+    Results results;
+    results.like(x_object, x, before);
+    Owned h_object = results.make({stack.layers, B, R}, x.kind, h_n), y_object = results.make({B, R}, x.kind, y);
+    Owned c_object = pair ? results.make({stack.layers, B, stack.hidden_size}, x.kind, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
     return with_state(y_object, h_object, c_object);
   });
@@ -607,7 +678,6 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *attributes = args[0], *x_object = args[1];
-    if (aoti_torch_grad_mode_is_enabled() && !find(attributes, PANELS)) return nullptr;
     const char* mode = PyUnicode_AsUTF8AndSize(args[3], nullptr);
     if (!mode) throw PythonError();
     Stack stack;
@@ -615,55 +685,136 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before;
     if (!look(x_object, x) || !stack.read(attributes, mode)) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[2], pair) || !may_run(stack, x_object, before)) return nullptr;
+    if (!before.read(args[2], pair) || differentiates(stack, x_object, before) || somebody_watches()) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;
-    Results results(x_object, x, before);
-    Owned h_object = results.make({stack.batch, stack.output_size}, h);
-    Owned c_object = pair ? results.make({stack.batch, stack.hidden_size}, c) : nullptr;
+    Results results;
+    results.like(x_object, x, before);
+    Owned h_object = results.make({stack.batch, stack.output_size}, x.kind, h);
+    Owned c_object = pair ? results.make({stack.batch, stack.hidden_size}, x.kind, c) : nullptr;
     run(stack, x, before, h, h, pair ? &c : nullptr);  // the output is the state
     return pair ? owned(PyTuple_Pack(2, h_object.get(), c_object.get())) : std::move(h_object);
   });
 }
 
-// training(module.__dict__, x, hx) -> the arguments of fastrnn.ops.apply_eagerly, or of apply_half where matrices are in
-// bfloat16, for a module of one layer, batched dense input and gradients that are wanted, or None.
-PyObject* training(PyObject*, PyObject* const* args, Py_ssize_t) {
+// What layer_forward and layer_backward have in common.
+class LayerArguments {
+ public:
+  // Two runs of a tuple: x, batch_sizes, h0, c0, and each kind of weights, of all directions. False where that is not what a
+  // kernel reads.
+  bool tensors(PyObject* tuple, Py_ssize_t weights_at) {
+    const Py_ssize_t count = PyTuple_Size(tuple) - weights_at, kinds = count / directions;
+    Views* const by_kind[] = {&layer.w_ih, &layer.w_hh, kinds > 3 ? &layer.b_ih : &layer.w_hr, &layer.b_hh, &layer.w_hr};
+    if (kinds < 2 || kinds > 5 || count != kinds * directions) return false;
+    for (Py_ssize_t i = 0; i < count; ++i)
+      if (!whole(PyTuple_GetItem(tuple, weights_at + i), by_kind[i / directions]->emplace_back())) return false;
+    return rows(PyTuple_GetItem(tuple, 0), layer.x) && maybe(PyTuple_GetItem(tuple, 1), layer.batch_sizes) &&
+           whole(PyTuple_GetItem(tuple, 2), layer.h0) && maybe(PyTuple_GetItem(tuple, 3), layer.c0);
+  }
+  // Five of a tuple: cell, reverse, batch_first, segments, directions. False in recompute mode.
+  bool options(PyObject* tuple, Py_ssize_t at) {
+    PyObject* name = PyTuple_GetItem(tuple, at);
+    for (const Cell& c : CELLS)
+      if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, c.name) == 0) layer.cell = &c;
+    layer.reverse = PyTuple_GetItem(tuple, at + 1) == Py_True;
+    layer.batch_first = PyTuple_GetItem(tuple, at + 2) == Py_True;
+    const auto segments = PyLong_AsLong(PyTuple_GetItem(tuple, at + 3));
+    directions = PyLong_AsSsize_t(PyTuple_GetItem(tuple, at + 4));
+    if (PyErr_Occurred()) throw PythonError();
+    return layer.cell && !segments && directions > 0;
+  }
+  bool rows(PyObject* object, View& seen) {
+    if (!look(object, seen, true)) return false;
+    results.like(object, seen);
+    return true;
+  }
+  bool whole(PyObject* object, View& seen) { return rows(object, seen) && seen.is_contiguous(); }
+  bool maybe(PyObject* object, View& seen) { return object == Py_None || whole(object, seen); }
+
+  Layer layer{};
+  Py_ssize_t directions = 0;
+  Results results;
+};
+
+// Results of an op, made as the call asks for them.
+template <size_t Count>
+struct MadeResults {
+  std::array<Owned, Count> made;
+
+  Make make(Results& results) {
+    return [&](size_t result, const std::vector<int64_t>& sizes, Kind kind) {
+      View seen;
+      made[result] = results.make(sizes, kind, seen);
+      if (seen.numel() * bytes_of(kind) >= MAPPED_BYTES) throw NotTaken();  // the op has better memory for them
+      return seen;
+    };
+  }
+};
+
+void run(Call call, bool forward) {
+  run(static_cast<double>(call.operations(forward)), [&] { call.run(forward); });
+}
+
+// layer_forward(arguments of fastrnn.ops.Layer) -> its y, h_n, c_n or None, saved, of a call that nobody watches, or None.
+PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
-    PyObject *attributes = args[0], *x_object = args[1];
-    if (!aoti_torch_grad_mode_is_enabled() || find(attributes, PANELS)) return nullptr;
-    Stack stack;
-    View x, h, c;
-    States before;
-    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr) || stack.layers != 1) return nullptr;
-    const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
-    if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
-    const std::vector<PyObject*> weights = stack.by_kind();
-    bool wanted = input_wants_gradient(x_object, before);
-    for (size_t i = 0; i < weights.size() && !wanted; ++i) wanted = wants_gradient(weights[i]);
-    if (!wanted) return nullptr;
-    Owned h_object, c_object;
-    if (!before.h_or_none) {
-      Results results(x_object, x, before);
-      const auto zeros = [&](int64_t width, View& seen) {
-        Owned made = results.make({stack.directions, stack.batch, width}, seen);
-        std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.kind)));
-        return made;
-      };
-      h_object = zeros(stack.output_size, h);
-      if (pair) c_object = zeros(stack.hidden_size, c);
-    } else {
-      h_object = kept(before.objects[0].get());
-      if (pair) c_object = kept(before.objects[1].get());
+    LayerArguments given;
+    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < 9 || somebody_watches()) return nullptr;
+    if (!given.options(args[0], 4) || !given.tensors(args[0], 9)) return nullptr;
+    MadeResults<FORWARD_RESULTS> results;
+    run(forward_call(given.layer, true, results.make(given.results)), true);
+    auto& [y, h_n, c_n, saved] = results.made;
+    return owned(PyTuple_Pack(4, y.get(), h_n.get(), c_n ? c_n.get() : Py_None, saved.get()));
+  });
+}
+
+// layer_backward((dy, dh_n, dc_n), what `Layer` has saved, its options, its needs_input_grad) -> the gradients of its inputs, of
+// a call that nobody watches or differentiates, or None.
+PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    PyObject *outer = args[0], *tensors = args[1], *options = args[2], *needs = args[3];
+    LayerArguments given;
+    const Py_ssize_t inputs = PyTuple_Size(needs), weights = inputs - 9;
+    if (PyErr_Occurred()) throw PythonError();
+    if (aoti_torch_grad_mode_is_enabled() || somebody_watches() || weights < 2) return nullptr;
+    if (PyTuple_Size(outer) != 3 || PyTuple_Size(tensors) != 6 + weights || PyTuple_Size(options) != 5) return nullptr;
+    if (!given.options(options, 0) || !given.tensors(tensors, 6)) return nullptr;
+    const auto needed = [&](Py_ssize_t input) { return PyTuple_GetItem(needs, input) == Py_True; };
+    Gradients gradients{};
+    gradients.need_dx = needed(0);
+    gradients.need_dh0 = needed(2) || needed(3);
+    for (Py_ssize_t i = 9; i < inputs; ++i) gradients.need_dw |= needed(i);
+    View y, saved;
+    if (!given.rows(PyTuple_GetItem(tensors, 4), y) || !given.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;
+    if (!given.maybe(PyTuple_GetItem(outer, 1), gradients.dh_n) || !given.maybe(PyTuple_GetItem(outer, 2), gradients.dc_n))
+      return nullptr;
+    Owned dy = kept(PyTuple_GetItem(outer, 0));
+    if (dy.get() == Py_None) {
+      if (!gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
+      dy = given.results.make({y.sizes, y.sizes + y.dims}, y.kind, gradients.dy);
+      std::memset(reinterpret_cast<void*>(gradients.dy.address), 0, static_cast<size_t>(y.numel() * bytes_of(y.kind)));
+    } else if (!given.rows(dy.get(), gradients.dy)) {
+      return nullptr;
     }
-    const Owned first = owned(Py_BuildValue("(OOOOsOOiL)", x_object, Py_None, h_object.get(), pair ? c_object.get() : Py_None,
-                                            stack.cell->name, Py_False, stack.batch_first ? Py_True : Py_False, 0,
-                                            static_cast<long long>(stack.directions)));
-    const Owned rest = owned(PyTuple_New(static_cast<Py_ssize_t>(weights.size())));
-    if (!first || !rest) throw PythonError();
-    Py_ssize_t at = 0;
-    for (PyObject* weight : weights) PyTuple_SetItem(rest.get(), at++, kept(weight).release());
-    return owned(PySequence_Concat(first.get(), rest.get()));
+    MadeResults<BACKWARD_RESULTS> results;
+    run(backward_call(given.layer, gradients, y, saved, results.make(given.results)), false);
+    auto& [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr] = results.made;
+    std::vector<Owned> found(static_cast<size_t>(inputs));
+    found[0] = std::move(dx);
+    found[2] = std::move(dh0);
+    found[3] = std::move(dc0);
+    auto place = found.begin() + 9;
+    for (Owned* joined : {&dw_ih, &dw_hh, &db_ih, &db_hh, &dw_hr}) {
+      if (!*joined) continue;
+      if (given.directions == 1) {
+        *place++ = std::move(*joined);
+        continue;
+      }
+      const Owned count = owned(PyLong_FromSsize_t(given.directions));
+      const Owned parts = owned(PyObject_CallMethodObjArgs(joined->get(), keys[CHUNK], count.get(), nullptr));
+      if (!parts) throw PythonError();
+      for (Py_ssize_t d = 0; d < given.directions; ++d) *place++ = kept(PyTuple_GetItem(parts.get(), d));
+    }
+    return tuple_of(std::move(found));
   });
 }
 
@@ -719,6 +870,14 @@ PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
+// differentiate(apply, apply_half, recompute_is_on): fastrnn.ops.apply_eagerly, apply_half, and fastrnn.checkpoint.is_on.
+PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
+  apply = kept(args[0]).release();
+  apply_half = kept(args[1]).release();
+  recompute_is_on = kept(args[2]).release();
+  Py_RETURN_NONE;
+}
+
 // With as many arguments as it wants.
 template <PyObject* (*Own)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t Wanted>
 PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -737,8 +896,9 @@ PyMethodDef method(const char* name) {
 PyMODINIT_FUNC PyInit__runtime() {
   using namespace fastrnn;
   static PyMethodDef methods[] = {
-      method<forward, 3>("forward"), method<step, 4>("step"), method<cell, 4>("cell"), method<training, 3>("training"),
-      method<pack, 3>("pack"), method<prepare, 6>("prepare"), method<watch, 1>("watch"),
+      method<forward, 3>("forward"), method<step, 4>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
+      method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
+      method<prepare, 6>("prepare"), method<watch, 1>("watch"), method<differentiate, 3>("differentiate"),
       {"tiers", tiers, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   for (size_t i = 0; i < KEYS; ++i)

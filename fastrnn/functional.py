@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 
-from fastrnn import checkpoint, dispatch, ops
+from fastrnn import dispatch, ops
 from fastrnn.kernels import reference
 from fastrnn.kernels.cells import CELLS
 
@@ -124,12 +124,6 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
     """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3:
         return None
-    if dispatch.native and not checkpoint.is_on():
-        arguments = dispatch.native.training(module.__dict__, x, hx)
-        if arguments is not None:
-            weight = arguments[9]
-            y, h_n, c_n, *_ = (ops.apply_half if weight.dtype is torch.bfloat16 else ops.apply_eagerly)(*arguments)
-            return y, (h_n, c_n) if module.mode == "LSTM" else h_n
     cell, lstm, weights = dispatch.BY_MODE[module.mode], module.mode == "LSTM", own_weights(module)
     if weights is None:
         return None

@@ -84,8 +84,8 @@ _library.define(
     "Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
     tags=_tags,
 )
-_forward = torch.ops.fastrnn.layer_forward.default
-_backward = torch.ops.fastrnn.layer_backward.default
+_layer_forward = torch.ops.fastrnn.layer_forward.default
+_layer_backward = torch.ops.fastrnn.layer_backward.default
 _checkpoint_forward = torch.ops.fastrnn.checkpoint_forward.default
 _checkpoint_backward = torch.ops.fastrnn.checkpoint_backward.default
 _library.impl("checkpoint_forward", checkpoint.forward, "CompositeExplicitAutograd")
@@ -170,7 +170,7 @@ def layer(
         segments = 0 if transformed else checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, len(w_hr) > 0)
         y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, len(w_ih), *weights)
     else:
-        y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
+        y, h_n, c_n, _ = _layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
     return y, h_n, c_n if cell == "lstm" else None
 
 
@@ -186,7 +186,9 @@ def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
         as_they_are = _takes_half(weights) and not (_forward_mode() or torch._C._are_functorch_transforms_active())
         wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *itertools.chain(*weights)), c0)
         if as_they_are and not wanted:
-            y, h_n, c_n, _ = _forward_half(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first, False)
+            x, h0, c0, flat = _all_but_matrices(x, h0, c0, itertools.chain(*weights))
+            kinds = _kinds(flat, len(weights[0]))
+            y, h_n, c_n, _ = _layer_forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, False)
         elif as_they_are and not (
             autocast
             or torch.compiler.is_compiling()
@@ -201,12 +203,10 @@ def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
         return _to(y, dtype), _to(h_n, dtype), None if c0 is None else _to(c_n, dtype)
 
 
-def _forward_half(x, batch_sizes, h0, c0, weights: Kinds, cell, reverse, batch_first, save):
-    """layer_forward of matrices in bfloat16; all else in float32, whatever it was."""
-    w_ih, w_hh, b_ih, b_hh, w_hr = weights
-    biases = [b.float() for b in b_ih], [b.float() for b in b_hh]
+def _all_but_matrices(x, h0, c0, weights):
+    """The same in float32, whatever it was, but for matrices, which layer_forward reads in bfloat16."""
     x, h0, c0 = (_to(tensor, torch.float32) for tensor in (x, h0, c0))
-    return _forward(x, batch_sizes, h0, c0, w_ih, w_hh, *biases, w_hr, cell, reverse, batch_first, save)
+    return x, h0, c0, [weight if weight.dim() == 2 else weight.float() for weight in weights]
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -233,7 +233,7 @@ class Layer(Function):
         kinds = _kinds(weights, directions)
         if segments:
             return _checkpoint_forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, segments)
-        return _forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, True)
+        return _layer_forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -241,23 +241,29 @@ class Layer(Function):
         ctx.options = inputs[4:9]
         ctx.save_for_backward(*inputs[:4], y, saved, *inputs[9:])
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*((saved,) if c_n.dim() > 1 else (c_n, saved)))
+        ctx.mark_non_differentiable(*((saved,) if c_n is None or c_n.dim() > 1 else (c_n, saved)))
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _):
-        return Layer.gradients(ctx, dy, dh_n, dc_n, *ctx.saved_tensors)
+        return Layer.gradients(ctx, dy, dh_n, dc_n, ctx.saved_tensors)
 
     @staticmethod
-    def gradients(ctx, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights):
+    def gradients(ctx, dy, dh_n, dc_n, saved_tensors):
         """Of the inputs in turn. Saved tensors may come in another dtype than they were saved in."""
+        compiling = torch.compiler.is_compiling()
+        batched = not compiling and _vmapped_the_old_way(dy, dh_n, dc_n)
+        if dispatch.native and not compiling and not batched:
+            found = dispatch.native.layer_backward((dy, dh_n, dc_n), saved_tensors, ctx.options, ctx.needs_input_grad)
+            if found is not None:
+                return found
+        x, batch_sizes, h0, c0, y, saved, *weights = saved_tensors
         cell, reverse, batch_first, segments, directions = ctx.options
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * (9 + len(weights))
         need_dx, _, *states = ctx.needs_input_grad[:4]
         need_dh0, need_dw = any(states), any(ctx.needs_input_grad[9:])
         options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (_forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n)):
+        if not compiling and (_forward_mode() or batched):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options)
         elif not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
             grads = LayerBackward.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
@@ -292,11 +298,16 @@ class EagerLayer(Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = Layer.forward(*inputs)
+        output = _short_forward(inputs)
         Layer.setup_context(ctx, inputs, output)
         return output
 
     backward = Layer.backward
+
+
+def _short_forward(inputs: tuple) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Layer.forward past the dispatcher, which takes longer than a small step, where nobody would see the call there."""
+    return (dispatch.native and dispatch.native.layer_forward(inputs)) or Layer.forward(*inputs)
 
 
 # Function.apply would look for wrappers of transforms that have ended, of which there are none among plain tensors.
@@ -308,15 +319,12 @@ class HalfLayer(Function):
 
     @staticmethod
     def forward(ctx, x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights):
-        kinds = _kinds(weights, directions)
-        y, h_n, c_n, saved = _forward_half(x, batch_sizes, h0, c0, kinds, cell, reverse, batch_first, True)
-        rounded = _to(y, x.dtype), _to(h_n, x.dtype), _to(c_n, x.dtype)
+        wide_x, wide_h0, wide_c0, flat = _all_but_matrices(x, h0, c0, weights)
         ctx.options = cell, reverse, batch_first, segments, directions
+        y, h_n, c_n, saved = _short_forward((wide_x, batch_sizes, wide_h0, wide_c0, *ctx.options, *flat))
         ctx.save_for_backward(x, batch_sizes, h0, c0, y, saved, *weights)
         ctx.set_materialize_grads(False)
-        if c0 is None:
-            ctx.mark_non_differentiable(rounded[2])
-        return rounded
+        return _to(y, x.dtype), _to(h_n, x.dtype), None if c0 is None else _to(c_n, x.dtype)
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
@@ -326,7 +334,7 @@ class HalfLayer(Function):
         if not plain or _vmapped_the_old_way(dy, dh_n, dc_n):
             weights = [weight.float() for weight in weights]
         dy, dh_n, dc_n, x, h0, c0 = (_to(tensor, torch.float32) for tensor in (dy, dh_n, dc_n, x, h0, c0))
-        found = Layer.gradients(ctx, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights)
+        found = Layer.gradients(ctx, dy, dh_n, dc_n, (x, batch_sizes, h0, c0, y, saved, *weights))
         return tuple(map(_to, found, dtypes))
 
 
@@ -344,7 +352,7 @@ class LayerBackward(Function):
         layer = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
         if segments:
             return _checkpoint_backward(*layer, segments, need_dx, need_dh0, need_dw)
-        return _backward(*layer, need_dx, need_dh0, need_dw)
+        return _layer_backward(*layer, need_dx, need_dh0, need_dw)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -419,7 +427,10 @@ def _forward_mode() -> bool:
 
 def _vmapped_the_old_way(*grads: Tensor | None) -> bool:
     """autograd.grad(is_grads_batched=True) maps by a mechanism older than torch.func's, without rules for our ops."""
-    return any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads)
+    for grad in grads:
+        if grad is not None and is_legacy_batchedtensor(grad):
+            return True
+    return False
 
 
 def _requires_grad(tensors: Sequence[Tensor], c0: Tensor | None) -> bool:
@@ -467,3 +478,5 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 
 dispatch.load()  # after the schemas it registers against
+if dispatch.native:
+    dispatch.native.differentiate(apply_eagerly, apply_half, checkpoint.is_on)
