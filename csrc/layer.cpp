@@ -197,9 +197,10 @@ Call common(const Layer& layer) {
                          !layer.b_ih.empty(),
                          !layer.w_hr.empty(),
                          w_hh.kind == Kind::bf16};
-  const Layout layout = batch_sizes.dims    ? Layout::packed
-                        : layer.batch_first ? Layout::batch_time
-                                            : Layout::time_batch;
+  const Layout layout = batch_sizes.dims      ? Layout::packed
+                        : layer.x.dims == 2   ? Layout::batch
+                        : layer.batch_first   ? Layout::batch_time
+                                              : Layout::time_batch;
   Call call(sizes, layer.x, layout, layer.reverse, reinterpret_cast<const int64_t*>(batch_sizes.address), batch_sizes.numel());
   const Record& r = call.records[0];
   const int64_t gate_rows = call.cell.gates * r.hidden_size;
@@ -211,6 +212,8 @@ Call common(const Layer& layer) {
   if (call.cell.has_cell_state) call.states(layer.c0, &Record::c0, r.batch * r.hidden_size);
   return call;
 }
+
+std::vector<int64_t> sizes_of(const View& t) { return {t.sizes, t.sizes + t.dims}; }
 
 // Numbers that are saved for one row.
 int64_t saved_width(const Call& call) { return (call.cell.slots + call.records[0].projected) * call.records[0].hidden_size; }
@@ -226,11 +229,13 @@ Call forward_call(const Layer& layer, bool save, const Make& make) {
     give(call, layer.b_ih, &Record::b_ih, call.cell.gates * H);
     give(call, layer.b_hh, &Record::b_hh, call.cell.gates * H);
   }
-  std::vector<int64_t> y_sizes(layer.x.sizes, layer.x.sizes + layer.x.dims);
+  std::vector<int64_t> y_sizes = sizes_of(layer.x);
   y_sizes.back() = D * R;
-  call.states(make(H_N, {D, B, R}, kind), &Record::h_n, B * R);
-  call.rows(make(Y, y_sizes, kind), &Record::y, &Record::y_step, &Record::y_row, R);
-  if (call.cell.has_cell_state) call.states(make(C_N, {D, B, H}, kind), &Record::c_n, B * H);
+  const bool step = layer.x.dims == 2 && !layer.batch_sizes.dims;
+  const View y = make(Y, y_sizes, kind), h_n = step ? y : make(H_N, sizes_of(layer.h0), kind);
+  call.rows(y, &Record::y, &Record::y_step, &Record::y_row, R);
+  call.states(h_n, &Record::h_n, B * R);
+  if (call.cell.has_cell_state) call.states(make(C_N, sizes_of(layer.c0), kind), &Record::c_n, B * H);
   if (save) call.states(make(SAVED, {D, r.rows, saved}, kind), &Record::saved, r.rows * saved);
   for (Record& record : call.records) record.save = save;
   return call;
@@ -250,15 +255,16 @@ Call backward_call(const Layer& layer, const Gradients& gradients, const View& y
   call.rows(gradients.dy, &Record::dy, &Record::dy_step, &Record::dy_row, R);
   call.states(saved, &Record::saved, r.rows * saved_width(call));
   // The states' gradients are carried back in the place of the result.
-  const auto state = [&](const View& final, int64_t Record::*field, size_t result, int64_t Record::*carried, int64_t width) {
+  const auto state = [&](const View& initial, const View& final, int64_t Record::*field, size_t result,
+                         int64_t Record::*carried, int64_t width) {
     if (final.dims) call.states(final, field, B * width);
     if (!gradients.need_dh0) return call.scratch(carried, B * width);
-    call.states(make(result, {D, B, width}, kind), carried, B * width);
+    call.states(make(result, sizes_of(initial), kind), carried, B * width);
   };
-  state(gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, R);
-  if (call.cell.has_cell_state) state(gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, H);
+  state(layer.h0, gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, R);
+  if (call.cell.has_cell_state) state(layer.c0, gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, H);
   if (gradients.need_dx) {
-    const View dx = make(DX, std::vector<int64_t>(layer.x.sizes, layer.x.sizes + layer.x.dims), kind);
+    const View dx = make(DX, sizes_of(layer.x), kind);
     call.rows(dx, &Record::dx, &Record::dx_step, &Record::dx_row, 0);
   }
   if (gradients.need_dw) {

@@ -92,7 +92,8 @@ class Call {
   std::array<Record, 2> records;  // one a direction
 };
 
-// What the raw ops are given, see fastrnn/ops.py; what is absent has no dimensions. All but x, y and dy is contiguous.
+// What the raw ops are given, see fastrnn/ops.py; what is absent has no dimensions. All but x, y and dy is contiguous. An x of
+// one step [B, I] goes with states of a single direction, [B, R] and [B, H], and has no h_n beside its y.
 using Views = std::vector<View>;
 struct Layer {
   const Cell* cell;

@@ -52,7 +52,7 @@ PyObject* empty_like;
 PyObject* increment_version;
 PyObject* watched;  // a tuple of functions: where one says so, somebody looks at the call from outside. See `watch`
 // What `differentiate` is given.
-PyObject *apply, *apply_half, *recompute_is_on;
+PyObject *apply, *apply_half, *apply_step, *recompute_is_on, *cat;
 
 // clang-format off
 enum Key : size_t {
@@ -323,10 +323,10 @@ class Stack {
   }
 
   // The weights of one layer: each direction's w_ih, each one's w_hh, and so on.
-  std::vector<PyObject*> by_kind() const {
+  std::vector<PyObject*> by_kind(int64_t layer) const {
     std::vector<PyObject*> sorted;
-    const size_t count = objects.size(), kinds = count / static_cast<size_t>(directions);
-    for (size_t i = 0; i < count; ++i) sorted.push_back(objects[i % directions * kinds + i / directions].get());
+    const size_t count = objects.size() / layers, kinds = count / directions, first = layer * count;
+    for (size_t i = 0; i < count; ++i) sorted.push_back(objects[first + i % directions * kinds + i / directions].get());
     return sorted;
   }
 
@@ -574,29 +574,16 @@ Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
   return state ? owned(PyTuple_Pack(2, y.get(), state.get())) : nullptr;
 }
 
-// A call of one layer that is differentiated: its autograd.Function's. Null in recompute mode.
-Owned differentiable(PyObject* attributes, const Stack& stack, PyObject* x_object, const View& x, const States& before) {
-  const Owned recompute = owned(PyObject_CallNoArgs(recompute_is_on));
-  if (!recompute) throw PythonError();
-  if (recompute.get() == Py_True || find(attributes, RECOMPUTE)) return nullptr;
-  const bool pair = stack.cell->has_cell_state;
-  Owned states[2];
-  Results zeros;
-  zeros.like(x_object, x);
-  for (size_t i = 0; i < 1U + pair; ++i) {
-    const int64_t width = i ? stack.hidden_size : stack.output_size;
-    if (before.h_or_none) {
-      states[i] = kept(before.objects[i].get());
-    } else if (i && stack.hidden_size == stack.output_size) {
-      states[i] = kept(states[0].get());
-    } else {
-      View seen;
-      states[i] = zeros.make({stack.directions, stack.batch, width}, x.kind, seen);
-      std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.kind)));
-    }
-  }
-  std::vector<Owned> arguments;
-  arguments.push_back(kept(x_object));
+bool recomputes(PyObject* attributes) {
+  const Owned mode = owned(PyObject_CallNoArgs(recompute_is_on));
+  if (!mode) throw PythonError();
+  return mode.get() == Py_True || find(attributes, RECOMPUTE);
+}
+
+// One layer of a call that is differentiated, by an autograd.Function. states: h, and c or nothing.
+Owned differentiated(PyObject* function, const Stack& stack, int64_t layer, PyObject* x, std::array<Owned, 2> states) {
+  std::vector<Owned> arguments;  // of fastrnn.ops.Layer
+  arguments.push_back(kept(x));
   arguments.push_back(nullptr);
   arguments.push_back(std::move(states[0]));
   arguments.push_back(std::move(states[1]));
@@ -605,11 +592,56 @@ Owned differentiable(PyObject* attributes, const Stack& stack, PyObject* x_objec
   arguments.push_back(kept(stack.batch_first ? Py_True : Py_False));
   arguments.push_back(owned(PyLong_FromLong(0)));
   arguments.push_back(owned(PyLong_FromLongLong(stack.directions)));
-  for (PyObject* weight : stack.by_kind()) arguments.push_back(kept(weight));
-  const Owned results = owned(PyObject_CallObject(stack.half ? apply_half : apply, tuple_of(std::move(arguments)).get()));
+  for (PyObject* weight : stack.by_kind(layer)) arguments.push_back(kept(weight));
+  Owned results = owned(PyObject_CallObject(function, tuple_of(std::move(arguments)).get()));
   if (!results) throw PythonError();
-  const auto result = [&](Py_ssize_t index) { return kept(PyTuple_GetItem(results.get(), index)); };
-  return with_state(result(0), result(1), pair ? result(2) : nullptr);
+  return results;
+}
+
+// Initial states of zeros, of these sizes but for the last: one tensor where both have the same.
+std::array<Owned, 2> zero_states(const Stack& stack, PyObject* x_object, const View& x, std::vector<int64_t> sizes) {
+  std::array<Owned, 2> states;
+  Results zeros;
+  zeros.like(x_object, x);
+  const auto make = [&](int64_t width) {
+    View seen;
+    sizes.push_back(width);
+    Owned made = zeros.make(sizes, x.kind, seen);
+    sizes.pop_back();
+    std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.kind)));
+    return made;
+  };
+  states[0] = make(stack.output_size);
+  if (stack.cell->has_cell_state)
+    states[1] = stack.hidden_size == stack.output_size ? kept(states[0].get()) : make(stack.hidden_size);
+  return states;
+}
+
+// All layers of a call that is differentiated.
+Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, const States& before) {
+  const bool pair = stack.cell->has_cell_state, alone = stack.layers == 1;
+  const int64_t D = stack.directions;
+  Owned y = kept(x_object);
+  std::vector<Owned> last[2];
+  for (int64_t layer = 0; layer < stack.layers; ++layer) {
+    std::array<Owned, 2> states;
+    if (!before.h_or_none) states = zero_states(stack, x_object, x, {D, stack.batch});
+    for (size_t i = 0; before.h_or_none && i < 1U + pair; ++i) {
+      PyObject* all = before.objects[i].get();
+      states[i] = alone ? kept(all) : owned(PyObject_CallMethod(all, "narrow", "iLL", 0, layer * D, D));
+    }
+    const Owned results = differentiated(stack.half ? apply_half : apply, stack, layer, y.get(), std::move(states));
+    y = kept(PyTuple_GetItem(results.get(), 0));
+    for (int i = 0; i < 1 + pair; ++i) last[i].push_back(kept(PyTuple_GetItem(results.get(), i + 1)));
+  }
+  const auto state = [&](std::vector<Owned>& of_layers) {
+    if (of_layers.size() < 2) return of_layers.empty() ? Owned() : std::move(of_layers[0]);
+    Owned joined = owned(PyObject_CallFunctionObjArgs(cat, tuple_of(std::move(of_layers)).get(), nullptr));
+    if (!joined) throw PythonError();
+    return joined;
+  };
+  const Owned h = state(last[0]), c = state(last[1]);
+  return with_state(y, h, c);
 }
 
 // forward(module.__dict__, x, hx) -> (y, state) of batched dense input, or None.
@@ -624,10 +656,8 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     const bool pair = stack.cell->has_cell_state;
     if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
-    if (differentiates(stack, x_object, before)) {
-      if (stack.frozen || stack.layers > 1) return nullptr;
-      return differentiable(attributes, stack, x_object, x, before);
-    }
+    if (differentiates(stack, x_object, before))
+      return stack.frozen || recomputes(attributes) ? nullptr : differentiated(stack, x_object, x, before);
     const int64_t D = stack.directions, B = stack.batch, R = stack.output_size;
     View y, h_n, c_n;
     Results results;
@@ -685,8 +715,16 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before;
     if (!look(x_object, x) || !stack.read(attributes, mode)) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[2], pair) || differentiates(stack, x_object, before) || somebody_watches()) return nullptr;
+    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;
+    if (differentiates(stack, x_object, before)) {
+      if (stack.frozen || stack.half) return nullptr;
+      std::array<Owned, 2> states;
+      if (!before.h_or_none) states = zero_states(stack, x_object, x, {stack.batch});
+      for (size_t i = 0; before.h_or_none && i < 1U + pair; ++i) states[i] = kept(before.objects[i].get());
+      Owned results = differentiated(apply_step, stack, 0, x_object, std::move(states));
+      return pair ? std::move(results) : kept(PyTuple_GetItem(results.get(), 0));
+    }
     Results results;
     results.like(x_object, x, before);
     Owned h_object = results.make({stack.batch, stack.output_size}, x.kind, h);
@@ -754,7 +792,7 @@ void run(Call call, bool forward) {
   run(static_cast<double>(call.operations(forward)), [&] { call.run(forward); });
 }
 
-// layer_forward(arguments of fastrnn.ops.Layer) -> its y, h_n, c_n or None, saved, of a call that nobody watches, or None.
+// layer_forward(arguments of fastrnn.ops.Layer) -> its results, None for those that are not there, of a call that nobody watches, or None.
 PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     LayerArguments given;
@@ -762,8 +800,7 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!given.options(args[0], 4) || !given.tensors(args[0], 9)) return nullptr;
     MadeResults<FORWARD_RESULTS> results;
     run(forward_call(given.layer, true, results.make(given.results)), true);
-    auto& [y, h_n, c_n, saved] = results.made;
-    return owned(PyTuple_Pack(4, y.get(), h_n.get(), c_n ? c_n.get() : Py_None, saved.get()));
+    return tuple_of({std::make_move_iterator(results.made.begin()), std::make_move_iterator(results.made.end())});
   });
 }
 
@@ -870,11 +907,10 @@ PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// differentiate(apply, apply_half, recompute_is_on): fastrnn.ops.apply_eagerly, apply_half, and fastrnn.checkpoint.is_on.
+// differentiate(fastrnn.ops.apply_eagerly, apply_half, apply_step, fastrnn.checkpoint.is_on, torch.cat)
 PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
-  apply = kept(args[0]).release();
-  apply_half = kept(args[1]).release();
-  recompute_is_on = kept(args[2]).release();
+  PyObject** const places[] = {&apply, &apply_half, &apply_step, &recompute_is_on, &cat};
+  for (size_t i = 0; i < std::size(places); ++i) *places[i] = kept(args[i]).release();
   Py_RETURN_NONE;
 }
 
@@ -898,7 +934,7 @@ PyMODINIT_FUNC PyInit__runtime() {
   static PyMethodDef methods[] = {
       method<forward, 3>("forward"), method<step, 4>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
-      method<prepare, 6>("prepare"), method<watch, 1>("watch"), method<differentiate, 3>("differentiate"),
+      method<prepare, 6>("prepare"), method<watch, 1>("watch"), method<differentiate, 5>("differentiate"),
       {"tiers", tiers, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   for (size_t i = 0; i < KEYS; ++i)

@@ -250,12 +250,9 @@ class Layer(Function):
     @staticmethod
     def gradients(ctx, dy, dh_n, dc_n, saved_tensors):
         """Of the inputs in turn. Saved tensors may come in another dtype than they were saved in."""
-        compiling = torch.compiler.is_compiling()
-        batched = not compiling and _vmapped_the_old_way(dy, dh_n, dc_n)
-        if dispatch.native and not compiling and not batched:
-            found = dispatch.native.layer_backward((dy, dh_n, dc_n), saved_tensors, ctx.options, ctx.needs_input_grad)
-            if found is not None:
-                return found
+        found = _short_backward(ctx, dy, dh_n, dc_n, saved_tensors)
+        if found is not None:
+            return found
         x, batch_sizes, h0, c0, y, saved, *weights = saved_tensors
         cell, reverse, batch_first, segments, directions = ctx.options
         if dy is None and dh_n is None and dc_n is None:
@@ -263,7 +260,8 @@ class Layer(Function):
         need_dx, _, *states = ctx.needs_input_grad[:4]
         need_dh0, need_dw = any(states), any(ctx.needs_input_grad[9:])
         options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
-        if not compiling and (_forward_mode() or batched):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (_forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n)):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options)
         elif not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
             grads = LayerBackward.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
@@ -293,6 +291,18 @@ class Layer(Function):
         return (_unfold(y, at, V), _unfold(h_n, 1, V), c_n, saved), (at, 1, c_dim, 0)
 
 
+def _short_forward(inputs: tuple) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Layer.forward, past the dispatcher where nobody would see the call there: it takes longer than a small step does."""
+    return (dispatch.native and dispatch.native.layer_forward(inputs)) or Layer.forward(*inputs)
+
+
+def _short_backward(ctx, dy, dh_n, dc_n, saved_tensors):
+    """Layer.gradients in the same way, or None where the dispatcher, or autograd, is to see the call."""
+    if not dispatch.native or torch.compiler.is_compiling() or _vmapped_the_old_way(dy, dh_n, dc_n):
+        return None
+    return dispatch.native.layer_backward((dy, dh_n, dc_n), saved_tensors, ctx.options, ctx.needs_input_grad)
+
+
 class EagerLayer(Function):
     """`Layer` where no transform is active: with setup_context torch inspects forward's signature, 90 us a call."""
 
@@ -303,11 +313,6 @@ class EagerLayer(Function):
         return output
 
     backward = Layer.backward
-
-
-def _short_forward(inputs: tuple) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Layer.forward past the dispatcher, which takes longer than a small step, where nobody would see the call there."""
-    return (dispatch.native and dispatch.native.layer_forward(inputs)) or Layer.forward(*inputs)
 
 
 # Function.apply would look for wrappers of transforms that have ended, of which there are none among plain tensors.
@@ -339,6 +344,35 @@ class HalfLayer(Function):
 
 
 apply_half = super(Function, HalfLayer).apply
+
+
+class Step(Function):
+    """`EagerLayer` of one step, without the axes of time and directions: x [B, I], h [B, R], c [B, H] -> h, and c for lstm."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = dispatch.native.layer_forward(inputs)
+        if output is None:
+            y, _, c_n, saved = Layer.forward(*map(_unsqueezed, inputs[:4]), *inputs[4:])
+            output = y.squeeze(0), None, c_n.squeeze(0), saved
+        h, _, c, saved = output
+        ctx.options = inputs[4:9]
+        ctx.save_for_backward(*inputs[:4], h, saved, *inputs[9:])
+        ctx.set_materialize_grads(False)
+        return (h,) if inputs[3] is None else (h, c)
+
+    @staticmethod
+    def backward(ctx, dh, dc=None):
+        saved_tensors = ctx.saved_tensors
+        found = _short_backward(ctx, dh, None, dc, saved_tensors)
+        if found is None:
+            dh, dc, *tensors = map(_unsqueezed, (dh, dc, *saved_tensors[:5]))
+            found = Layer.gradients(ctx, dh, None, dc, (*tensors, *saved_tensors[5:]))
+            found = *(None if grad is None else grad.squeeze(0) for grad in found[:4]), *found[4:]
+        return found
+
+
+apply_step = super(Function, Step).apply
 
 
 class LayerBackward(Function):
@@ -472,6 +506,10 @@ def _unfold(tensor: Tensor, at: int, size: int) -> Tensor:
     return tensor.unflatten(at, (size, tensor.shape[at] // size))
 
 
+def _unsqueezed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.unsqueeze(0)
+
+
 def _unit_stride(tensor: Tensor) -> Tensor:
     """The engines read rows of x: elements next to each other."""
     return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
@@ -479,4 +517,4 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 dispatch.load()  # after the schemas it registers against
 if dispatch.native:
-    dispatch.native.differentiate(apply_eagerly, apply_half, checkpoint.is_on)
+    dispatch.native.differentiate(apply_eagerly, apply_half, apply_step, checkpoint.is_on, torch.cat)
