@@ -23,7 +23,7 @@ int64_t View::numel() const {
 
 bool View::is_contiguous() const {
   int64_t expected = 1;
-  for (int64_t axis = dims; axis-- > 0; expected *= sizes[axis])
+  for (int64_t axis = dims; axis-- > 0; expected *= std::max<int64_t>(sizes[axis], 1))
     if (sizes[axis] != 1 && strides[axis] != expected) return false;
   return true;
 }

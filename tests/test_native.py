@@ -1,4 +1,4 @@
-"""Calls without gradients, which are one call of the native runtime: a module's, a cell's, and `step`."""
+"""Calls that the native runtime takes from Python, past torch's dispatcher: a module's, a cell's, and `step`."""
 
 import threading
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
-from fastrnn import dispatch
+from fastrnn import dispatch, ops
 
 I, H, B, T = 5, 7, 3, 6
 LAYERS = ("RNN", "LSTM", "GRU")
@@ -16,6 +18,10 @@ LAYERS = ("RNN", "LSTM", "GRU")
 
 def state_of(name, *states):
     return states if name == "LSTM" else states[0]
+
+
+def never(*args):
+    raise AssertionError("the long way was taken")
 
 
 def parts(state):
@@ -57,14 +63,133 @@ def test_cell_has_same_bits_as_with_gradients(name, bias):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_one_call_of_the_engine_and_no_more(name, monkeypatch):
-    def never(*args):
-        raise AssertionError("torch.nn's code ran")
-
     module = getattr(fastrnn, name)(I, H, 2)
     monkeypatch.setattr(nn.RNNBase, "check_input", never)
     module(torch.randn(T, B, I))  # with gradients neither
     with torch.no_grad():
         module(torch.randn(T, B, I))
+
+
+def trained(module, x, state, of):
+    """What a module, or a cell, gives for leaves like x and state, and the gradients of all there are, of a loss of `of`."""
+    x = x.clone().requires_grad_()
+    state = [part.clone().requires_grad_() for part in state]
+    module.zero_grad()
+    given = x if x.dim() == 3 or isinstance(module, nn.RNNCellBase) else PackedSequence(x, torch.tensor([3, 3, 2, 1]))
+    hx = None if not state else tuple(state) if len(state) > 1 else state[0]
+    outputs = [out for out in tree_leaves(module(given, hx)) if isinstance(out, torch.Tensor) and out.dtype.is_floating_point]
+    torch.manual_seed(1)
+    chosen = {"output": outputs[:1], "states": outputs[1:] or outputs, "all": outputs, "expanded": outputs[:1]}[of]
+    loss = sum(out.sum() if of == "expanded" else (out * torch.randn_like(out)).sum() for out in chosen)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    return outputs, gradients | {"x": x.grad} | {f"state {index}": part.grad for index, part in enumerate(state)}
+
+
+def assert_same(found, expected):
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert torch.equal(one, other)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (gradient is None) == (found[1][name] is None), name
+        assert gradient is None or torch.equal(found[1][name], gradient), name
+
+
+TRAINED = [*VARIANTS, {"bidirectional": True}, {"proj_size": 4, "num_layers": 2}, {"dtype": torch.bfloat16}, {"packed": True}]
+
+
+@pytest.mark.parametrize("of", ["output", "states", "all", "expanded"])
+@pytest.mark.parametrize("options", TRAINED, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_trains_as_through_the_dispatcher(name, options, of, monkeypatch):
+    """To the same bits, and without it."""
+    options = dict(options)
+    packed, dtype = options.pop("packed", False), options.get("dtype", torch.float32)
+    if name != "LSTM":
+        options.pop("proj_size", None)
+    hidden = 8 if dtype is torch.bfloat16 else H
+    module = getattr(fastrnn, name)(I, hidden, **options)
+    depth, width = module.num_layers * (1 + module.bidirectional), module.proj_size or hidden
+    x = torch.randn(9, I, dtype=dtype) if packed else torch.randn(*((B, T) if module.batch_first else (T, B)), I, dtype=dtype)
+    states = [torch.randn(depth, B, width, dtype=dtype), torch.randn(depth, B, hidden, dtype=dtype)][: 1 + (name == "LSTM")]
+    for state in ([], states):
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "native", None)
+            expected = trained(module, x, state, of)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_layer_forward", never)
+            if of != "expanded":
+                patch.setattr(ops, "_layer_backward", never)
+            assert_same(trained(module, x, state, of), expected)
+
+
+@pytest.mark.parametrize("of", ["output", "states", "all", "expanded"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_cells_train_as_through_the_dispatcher(name, bias, of, monkeypatch):
+    module, x = getattr(fastrnn, f"{name}Cell")(I, H, bias), torch.randn(B, I)
+    for state in ([], [torch.randn(B, H), torch.randn(B, H)][: 1 + (name == "LSTM")]):
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "native", None)
+            expected = trained(module, x, state, of)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_layer_forward", never)
+            if of != "expanded":
+                patch.setattr(ops, "_layer_backward", never)
+            assert_same(trained(module, x, state, of), expected)
+
+
+def test_part_of_the_gradients():
+    """Of frozen parameters, of the input alone, of one state."""
+    for leaves in ({"x"}, {"h"}, {"c"}, {"weight_hh_l0"}, {"x", "bias_ih_l0", "c"}, set()):
+        results = []
+        for library in (fastrnn, nn):
+            torch.manual_seed(0)
+            module = library.LSTM(I, H)
+            tensors = {"x": torch.randn(T, B, I), "h": torch.randn(1, B, H), "c": torch.randn(1, B, H)}
+            tensors |= dict(module.named_parameters())
+            for name, tensor in tensors.items():
+                tensor.requires_grad_(name in leaves)
+            y, state = module(tensors["x"], (tensors["h"], tensors["c"]))
+            assert y.requires_grad == bool(leaves)
+            if leaves:
+                (y.sin().sum() + state[1].sum()).backward()
+            results.append({name: tensor.grad for name, tensor in tensors.items()})
+        for name, expected in results[1].items():
+            assert (expected is None) == (results[0][name] is None) == (name not in leaves)
+            if expected is not None:
+                torch.testing.assert_close(results[0][name], expected)
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_results_too_large_for_the_short_way(cell):
+    """From 32 MiB on the operators make them, in memory that stays."""
+    rows, results = (32 << 20) // (8 * 4 * 8), []
+    for library in (fastrnn, nn):
+        torch.manual_seed(0)
+        module = (library.LSTMCell if cell else library.LSTM)(1, 8, dtype=torch.float64)
+        x = torch.randn(*([] if cell else [1]), rows, 1, dtype=torch.float64, requires_grad=True)
+        h, *_ = tree_leaves(module(x))
+        (h * torch.randn(8)).sum().backward()
+        results.append([h, x.grad, *(parameter.grad for parameter in module.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_cell_has_second_derivatives(name):
+    """Also where each gradient is taken of many vectors at once."""
+    cell = getattr(fastrnn, f"{name}Cell")(2, 3, dtype=torch.float64)
+    states = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(1 + (name == "LSTM"))]
+    inputs = torch.randn(2, 2, dtype=torch.float64, requires_grad=True), *states
+
+    def function(x, *states):
+        return cell(x, states if len(states) > 1 else states[0])
+
+    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
+    weights = [parameter.requires_grad_(False) for parameter in cell.parameters()]
+    assert len(weights) == 4 and torch.autograd.gradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("bad", ["features", "state", "state dtype", "input dtype", "dimensions"])
@@ -298,6 +423,16 @@ def test_a_profiler_sees_the_layer():
         module(torch.randn(T, B, I))
         module.step(torch.randn(B, I))
     assert sum(event.name == "fastrnn::layer_forward" for event in seen.events()) == 2
+
+
+def test_a_profiler_sees_training():
+    module, x = fastrnn.LSTM(I, H), torch.randn(T, B, I)
+    y, _ = module(x)
+    with torch.profiler.profile(acc_events=True) as seen:
+        y.sum().backward()  # of a call that was made before
+        module(x)[0].sum().backward()
+    for op, count in (("layer_forward", 1), ("layer_backward", 2)):
+        assert sum(event.name == f"fastrnn::{op}" for event in seen.events()) == count
 
 
 def test_the_runtime_counts_its_arguments():
