@@ -84,8 +84,8 @@ _library.define(
     "Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
     tags=_tags,
 )
-_layer_forward = torch.ops.fastrnn.layer_forward.default
-_layer_backward = torch.ops.fastrnn.layer_backward.default
+_forward = torch.ops.fastrnn.layer_forward.default
+_backward = torch.ops.fastrnn.layer_backward.default
 _checkpoint_forward = torch.ops.fastrnn.checkpoint_forward.default
 _checkpoint_backward = torch.ops.fastrnn.checkpoint_backward.default
 _library.impl("checkpoint_forward", checkpoint.forward, "CompositeExplicitAutograd")
@@ -170,7 +170,7 @@ def layer(
         segments = 0 if transformed else checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, len(w_hr) > 0)
         y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, len(w_ih), *weights)
     else:
-        y, h_n, c_n, _ = _layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
+        y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
     return y, h_n, c_n if cell == "lstm" else None
 
 
@@ -188,7 +188,7 @@ def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
         if as_they_are and not wanted:
             x, h0, c0, flat = _all_but_matrices(x, h0, c0, itertools.chain(*weights))
             kinds = _kinds(flat, len(weights[0]))
-            y, h_n, c_n, _ = _layer_forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, False)
+            y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, False)
         elif as_they_are and not (
             autocast
             or torch.compiler.is_compiling()
@@ -233,7 +233,7 @@ class Layer(Function):
         kinds = _kinds(weights, directions)
         if segments:
             return _checkpoint_forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, segments)
-        return _layer_forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, True)
+        return _forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -386,7 +386,7 @@ class LayerBackward(Function):
         layer = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
         if segments:
             return _checkpoint_backward(*layer, segments, need_dx, need_dh0, need_dw)
-        return _layer_backward(*layer, need_dx, need_dh0, need_dw)
+        return _backward(*layer, need_dx, need_dh0, need_dw)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -117,9 +117,9 @@ def test_trains_as_through_the_dispatcher(name, options, of, monkeypatch):
             patch.setattr(dispatch, "native", None)
             expected = trained(module, x, state, of)
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_layer_forward", never)
+            patch.setattr(ops, "_forward", never)
             if of != "expanded":
-                patch.setattr(ops, "_layer_backward", never)
+                patch.setattr(ops, "_backward", never)
             assert_same(trained(module, x, state, of), expected)
 
 
@@ -133,9 +133,9 @@ def test_cells_train_as_through_the_dispatcher(name, bias, of, monkeypatch):
             patch.setattr(dispatch, "native", None)
             expected = trained(module, x, state, of)
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_layer_forward", never)
+            patch.setattr(ops, "_forward", never)
             if of != "expanded":
-                patch.setattr(ops, "_layer_backward", never)
+                patch.setattr(ops, "_backward", never)
             assert_same(trained(module, x, state, of), expected)
 
 
