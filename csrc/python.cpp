@@ -52,7 +52,7 @@ PyObject* empty_like;
 PyObject* increment_version;
 PyObject* watched;  // a tuple of functions: where one says so, somebody looks at the call from outside. See `watch`
 // What `differentiate` is given.
-PyObject *apply, *apply_half, *apply_step, *recompute_is_on, *cat;
+PyObject *apply, *apply_half, *apply_step, *recompute_is_on, *cat, *float32_pattern;
 
 // clang-format off
 enum Key : size_t {
@@ -734,7 +734,8 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// What layer_forward and layer_backward have in common.
+// What layer_forward and layer_backward have in common. Numbers in bfloat16 but for matrices are widened first, where there are
+// few; the ops are told in float32.
 class LayerArguments {
  public:
   // Two runs of a tuple: x, batch_sizes, h0, c0, and each kind of weights, of all directions. False where that is not what a
@@ -743,16 +744,21 @@ class LayerArguments {
     const Py_ssize_t count = PyTuple_Size(tuple) - weights_at, kinds = count / directions;
     Views* const by_kind[] = {&layer.w_ih, &layer.w_hh, kinds > 3 ? &layer.b_ih : &layer.w_hr, &layer.b_hh, &layer.w_hr};
     if (kinds < 2 || kinds > 5 || count != kinds * directions) return false;
-    for (Py_ssize_t i = 0; i < count; ++i)
-      if (!whole(PyTuple_GetItem(tuple, weights_at + i), by_kind[i / directions]->emplace_back())) return false;
-    return rows(PyTuple_GetItem(tuple, 0), layer.x) && maybe(PyTuple_GetItem(tuple, 1), layer.batch_sizes) &&
-           whole(PyTuple_GetItem(tuple, 2), layer.h0) && maybe(PyTuple_GetItem(tuple, 3), layer.c0);
+    results.like(float32_pattern, FLOAT32);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* object = PyTuple_GetItem(tuple, weights_at + i);
+      View& seen = by_kind[i / directions]->emplace_back();
+      const bool matrix = kinds < 4 || i / directions < 2 || i / directions > 3;
+      if (matrix ? !whole(object, seen) : !numbers(object, seen, bias)) return false;
+    }
+    return numbers(PyTuple_GetItem(tuple, 0), layer.x, x, false) && maybe(PyTuple_GetItem(tuple, 1), layer.batch_sizes) &&
+           numbers(PyTuple_GetItem(tuple, 2), layer.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), layer.c0, c);
   }
   // Five of a tuple: cell, reverse, batch_first, segments, directions. False in recompute mode.
   bool options(PyObject* tuple, Py_ssize_t at) {
     PyObject* name = PyTuple_GetItem(tuple, at);
-    for (const Cell& c : CELLS)
-      if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, c.name) == 0) layer.cell = &c;
+    for (const Cell& each : CELLS)
+      if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, each.name) == 0) layer.cell = &each;
     layer.reverse = PyTuple_GetItem(tuple, at + 1) == Py_True;
     layer.batch_first = PyTuple_GetItem(tuple, at + 2) == Py_True;
     const auto segments = PyLong_AsLong(PyTuple_GetItem(tuple, at + 3));
@@ -760,47 +766,89 @@ class LayerArguments {
     if (PyErr_Occurred()) throw PythonError();
     return layer.cell && !segments && directions > 0;
   }
-  bool rows(PyObject* object, View& seen) {
+  bool whole(PyObject* object, View& seen) {
     if (!look(object, seen, true)) return false;
     results.like(object, seen);
+    return seen.is_contiguous();
+  }
+  bool maybe(PyObject* object, View& seen) { return object == Py_None || whole(object, seen); }
+  // kind: what it was before it was widened.
+  bool numbers(PyObject* object, View& seen, Kind& kind, bool contiguous = true) {
+    if (!look(object, seen, true)) return false;
+    results.like(object, seen);
+    kind = seen.kind;
+    if (kind != Kind::bf16) return (kind == Kind::f32 || kind == Kind::f64) && (!contiguous || seen.is_contiguous());
+    if (!seen.is_contiguous() || seen.numel() > FEW) return false;
+    seen = wide.of(seen);
     return true;
   }
-  bool whole(PyObject* object, View& seen) { return rows(object, seen) && seen.is_contiguous(); }
-  bool maybe(PyObject* object, View& seen) { return object == Py_None || whole(object, seen); }
+  bool maybe_numbers(PyObject* object, View& seen, Kind& kind) { return object == Py_None || numbers(object, seen, kind); }
 
   Layer layer{};
   Py_ssize_t directions = 0;
+  Kind x{}, h{}, c{}, bias{};
+  Widened wide;
   Results results;
+
+ private:
+  static constexpr int64_t FEW = 1 << 16;  // of more torch's threads convert a part each
+  static constexpr int64_t NONE[] = {0}, ONE[] = {1};
+  static constexpr View FLOAT32{0, 1, NONE, ONE, Kind::f32};
 };
 
-// Results of an op, made as the call asks for them.
+// Results of an op, made as the call asks for them, some to be rounded to bfloat16 in the end.
 template <size_t Count>
-struct MadeResults {
-  std::array<Owned, Count> made;
+class MadeResults {
+ public:
+  // kinds: of each result, where it is float32 for the op. wide: the result that is to be had unrounded too.
+  MadeResults(LayerArguments& given, const std::array<Kind, Count>& kinds, size_t wide = Count)
+      : given_(given), kinds_(kinds), wide_result_(wide) {}
 
-  Make make(Results& results) {
-    return [&](size_t result, const std::vector<int64_t>& sizes, Kind kind) {
+  Make make() {
+    return [this](size_t result, const std::vector<int64_t>& sizes, Kind kind) {
+      const bool half = kind == Kind::f32 && kinds_[result] == Kind::bf16;
       View seen;
-      made[result] = results.make(sizes, kind, seen);
+      made[result] = given_.results.make(sizes, half ? Kind::bf16 : kind, seen);
       if (seen.numel() * bytes_of(kind) >= MAPPED_BYTES) throw NotTaken();  // the op has better memory for them
-      return seen;
+      if (!half) return seen;
+      View wide;
+      if (result == wide_result_)
+        unrounded = given_.results.make(sizes, kind, wide);
+      else
+        wide = given_.wide.like(seen);
+      to_round_.emplace_back(wide, seen);
+      return wide;
     };
   }
+  void run(Call call, bool forward) {
+    fastrnn::run(static_cast<double>(call.operations(forward)), [&] {
+      call.run(forward);
+      for (const auto& [wide, half] : to_round_) round(wide, half);
+    });
+  }
+
+  std::array<Owned, Count> made;
+  Owned unrounded;
+
+ private:
+  LayerArguments& given_;
+  std::array<Kind, Count> kinds_;
+  size_t wide_result_;
+  std::vector<std::pair<View, View>> to_round_;
 };
 
-void run(Call call, bool forward) {
-  run(static_cast<double>(call.operations(forward)), [&] { call.run(forward); });
-}
-
-// layer_forward(arguments of fastrnn.ops.Layer) -> its results, None for those that are not there, of a call that nobody watches, or None.
+// layer_forward(arguments of fastrnn.ops.Layer) -> its results, None for those that are not there, and y before it was rounded,
+// or None. Of a call that nobody watches, or None.
 PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     LayerArguments given;
     if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < 9 || somebody_watches()) return nullptr;
     if (!given.options(args[0], 4) || !given.tensors(args[0], 9)) return nullptr;
-    MadeResults<FORWARD_RESULTS> results;
-    run(forward_call(given.layer, true, results.make(given.results)), true);
-    return tuple_of({std::make_move_iterator(results.made.begin()), std::make_move_iterator(results.made.end())});
+    MadeResults<FORWARD_RESULTS> results(given, {given.x, given.x, given.x, Kind::f32}, Y);
+    results.run(forward_call(given.layer, true, results.make()), true);
+    std::vector<Owned> found(std::make_move_iterator(results.made.begin()), std::make_move_iterator(results.made.end()));
+    found.push_back(std::move(results.unrounded));
+    return tuple_of(std::move(found));
   });
 }
 
@@ -821,19 +869,21 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     gradients.need_dh0 = needed(2) || needed(3);
     for (Py_ssize_t i = 9; i < inputs; ++i) gradients.need_dw |= needed(i);
     View y, saved;
-    if (!given.rows(PyTuple_GetItem(tensors, 4), y) || !given.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;
-    if (!given.maybe(PyTuple_GetItem(outer, 1), gradients.dh_n) || !given.maybe(PyTuple_GetItem(outer, 2), gradients.dc_n))
-      return nullptr;
+    Kind any;
+    if (!given.numbers(PyTuple_GetItem(tensors, 4), y, any, false) || !given.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;
+    if (!given.maybe_numbers(PyTuple_GetItem(outer, 1), gradients.dh_n, any)) return nullptr;
+    if (!given.maybe_numbers(PyTuple_GetItem(outer, 2), gradients.dc_n, any)) return nullptr;
     Owned dy = kept(PyTuple_GetItem(outer, 0));
     if (dy.get() == Py_None) {
       if (!gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
       dy = given.results.make({y.sizes, y.sizes + y.dims}, y.kind, gradients.dy);
       std::memset(reinterpret_cast<void*>(gradients.dy.address), 0, static_cast<size_t>(y.numel() * bytes_of(y.kind)));
-    } else if (!given.rows(dy.get(), gradients.dy)) {
+    } else if (!given.numbers(dy.get(), gradients.dy, any, false)) {
       return nullptr;
     }
-    MadeResults<BACKWARD_RESULTS> results;
-    run(backward_call(given.layer, gradients, y, saved, results.make(given.results)), false);
+    MadeResults<BACKWARD_RESULTS> results(
+        given, {given.x, given.h, given.c, Kind::f32, Kind::f32, given.bias, given.bias, Kind::f32});
+    results.run(backward_call(given.layer, gradients, y, saved, results.make()), false);
     auto& [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr] = results.made;
     std::vector<Owned> found(static_cast<size_t>(inputs));
     found[0] = std::move(dx);
@@ -907,9 +957,9 @@ PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// differentiate(fastrnn.ops.apply_eagerly, apply_half, apply_step, fastrnn.checkpoint.is_on, torch.cat)
+// differentiate(fastrnn.ops.apply_eagerly, apply_half, apply_step, fastrnn.checkpoint.is_on, torch.cat, any tensor in float32)
 PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
-  PyObject** const places[] = {&apply, &apply_half, &apply_step, &recompute_is_on, &cat};
+  PyObject** const places[] = {&apply, &apply_half, &apply_step, &recompute_is_on, &cat, &float32_pattern};
   for (size_t i = 0; i < std::size(places); ++i) *places[i] = kept(args[i]).release();
   Py_RETURN_NONE;
 }
@@ -934,7 +984,7 @@ PyMODINIT_FUNC PyInit__runtime() {
   static PyMethodDef methods[] = {
       method<forward, 3>("forward"), method<step, 4>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
-      method<prepare, 6>("prepare"), method<watch, 1>("watch"), method<differentiate, 5>("differentiate"),
+      method<prepare, 6>("prepare"), method<watch, 1>("watch"), method<differentiate, 6>("differentiate"),
       {"tiers", tiers, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   for (size_t i = 0; i < KEYS; ++i)

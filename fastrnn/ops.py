@@ -291,7 +291,7 @@ class Layer(Function):
         return (_unfold(y, at, V), _unfold(h_n, 1, V), c_n, saved), (at, 1, c_dim, 0)
 
 
-def _short_forward(inputs: tuple) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+def _short_forward(inputs: tuple) -> tuple:
     """Layer.forward, past the dispatcher where nobody would see the call there: it takes longer than a small step does."""
     return (dispatch.native and dispatch.native.layer_forward(inputs)) or Layer.forward(*inputs)
 
@@ -308,7 +308,7 @@ class EagerLayer(Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _short_forward(inputs)
+        output = _short_forward(inputs)[:4]
         Layer.setup_context(ctx, inputs, output)
         return output
 
@@ -323,16 +323,27 @@ class HalfLayer(Function):
     """`EagerLayer` of matrices in bfloat16, and of all else in any dtype: in float32, each result and gradient rounded once."""
 
     @staticmethod
-    def forward(ctx, x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights):
-        wide_x, wide_h0, wide_c0, flat = _all_but_matrices(x, h0, c0, weights)
-        ctx.options = cell, reverse, batch_first, segments, directions
-        y, h_n, c_n, saved = _short_forward((wide_x, batch_sizes, wide_h0, wide_c0, *ctx.options, *flat))
-        ctx.save_for_backward(x, batch_sizes, h0, c0, y, saved, *weights)
+    def forward(ctx, *inputs):
+        output = dispatch.native and dispatch.native.layer_forward(inputs)
+        if output:
+            y, h_n, c_n, saved, wide_y = output
+            wide_y = y if wide_y is None else wide_y
+        else:
+            x, batch_sizes, h0, c0 = inputs[:4]
+            dtype = x.dtype
+            x, h0, c0, flat = _all_but_matrices(x, h0, c0, inputs[9:])
+            wide_y, h_n, c_n, saved, *_ = _short_forward((x, batch_sizes, h0, c0, *inputs[4:9], *flat))
+            y, h_n, c_n = _to(wide_y, dtype), _to(h_n, dtype), None if c0 is None else _to(c_n, dtype)
+        ctx.options = inputs[4:9]
+        ctx.save_for_backward(*inputs[:4], wide_y, saved, *inputs[9:])
         ctx.set_materialize_grads(False)
-        return _to(y, x.dtype), _to(h_n, x.dtype), None if c0 is None else _to(c_n, x.dtype)
+        return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
+        found = _short_backward(ctx, dy, dh_n, dc_n, ctx.saved_tensors)
+        if found:
+            return found
         x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
         dtypes = x.dtype, None, h0.dtype, h0.dtype, *(None,) * 5, *[weight.dtype for weight in weights]
         plain = not (_forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
@@ -355,7 +366,7 @@ class Step(Function):
         if output is None:
             y, _, c_n, saved = Layer.forward(*map(_unsqueezed, inputs[:4]), *inputs[4:])
             output = y.squeeze(0), None, c_n.squeeze(0), saved
-        h, _, c, saved = output
+        h, _, c, saved, *_ = output
         ctx.options = inputs[4:9]
         ctx.save_for_backward(*inputs[:4], h, saved, *inputs[9:])
         ctx.set_materialize_grads(False)
@@ -517,4 +528,4 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 dispatch.load()  # after the schemas it registers against
 if dispatch.native:
-    dispatch.native.differentiate(apply_eagerly, apply_half, apply_step, checkpoint.is_on, torch.cat)
+    dispatch.native.differentiate(apply_eagerly, apply_half, apply_step, checkpoint.is_on, torch.cat, torch.empty(0, dtype=torch.float32))
