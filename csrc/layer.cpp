@@ -178,13 +178,15 @@ namespace {
 
 // One weight of each direction.
 void give(Call& call, const Views& given, int64_t Record::*field, int64_t height, int64_t width = 1) {
-  STD_TORCH_CHECK(static_cast<int64_t>(given.size()) == call.records[0].directions, "fastrnn: expected a weight for each direction");
+  STD_TORCH_CHECK(static_cast<int64_t>(given.size()) == call.records[0].directions,
+                  "fastrnn: expected a weight for each direction");
   for (size_t d = 0; d < given.size(); ++d) call.weight(static_cast<int64_t>(d), given[d], field, height, width);
 }
 
 // What both ops have, but for biases, which backward only counts.
 Call common(const Layer& layer) {
-  STD_TORCH_CHECK(!layer.w_ih.empty() && !layer.w_hh.empty() && layer.w_hh[0].dims == 2, "fastrnn: expected matrices w_ih and w_hh");
+  STD_TORCH_CHECK(!layer.w_ih.empty() && !layer.w_hh.empty() && layer.w_hh[0].dims == 2,
+                  "fastrnn: expected matrices w_ih and w_hh");
   const View &w_hh = layer.w_hh[0], &batch_sizes = layer.batch_sizes;
   STD_TORCH_CHECK(!batch_sizes.dims || (batch_sizes.kind == Kind::i64 && batch_sizes.dims == 1),
                   "fastrnn: expected batch_sizes of int64 [T] on the CPU");
@@ -197,10 +199,10 @@ Call common(const Layer& layer) {
                          !layer.b_ih.empty(),
                          !layer.w_hr.empty(),
                          w_hh.kind == Kind::bf16};
-  const Layout layout = batch_sizes.dims      ? Layout::packed
-                        : layer.x.dims == 2   ? Layout::batch
-                        : layer.batch_first   ? Layout::batch_time
-                                              : Layout::time_batch;
+  const Layout layout = batch_sizes.dims    ? Layout::packed
+                        : layer.x.dims == 2 ? Layout::batch
+                        : layer.batch_first ? Layout::batch_time
+                                            : Layout::time_batch;
   Call call(sizes, layer.x, layout, layer.reverse, reinterpret_cast<const int64_t*>(batch_sizes.address), batch_sizes.numel());
   const Record& r = call.records[0];
   const int64_t gate_rows = call.cell.gates * r.hidden_size;

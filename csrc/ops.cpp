@@ -116,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   Copies copies;
   Results<BACKWARD_RESULTS> results;
   const Layer layer = copies.layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first);
-  const Gradients gradients{
-      dy ? copies.rows(*dy) : copies.zeros_like(y), copies.contiguous(dh_n), copies.contiguous(dc_n), need_dx, need_dh0, need_dw};
+  const View outer = dy ? copies.rows(*dy) : copies.zeros_like(y);
+  const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), need_dx, need_dh0, need_dw};
   backward_call(layer, gradients, copies.rows(y), copies.contiguous(saved), results.make()).run(false);
   const auto take = [&](size_t result) { return results.take(result, layer.x.kind); };
   return {take(DX), take(DH0), take(DC0), take(DW_IH), take(DW_HH), take(DB_IH), take(DB_HH), take(DW_HR)};

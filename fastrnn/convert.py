@@ -44,7 +44,7 @@ def compress(model: M) -> M:
     gradients are dropped. `model.float()` makes ordinary layers of them again, of the rounded weights.
 
     Layers in another dtype than float32 and computed weights (parametrisations) are left as they are. A single step (T = 1)
-    reads bfloat16 too; an odd output size, training, and engines other than the CPU's get a float32 copy for each call.
+    reads bfloat16 too; an odd output size and engines other than the CPU's get a float32 copy for each call.
 
     Returns:
         `model`.

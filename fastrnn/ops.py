@@ -341,10 +341,11 @@ class HalfLayer(Function):
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
-        found = _short_backward(ctx, dy, dh_n, dc_n, ctx.saved_tensors)
-        if found:
+        saved_tensors = ctx.saved_tensors
+        found = _short_backward(ctx, dy, dh_n, dc_n, saved_tensors)
+        if found is not None:
             return found
-        x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
+        x, batch_sizes, h0, c0, y, saved, *weights = saved_tensors
         dtypes = x.dtype, None, h0.dtype, h0.dtype, *(None,) * 5, *[weight.dtype for weight in weights]
         plain = not (_forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         if not plain or _vmapped_the_old_way(dy, dh_n, dc_n):
@@ -528,4 +529,5 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 dispatch.load()  # after the schemas it registers against
 if dispatch.native:
-    dispatch.native.differentiate(apply_eagerly, apply_half, apply_step, checkpoint.is_on, torch.cat, torch.empty(0, dtype=torch.float32))
+    _pattern = torch.empty(1, dtype=torch.float32, device="cpu")
+    dispatch.native.differentiate(apply_eagerly, apply_half, apply_step, checkpoint.is_on, torch.cat, _pattern)

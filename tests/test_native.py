@@ -96,6 +96,7 @@ def assert_same(found, expected):
 
 
 TRAINED = [*VARIANTS, {"bidirectional": True}, {"proj_size": 4, "num_layers": 2}, {"dtype": torch.bfloat16}, {"packed": True}]
+TRAINED += [{"compressed": True, "bidirectional": True}, {"dtype": torch.bfloat16, "bias": False, "num_layers": 2}]
 
 
 @pytest.mark.parametrize("of", ["output", "states", "all", "expanded"])
@@ -104,11 +105,13 @@ TRAINED = [*VARIANTS, {"bidirectional": True}, {"proj_size": 4, "num_layers": 2}
 def test_trains_as_through_the_dispatcher(name, options, of, monkeypatch):
     """To the same bits, and without it."""
     options = dict(options)
-    packed, dtype = options.pop("packed", False), options.get("dtype", torch.float32)
+    packed, compressed, dtype = options.pop("packed", False), options.pop("compressed", False), options.get("dtype")
     if name != "LSTM":
         options.pop("proj_size", None)
-    hidden = 8 if dtype is torch.bfloat16 else H
+    hidden = 8 if dtype or compressed else H
     module = getattr(fastrnn, name)(I, hidden, **options)
+    if compressed:
+        fastrnn.compress(module)
     depth, width = module.num_layers * (1 + module.bidirectional), module.proj_size or hidden
     x = torch.randn(9, I, dtype=dtype) if packed else torch.randn(*((B, T) if module.batch_first else (T, B)), I, dtype=dtype)
     states = [torch.randn(depth, B, width, dtype=dtype), torch.randn(depth, B, hidden, dtype=dtype)][: 1 + (name == "LSTM")]

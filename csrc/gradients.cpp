@@ -1,0 +1,187 @@
+// A layer's autograd.Function, see fastrnn/ops.py: the raw ops past the dispatcher. None means: not taken.
+#include <array>
+#include <cstring>
+#include <iterator>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "python.h"
+
+namespace fastrnn {
+namespace {
+
+// What layer_forward and layer_backward have in common. Numbers in bfloat16 but for matrices are widened first, where there are
+// few; the ops are told in float32.
+class LayerArguments {
+ public:
+  // Two runs of a tuple: x, batch_sizes, h0, c0, and each kind of weights, of all directions. False where that is not what a
+  // kernel reads.
+  bool tensors(PyObject* tuple, Py_ssize_t weights_at) {
+    const Py_ssize_t count = PyTuple_Size(tuple) - weights_at, kinds = count / directions;
+    Views* const by_kind[] = {&layer.w_ih, &layer.w_hh, kinds > 3 ? &layer.b_ih : &layer.w_hr, &layer.b_hh, &layer.w_hr};
+    if (kinds < 2 || kinds > 5 || count != kinds * directions) return false;
+    results.like(handed.float32_pattern, FLOAT32);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* object = PyTuple_GetItem(tuple, weights_at + i);
+      View& seen = by_kind[i / directions]->emplace_back();
+      const bool matrix = kinds < 4 || i / directions < 2 || i / directions > 3;
+      if (matrix ? !whole(object, seen) : !numbers(object, seen, bias)) return false;
+    }
+    return numbers(PyTuple_GetItem(tuple, 0), layer.x, x, false) && maybe(PyTuple_GetItem(tuple, 1), layer.batch_sizes) &&
+           numbers(PyTuple_GetItem(tuple, 2), layer.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), layer.c0, c);
+  }
+  // Five of a tuple: cell, reverse, batch_first, segments, directions. False in recompute mode.
+  bool options(PyObject* tuple, Py_ssize_t at) {
+    PyObject* name = PyTuple_GetItem(tuple, at);
+    for (const Cell& each : CELLS)
+      if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, each.name) == 0) layer.cell = &each;
+    layer.reverse = PyTuple_GetItem(tuple, at + 1) == Py_True;
+    layer.batch_first = PyTuple_GetItem(tuple, at + 2) == Py_True;
+    const auto segments = PyLong_AsLong(PyTuple_GetItem(tuple, at + 3));
+    directions = PyLong_AsSsize_t(PyTuple_GetItem(tuple, at + 4));
+    if (PyErr_Occurred()) throw PythonError();
+    return layer.cell && !segments && directions > 0;
+  }
+  bool whole(PyObject* object, View& seen) {
+    if (!look(object, seen, true)) return false;
+    results.like(object, seen);
+    return seen.is_contiguous();
+  }
+  bool maybe(PyObject* object, View& seen) { return object == Py_None || whole(object, seen); }
+  // kind: what it was before it was widened.
+  bool numbers(PyObject* object, View& seen, Kind& kind, bool contiguous = true) {
+    if (!look(object, seen, true)) return false;
+    results.like(object, seen);
+    kind = seen.kind;
+    if (kind != Kind::bf16) return (kind == Kind::f32 || kind == Kind::f64) && (!contiguous || seen.is_contiguous());
+    if (!seen.is_contiguous() || seen.numel() > FEW) return false;
+    seen = wide.of(seen);
+    return true;
+  }
+  bool maybe_numbers(PyObject* object, View& seen, Kind& kind) { return object == Py_None || numbers(object, seen, kind); }
+
+  Layer layer{};
+  Py_ssize_t directions = 0;
+  Kind x{}, h{}, c{}, bias{};
+  Widened wide;
+  Results results;
+
+ private:
+  static constexpr int64_t FEW = 1 << 16;  // of more torch's threads convert a part each
+  static constexpr int64_t ONE[] = {1};
+  static constexpr View FLOAT32{0, 1, ONE, ONE, Kind::f32};
+};
+
+// Results of an op, made as the call asks for them, some to be rounded to bfloat16 in the end.
+template <size_t Count>
+class MadeResults {
+ public:
+  // kinds: of each result, where it is float32 for the op. wide: the result that is to be had unrounded too.
+  MadeResults(LayerArguments& own, const std::array<Kind, Count>& kinds, size_t wide = Count)
+      : own_(own), kinds_(kinds), wide_result_(wide) {}
+
+  Make make() {
+    return [this](size_t result, const std::vector<int64_t>& sizes, Kind kind) {
+      const bool half = kind == Kind::f32 && kinds_[result] == Kind::bf16;
+      View seen;
+      made[result] = own_.results.make(sizes, half ? Kind::bf16 : kind, seen);
+      if (seen.numel() * bytes_of(kind) >= MAPPED_BYTES) throw NotTaken();  // the op has better memory for them
+      if (!half) return seen;
+      View wide;
+      if (result == wide_result_)
+        unrounded = own_.results.make(sizes, kind, wide);
+      else
+        wide = own_.wide.like(seen);
+      to_round_.emplace_back(wide, seen);
+      return wide;
+    };
+  }
+  void run(Call call, bool forward) {
+    run_unlocked(static_cast<double>(call.operations(forward)), [&] {
+      call.run(forward);
+      for (const auto& [wide, half] : to_round_) round(wide, half);
+    });
+  }
+
+  std::array<Owned, Count> made;
+  Owned unrounded;
+
+ private:
+  LayerArguments& own_;
+  std::array<Kind, Count> kinds_;
+  size_t wide_result_;
+  std::vector<std::pair<View, View>> to_round_;
+};
+
+}  // namespace
+
+// layer_forward(arguments of fastrnn.ops.Layer) -> its results, None for those that are not there, and y before it was rounded,
+// or None. Of a call that nobody watches, or None.
+PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    LayerArguments own;
+    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < 9 || somebody_watches()) return nullptr;
+    if (!own.options(args[0], 4) || !own.tensors(args[0], 9)) return nullptr;
+    MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Kind::f32}, Y);
+    results.run(forward_call(own.layer, true, results.make()), true);
+    std::vector<Owned> found(std::make_move_iterator(results.made.begin()), std::make_move_iterator(results.made.end()));
+    found.push_back(std::move(results.unrounded));
+    return tuple_of(std::move(found));
+  });
+}
+
+// layer_backward((dy, dh_n, dc_n), what `Layer` has saved, its options, its needs_input_grad) -> the gradients of its inputs,
+// of a call that nobody watches or differentiates, or None.
+PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    PyObject *outer = args[0], *tensors = args[1], *options = args[2], *needs = args[3];
+    LayerArguments own;
+    const Py_ssize_t inputs = PyTuple_Size(needs), weights = inputs - 9;
+    if (PyErr_Occurred()) throw PythonError();
+    if (aoti_torch_grad_mode_is_enabled() || somebody_watches() || weights < 2) return nullptr;
+    if (PyTuple_Size(outer) != 3 || PyTuple_Size(tensors) != 6 + weights || PyTuple_Size(options) != 5) return nullptr;
+    if (!own.options(options, 0) || !own.tensors(tensors, 6)) return nullptr;
+    const auto needed = [&](Py_ssize_t input) { return PyTuple_GetItem(needs, input) == Py_True; };
+    Gradients gradients{};
+    gradients.need_dx = needed(0);
+    gradients.need_dh0 = needed(2) || needed(3);
+    for (Py_ssize_t i = 9; i < inputs; ++i) gradients.need_dw |= needed(i);
+    View y, saved;
+    Kind any;
+    if (!own.numbers(PyTuple_GetItem(tensors, 4), y, any, false)) return nullptr;
+    if (!own.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;
+    if (!own.maybe_numbers(PyTuple_GetItem(outer, 1), gradients.dh_n, any)) return nullptr;
+    if (!own.maybe_numbers(PyTuple_GetItem(outer, 2), gradients.dc_n, any)) return nullptr;
+    Owned dy = kept(PyTuple_GetItem(outer, 0));
+    if (dy.get() == Py_None) {
+      if (!gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
+      dy = own.results.make({y.sizes, y.sizes + y.dims}, y.kind, gradients.dy);
+      std::memset(reinterpret_cast<void*>(gradients.dy.address), 0, static_cast<size_t>(y.numel() * bytes_of(y.kind)));
+    } else if (!own.numbers(dy.get(), gradients.dy, any, false)) {
+      return nullptr;
+    }
+    const Kind as_made = Kind::f32;
+    MadeResults<BACKWARD_RESULTS> results(own, {own.x, own.h, own.c, as_made, as_made, own.bias, own.bias, as_made});
+    results.run(backward_call(own.layer, gradients, y, saved, results.make()), false);
+    auto& [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr] = results.made;
+    std::vector<Owned> found(static_cast<size_t>(inputs));
+    found[0] = std::move(dx);
+    found[2] = std::move(dh0);
+    found[3] = std::move(dc0);
+    auto place = found.begin() + 9;
+    for (Owned* joined : {&dw_ih, &dw_hh, &db_ih, &db_hh, &dw_hr}) {
+      if (!*joined) continue;
+      if (own.directions == 1) {
+        *place++ = std::move(*joined);
+        continue;
+      }
+      const Owned count = owned(PyLong_FromSsize_t(own.directions));
+      const Owned parts = owned(PyObject_CallMethodObjArgs(joined->get(), keys[CHUNK], count.get(), nullptr));
+      if (!parts) throw PythonError();
+      for (Py_ssize_t d = 0; d < own.directions; ++d) *place++ = kept(PyTuple_GetItem(parts.get(), d));
+    }
+    return tuple_of(std::move(found));
+  });
+}
+
+}  // namespace fastrnn

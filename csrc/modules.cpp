@@ -1,0 +1,550 @@
+// The short way of a module's call. One function takes its attributes and its input, checks all there is to check, and walks
+// the layers; the dispatcher, which takes longer than a small step does, is not asked. With gradients it applies an
+// autograd.Function to each layer. None means: not taken. Whoever called goes the long way then, which has torch's words for
+// what is wrong.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <iterator>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "python.h"
+
+namespace fastrnn {
+namespace {
+
+// An attribute in the instance's dictionary, borrowed; null where it is not there, or is not the module's own any more.
+PyObject* find(PyObject* attributes, PyObject* key) {
+  PyObject* found = PyDict_GetItemWithError(attributes, key);
+  if (!found && PyErr_Occurred()) throw PythonError();
+  return found == Py_None ? nullptr : found;
+}
+PyObject* find(PyObject* attributes, Key key) { return find(attributes, keys[key]); }
+
+// One that a module has, unless somebody made something else of it, such as a property.
+bool is_true(PyObject* attributes, Key key) {
+  PyObject* found = find(attributes, key);
+  if (!found) throw NotTaken();
+  const int truth = PyObject_IsTrue(found);
+  if (truth < 0) throw PythonError();
+  return truth;
+}
+
+// How a layer's frozen weights begin; a line for each of these, then the panels. See fastrnn.freeze.
+struct alignas(64) PackHeader {
+  int64_t tier, cell, layers, directions, input_size, hidden_size, output_size, bias, projected, kind, bytes;
+};
+
+// The states a caller gave, or wants filled.
+struct States {
+  View h, c;
+  const View* h_or_none = nullptr;
+  const View* c_or_none = nullptr;
+  Owned objects[2];  // looking at them, others may run and drop theirs
+
+  // False where they are not what the cell has.
+  bool read(PyObject* given, bool pair) {
+    if (given == Py_None) return true;
+    if (!pair) {
+      objects[0] = kept(given);
+    } else if (PyTuple_CheckExact(given) && PyTuple_Size(given) == 2) {
+      for (int i = 0; i < 2; ++i) objects[i] = kept(PyTuple_GetItem(given, i));
+    } else if (PyList_CheckExact(given) && PyList_Size(given) == 2) {
+      for (int i = 0; i < 2; ++i) objects[i] = kept(PyList_GetItem(given, i));
+    } else {
+      return false;
+    }
+    if (!look(objects[0].get(), h) || (pair && !look(objects[1].get(), c))) return false;
+    h_or_none = &h;
+    if (pair) c_or_none = &c;
+    return true;
+  }
+};
+
+// Layers on top of each other, as a module holds them, without gradients and dropout.
+class Stack {
+ public:
+  // Of a module (RNN, LSTM, GRU), or a cell; false where its weights are not its parameters any more, or not of one kind.
+  bool read(PyObject* attributes, const char* mode, bool frozen_too = true) {
+    if (mode) return read_cell(attributes, mode, frozen_too);
+    PyObject* own_mode = find(attributes, MODE);
+    PyObject* number = find(attributes, NUM_LAYERS);
+    if (!own_mode || !number || !set_cell(own_mode)) return false;
+    layers = PyLong_AsLong(number);
+    if (layers == -1 && PyErr_Occurred()) throw PythonError();
+    if (layers < 1) return false;
+    directions = 1 + is_true(attributes, BIDIRECTIONAL);
+    batch_first = is_true(attributes, BATCH_FIRST);
+    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack);
+    PyObject *flat = find(attributes, FLAT_WEIGHTS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
+    PyObject* parameters = find(attributes, PARAMETERS);
+    if (!flat || !names || !parameters || !PyList_Check(flat) || !PyList_Check(names)) return false;
+    const Py_ssize_t count = PyList_Size(flat);
+    if (PyList_Size(names) != count || count == 0 || count % (layers * directions)) return false;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject* weight = PyList_GetItem(flat, i);
+      if (weight != find(parameters, PyList_GetItem(names, i))) return false;
+      objects.push_back(kept(weight));
+    }
+    return look_at_weights();
+  }
+
+  // Whether it takes input and states of these shapes; they are of one kind, and states are contiguous.
+  bool takes(const View& x, Layout of, const View* h0, const View* c0, int64_t state_dims) {
+    if (half && !bias) all_half = x.kind == Kind::bf16;
+    if (x.kind != given_kind() || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != input_size) return false;
+    if (x.numel() == 0 || (all_half && !x.is_contiguous())) return false;
+    layout = of;
+    batch = x.size(layout == Layout::time_batch ? 1 : 0);
+    return is_state(h0, output_size, state_dims) && is_state(c0, hidden_size, state_dims);
+  }
+  bool is_state(const View* state, int64_t width, int64_t dims) const {
+    if (!state) return true;
+    const bool shaped = state->dims == dims && state->size(-1) == width && state->size(-2) == batch;
+    return shaped && state->kind == given_kind() && state->is_contiguous() &&
+           (dims == 2 || state->size(0) == layers * directions);
+  }
+
+  // Writes y, h_n and c_n (where the cell has it), which may be h0 and c0 where there is one step. Absent states are zero.
+  void run(const View& x, const View* h0, const View* c0, const View& y, const View& h_n, const View* c_n) const {
+    if (!all_half) return run_wide(x, h0, c0, y, h_n, c_n);
+    View states[2];
+    if (h0) states[0] = wide.of(*h0);
+    if (c0) states[1] = wide.of(*c0);
+    const View wide_y = wide.like(y), wide_h = wide.like(h_n), wide_c = c_n ? wide.like(*c_n) : View();
+    run_wide(wide.of(x), h0 ? &states[0] : nullptr, c0 ? &states[1] : nullptr, wide_y, wide_h, c_n ? &wide_c : nullptr);
+    round(wide_y, y);
+    round(wide_h, h_n);
+    if (c_n) round(wide_c, *c_n);
+  }
+  void run_wide(const View& x, const View* h0, const View* c0, const View& y, const View& h_n, const View* c_n) const {
+    View input = x;
+    torch::stable::Tensor between;
+    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
+    std::unique_ptr<char[]> many_zeros;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const LayerSizes own{*cell, kind, directions, input.size(-1), hidden_size, output_size, bias, projected, half};
+      Call call(own, input, layout, false);
+      if (!packs.empty()) call.packs(packs[layer]);
+      if (packs.empty()) give_weights(call, layer);
+      const auto initial = [&](const View* given, int64_t Record::*field, int64_t width) {
+        if (given) return call.states(*given, field, batch * width, layer, layers);
+        for (Record& record : call.records) record.*field = zeros(many_zeros);
+      };
+      initial(h0, &Record::h0, output_size);
+      call.states(h_n, &Record::h_n, batch * output_size, layer, layers);
+      if (cell->has_cell_state) {
+        initial(c0, &Record::c0, hidden_size);
+        call.states(*c_n, &Record::c_n, batch * hidden_size, layer, layers);
+      }
+      View output = y;
+      torch::stable::Tensor made;
+      if (layer < layers - 1) {
+        sizes.back() = directions * output_size;
+        made = empty_tensor(sizes, kind == Kind::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
+        output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), kind};
+      }
+      call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
+      call.run(true);
+      if (all_half && layer < layers - 1) wide.round_in_place(output);  // as every layer's result is
+      between = std::move(made);                                            // the input of this layer goes
+      input = output;
+    }
+  }
+
+  Kind given_kind() const { return all_half ? Kind::bf16 : kind; }
+  Layout sequence_layout() const { return batch_first ? Layout::batch_time : Layout::time_batch; }
+
+  // The weights of all layers, packed, in a tensor of `allocate`(bytes).
+  Owned pack(PyObject* allocate) const {
+    const auto pack_layer = [&](int64_t layer, const Packs& places) {
+      const int64_t width = layer ? directions * output_size : input_size, sizes[] = {1, width}, strides[] = {width, 1};
+      Call call({*cell, kind, directions, width, hidden_size, output_size, bias, projected, half},
+                {0, 2, sizes, strides, kind}, Layout::batch, false);
+      call.packs(places);
+      give_weights(call, layer);
+      return call.pack();
+    };
+    std::vector<int64_t> bytes;
+    int64_t total = sizeof(PackHeader) * layers;
+    for (int64_t layer = 0; layer < layers; ++layer) total += directions * bytes.emplace_back(pack_layer(layer, {}));
+    Owned tensor = owned(PyObject_CallFunction(allocate, "L", static_cast<long long>(total)));
+    DLTensor t;
+    if (!tensor || handed.exchange->dltensor_from_py_object_no_sync(tensor.get(), &t) != 0) throw PythonError();
+    auto* headers = static_cast<PackHeader*>(t.data);
+    int64_t at = reinterpret_cast<int64_t>(headers + layers);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      headers[layer] = {tier - TIERS, cell - CELLS, layers, directions, layer ? directions * output_size : input_size,
+                        hidden_size, output_size, bias, projected, static_cast<int64_t>(kind), bytes[layer]};
+      pack_layer(layer, {at, at + bytes[layer]});
+      at += directions * bytes[layer];
+    }
+    return tensor;
+  }
+
+  // The weights of one layer: each direction's w_ih, each one's w_hh, and so on.
+  std::vector<PyObject*> by_kind(int64_t layer) const {
+    std::vector<PyObject*> sorted;
+    const size_t count = objects.size() / layers, kinds = count / directions, first = layer * count;
+    for (size_t i = 0; i < count; ++i) sorted.push_back(objects[first + i % directions * kinds + i / directions].get());
+    return sorted;
+  }
+
+  bool wants_gradient() const {
+    const auto wants = [](const Owned& weight) { return fastrnn::wants_gradient(weight.get()); };
+    return std::any_of(objects.begin(), objects.end(), wants);
+  }
+
+  double operations(const View& x) const {
+    const auto rows = static_cast<double>(x.numel() / x.size(-1));
+    const auto units = static_cast<double>(layers * directions * cell->gates * hidden_size);
+    return 2 * rows * units * static_cast<double>(input_size + output_size);
+  }
+
+  const Cell* cell = nullptr;
+  Kind kind = Kind::other;
+  Layout layout = Layout::batch;
+  int64_t layers = 1, directions = 1, batch = 0, input_size = 0, hidden_size = 0, output_size = 0;
+  bool batch_first = false, frozen = false;
+  bool half = false, all_half = false;  // matrices in bfloat16; all else, too
+
+ private:
+  bool set_cell(PyObject* mode) {
+    if (!PyUnicode_Check(mode)) return false;
+    for (const Cell& c : CELLS)
+      if (PyUnicode_CompareWithASCIIString(mode, c.mode) == 0) cell = &c;
+    return cell;
+  }
+
+  bool read_cell(PyObject* attributes, const char* mode, bool frozen_too) {
+    for (const Cell& c : CELLS)
+      if (std::strcmp(mode, c.mode) == 0) cell = &c;
+    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack);
+    PyObject* parameters = find(attributes, PARAMETERS);
+    if (!cell || !parameters) return false;
+    for (const Key key : {WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH}) {
+      PyObject* weight = find(parameters, key);
+      if (!weight && (key == BIAS_IH || key == BIAS_HH) && PyDict_Contains(parameters, keys[key]) == 1) continue;
+      if (!weight) return false;
+      objects.push_back(kept(weight));
+    }
+    return look_at_weights();
+  }
+
+  bool look_at_weights() {
+    weights.resize(objects.size());
+    for (size_t i = 0; i < objects.size(); ++i)
+      if (!look(objects[i].get(), weights[i], true) || !weights[i].is_contiguous()) return false;
+    return understand();
+  }
+
+  // The sizes, by the weights' own; false where they do not fit each other.
+  bool understand() {
+    const auto count = static_cast<int64_t>(weights.size()), kinds = count / (layers * directions);
+    if (kinds < 2 || kinds > 5) return false;
+    bias = kinds > 3;
+    projected = kinds % 2;
+    if (weights[0].dims != 2 || weights[1].dims != 2 || (projected && !cell->has_cell_state)) return false;
+    const int64_t gate_rows = weights[1].size(0);
+    input_size = weights[0].size(1);
+    output_size = weights[1].size(1);
+    hidden_size = gate_rows / cell->gates;
+    if (hidden_size * cell->gates != gate_rows || (!projected && output_size != hidden_size)) return false;
+    half = weights[0].kind == Kind::bf16;
+    all_half = half && (!bias || weights[2].kind == Kind::bf16);
+    kind = half ? Kind::f32 : weights[0].kind;
+    if (kind == Kind::other || (half && output_size % 2)) return false;
+    const auto is = [&](const View& w, int64_t height, int64_t width = 0) {
+      if (w.kind != (width && half ? Kind::bf16 : given_kind())) return false;
+      return w.dims == 1 + (width > 0) && w.size(0) == height && (!width || w.size(1) == width);
+    };
+    for (int64_t i = 0; i < count; i += kinds) {
+      if (!is(weights[i], gate_rows, i < directions * kinds ? input_size : directions * output_size)) return false;
+      if (!is(weights[i + 1], gate_rows, output_size)) return false;
+      if (bias && !(is(weights[i + 2], gate_rows) && is(weights[i + 3], gate_rows))) return false;
+      if (projected && !is(weights[i + kinds - 1], output_size, hidden_size)) return false;
+    }
+    return true;
+  }
+
+  bool read_pack(PyObject* pack) {
+    frozen = true;
+    objects.push_back(kept(pack));
+    View t;
+    if (!look(pack, t) || t.kind != Kind::byte || t.dims != 1) return false;
+    if (t.size(0) / static_cast<int64_t>(sizeof(PackHeader)) < layers) return false;
+    const auto* headers = reinterpret_cast<const PackHeader*>(t.address);
+    const PackHeader& first = headers[0];
+    if (first.tier != tier - TIERS || first.cell != cell - CELLS || first.layers != layers || first.directions != directions)
+      return false;
+    kind = static_cast<Kind>(first.kind);
+    input_size = first.input_size;
+    hidden_size = first.hidden_size;
+    output_size = first.output_size;
+    bias = first.bias;
+    projected = first.projected;
+    int64_t at = reinterpret_cast<int64_t>(headers + layers);
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      packs.push_back({at, at + headers[layer].bytes});
+      at += directions * headers[layer].bytes;
+    }
+    return at == t.address + t.size(0);
+  }
+
+  void give_weights(Call& call, int64_t layer) const {
+    const int64_t kinds = static_cast<int64_t>(weights.size()) / (layers * directions), gate_rows = cell->gates * hidden_size;
+    for (int64_t d = 0; d < directions; ++d) {
+      const View* own = &weights[(layer * directions + d) * kinds];
+      call.weight(d, own[0], &Record::w_ih, gate_rows, call.records[0].input_size);
+      call.weight(d, own[1], &Record::w_hh, gate_rows, output_size);
+      if (bias) {
+        call.weight(d, widened(own[2]), &Record::b_ih, gate_rows);
+        call.weight(d, widened(own[3]), &Record::b_hh, gate_rows);
+      }
+      if (projected) call.weight(d, own[kinds - 1], &Record::w_hr, output_size, hidden_size);
+    }
+  }
+
+  // A state of zeros, hidden or cell, which nobody writes.
+  int64_t zeros(std::unique_ptr<char[]>& many) const {
+    static const char few[64 << 10] = {};
+    const int64_t bytes = product({batch, std::max(hidden_size, output_size), bytes_of(kind)});
+    if (bytes <= static_cast<int64_t>(sizeof few)) return reinterpret_cast<int64_t>(few);
+    if (!many) many = std::make_unique<char[]>(static_cast<size_t>(bytes));
+    return reinterpret_cast<int64_t>(many.get());
+  }
+
+  View widened(const View& given) const { return all_half ? wide.of(given) : given; }
+
+  bool bias = false, projected = false;
+  mutable Widened wide;
+  std::vector<View> weights;  // of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, those that are there
+  std::vector<Packs> packs;   // of each layer, in the place of weights
+  std::vector<Owned> objects;  // the weights, or the panels: looking at them, others may run and drop theirs
+};
+
+// Patterns of results, what the call was given.
+Results like(PyObject* x, const View& seen, const States& states) {
+  Results results;
+  results.like(x, seen);
+  if (states.h_or_none) results.like(states.objects[0].get(), states.h);
+  if (states.c_or_none) results.like(states.objects[1].get(), states.c);
+  return results;
+}
+
+void run(const Stack& stack, const View& x, const States& before, const View& y, const View& h_n, const View* c_n) {
+  run_unlocked(stack.operations(x), [&] { stack.run(x, before.h_or_none, before.c_or_none, y, h_n, c_n); });
+}
+
+// Has torch to differentiate this call? A frozen module has no gradients but its input's.
+bool differentiates(const Stack& stack, PyObject* x, const States& before) {
+  if (!aoti_torch_grad_mode_is_enabled()) return false;
+  return wants_gradient(x) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get()) ||
+         (!stack.frozen && stack.wants_gradient());
+}
+
+bool overlap(const View& a, const View& b) {
+  const auto end = [](const View& t) {
+    int64_t last = 0;
+    for (int64_t axis = 0; axis < t.dims; ++axis) last += (t.sizes[axis] - 1) * t.strides[axis];
+    return t.address + (last + 1) * bytes_of(t.kind);
+  };
+  return a.dims && b.dims && a.address < end(b) && b.address < end(a);
+}
+
+// Would a step write what it, or a later layer, still has to read? A state may be written where it was read.
+bool mixes(const View& x, const States& before, const View& y, const States& after) {
+  const auto other = [](const View& now, const View& then) { return overlap(now, then) && now.address != then.address; };
+  return overlap(y, x) || overlap(y, before.h) || overlap(y, before.c) || overlap(y, after.h) || overlap(y, after.c) ||
+         overlap(after.h, x) || overlap(after.c, x) || overlap(after.h, after.c) || overlap(after.h, before.c) ||
+         overlap(after.c, before.h) || other(after.h, before.h) || other(after.c, before.c);
+}
+
+bool drops(PyObject* attributes) { return is_true(attributes, TRAINING) && is_true(attributes, DROPOUT); }
+
+// (y, h), or (y, (h, c)).
+Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
+  if (!c) return owned(PyTuple_Pack(2, y.get(), h.get()));
+  const Owned state = owned(PyTuple_Pack(2, h.get(), c.get()));
+  return state ? owned(PyTuple_Pack(2, y.get(), state.get())) : nullptr;
+}
+
+bool recomputes(PyObject* attributes) {
+  const Owned mode = owned(PyObject_CallNoArgs(handed.recompute_is_on));
+  if (!mode) throw PythonError();
+  return mode.get() == Py_True || find(attributes, RECOMPUTE);
+}
+
+// One layer of a call that is differentiated, by an autograd.Function. states: h, and c or nothing.
+Owned differentiated(PyObject* function, const Stack& stack, int64_t layer, PyObject* x, std::array<Owned, 2> states) {
+  std::vector<Owned> arguments;  // of fastrnn.ops.Layer
+  arguments.push_back(kept(x));
+  arguments.push_back(nullptr);
+  arguments.push_back(std::move(states[0]));
+  arguments.push_back(std::move(states[1]));
+  arguments.push_back(owned(PyUnicode_InternFromString(stack.cell->name)));
+  arguments.push_back(kept(Py_False));
+  arguments.push_back(kept(stack.batch_first ? Py_True : Py_False));
+  arguments.push_back(owned(PyLong_FromLong(0)));
+  arguments.push_back(owned(PyLong_FromLongLong(stack.directions)));
+  for (PyObject* weight : stack.by_kind(layer)) arguments.push_back(kept(weight));
+  Owned results = owned(PyObject_CallObject(function, tuple_of(std::move(arguments)).get()));
+  if (!results) throw PythonError();
+  return results;
+}
+
+// Initial states of zeros, of these sizes but for the last: one tensor where both have the same.
+std::array<Owned, 2> zero_states(const Stack& stack, PyObject* x_object, const View& x, std::vector<int64_t> sizes) {
+  std::array<Owned, 2> states;
+  Results zeros;
+  zeros.like(x_object, x);
+  const auto make = [&](int64_t width) {
+    View seen;
+    sizes.push_back(width);
+    Owned made = zeros.make(sizes, x.kind, seen);
+    sizes.pop_back();
+    std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.kind)));
+    return made;
+  };
+  states[0] = make(stack.output_size);
+  if (stack.cell->has_cell_state)
+    states[1] = stack.hidden_size == stack.output_size ? kept(states[0].get()) : make(stack.hidden_size);
+  return states;
+}
+
+// All layers of a call that is differentiated.
+Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, const States& before) {
+  const size_t kinds = stack.cell->has_cell_state ? 2 : 1;
+  const int64_t D = stack.directions;
+  std::array<Owned, 2> zeros;
+  if (!before.h_or_none) zeros = zero_states(stack, x_object, x, {D, stack.batch});
+  Owned y = kept(x_object);
+  std::vector<Owned> last[2];
+  for (int64_t layer = 0; layer < stack.layers; ++layer) {
+    std::array<Owned, 2> states;
+    for (size_t i = 0; i < kinds; ++i) {
+      if (zeros[i])
+        states[i] = kept(zeros[i].get());
+      else if (stack.layers == 1)
+        states[i] = kept(before.objects[i].get());
+      else
+        states[i] = owned(PyObject_CallMethod(before.objects[i].get(), "narrow", "iLL", 0, layer * D, D));
+    }
+    PyObject* function = stack.half ? handed.apply_half : handed.apply;
+    const Owned results = differentiated(function, stack, layer, y.get(), std::move(states));
+    y = kept(PyTuple_GetItem(results.get(), 0));
+    for (size_t i = 0; i < kinds; ++i) last[i].push_back(kept(PyTuple_GetItem(results.get(), static_cast<Py_ssize_t>(i + 1))));
+  }
+  Owned joined[2];
+  for (size_t i = 0; i < kinds; ++i) {
+    if (stack.layers == 1)
+      joined[i] = std::move(last[i][0]);
+    else
+      joined[i] = owned(PyObject_CallFunctionObjArgs(handed.cat, tuple_of(std::move(last[i])).get(), nullptr));
+    if (!joined[i]) throw PythonError();
+  }
+  return with_state(y, joined[0], joined[1]);
+}
+
+}  // namespace
+
+// forward(module.__dict__, x, hx) -> (y, state) of batched dense input, or None.
+PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    PyObject *attributes = args[0], *x_object = args[1];
+    Stack stack;
+    View x;
+    States before;
+    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr)) return nullptr;
+    if (stack.layers > 1 && drops(attributes)) return nullptr;
+    const bool pair = stack.cell->has_cell_state;
+    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
+    if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
+    if (differentiates(stack, x_object, before))
+      return stack.frozen || recomputes(attributes) ? nullptr : differentiated(stack, x_object, x, before);
+    const int64_t D = stack.directions, B = stack.batch, R = stack.output_size;
+    View y, h_n, c_n;
+    Results results = like(x_object, x, before);
+    Owned h_object = results.make({stack.layers * D, B, R}, x.kind, h_n);
+    Owned y_object = results.make({x.size(0), x.size(1), D * R}, x.kind, y);
+    Owned c_object = pair ? results.make({stack.layers * D, B, stack.hidden_size}, x.kind, c_n) : nullptr;
+    run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
+    return with_state(y_object, h_object, c_object);
+  });
+}
+
+// step(module.__dict__, x, state, out) -> (y, state), which are out's if it is given, or None. Without gradients, whoever asks.
+PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    PyObject *attributes = args[0], *x_object = args[1], *out = args[3];
+    Stack stack;
+    View x, y, h_n, c_n;
+    States before, after;
+    if (!look(x_object, x) || !stack.read(attributes, nullptr) || stack.directions != 1 || drops(attributes)) return nullptr;
+    const bool pair = stack.cell->has_cell_state;
+    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
+    if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
+    const int64_t B = stack.batch, R = stack.output_size;
+    if (out != Py_None) {
+      if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), pair)) return nullptr;
+      if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || mixes(x, before, y, after)) return nullptr;
+      if (!stack.takes(x, Layout::batch, after.h_or_none, after.c_or_none, 3) || !stack.is_state(&y, R, 2)) return nullptr;
+      PyObject *y_object = PyTuple_GetItem(out, 0), *h_object = after.objects[0].get(), *c_object = after.objects[1].get();
+      const bool watched_by_autograd = wants_gradient(y_object) || wants_gradient(h_object) || wants_gradient(c_object);
+      if (aoti_torch_grad_mode_is_enabled() && watched_by_autograd) return nullptr;
+      const Owned written = owned(pair ? PyTuple_Pack(3, y_object, h_object, c_object) : PyTuple_Pack(2, y_object, h_object));
+      if (!written) throw PythonError();
+      run(stack, x, before, y, after.h, after.c_or_none);
+      // So that autograd notices if one of them was kept for a backward pass.
+      if (!owned(PyObject_CallFunctionObjArgs(handed.increment_version, written.get(), nullptr))) throw PythonError();
+      return kept(out);
+    }
+    Results results = like(x_object, x, before);
+    Owned h_object = results.make({stack.layers, B, R}, x.kind, h_n), y_object = results.make({B, R}, x.kind, y);
+    Owned c_object = pair ? results.make({stack.layers, B, stack.hidden_size}, x.kind, c_n) : nullptr;
+    run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
+    return with_state(y_object, h_object, c_object);
+  });
+}
+
+// cell(module.__dict__, x, hx, mode) -> h, or (h, c), of a batch, or None. mode: as RNN, LSTM and GRU have it.
+PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    PyObject *attributes = args[0], *x_object = args[1];
+    const char* mode = PyUnicode_AsUTF8AndSize(args[3], nullptr);
+    if (!mode) throw PythonError();
+    Stack stack;
+    View x, h, c;
+    States before;
+    if (!look(x_object, x) || !stack.read(attributes, mode)) return nullptr;
+    const bool pair = stack.cell->has_cell_state;
+    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
+    if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;
+    if (differentiates(stack, x_object, before)) {
+      if (stack.frozen || stack.half) return nullptr;
+      std::array<Owned, 2> states;
+      if (!before.h_or_none) states = zero_states(stack, x_object, x, {stack.batch});
+      for (size_t i = 0; before.h_or_none && i < 1U + pair; ++i) states[i] = kept(before.objects[i].get());
+      Owned results = differentiated(handed.apply_step, stack, 0, x_object, std::move(states));
+      return pair ? std::move(results) : kept(PyTuple_GetItem(results.get(), 0));
+    }
+    Results results = like(x_object, x, before);
+    Owned h_object = results.make({stack.batch, stack.output_size}, x.kind, h);
+    Owned c_object = pair ? results.make({stack.batch, stack.hidden_size}, x.kind, c) : nullptr;
+    run(stack, x, before, h, h, pair ? &c : nullptr);  // the output is the state
+    return pair ? owned(PyTuple_Pack(2, h_object.get(), c_object.get())) : std::move(h_object);
+  });
+}
+
+// pack(module.__dict__, mode or None, allocate) -> the weights as packed panels in allocate(bytes), or None where it can't.
+PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    const char* mode = args[1] == Py_None ? nullptr : PyUnicode_AsUTF8AndSize(args[1], nullptr);
+    Stack stack;
+    if (!stack.read(args[0], mode, false) || stack.half) return nullptr;
+    return stack.pack(args[2]);
+  });
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,149 @@
+// What the functions for Python have in common: references, tensors as Python has them, seen through DLPack's exchange table,
+// and results. Python's limited API, so that one binary serves all versions.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+
+#include <cstdint>
+#include <forward_list>
+#include <iterator>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+// Plain C, of DLPack and not of torch: but torch's copy stops whoever asks for its stable ABI.
+#pragma push_macro("TORCH_TARGET_VERSION")
+#undef TORCH_TARGET_VERSION
+#include <ATen/dlpack.h>
+#pragma pop_macro("TORCH_TARGET_VERSION")
+
+#include "layer.h"
+#include "memory.h"
+
+namespace fastrnn {
+
+// A reference that is given back.
+struct Release {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+inline Owned owned(PyObject* object) { return Owned(object); }
+inline Owned kept(PyObject* object) {
+  Py_INCREF(object);
+  return Owned(object);
+}
+
+struct PythonError {};  // Python has its exception already
+struct NotTaken {};     // the call goes the long way
+
+// What Python hands over when it loads the module. See `prepare`, `watch` and `differentiate` in python.cpp.
+struct Handed {
+  const DLPackExchangeAPI* exchange;
+  PyObject *tensor_type, *parameter_type, *empty_like, *increment_version;
+  PyObject* watchers;  // a tuple of functions: where one says so, somebody looks at the call from outside
+  PyObject *apply, *apply_half, *apply_step, *recompute_is_on, *cat, *float32_pattern;
+};
+extern Handed handed;
+
+// clang-format off
+enum Key : size_t {
+  MODE, NUM_LAYERS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, PANELS,
+  WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, RECOMPUTE, NEW_EMPTY, IS_NEG, REQUIRES_GRAD, CHUNK, KEYS
+};
+// clang-format on
+extern PyObject* keys[KEYS];
+bool make_keys();  // false with an exception of Python's
+
+// True where a plain dense tensor of the CPU is seen, whose last axis has its numbers next to each other.
+bool look(PyObject* object, View& seen, bool maybe_parameter = false);
+
+bool somebody_watches();
+bool wants_gradient(PyObject* tensor);  // false where there is none
+
+// None in the place of what is not there.
+Owned tuple_of(std::vector<Owned> items);
+
+// Tensors in bfloat16 as float32, and back.
+class Widened {
+ public:
+  View like(const View& given, Kind kind = Kind::f32) {
+    View made = given;
+    made.kind = kind;
+    const auto bytes = static_cast<size_t>(product({given.numel(), bytes_of(kind)}));
+    made.address = reinterpret_cast<int64_t>(buffers_.emplace_front(std::make_unique_for_overwrite<char[]>(bytes)).get());
+    return made;
+  }
+  View of(const View& given) {
+    const View made = like(given);
+    widen(given, made);
+    return made;
+  }
+  // What a layer hands to the next in bfloat16.
+  void round_in_place(const View& wide) {
+    const View rounded = like(wide, Kind::bf16);
+    round(wide, rounded);
+    widen(rounded, wide);
+    buffers_.pop_front();
+  }
+
+ private:
+  std::forward_list<std::unique_ptr<char[]>> buffers_;
+};
+
+// Results, made one after the other. Where there is a tensor of the size already it serves as a pattern: torch takes half as
+// long for a tensor as for numbers.
+class Results {
+ public:
+  void like(PyObject* object, const View& seen) {
+    if (count_ < std::size(patterns_)) patterns_[count_++] = {object, seen};
+  }
+
+  // Of any content.
+  Owned make(const std::vector<int64_t>& sizes, Kind kind, View& seen);
+
+ private:
+  std::pair<PyObject*, View> patterns_[12];
+  size_t count_ = 0;
+};
+
+constexpr double LONG = 4e6;  // operations: for so many others may run meanwhile
+
+// work(), without Python's lock where it takes long.
+template <class Work>
+void run_unlocked(double operations, const Work& work) {
+  if (operations < LONG) return work();
+  struct Unlocked {
+    PyThreadState* state = PyEval_SaveThread();
+    ~Unlocked() { PyEval_RestoreThread(state); }
+  } unlocked;
+  work();
+}
+
+// The body of a function for Python: None where `body` gives nothing.
+template <class Body>
+PyObject* answer(const Body& body) {
+  try {
+    if (Owned result = body()) return result.release();
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+  } catch (const NotTaken&) {
+    Py_RETURN_NONE;
+  } catch (const PythonError&) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "fastrnn: a tensor could not be made");
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+// The functions for Python that take a module, and those that take a layer.
+using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
+Function forward, step, cell, pack;
+Function layer_forward, layer_backward;
+
+}  // namespace fastrnn
