@@ -55,7 +55,7 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
 
 
 def _long_way(torch_class: type[nn.RNNBase]) -> Any:
-    """What the short way leaves, with gradients above all."""
+    """What the short way leaves."""
     by_torch = _rebound(torch_class.forward)
 
     def run(self, input, hx):
