@@ -184,7 +184,7 @@ void give(Call& call, const Views& given, int64_t Record::*field, int64_t height
 }
 
 // What both ops have, but for biases, which backward only counts.
-Call common(const Layer& layer) {
+Call call_of(const Layer& layer) {
   STD_TORCH_CHECK(!layer.w_ih.empty() && !layer.w_hh.empty() && layer.w_hh[0].dims == 2,
                   "fastrnn: expected matrices w_ih and w_hh");
   const View &w_hh = layer.w_hh[0], &batch_sizes = layer.batch_sizes;
@@ -223,9 +223,9 @@ int64_t saved_width(const Call& call) { return (call.cell.slots + call.records[0
 }  // namespace
 
 Call forward_call(const Layer& layer, bool save, const Make& make) {
-  Call call = common(layer);
+  Call call = call_of(layer);
   const Record& r = call.records[0];
-  const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, saved = saved_width(call);
+  const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, width = saved_width(call);
   const Kind kind = layer.x.kind;
   if (r.bias) {
     give(call, layer.b_ih, &Record::b_ih, call.cell.gates * H);
@@ -238,13 +238,13 @@ Call forward_call(const Layer& layer, bool save, const Make& make) {
   call.rows(y, &Record::y, &Record::y_step, &Record::y_row, R);
   call.states(h_n, &Record::h_n, B * R);
   if (call.cell.has_cell_state) call.states(make(C_N, sizes_of(layer.c0), kind), &Record::c_n, B * H);
-  if (save) call.states(make(SAVED, {D, r.rows, saved}, kind), &Record::saved, r.rows * saved);
+  if (save) call.states(make(SAVED, {D, r.rows, width}, kind), &Record::saved, r.rows * width);
   for (Record& record : call.records) record.save = save;
   return call;
 }
 
 Call backward_call(const Layer& layer, const Gradients& gradients, const View& y, const View& saved, const Make& make) {
-  Call call = common(layer);
+  Call call = call_of(layer);
   const Record& r = call.records[0];
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, G = call.cell.gates * H;
   const Kind kind = layer.x.kind;

@@ -62,7 +62,7 @@ struct States {
   }
 };
 
-// Layers on top of each other, as a module holds them, without gradients and dropout.
+// Layers on top of each other, as a module holds them, without dropout.
 class Stack {
  public:
   // Of a module (RNN, LSTM, GRU), or a cell; false where its weights are not its parameters any more, or not of one kind.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import fastrnn
 from fastrnn import dispatch, ops
@@ -177,6 +178,20 @@ def test_results_too_large_for_the_short_way(cell):
         results.append([h, x.grad, *(parameter.grad for parameter in module.parameters())])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
+def test_inside_a_checkpoint_of_torch(kind, dtype):
+    """Which lets each saved tensor be taken out once."""
+    module = getattr(fastrnn, kind)(I, 8, dtype=dtype)
+    x = torch.randn(*([] if kind.endswith("Cell") else [T]), B, I, dtype=dtype, requires_grad=True)
+    results = []
+    for inside in (False, True):
+        y = checkpoint(module, x, use_reentrant=False) if inside else module(x)
+        y = tree_leaves(y)[0]
+        results.append([y, *torch.autograd.grad((y * torch.arange(8)).sum(), (x, *module.parameters()))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("name", LAYERS)
