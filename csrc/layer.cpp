@@ -188,7 +188,7 @@ Call call_of(const Layer& layer) {
   STD_TORCH_CHECK(!layer.w_ih.empty() && !layer.w_hh.empty() && layer.w_hh[0].dims == 2,
                   "fastrnn: expected matrices w_ih and w_hh");
   const View &w_hh = layer.w_hh[0], &batch_sizes = layer.batch_sizes;
-  STD_TORCH_CHECK(!batch_sizes.dims || (batch_sizes.kind == Kind::i64 && batch_sizes.dims == 1),
+  STD_TORCH_CHECK(!batch_sizes.dims || (batch_sizes.dims == 1 && batch_sizes.kind == Kind::i64),
                   "fastrnn: expected batch_sizes of int64 [T] on the CPU");
   const LayerSizes sizes{*layer.cell,
                          layer.x.kind,
@@ -233,10 +233,8 @@ Call forward_call(const Layer& layer, bool save, const Make& make) {
   }
   std::vector<int64_t> y_sizes = sizes_of(layer.x);
   y_sizes.back() = D * R;
-  const bool step = layer.x.dims == 2 && !layer.batch_sizes.dims;
-  const View y = make(Y, y_sizes, kind), h_n = step ? y : make(H_N, sizes_of(layer.h0), kind);
-  call.rows(y, &Record::y, &Record::y_step, &Record::y_row, R);
-  call.states(h_n, &Record::h_n, B * R);
+  call.states(make(H_N, sizes_of(layer.h0), kind), &Record::h_n, B * R);
+  call.rows(make(Y, y_sizes, kind), &Record::y, &Record::y_step, &Record::y_row, R);
   if (call.cell.has_cell_state) call.states(make(C_N, sizes_of(layer.c0), kind), &Record::c_n, B * H);
   if (save) call.states(make(SAVED, {D, r.rows, width}, kind), &Record::saved, r.rows * width);
   for (Record& record : call.records) record.save = save;

@@ -93,7 +93,7 @@ class Call {
 };
 
 // What the raw ops are given, see fastrnn/ops.py; what is absent has no dimensions. All but x, y and dy is contiguous. An x of
-// one step [B, I] goes with states of a single direction, [B, R] and [B, H], and has no h_n beside its y.
+// one step [B, I] goes with states of a single direction, [B, R] and [B, H].
 using Views = std::vector<View>;
 struct Layer {
   const Cell* cell;

@@ -191,9 +191,11 @@ class Stack {
     return sorted;
   }
 
-  bool wants_gradient() const {
+  // Does a weight of the first layers?
+  bool wants_gradient(int64_t first_layers) const {
     const auto wants = [](const Owned& weight) { return fastrnn::wants_gradient(weight.get()); };
-    return std::any_of(objects.begin(), objects.end(), wants);
+    const auto count = static_cast<int64_t>(objects.size()) / layers * first_layers;
+    return std::any_of(objects.begin(), objects.begin() + count, wants);
   }
 
   double operations(const View& x) const {
@@ -337,11 +339,17 @@ void run(const Stack& stack, const View& x, const States& before, const View& y,
   run_unlocked(stack.operations(x), [&] { stack.run(x, before.h_or_none, before.c_or_none, y, h_n, c_n); });
 }
 
-// Has torch to differentiate this call? A frozen module has no gradients but its input's.
+bool input_wants_gradient(PyObject* x, const States& before) {
+  return wants_gradient(x) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get());
+}
+
+// Has torch to differentiate this call, or its lowest layer? A frozen module has no gradients but its input's.
 bool differentiates(const Stack& stack, PyObject* x, const States& before) {
   if (!aoti_torch_grad_mode_is_enabled()) return false;
-  return wants_gradient(x) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get()) ||
-         (!stack.frozen && stack.wants_gradient());
+  return input_wants_gradient(x, before) || (!stack.frozen && stack.wants_gradient(stack.layers));
+}
+bool lowest_differentiates(const Stack& stack, PyObject* x, const States& before) {
+  return input_wants_gradient(x, before) || stack.wants_gradient(1);
 }
 
 bool overlap(const View& a, const View& b) {
@@ -370,10 +378,10 @@ Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
   return state ? owned(PyTuple_Pack(2, y.get(), state.get())) : nullptr;
 }
 
-bool recomputes(PyObject* attributes) {
+bool recompute_is_on() {
   const Owned mode = owned(PyObject_CallNoArgs(handed.recompute_is_on));
   if (!mode) throw PythonError();
-  return mode.get() == Py_True || find(attributes, RECOMPUTE);
+  return mode.get() == Py_True;
 }
 
 // One layer of a call that is differentiated, by an autograd.Function. states: h, and c or nothing.
@@ -449,7 +457,7 @@ Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, cons
 
 }  // namespace
 
-// forward(module.__dict__, x, hx) -> (y, state) of batched dense input, or None.
+// forward(module.__dict__, x, hx, module.recompute) -> (y, state) of batched dense input, or None.
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *attributes = args[0], *x_object = args[1];
@@ -461,8 +469,12 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     const bool pair = stack.cell->has_cell_state;
     if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
-    if (differentiates(stack, x_object, before))
-      return stack.frozen || recomputes(attributes) ? nullptr : differentiated(stack, x_object, x, before);
+    if (differentiates(stack, x_object, before)) {
+      if (stack.frozen || args[3] != Py_False || recompute_is_on()) return nullptr;
+      // Layers below the first that is differentiated keep nothing: the long way asks each.
+      if (stack.layers > 1 && !lowest_differentiates(stack, x_object, before)) return nullptr;
+      return differentiated(stack, x_object, x, before);
+    }
     const int64_t D = stack.directions, B = stack.batch, R = stack.output_size;
     View y, h_n, c_n;
     Results results = like(x_object, x, before);
@@ -522,7 +534,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;
     if (differentiates(stack, x_object, before)) {
-      if (stack.frozen || stack.half) return nullptr;
+      if (stack.frozen || stack.half || recompute_is_on()) return nullptr;
       std::array<Owned, 2> states;
       if (!before.h_or_none) states = zero_states(stack, x_object, x, {stack.batch});
       for (size_t i = 0; before.h_or_none && i < 1U + pair; ++i) states[i] = kept(before.objects[i].get());

@@ -12,7 +12,7 @@ bool make_keys() {
   // clang-format off
   static const char* const KEY_NAMES[KEYS] = {
     "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_flat_weights_names",
-    "_parameters", "_fastrnn_panels", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "recompute", "new_empty",
+    "_parameters", "_fastrnn_panels", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty",
     "is_neg", "requires_grad", "chunk"
   };
   // clang-format on

@@ -71,6 +71,7 @@ class Copies {
     const auto cell = std::find_if(std::begin(CELLS), std::end(CELLS), [&](const Cell& c) { return name == c.name; });
     STD_TORCH_CHECK(cell != std::end(CELLS), "fastrnn: unknown cell '", name, "'");
     STD_TORCH_CHECK(batch_sizes || x.dim() == 3, "fastrnn: x has ", x.dim(), " dimensions");
+    STD_TORCH_CHECK(!batch_sizes || batch_sizes->dim() == 1, "fastrnn: expected batch_sizes of int64 [T] on the CPU");
     return {cell,      rows(x),   contiguous(batch_sizes), contiguous(h0), contiguous(c0), all(w_ih),
             all(w_hh), all(b_ih), all(b_hh),               all(w_hr),      reverse,        batch_first};
   }

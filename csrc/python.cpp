@@ -77,7 +77,7 @@ PyMethodDef method(const char* name) {
 PyMODINIT_FUNC PyInit__runtime() {
   using namespace fastrnn;
   static PyMethodDef methods[] = {
-      method<forward, 3>("forward"), method<step, 4>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
+      method<forward, 4>("forward"), method<step, 4>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
       method<prepare, 6>("prepare"), method<watch, 1>("watch"), method<differentiate, 6>("differentiate"),
       {"tiers", tiers, METH_NOARGS, nullptr}, {}};

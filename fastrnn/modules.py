@@ -46,7 +46,7 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
         if not torch.compiler.is_dynamo_compiling() and dispatch.native:
-            result = dispatch.native.forward(self.__dict__, input, hx)
+            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute)
             if result is not None:
                 return result
         return self._long_way(input, hx)

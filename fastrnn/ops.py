@@ -365,11 +365,11 @@ class Step(Function):
     def forward(ctx, *inputs):
         output = dispatch.native.layer_forward(inputs)
         if output is None:
-            y, _, c_n, saved = Layer.forward(*map(_unsqueezed, inputs[:4]), *inputs[4:])
-            output = y.squeeze(0), None, c_n.squeeze(0), saved
-        h, _, c, saved, *_ = output
+            y, h, c, saved = Layer.forward(*map(_unsqueezed, inputs[:4]), *inputs[4:])
+            output = y[0], h[0].clone(), c[0].clone() if len(c) else None, saved  # of a view torch would forbid changes
+        y, h, c, saved, *_ = output
         ctx.options = inputs[4:9]
-        ctx.save_for_backward(*inputs[:4], h, saved, *inputs[9:])
+        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[9:])
         ctx.set_materialize_grads(False)
         return (h,) if inputs[3] is None else (h, c)
 

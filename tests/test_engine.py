@@ -25,6 +25,7 @@ SHAPES = (
     Case("lstm", 65, 300, batch=40, steps=4),
     Case("gru", 130, 33, batch=33, steps=12, bias=False),
     Case("gru", 63, 256, batch=2, steps=6, bidirectional=True),
+    Case("gru", 33, 150, batch=1, steps=7),
     Case("rnn_tanh", 17, 63, batch=8, steps=40, layers=2),
     Case("rnn_relu", 2, 130, batch=40, steps=3, bidirectional=True),
 )

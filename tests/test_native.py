@@ -174,10 +174,66 @@ def test_results_too_large_for_the_short_way(cell):
         module = (library.LSTMCell if cell else library.LSTM)(1, 8, dtype=torch.float64)
         x = torch.randn(*([] if cell else [1]), rows, 1, dtype=torch.float64, requires_grad=True)
         h, *_ = tree_leaves(module(x))
+        if cell:
+            h.mul_(0.5)
         (h * torch.randn(8)).sum().backward()
         results.append([h, x.grad, *(parameter.grad for parameter in module.parameters())])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_state_of_a_cell_may_be_changed_in_place(name):
+    """As those of torch.nn's LSTM and GRU may, for an episode that ends."""
+    results = []
+    for library in (fastrnn, nn):
+        torch.manual_seed(0)
+        cell, x = getattr(library, f"{name}Cell")(I, H), torch.randn(B, I, requires_grad=True)
+        state, going_on = cell(x), torch.ones(B, 1)
+        going_on[0] = 0
+        if library is nn:
+            state = state_of(name, *(part * going_on for part in parts(state)))
+        else:
+            for part in parts(state):
+                part.mul_(going_on)
+        sum(part.sin().sum() for part in parts(cell(x.detach(), state))).backward()
+        results.append([x.grad, *(parameter.grad for parameter in cell.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def kept_numbers(call):
+    """Numbers in all tensors that autograd keeps of a call."""
+    numbers = 0
+
+    def pack(tensor):
+        nonlocal numbers
+        numbers += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return numbers
+
+
+def test_who_wants_to_keep_less():
+    x, module, cell = torch.randn(T, B, I), fastrnn.LSTM(I, H), fastrnn.LSTMCell(I, H)
+    always = type("Always", (fastrnn.LSTM,), {"recompute": True})(I, H)
+    most, least, of_cell = (kept_numbers(call) for call in (lambda: module(x), lambda: always(x), lambda: cell(x[0])))
+    assert most - least == T * B * 5 * H  # gates and cell states
+    module.recompute = False
+    assert kept_numbers(lambda: module(x)) == most
+    with fastrnn.recompute():
+        assert kept_numbers(lambda: module(x)) == least
+        assert of_cell - kept_numbers(lambda: cell(x[0])) == B * 5 * H
+
+
+def test_lower_layers_without_gradients_keep_nothing():
+    x, module = torch.randn(T, B, I), fastrnn.LSTM(I, H, 2)
+    all_layers = kept_numbers(lambda: module(x))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("l0" not in name)
+    assert kept_numbers(lambda: module(x)) < 0.7 * all_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -454,11 +510,11 @@ def test_a_profiler_sees_training():
 
 
 def test_the_runtime_counts_its_arguments():
-    with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 4 arguments, got 1"):
         dispatch.native.forward({})
     with torch.no_grad():
-        assert dispatch.native.forward({}, torch.zeros(2, 3, 4), None) is None
-        assert dispatch.native.forward(fastrnn.LSTM(I, H).__dict__, None, None) is None
+        assert dispatch.native.forward({}, torch.zeros(2, 3, 4), None, False) is None
+        assert dispatch.native.forward(fastrnn.LSTM(I, H).__dict__, None, None, False) is None
         assert dispatch.native.cell({}, torch.zeros(2, 3), None, "LSTM") is None
         assert dispatch.native.step({}, torch.zeros(2, 3), None, None) is None
 

@@ -14,7 +14,6 @@ from numba import njit
 from ..cells import Cell, bind
 from .plan import (
     FEW_ROWS,
-    GROUP_BYTES,
     LINE,
     OPERAND_VECTORS,
     ROW_BLOCK,
@@ -23,7 +22,16 @@ from .plan import (
     wide_columns,
 )
 from .processor import Target
-from .product import ceil_div, fill_rows, make_multiply, make_pack_rows, make_product, options, tile_rows
+from .product import (
+    ceil_div,
+    fill_rows,
+    make_multiply,
+    make_pack_rows,
+    make_product,
+    options,
+    panels_together,
+    tile_rows,
+)
 from .team import (
     RECORD_BYTES,
     active_rows,
@@ -51,7 +59,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
     columns = wide_columns(target.registers)
     wide, panel_row, most = columns * lanes, columns * vector, tile_rows(target, columns)
-    group, operand_panels = max(1, GROUP_BYTES // panel_row), OPERAND_VECTORS // columns
+    (group, alone), operand_panels = panels_together(v, columns), OPERAND_VECTORS // columns
     product = make_product(v, target, columns)
     multiply = make_multiply(v, target, columns)
     pack_rows = make_pack_rows(v, columns)
@@ -173,7 +181,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """
         depth = gates * p.hidden_size
         row_bytes, panel_bytes = pitch(p), depth * panel_row
-        together = group if count > most else 1
+        together = group if count > most else alone if count == 1 else 1
         groups = ceil_div(last - first, together)
         for index in range(groups):
             panel = first + there_and_back(k, 0, groups, index) * together

@@ -11,7 +11,7 @@ from functools import cache
 
 from numba import njit, types
 
-from .plan import LINE, ROW_BLOCK
+from .plan import GROUP_BYTES, LINE, ROW_BLOCK
 from .plan import ceil_div as _ceil_div
 from .processor import Target
 from .vector import VectorLibrary, load_int, prefetch, product_tile, store_int
@@ -19,6 +19,7 @@ from .vector import VectorLibrary, load_int, prefetch, product_tile, store_int
 # Longest chain of additions in one register: longer sums are sums of such chains, which keeps rounding small. Also so long a
 # part of a panel, at most 32 KiB, stays in L1 while it meets a block of rows.
 CHAIN = 128
+ALONE = 4  # panels that a row alone meets at once: with one, multipliers would wait for the sums of the last k
 DOT_PART = 512  # numbers of a row of 16 that stay in L1
 
 options = {"error_model": "numpy", "boundscheck": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -37,6 +38,12 @@ def tile_rows(target: Target, columns: int) -> int:
     return max(rows for rows in range(1, 9) if rows * columns + min(rows, columns) + 1 <= target.registers)
 
 
+def panels_together(v: VectorLibrary, columns: int) -> tuple[int, int]:
+    """Panels of `columns` vectors that go together: with more rows than a tile has, and with a row alone, in one tile."""
+    group = max(1, GROUP_BYTES // (columns * v.lanes * v.size))
+    return group, min(group, ALONE)
+
+
 @cache
 def make_product(v: VectorLibrary, target: Target, columns: int, half: str = ""):
     """product(...): `count` <= ROW_BLOCK rows times `together` panels, whose rows span GROUP_BYTES at most.
@@ -47,7 +54,8 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
     following:   the panel that comes next, or any: its first part is brought near meanwhile.
 
     Every part of a panel that is one chain long meets all rows in turn: the rest of a deep panel, which no cache near holds,
-    is read once. Panels that go together meet the same part of the rows in turn: it, too, is read once for them. The first
+    is read once. Panels that go together meet the same part of the rows in turn: it, too, is read once for them; as many as
+    panels_together says for a row alone meet one row in one tile. The first
     tile of rows brings a panel's part into L1; those after it prefetch the next part, evenly.
 
     half: the panels are in bfloat16, see product_tile; of "pairs" depth and a_stride are of single numbers all the same, and
@@ -62,7 +70,7 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
 
             @njit(integers(11), **options)
             def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride):
-                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride)
+                tile(a_rows, a_offset, a_stride, panel, 0, panel_row, depth, out, add, ahead, ahead_stride)
 
             return run
         fewer = tiles(rows - 1)
@@ -70,7 +78,7 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
         @njit(integers(11), **options)
         def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride):
             if count == rows:
-                tile(a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride)
+                tile(a_rows, a_offset, a_stride, panel, 0, panel_row, depth, out, add, ahead, ahead_stride)
             else:
                 fewer(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride)
 
@@ -78,10 +86,16 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
 
     most = tile_rows(target, columns)
     run = tiles(most)
+    alone = 1 if half else panels_together(v, columns)[1]
+    lonely = product_tile(v, 1, columns, half, alone)
 
     @njit(integers(10), **options)
     def product(count, a_rows, a_stride, panels, panel_bytes, together, panel_row, depth, sums, following):
         k = 0
+        while alone > 1 and count == 1 and together == alone and k < depth:
+            length, part = min(depth - k, CHAIN), panels + k * panel_row
+            lonely(a_rows, k * a_stride, a_stride, part, panel_bytes, panel_row, length, sums, k, part, 0)
+            k += length
         while k < depth:
             length = min(depth - k, CHAIN)
             count_k = length // group

@@ -611,12 +611,12 @@ OPAQUE = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
 
 
 @cache
-def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""):
+def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = "", panels: int = 1):
     """The register tile: out[rows, columns * lanes] (=, or += if add) sum over k of a[row, k] * panel[k, :], a chain of FMAs.
 
     a_rows:  address of `rows` int64 addresses; a[row, k] is `a_offset + k * a_stride` bytes after its row's.
-    panel:   `depth` groups of `columns` vectors, `panel_stride` bytes apart.
-    out:     rows * columns vectors, contiguous.
+    panel:   `depth` groups of `columns` vectors, `panel_stride` bytes apart; the next of `panels` is `panel_bytes` on.
+    out:     rows * panels * columns vectors, contiguous.
     half:    the panel is in bfloat16. "rows": else as it is otherwise. "pairs": it holds pairs of k, the first of a pair in the
              lower half of a lane: `depth` and strides count pairs, and the numbers of a row of `a` are next to each other.
     ahead:   what is to be brought into L2 meanwhile, a line for each k, `ahead_stride` bytes apart; tiles that have fewer than
@@ -632,10 +632,14 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
             return vectors.emit_pairs(b, address)[member]
         return vectors.emit_half(b, address) if half else _load_at(b, V, address)
 
+    width = panels * columns
+
     @intrinsic
-    def tile(typing_context, a_rows, a_offset, a_stride, panel, panel_stride, depth, out, add, ahead, ahead_stride):
+    def tile(
+        typing_context, a_rows, a_offset, a_stride, panel, panel_bytes, panel_stride, depth, out, add, ahead, ahead_stride
+    ):
         def codegen(context, b, sig, args):
-            a_rows, a_first, a_stride, panel, panel_stride, depth, out, add, ahead, ahead_stride = args
+            a_rows, a_first, a_stride, panel, panel_bytes, panel_stride, depth, out, add, ahead, ahead_stride = args
             undefined = ir.Constant(V.llvm, ir.Undefined)
             table = b.inttoptr(a_rows, I64.as_pointer())
             a = [b.load(b.gep(table, [I64(m)])) for m in range(rows)]
@@ -644,7 +648,7 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
             b.branch(loop)
             b.position_at_end(loop)
             k, a_offset, weights, line = b.phi(I64), b.phi(I64), b.phi(I64), b.phi(I64)
-            total = [[b.phi(V.llvm) for _ in range(columns)] for _ in range(rows)]
+            total = [[b.phi(V.llvm) for _ in range(width)] for _ in range(rows)]
             offset_now = b.call(OPAQUE, [a_offset])  # else each row's address may get a register and an addition of its own
             if rows >= PREFETCHING_ROWS:
                 _prefetch(b, line, 2)
@@ -652,7 +656,9 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
             for member in range(members):
 
                 def weight(n, member=member):
-                    return panel_vector(b, b.add(weights, I64(n * lanes * weight_bytes)), member)
+                    index, n = divmod(n, columns)
+                    start = b.add(weights, b.mul(panel_bytes, I64(index))) if index else weights
+                    return panel_vector(b, b.add(start, I64(n * lanes * weight_bytes)), member)
 
                 def factor(m, member=member):
                     offset = b.add(offset_now, I64(member * size))
@@ -660,14 +666,14 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
                     return b.shuffle_vector(b.insert_element(undefined, x, I32(0)), undefined, broadcast)
 
                 # The shorter side stays in registers.
-                if rows < columns:
+                if rows < width:
                     xs, sums = [factor(m) for m in range(rows)], []
-                    for n in range(columns):
+                    for n in range(width):
                         w = weight(n)
                         sums.append([_fma(b, V, x, w, new[m][n]) for m, x in enumerate(xs)])
                     sums = [list(row) for row in zip(*sums, strict=True)]
                 else:
-                    ws, sums = [weight(n) for n in range(columns)], []
+                    ws, sums = [weight(n) for n in range(width)], []
                     for m in range(rows):
                         x = factor(m)
                         sums.append([_fma(b, V, x, w, new[m][n]) for n, w in enumerate(ws)])
@@ -682,7 +688,7 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
                 phi.add_incoming(first, before)
                 phi.add_incoming(following, loop)
             for m in range(rows):
-                for n in range(columns):
+                for n in range(width):
                     total[m][n].add_incoming(_constant(V, 0.0), before)
                     total[m][n].add_incoming(new[m][n], loop)
             b.cbranch(b.icmp_signed("<", steps[0][2], depth), loop, last)
@@ -697,6 +703,6 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
             b.position_at_end(after)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), codegen
+        return types.void(*[types.int64] * 11), codegen
 
     return tile
