@@ -87,13 +87,23 @@ def trained(module, x, state, of):
     return outputs, gradients | {"x": x.grad} | {f"state {index}": part.grad for index, part in enumerate(state)}
 
 
-def assert_same(found, expected):
-    for one, other in zip(found[0], expected[0], strict=True):
-        assert torch.equal(one, other)
-    assert found[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        assert (gradient is None) == (found[1][name] is None), name
-        assert gradient is None or torch.equal(found[1][name], gradient), name
+def assert_trains_alike(module, x, states, of, monkeypatch):
+    """Through the dispatcher, and without it, with and without given states: to the same bits."""
+    for state in ([], states):
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "native", None)
+            outputs, gradients = trained(module, x, state, of)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_forward", never)
+            if of != "expanded":
+                patch.setattr(ops, "_backward", never)
+            found, found_gradients = trained(module, x, state, of)
+        for one, other in zip(found, outputs, strict=True):
+            assert torch.equal(one, other)
+        assert found_gradients.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert (gradient is None) == (found_gradients[name] is None), name
+            assert gradient is None or torch.equal(found_gradients[name], gradient), name
 
 
 TRAINED = [*VARIANTS, {"bidirectional": True}, {"proj_size": 4, "num_layers": 2}, {"dtype": torch.bfloat16}, {"packed": True}]
@@ -104,7 +114,6 @@ TRAINED += [{"compressed": True, "bidirectional": True}, {"dtype": torch.bfloat1
 @pytest.mark.parametrize("options", TRAINED, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_trains_as_through_the_dispatcher(name, options, of, monkeypatch):
-    """To the same bits, and without it."""
     options = dict(options)
     packed, compressed, dtype = options.pop("packed", False), options.pop("compressed", False), options.get("dtype")
     if name != "LSTM":
@@ -116,15 +125,7 @@ def test_trains_as_through_the_dispatcher(name, options, of, monkeypatch):
     depth, width = module.num_layers * (1 + module.bidirectional), module.proj_size or hidden
     x = torch.randn(9, I, dtype=dtype) if packed else torch.randn(*((B, T) if module.batch_first else (T, B)), I, dtype=dtype)
     states = [torch.randn(depth, B, width, dtype=dtype), torch.randn(depth, B, hidden, dtype=dtype)][: 1 + (name == "LSTM")]
-    for state in ([], states):
-        with monkeypatch.context() as patch:
-            patch.setattr(dispatch, "native", None)
-            expected = trained(module, x, state, of)
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, "_forward", never)
-            if of != "expanded":
-                patch.setattr(ops, "_backward", never)
-            assert_same(trained(module, x, state, of), expected)
+    assert_trains_alike(module, x, states, of, monkeypatch)
 
 
 @pytest.mark.parametrize("of", ["output", "states", "all", "expanded"])
@@ -132,15 +133,7 @@ def test_trains_as_through_the_dispatcher(name, options, of, monkeypatch):
 @pytest.mark.parametrize("name", LAYERS)
 def test_cells_train_as_through_the_dispatcher(name, bias, of, monkeypatch):
     module, x = getattr(fastrnn, f"{name}Cell")(I, H, bias), torch.randn(B, I)
-    for state in ([], [torch.randn(B, H), torch.randn(B, H)][: 1 + (name == "LSTM")]):
-        with monkeypatch.context() as patch:
-            patch.setattr(dispatch, "native", None)
-            expected = trained(module, x, state, of)
-        with monkeypatch.context() as patch:
-            patch.setattr(ops, "_forward", never)
-            if of != "expanded":
-                patch.setattr(ops, "_backward", never)
-            assert_same(trained(module, x, state, of), expected)
+    assert_trains_alike(module, x, [torch.randn(B, H), torch.randn(B, H)][: 1 + (name == "LSTM")], of, monkeypatch)
 
 
 def test_part_of_the_gradients():
