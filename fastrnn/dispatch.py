@@ -30,7 +30,7 @@ from fastrnn.kernels.cells import CELLS
 forced = os.environ.get("FASTRNN_BACKEND")
 
 FUSED = frozenset(("cpu", "triton"))  # engines behind the raw ops
-native: Any = None  # the short way of a call, csrc/python.cpp, where there is one
+native: Any = None  # the short way of a call, csrc/modules.cpp, where there is one
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 HALF = frozenset((torch.float16, torch.bfloat16))
 _AUTOCAST = HALF | {torch.float32}  # what autocast casts

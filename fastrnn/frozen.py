@@ -79,7 +79,7 @@ def _packed(layer: Any) -> Tensor | None:
 
 
 class _Frozen(nn.Module):
-    """What a frozen layer does otherwise. The extension (csrc/python.cpp) finds its panels in `_fastrnn_panels`."""
+    """What a frozen layer does otherwise. The extension (csrc/modules.cpp) finds its panels in `_fastrnn_panels`."""
 
     _fastrnn_panels: Tensor
     _own_class: type  # that it had before it was frozen
