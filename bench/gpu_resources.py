@@ -34,6 +34,7 @@ TARGETS = {  # of what people rent: A100, H100, B200, MI300X
     "sm_100": (("cuda", 100, 32), Device("cuda", 100, 148, 227 * KIB)),
     "gfx942": (("hip", "gfx942", 64), Device("hip", 0, 304, 64 * KIB)),
 }
+SPILLED = 320  # bytes a thread that a plan may spill: an H200 was no slower for 152 at H 512, and 9 % at H 768
 REGISTERS = {"cuda": 64 * KIB, "hip": 128 * KIB}  # 32-bit ones of a multiprocessor
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
 FORMATS = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
@@ -83,7 +84,7 @@ class Usage:
         sizes = sizes_of(self.case)
         bound = plans.shared_bytes(device, sizes, self.case.forward, self.case.plan)
         faults = []
-        if self.spilled:
+        if self.spilled > SPILLED:
             faults.append(f"spills {self.spilled} bytes a thread")
         if self.registers * self.case.plan.warps * lanes > REGISTERS[backend]:
             faults.append(f"{self.registers} registers in {self.case.plan.warps} warps")
@@ -119,6 +120,7 @@ def cases(target: str, cells=("lstm", "gru", "rnn_tanh"), formats=FORMATS, units
 def launches(case: Case) -> list:
     """What a call of the case starts, on tensors without memory."""
     from fastrnn.kernels.gpu import layer
+    from fastrnn.kernels.gpu.cell import PLAIN, PTX
 
     cell, T, D = CELLS[case.cell], 64, case.D
 
@@ -136,6 +138,7 @@ def launches(case: Case) -> list:
     weights = each(rows, 128), each(rows, case.R), biases, biases, w_hr
     started: list = []
     call = layer.Call(empty(*leading, 128), batch_sizes, h0, *weights, case.cell, False, False, run=started.append)
+    call.cells = PTX if TARGETS[case.target][1].backend == "cuda" else PLAIN
     if case.forward:
         layer.forward(call, h0, c0, True, case.plan, case.precision)
     else:

@@ -105,6 +105,8 @@ def why_not_triton(x, batch_sizes, states, weights) -> str | None:
     reason = _why_not_fused(x, batch_sizes, states, weights, "cuda", gpu.DTYPES)
     if reason is None and any(tensor.device != x.device for tensor in (*states, *weights)):
         reason = "tensors on several devices"
+    if reason is None and x.dtype is torch.float32 and gpu.precision_of(x.dtype) == "ieee" and not torch.version.hip:
+        reason = "float32 products in IEEE precision (torch.backends.cudnn.rnn.fp32_precision), which cuDNN takes faster"
     return reason or gpu.why_not(x.device)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 import triton_layers
-from contract import CELLS, Case, Error, arguments, bound, relative, run, same_bits, twins
+from contract import CELLS, Case, Error, arguments, relative, run, same_bits, twins
 from test_triton import LAYERS
 from triton_layers import Layer
 
@@ -19,7 +18,6 @@ from fastrnn.kernels import gpu
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.skipif(os.environ.get("FASTRNN_TRITON") != "1", reason="FASTRNN_TRITON=1 lets kernels run that never did"),
 ]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -33,6 +31,13 @@ def test_kernels(layer):
     assert triton_layers.faults(layer, "cuda", _target()) == []
 
 
+def test_elementary_functions():
+    """PTX's own 2^x and 1/x: two more units in the last place than what the interpreter tests."""
+    errors = triton_layers.elementary_errors("cuda")
+    bounds = {name: 6 if name != "sigmoid -1" else 90 for name in errors}  # test_triton.py says why
+    assert {name: e for name, e in errors.items() if e > bounds[name] * torch.finfo(F32).eps} == {}
+
+
 CASES = [
     Case("lstm", 33, 100, batch=5, steps=9, dtype=F32),
     Case("lstm", 128, 768, batch=16, steps=40, dtype=F16),
@@ -42,19 +47,19 @@ CASES = [
     Case("gru", 17, 65, layers=2, layout="packed", batch=19, steps=30, dtype=F32),
     Case("gru", 256, 256, layout="batch", batch=200, steps=10, dtype=F16),
     Case("rnn_tanh", 50, 300, layout="unsorted", batch=40, steps=30, bidirectional=True, dtype=F16),
-    Case("rnn_relu", 5, 33, layout="unbatched", steps=50, dtype=F32),
+    Case("rnn_relu", 5, 33, layout="unbatched", steps=50, dtype=F16),
     Case("lstm", 64, 2048, batch=64, steps=8, dtype=F16),
     Case("lstm", 64, 640, batch=300, steps=8, layout="packed", dtype=BF16),
 ]
 
 
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_contract(case, precision, monkeypatch):
-    """Every tensor's error within 2 times cuDNN's own at the same dtype and precision, and 4 eps."""
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
-    if case.dtype is not F32 and precision == "ieee":
-        pytest.skip("half precision has one kind of product")
+def test_contract(case):
+    """Every tensor's error within 2 times cuDNN's own at the same dtype, and 4 eps; of float32 one eps of TF32.
+
+    cuDNN takes TF32 for some sizes only, and float32 itself for the others.
+    """
+    slack = 4 * torch.finfo(case.dtype).eps if case.dtype is not F32 else 2**-10
     errors: dict[str, tuple[Error, Error]] = {}
     for seed in range(4):
         stock, ours = twins(case, seed)
@@ -70,9 +75,16 @@ def test_contract(case, precision, monkeypatch):
     wrong = {
         name: (ours.relative, stock.relative)
         for name, (stock, ours) in errors.items()
-        if not ours.relative <= bound(case.dtype, stock.relative)
+        if not ours.relative <= 2 * stock.relative + slack
     }
     assert not wrong, f"ours, cuDNN's: {wrong}"
+
+
+def test_float32_in_ieee_precision_is_cudnns(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    module, x = fastrnn.GRU(5, 64, device="cuda"), torch.randn(4, 3, 5, device="cuda")
+    explanation = fastrnn.explain(module, x)
+    assert explanation.engine == "torch" and "IEEE" in explanation.declined["triton"]
 
 
 # --- the barrier
@@ -90,13 +102,14 @@ LONG = [
 def test_a_persistent_launch_has_the_bits_of_one_launch_a_step(layer, monkeypatch):
     """The same arithmetic in the same order; what differs is how programs wait for each other. 50 runs."""
     target = _target()
-    persistent = triton_layers.by_kernels(layer, "cuda", target)
     plan = Layer.plan
     assert plan(layer, True, target, False).schedule == "persistent"
+    kernels = triton_layers.kernels(layer, "cuda", target)
+    persistent = kernels()
     for _ in range(50):
-        same_bits(triton_layers.by_kernels(layer, "cuda", target), persistent, "run to run")
+        same_bits(kernels(), persistent, "run to run")
     monkeypatch.setattr(Layer, "plan", lambda self, *given: replace(plan(self, *given), schedule="stepwise"))
-    same_bits(triton_layers.by_kernels(layer, "cuda", target), persistent, "stepwise")
+    same_bits(triton_layers.kernels(layer, "cuda", target)(), persistent, "stepwise")
 
 
 def test_other_work_on_the_device():
@@ -126,7 +139,7 @@ def test_other_work_on_the_device():
 @pytest.mark.parametrize("cell", CELLS)
 def test_200_000_steps(cell):
     layer = Layer(cell, "single", dtype=F32, sizes=(200_000, 2, 3, 16))
-    found = triton_layers.by_kernels(layer, "cuda", _target())
+    found = triton_layers.kernels(layer, "cuda", _target())()
     assert all(value.isfinite().all() for value in found.values())
     start = replace(layer, sizes=(300, 2, 3, 16)).arguments()
     whole = layer.arguments()
@@ -169,7 +182,7 @@ def test_graph_capture():
 
     def step():
         y, _ = module(x)
-        return y, *torch.autograd.grad(y.sum(), [x, *module.parameters()])
+        return y.detach(), *torch.autograd.grad(y.sum(), [x, *module.parameters()])  # no graph stays, bound to a stream
 
     expected = step()
     stream = torch.cuda.Stream()

@@ -165,11 +165,12 @@ def test_a_plan_is_complete_and_fits(device):
     [
         (Sizes(1024, 16, 768, 768, 1, 4, 2, "ieee"), "persistent 16 kept", "persistent 16 kept"),
         (Sizes(1500, 32, 1024, 1024, 1, 3, 2, "ieee"), "persistent 16 kept", "persistent 16 kept"),
-        (Sizes(512, 32, 128, 128, 1, 4, 2, "ieee"), "single 16", "single 16"),
-        (Sizes(10, 100_000, 64, 64, 1, 4, 2, "ieee"), "single 32", "single 32"),
+        (Sizes(512, 32, 128, 128, 1, 4, 2, "ieee"), "persistent 16 kept", "persistent 16 kept"),
+        (Sizes(512, 32, 64, 64, 1, 4, 2, "ieee"), "single 16", "single 16"),
+        (Sizes(10, 100_000, 64, 64, 1, 4, 2, "ieee"), "single 16", "single 16"),
         (Sizes(25, 64, 2048, 2048, 1, 4, 2, "ieee"), "persistent 64", "persistent 64"),
         (Sizes(25, 64, 9000, 9000, 1, 4, 2, "ieee"), "stepwise 64", "stepwise 64"),
-        (Sizes(1, 64, 512, 512, 1, 4, 2, "ieee"), "stepwise 64", "stepwise 16"),
+        (Sizes(1, 64, 512, 512, 1, 4, 2, "ieee"), "stepwise 64", "persistent 16 kept"),
     ],
     ids=str,
 )
@@ -215,7 +216,7 @@ def _assert_resources(cases: list, workers: ProcessPoolExecutor) -> None:
 @needs_triton
 @pytest.mark.parametrize("target", TARGETS)
 def test_resources(target, compilers):
-    """What is chosen for small, middle and large layers compiles without a spill, within the device's limits."""
+    """What is chosen for small, middle and large layers compiles with few spills if any, within the device's limits."""
     chosen = [case for case in gpu_resources.cases(target, ("lstm", "gru"), units=(64, 768), rows=(16,)) if case.D == 1]
     named = {
         str(case) for case in chosen if choose(TARGETS[target][1], gpu_resources.sizes_of(case), case.forward) == case.plan

@@ -6,6 +6,7 @@ Imported by tests and by the processes that interpret for them: triton must not 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +28,7 @@ H100 = Device("cuda", 90, 132, 227 * 1024)
 class Layer:
     """A call, and how it runs.
 
-    tiles: single, split (its sums shared by warps), resident (so, and weights kept) or wide.
+    tiles: single, resident (weights kept), or streamed: split (its sums shared by warps) or wide.
     chunk: of the sums; small, so that a small layer has several. 0 for what the chooser takes.
     sizes: T, B, I, H.
     """
@@ -78,11 +79,14 @@ class Layer:
         sizes = Sizes(T, B, H, R, self.directions, CELLS[self.cell].gates, self.dtype.itemsize, precision)
         if self.tiles == "single":
             return choose(device, sizes, forward, "single")
-        kinds = {"split": (False, True), "resident": (True, True), "wide": (False, False)}
+        of_both = [replace(sizes, precision="tf32"), replace(sizes, precision="ieee", bytes_=4)]  # each has kinds of its own
         chosen = next(
             plan
-            for plan in plans(device, replace(sizes, precision="tf32"), forward)
-            if plan.schedule != "single" and (plan.resident, plan.split > 1) == kinds[self.tiles]
+            for each in of_both
+            for plan in plans(device, each, forward)
+            if plan.schedule != "single"
+            and plan.resident == (self.tiles == "resident")
+            and (plan.resident or (plan.split > 1) == (self.tiles == "split"))
         )
         if self.chunk:
             chosen = replace(chosen, chunk=self.chunk, split=2 if chosen.split > 1 else 1, warps=2 if chosen.split > 1 else 8)
@@ -127,22 +131,28 @@ def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0, sides: Tensor 
     return results | dict(zip(GRADIENTS, grads))
 
 
-def by_kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int = 0) -> dict[str, Tensor]:
-    """The kernels' results."""
+def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int = 0) -> Callable[[], dict[str, Tensor]]:
+    """What runs the layer by the kernels, always on the same arguments, and returns their results."""
     from fastrnn.kernels.gpu import layer as engine
 
     made, interpreted = cast(layer.arguments(seed), layer.dtype, device), device == "cpu"
-    call = engine.Call(*(made[name] for name in (*INPUTS, "cell", "reverse", "batch_first")))
+    forward, backward = (layer.plan(which, target, interpreted) for which in (True, False))
     states = made["h0"], made["c0"]
-    y, h_n, c_n, saved = engine.forward(call, *states, layer.save, layer.plan(True, target, interpreted), "ieee")
-    results = {"y": y, "h_n": h_n, "c_n": c_n}
-    if not layer.save:
-        assert saved.numel() == 0
-        return results
-    given = cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device)
-    backward = layer.plan(False, target, interpreted)
-    grads = engine.backward(call, *given.values(), *states, y, saved, True, True, True, backward, "ieee")
-    return results | {"saved": saved} | dict(zip(GRADIENTS, grads))
+    given: dict[str, Tensor | None] = {}
+
+    def run() -> dict[str, Tensor]:
+        call = engine.Call(*(made[name] for name in (*INPUTS, "cell", "reverse", "batch_first")))
+        y, h_n, c_n, saved = engine.forward(call, *states, layer.save, forward, "ieee")
+        results = {"y": y, "h_n": h_n, "c_n": c_n}
+        if not layer.save:
+            assert saved.numel() == 0
+            return results
+        if not given:
+            given.update(cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device))
+        grads = engine.backward(call, *given.values(), *states, y, saved, True, True, True, backward, "ieee")
+        return results | {"saved": saved} | dict(zip(GRADIENTS, grads))
+
+    return run
 
 
 def faults(layer: Layer, device: str = "cpu", target: Device = H100) -> list[str]:
@@ -151,7 +161,7 @@ def faults(layer: Layer, device: str = "cpu", target: Device = H100) -> list[str
     errors: dict[str, tuple[Error, Error]] = {}
     for seed in range(1 if layer.dtype is torch.float32 else 3):  # what is rounded coarsely is wrong by chance
         with np.errstate(over="ignore"):  # exp of what is masked
-            found = by_kernels(layer, device, target, seed)
+            found = kernels(layer, device, target, seed)()
         own = by_reference(layer, layer.dtype, seed)
         truth, truth_of_own = (by_reference(layer, torch.float64, seed, results["y"].cpu()) for results in (found, own))
         for name, value in found.items():
@@ -168,30 +178,31 @@ def faults(layer: Layer, device: str = "cpu", target: Device = H100) -> list[str
     return wrong
 
 
-def elementary_errors() -> dict[str, float]:
+def elementary_errors(device: str = "cpu") -> dict[str, float]:
     """Largest relative error of the kernels' elementary functions in float32, by name."""
     import triton
     import triton.language as tl
 
-    from fastrnn.kernels.gpu import cell
+    from fastrnn.kernels.gpu.cell import PLAIN, PTX
 
     @triton.jit
     def apply(x, y, FUNCTION: tl.constexpr, N: tl.constexpr):
         at = tl.arange(0, N)
         tl.store(y + at, FUNCTION(tl.load(x + at)))
 
-    at = torch.logspace(-30, 1.9, 8192, base=10)
+    cells = PTX if device == "cuda" else PLAIN
+    at = torch.logspace(-30, 1.9, 8192, base=10, device=device)
     errors = {}
     for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh)):
         for sign in (1, -1):
-            x, y = sign * at, torch.empty(8192)
-            apply[(1,)](x, y, getattr(cell, name), 8192)
+            x, y = sign * at, torch.empty(8192, device=device)
+            apply[(1,)](x, y, getattr(cells, name), 8192)
             truth = exact(x.double())
             errors[f"{name} {sign:+}"] = float(((y - truth) / truth).abs().max())
-    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], device=device)
     for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh), ("relu", torch.relu)):
-        y = torch.empty(4)
-        apply[(1,)](special, y, getattr(cell, name), 4)
+        y = torch.empty(4, device=device)
+        apply[(1,)](special, y, getattr(cells, name), 4)
         torch.testing.assert_close(y, exact(special), equal_nan=True, msg=name)
     return errors
 

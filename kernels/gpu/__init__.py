@@ -6,7 +6,6 @@ Importing it imports no triton: the first call does.
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import cache
 
 import torch
@@ -19,9 +18,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _libraries: list[torch.library.Library] = []  # an op is implemented as long as its library lives
 
 
-@cache
 def why_not(device: torch.device) -> str | None:
     """Why no kernel runs on this device of type "cuda" (ROCm's have it too), or None."""
+    return _why_not(device)
+
+
+# What torch.compiler.assume_constant_result would do, but without importing Dynamo: it does not look into this function.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _why_not(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not torch.cuda.is_available():
@@ -29,13 +36,10 @@ def why_not(device: torch.device) -> str | None:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         architecture = properties.gcnArchName.split(":")[0]
-        if architecture not in ("gfx90a", "gfx942"):
-            return f"{architecture}, it takes gfx90a and gfx942"
-    elif properties.major < 8:
+        return None if architecture in ("gfx90a", "gfx942") else f"{architecture}, it takes gfx90a and gfx942"
+    if properties.major < 8:
         return f"compute capability {properties.major}.{properties.minor}, it takes 8.0 and above"
-    # A barrier between programs that no device has run may hang one: until bench/gpu.sh has passed, only who asks gets it.
-    asked = os.environ.get("FASTRNN_TRITON") == "1"
-    return None if asked else "its kernels have never run on a GPU; the environment variable FASTRNN_TRITON=1 lets them"
+    return None
 
 
 @cache

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, wait
-from .tile import load_tiles, product, resident_weights, row_index, store_tiles
+from .tile import diagonal, load_tiles, product, released, resident_weights, row_index, stack, store_tiles
 
 
 @triton.jit
@@ -61,13 +61,14 @@ def scan_backward(
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
     BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr,
-    SYNC: tl.constexpr,
+    SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
+    PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
     """Steps begin...end of T + 1. Grid: BLOCKS * D * blocks of rows.
 
-    PHASE: "state" or "cell", one half of a projected step, or "both".
-    SYNC:  as in forward.
+    PHASE:    "state" or "cell", one half of a projected step, or "both".
+    DIAGONAL: the product is of every gate with every other, see tile.py.
+    SYNC:     as in forward.
     """
     P: tl.constexpr = HIDDEN + GATES
     pid = tl.program_id(0)
@@ -85,8 +86,21 @@ def scan_backward(
     units_ok = units < H
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)  # [OUTPUTS]; without projection these are the units
     outputs_ok = outputs < R
-    a_rows = w_hh + d * (GATES * H * R) + outputs
-    chunks = resident_weights(a_rows, outputs_ok, GATES * H, R, BK, SPLIT, RESIDENT and PHASE != "cell")
+    # the product's rows are outputs, its columns batch rows; or both with gates, a column's gate changing slowest
+    SIDE: tl.constexpr = (4 if GATES == 3 else GATES) if DIAGONAL else 1
+    K: tl.constexpr = H if DIAGONAL else GATES * H
+    stacked = tl.arange(0, OUTPUTS * SIDE)  # [OUTPUTS * SIDE]
+    output, gate = block * OUTPUTS + stacked // SIDE, stacked % SIDE
+    a_ok = (output < R) & (gate < GATES)
+    a_rows = w_hh + d * (GATES * H * R) + gate.to(tl.int64) * (H * R) + output
+    chunks = resident_weights(a_rows, a_ok, K, R, BK, SPLIT, RESIDENT and PHASE != "cell")
+    columns = tl.arange(0, SIDE * ROWS)  # [SIDE * ROWS]
+    column_gate, column_rows = columns // ROWS, first + columns % ROWS
+    columns_ok = (column_rows < B) & (column_gate < GATES)
+    if PACKED:
+        column_length = tl.load(lengths + column_rows, mask=columns_ok, other=0).to(tl.int32)
+    else:
+        column_length = tl.where(columns_ok, T, 0)
     r_rows = w_hr + d * (R * H) + units
 
     state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
@@ -110,19 +124,22 @@ def scan_backward(
     dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
     own = row_index(at, rows, offsets, T, B, PACKED, False)  # [ROWS]
     before = tl.minimum(tl.maximum(tl.where(backwards, t - 1, t + 1), 0), steps - 1)
-    da_before = da + (d * N + row_index(before, rows, offsets, T, B, PACKED, False)) * (P * H)  # [ROWS]
+    state = da + HIDDEN * H + column_gate * H  # [SIDE * ROWS]
+    da_before = state + (d * N + row_index(before, column_rows, offsets, T, B, PACKED, False)) * (P * H)
 
     for s in tl.range(begin, stop, num_stages=1):
         t = tl.where(backwards, s, steps - 1 - s)
-        came = (tl.where(backwards, t - 1, t + 1) < length) & (s > 0)  # [ROWS]; was there a step before this one?
+        before = tl.where(backwards, t - 1, t + 1)
+        came = (before < length) & (s > 0)  # [ROWS]; was there a step before this one?
         active = (t < length) & (s < steps)  # [ROWS]
         da_rows = da + (d * N + own) * (P * H)  # [ROWS]
         dp_rows = dp + (d * N + own) * R  # [ROWS]
         if PHASE != "cell":
             dh = product(
-                chunks, a_rows, outputs_ok, da_before + HIDDEN * H, came, GATES * H, R, OUTPUTS, ROWS,
+                chunks, a_rows, a_ok, da_before, (before < column_length) & (s > 0), K, R, OUTPUTS * SIDE, SIDE * ROWS,
                 BK, SPLIT, RESIDENT, STAGES, PRECISION,
             )  # fmt: skip
+            dh = diagonal(dh, OUTPUTS, SIDE, ROWS) if DIAGONAL else released(dh)
             if CARRY == "hidden":
                 dh += dc
             dh = tl.where(came[None, :], dh, final)  # [OUTPUTS, ROWS]
@@ -138,6 +155,7 @@ def scan_backward(
         if PHASE != "state":
             if PROJECTED:
                 dh = product((), r_rows, units_ok, dp_rows, active, R, H, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION)
+                dh = released(dh)
             grads = CELL(dh, dc, *values)
             store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
             if SYNC:
@@ -146,7 +164,7 @@ def scan_backward(
                 dc = tl.where(active[None, :], grads[P], dc)
 
         if SYNC:
-            da_before = da_rows
+            da_before = state + (d * N + row_index(at, column_rows, offsets, T, B, PACKED, False)) * (P * H)
             t = tl.where(backwards, s + 1, steps - 2 - s)
             at = tl.minimum(tl.maximum(t, 0), steps - 1)
             here = (t < length) & (s + 1 < steps)
@@ -185,10 +203,11 @@ def single_backward(
     units_ok = units < H
     outputs = tl.arange(0, OUTPUTS)  # [OUTPUTS]; without projection these are the units
     outputs_ok = outputs < R
-    w = ()
-    for g in tl.static_range(GATES):
-        at = w_hh + (d * GATES + g) * (H * R) + units[None, :] * R + outputs[:, None]
-        w = w + (tl.load(at, mask=outputs_ok[:, None] & units_ok[None, :], other=0.0),)  # [OUTPUTS, UNITS]
+    PADDED: tl.constexpr = 4 if GATES == 3 else GATES
+    stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
+    gate, unit = stacked // UNITS, stacked % UNITS
+    at = w_hh + d * (GATES * H * R) + (gate * H + unit)[None, :] * R + outputs[:, None]
+    w = tl.load(at, mask=outputs_ok[:, None] & ((gate < GATES) & (unit < H))[None, :], other=0.0)  # [OUTPUTS, PADDED * UNITS]
     if PROJECTED:
         at = w_hr + d * (R * H) + outputs[None, :] * H + units[:, None]
         proj = tl.load(at, mask=units_ok[:, None] & outputs_ok[None, :], other=0.0)  # [UNITS, OUTPUTS]
@@ -229,13 +248,12 @@ def single_backward(
             dp_rows = dp + own * R
             d_proj = d_out.to(dp.dtype.element_ty)
             tl.store(dp_rows[None, :] + outputs[:, None], d_proj, mask=outputs_ok[:, None] & active[None, :])
-            d_out = tl.dot(proj, d_proj, input_precision=PRECISION)  # [UNITS, ROWS]
+            d_out = released(tl.dot(proj, d_proj, input_precision=PRECISION))  # [UNITS, ROWS]
         grads = CELL(d_out, dc, *now)
         da_rows = da + own * (P * H)
         store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
-        new = tl.zeros((OUTPUTS, ROWS), tl.float32)
-        for g in tl.static_range(GATES):
-            new = tl.dot(w[g], grads[HIDDEN + g].to(da.dtype.element_ty), new, input_precision=PRECISION)  # [OUTPUTS, ROWS]
+        d_hidden = stack(grads, HIDDEN, GATES, UNITS, ROWS).to(da.dtype.element_ty)
+        new = released(tl.dot(w, d_hidden, input_precision=PRECISION))  # [OUTPUTS, ROWS]
         if CARRY == "hidden":
             new += grads[P]
         if CARRY == "cell":

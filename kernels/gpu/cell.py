@@ -1,6 +1,12 @@
-"""The cells of cells.py as Triton functions, and the elementary functions they are written with."""
+"""The cells of cells.py as Triton functions, and the elementary functions they are written with.
+
+There are two sets: with PTX's own approximations of 2^x and 1/x, each right to two units in the last place, for CUDA; and
+with Triton's, which guard against subnormal numbers that no gate can tell from zero, for ROCm and the interpreter.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -9,18 +15,35 @@ from ..cells import CELLS, bind
 
 
 @triton.jit
-def sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+def _exp2_ptx(x):
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def tanh(x):
-    """From exp where the difference loses nothing, and where it would the series up to x^11: relative error 1e-8 at 0.35."""
-    e = tl.exp(-2 * tl.abs(x))
-    far = (1 - e) / (1 + e)
+def _reciprocal_ptx(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _exp2(x):
+    return tl.exp2(x)
+
+
+@triton.jit
+def _reciprocal(x):
+    return 1 / x
+
+
+def _sigmoid(x):
+    return reciprocal(1 + exp2(-1.4426950408889634 * x))  # noqa: F821 (bound below)
+
+
+def _tanh(x):
+    """From 2^x where the difference loses nothing, and where it would the series up to x^11: relative error 1e-7 at 0.4."""
+    far = 1 - 2 * reciprocal(1 + exp2(2.8853900817779268 * x))  # noqa: F821
     q = x * x
     series = -1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 + q * (-1382 / 155925))))
-    return tl.where(tl.abs(x) < 0.35, x + x * q * series, tl.where(x < 0, -far, far))
+    return tl.where(tl.abs(x) < 0.4, x + x * q * series, far)
 
 
 @triton.jit
@@ -33,6 +56,16 @@ def where_positive(h, dh):
     return tl.where(h <= 0, 0.0, dh)
 
 
-_NAMES = {"sigmoid": sigmoid, "tanh": tanh, "relu": relu, "where_positive": where_positive, "tl": tl}
-FORWARD = {name: triton.jit(bind(cell.forward, **_NAMES)) for name, cell in CELLS.items()}
-BACKWARD = {name: triton.jit(bind(cell.backward, **_NAMES)) for name, cell in CELLS.items()}
+class Cells:
+    """The cells by name, forward and backward, and the functions they share, over one 2^x and one 1/x."""
+
+    def __init__(self, exp2: Any, reciprocal: Any) -> None:
+        elementary = {"exp2": exp2, "reciprocal": reciprocal, "tl": tl}
+        self.sigmoid, self.tanh = (triton.jit(bind(function, **elementary)) for function in (_sigmoid, _tanh))
+        self.relu = relu
+        names = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where_positive": where_positive, "tl": tl}
+        self.forward = {name: triton.jit(bind(cell.forward, **names)) for name, cell in CELLS.items()}
+        self.backward = {name: triton.jit(bind(cell.backward, **names)) for name, cell in CELLS.items()}
+
+
+PTX, PLAIN = Cells(_exp2_ptx, _reciprocal_ptx), Cells(_exp2, _reciprocal)

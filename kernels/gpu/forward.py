@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, wait
-from .tile import load_tiles, product, resident_weights, row_index, store_tiles, unstack
+from .tile import load_tiles, product, released, resident_weights, row_index, store_tiles, unstack
 
 
 @triton.jit
@@ -149,9 +149,8 @@ def scan_forward(
             if SYNC and PROJECTED:
                 wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS)
         if PROJECTED and PHASE != "gates":
-            proj = product(
-                (), r_rows, outputs_ok, out_rows, active, H, 1, OUTPUTS, ROWS, BK, SPLIT, False, STAGES, PRECISION
-            ).to(y.dtype.element_ty)  # [OUTPUTS, ROWS]
+            proj = product((), r_rows, outputs_ok, out_rows, active, H, 1, OUTPUTS, ROWS, BK, SPLIT, False, STAGES, PRECISION)
+            proj = released(proj).to(y.dtype.element_ty)  # [OUTPUTS, ROWS]
             tl.store(y_rows[None, :] + outputs[:, None], proj, mask=outputs_ok[:, None] & active[None, :])
             n_at = (d * B + rows)[None, :] * R + outputs[:, None]
             tl.store(h_n + n_at, proj, mask=outputs_ok[:, None] & last[None, :])
@@ -197,10 +196,11 @@ def single_forward(
     outputs = tl.arange(0, OUTPUTS)  # [OUTPUTS]; without projection these are the units
     outputs_ok = outputs < R
     biases = input_biases(b_ih + d * (GATES * H), b_hh + d * (GATES * H), units, H, GATES, HIDDEN, INPUT, BIAS)
-    w = ()
-    for g in tl.static_range(GATES):
-        at = w_hh + (d * GATES + g) * (H * R) + units[:, None] * R + outputs[None, :]
-        w = w + (tl.load(at, mask=units_ok[:, None] & outputs_ok[None, :], other=0.0),)  # [UNITS, OUTPUTS]
+    PADDED: tl.constexpr = 4 if GATES == 3 else GATES
+    stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
+    gate, unit = stacked // UNITS, stacked % UNITS
+    at = w_hh + d * (GATES * H * R) + (gate * H + unit)[:, None] * R + outputs[None, :]
+    w = tl.load(at, mask=((gate < GATES) & (unit < H))[:, None] & outputs_ok[None, :], other=0.0)  # [PADDED * UNITS, OUTPUTS]
     if PROJECTED:
         at = w_hr + d * (R * H) + outputs[:, None] * H + units[None, :]
         proj = tl.load(at, mask=outputs_ok[:, None] & units_ok[None, :], other=0.0)  # [OUTPUTS, UNITS]
@@ -229,9 +229,7 @@ def single_forward(
         here = (ahead < length) & (s + 1 < steps)
         inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
 
-        hiddens = ()
-        for g in tl.static_range(GATES):
-            hiddens = hiddens + (tl.dot(w[g], h, input_precision=PRECISION),)  # [UNITS, ROWS]
+        hiddens = unstack(tl.dot(w, h, input_precision=PRECISION), PADDED, UNITS, ROWS)
         new = CELL(*preactivations(own_inputs, hiddens, biases, GATES, HIDDEN), p)
         out = new[0].to(y.dtype.element_ty)
         if SAVE:
@@ -243,7 +241,7 @@ def single_forward(
         if PROJECTED:
             if SAVE:
                 tl.store(own_rows[None, :] + SLOTS * H + units[:, None], out, mask=ok)
-            out = tl.dot(proj, out, input_precision=PRECISION).to(y.dtype.element_ty)  # [OUTPUTS, ROWS]
+            out = released(tl.dot(proj, out, input_precision=PRECISION)).to(y.dtype.element_ty)  # [OUTPUTS, ROWS]
         y_rows = y + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
         tl.store(y_rows[None, :] + outputs[:, None], out, mask=outputs_ok[:, None] & active[None, :])
         h = tl.where(active[None, :], out, h)

@@ -16,7 +16,7 @@ from ..cells import CELLS, Cell
 from . import DTYPES, device_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
-from .cell import BACKWARD, FORWARD
+from .cell import PLAIN, PTX
 from .plan import Plan, choose
 from .precision import precision_of, products_in
 
@@ -48,6 +48,7 @@ class Call:
         if x.dtype not in DTYPES:
             raise RuntimeError(f"fastrnn: the Triton engine takes {', '.join(map(str, DTYPES))}, got {x.dtype}")
         self.cell: Cell = CELLS[cell]
+        self.cells = PTX if x.is_cuda and not torch.version.hip else PLAIN
         self.x, self.dtype, self.device = x, x.dtype, x.device
         self.D, self.B, self.R = h0.shape
         self.H, self.I = w_ih[0].shape[0] // self.cell.gates, x.shape[-1]
@@ -89,7 +90,8 @@ class Call:
         w, order = self.w_ih[d], self.cell.input
         if order == tuple(range(self.cell.gates)):
             return w
-        return w.view(self.cell.gates, self.H, self.I)[list(order)].flatten(0, 1)
+        gates = w.view(self.cell.gates, self.H, self.I)
+        return torch.cat([gates[gate] for gate in order])  # an index list would be copied from the CPU
 
     def constants(self, plan: Plan, precision: str) -> dict[str, Any]:
         """Compile-time arguments that both passes share."""
@@ -195,7 +197,7 @@ def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, p
         "h_n": h_n,
         "lengths": call.lengths,
         "offsets": call.offsets,
-        "CELL": FORWARD[call.cell.name],
+        "CELL": call.cells.forward[call.cell.name],
         "INPUT": call.cell.input,
         "W": kept.shape[-1],
         "BIAS": call.biased,
@@ -242,10 +244,12 @@ def backward(
         "w_hr": call.w_hr,
         "lengths": call.lengths,
         "offsets": call.offsets,
-        "CELL": BACKWARD[call.cell.name],
+        "CELL": call.cells.backward[call.cell.name],
         "W": call.slots,
         **call.constants(plan, precision),
     }
+    if plan.schedule != "single":
+        arguments["DIAGONAL"] = plan.diagonal
     phases = ("state", "cell") if call.projected else ("both",)
     kernels = backward_kernels.single_backward, backward_kernels.scan_backward
     for launch in call.launches(plan, *kernels, arguments, call.T + 1, phases):
@@ -298,14 +302,20 @@ def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[T
         torch.mm(d_hidden[d].T, before, out=dw_hh[d])
     db_ih, db_hh = (da.sum(1) if call.biased else x.new_empty(0) for da in (d_input, d_hidden))
     if order != list(range(cell.gates)):
-        dw_ih = dw_ih.view(D, cell.gates, H, call.I)[:, order].flatten(1, 2)
-        db_ih = db_ih.view(D, cell.gates, H)[:, order].flatten(1, 2) if call.biased else db_ih
+        dw_ih = _gates_in(order, dw_ih)
+        db_ih = _gates_in(order, db_ih) if call.biased else db_ih
     dw_hr = x.new_empty(0)
     if call.projected:
         dw_hr = x.new_empty(D, R, H)
         for d in range(D):
             torch.mm(dp[d].T, saved[d][:, -H:], out=dw_hr[d])
     return [dw.flatten(0, 1) if dw.dim() > 1 else dw for dw in (dw_ih, dw_hh, db_ih, db_hh, dw_hr)]
+
+
+def _gates_in(order: Sequence[int], dw: Tensor) -> Tensor:
+    """dw [D, G*H, ...], its gates in another order."""
+    gates = dw.chunk(len(order), 1)
+    return torch.cat([gates[gate] for gate in order], 1)
 
 
 def _stack(weights: Sequence[Tensor]) -> Tensor:

@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-GIGAHERTZ = 1.7
-PORT_BYTES = 64  # from L2 into a multiprocessor, a clock
+GIGAHERTZ = 1.9
+PORT_BYTES = 32  # from L2 into a multiprocessor, a clock
 SHARED_BYTES = 128  # from shared memory, a clock
-BARRIER, LAUNCH, GATES, ALONE = 1.2, 30.0, 0.15, 0.2  # microseconds; a launch is from Python
+INSTRUCTION = 1.0  # clocks of a product for a byte of its depth, at least: 32 for one instruction of the tensor cores
+BARRIER, LAUNCH, GATES, CELL = 0.9, 30.0, 0.85, 0.0015  # microseconds; a launch is from Python, CELL a gate of a unit's
 SPARE_BYTES = 24 * 1024  # of shared memory, for state and for tiles that change their layout
+LAYOUT_BYTES = 20 * 1024  # the latter alone
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Device:
 
     @property
     def l2_bytes(self) -> float:
-        """Bytes a clock that L2 gives all multiprocessors together, as measured by others: A100 4, H100 5.5, B200 9 TB/s."""
-        return {8: 2400, 9: 3200, 10: 5300}.get(self.capability // 10, 2400)
+        """Bytes a clock that L2 gives all multiprocessors together, measured by others: A100 4, B200 9 TB/s; here an H200 7.7."""
+        return {8: 2400, 9: 4000, 10: 5300}.get(self.capability // 10, 2400)
 
     def operations(self, bytes_: int, precision: str, wide: bool) -> float:
         """Floating-point operations a clock of a multiprocessor's products; wide: by the instructions of whole warp groups."""
@@ -76,7 +78,8 @@ class Plan:
     blocks:         programs that share the units out.
     groups:         blocks of rows that a persistent launch has at once.
     registers:      that a thread may have, 0 for as many as the compiler likes.
-    chunk, split, resident, stages: how a product goes through its sum, see tile.py.
+    chunk, split, resident, stages, diagonal: how a product is taken, see tile.py; of a resident one, chunks of the state that
+                    are on their way at once are its stages.
     microseconds:   estimate of a step.
     """
 
@@ -92,6 +95,7 @@ class Plan:
     split: int = 1
     resident: bool = False
     stages: int = 1
+    diagonal: bool = False
     microseconds: float = 0.0
 
     def __str__(self) -> str:
@@ -120,7 +124,7 @@ def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     """Every plan whose tiles fit the registers of each device that bench/gpu_resources.py compiles for."""
     for plan in _single(device, sizes):
         yield replace(plan, registers=_registers(device, sizes, forward, plan))
-    for tiles in (*_few_rows(device, sizes, forward), *_many_rows(device, sizes, forward)):
+    for tiles in (*_resident(device, sizes, forward), *_streamed(device, sizes, forward)):
         plan = replace(tiles, registers=_registers(device, sizes, forward, tiles))
         if not plan.resident:
             yield replace(plan, schedule="stepwise")
@@ -131,14 +135,13 @@ def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
 
 def _registers(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int:
     """Left to itself, CUDA's compiler may stop at half of a thread's 255 and spill; sm_100's spills where it may have all."""
-    if device.backend != "cuda":
+    if device.backend != "cuda" or plan.warps > 8:
         return 0
-    if device.capability >= 100 and plan.resident:
-        return 240 if forward and sizes.bytes_ == 4 else 0
-    return 255
+    return 0 if device.capability >= 100 and plan.resident else 255
 
 
 def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
+    """Four cells a thread, so that a product spreads over all warps and changes its layout once."""
     units, outputs = _power(sizes.H), _power(sizes.R)
     most = 256
     if sizes.bytes_ == 4 and (device.backend == "hip" or sizes.precision == "ieee"):
@@ -147,42 +150,40 @@ def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
         most = 128
     if sizes.projected:
         most = min(most, 64)
-    many = sizes.bytes_ == 2 and (device.capability >= 90 or (device.backend == "cuda" and units < 64))
-    for rows in (16, 32, 64) if many else (16,):
-        tile_bytes = units * rows * sizes.bytes_
-        if units <= most and tile_bytes <= (8192 if sizes.gates == 1 and units == 256 else 4096):
-            yield Plan("single", units, outputs, rows, blocks=1, groups=1, warps=4 if tile_bytes <= 2048 else 8)
+    if units <= most and units * 16 * sizes.bytes_ <= (8192 if sizes.gates == 1 and units == 256 else 4096):
+        warps = max(4, min(units // 8, 16 if sizes.bytes_ == 2 else 8))
+        yield Plan("single", units, outputs, 16, blocks=1, groups=1, warps=warps)
 
 
-def _few_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
-    """Each warp takes its part of the sum; weights stay where shared memory holds them."""
-    plain = device.backend == "cuda" and sizes.precision == "ieee" and sizes.bytes_ == 4  # no tensor cores
-    chunk = 128 if plain else 512 // sizes.bytes_
-    for units, rows in ((16, 16), (16, 32), (32, 16), (32, 32)):
-        height = _stacked(sizes.gates) * units if forward else units
-        if height * rows > (1024 if plain else 2048):
-            continue
-        plan = _tiled(sizes, units, rows, chunk, split=8, stages=1 if plain else 2)
-        if rows == 16 and (units == 16 or (forward and not sizes.projected and device.capability < 100)):
-            yield plan
-        if plain or (rows == 32 and (sizes.bytes_ == 4 or sizes.projected)):
-            continue
-        large = units == 32 or rows == 32 or (sizes.bytes_ == 4 and _weights(sizes, forward, plan) > 32 * 1024)
-        if device.capability >= 100 and large:
-            continue  # its compiler spills a few bytes
-        yield replace(plan, resident=True)
+def _resident(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
+    """Weights stay in shared memory, and a step's state is on its way there, or as much of it as there is room for."""
+    if device.backend == "hip" or (sizes.bytes_ == 4 and sizes.precision == "ieee"):
+        return  # products without tensor cores hold a copy of the weights in registers
+    diagonal = not forward and sizes.gates > 1
+    units = 64 // _stacked(sizes.gates)
+    for rows in (16, 32):
+        chunk = (256 if diagonal else 512) // sizes.bytes_
+        plan = replace(_tiled(sizes, units, rows, chunk, split=1, stages=0), warps=4, resident=True, diagonal=diagonal)
+        chunk_bytes = _columns(sizes, plan) * chunk * sizes.bytes_
+        room = device.shared_bytes - (shared_bytes(device, sizes, forward, plan) - LAYOUT_BYTES)  # which is free by then
+        most = 1 if device.capability >= 100 and sizes.bytes_ == 4 else 3 if diagonal else 4  # or too many registers
+        stages = min(_ceil(_product(sizes, forward, plan)[1], chunk), room // chunk_bytes, most)
+        if stages > 0:
+            yield replace(plan, stages=stages)
 
 
-def _many_rows(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
-    """The tile is wide enough for all warps; a warp group's instructions take 64 rows of weights."""
-    if (sizes.bytes_ == 4 and sizes.precision == "ieee") or device.backend == "hip":
+def _streamed(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
+    """Weights come from L2 in every step."""
+    plain = sizes.bytes_ == 4 and sizes.precision == "ieee"
+    if plain or device.backend == "hip":
+        yield _tiled(sizes, 16, 16, 128 if plain else 512 // sizes.bytes_, split=8, stages=1 if plain else 2)
         yield _tiled(sizes, 16, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
         return
-    chunk = 128 // sizes.bytes_
-    if forward:
-        yield _tiled(sizes, 64 // _stacked(sizes.gates), 64 if sizes.gates > 1 else 32, chunk, split=1, stages=3)
-    else:
-        yield _tiled(sizes, 32, 64, chunk, split=1, stages=3)
+    units = 64 // _stacked(sizes.gates) if forward else 64
+    plan = _tiled(sizes, units, 64, 128 // sizes.bytes_, split=1, stages=3)
+    yield replace(plan, warps=4 if forward else 8)
+    if forward and sizes.B > 64:
+        yield replace(plan, rows=128)
 
 
 def _tiled(sizes: Sizes, units: int, rows: int, chunk: int, split: int, stages: int) -> Plan:
@@ -194,13 +195,13 @@ def _tiled(sizes: Sizes, units: int, rows: int, chunk: int, split: int, stages: 
 def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int:
     """Shared memory of a program, at most."""
     if plan.schedule == "single":
-        matrices = sizes.gates + sizes.projected if device.backend == "cuda" else 1  # hip holds them in registers
+        matrices = _stacked(sizes.gates) + sizes.projected if device.backend == "cuda" else 1  # hip holds them in registers
         return matrices * plan.units * plan.outputs * sizes.bytes_ + SPARE_BYTES
     height, depth = _product(sizes, forward, plan)
+    chunk_bytes = plan.stages * _columns(sizes, plan) * plan.chunk * sizes.bytes_
     if plan.resident:
-        kept = height * _ceil(depth, plan.chunk) * plan.chunk * sizes.bytes_
-        return kept + max(plan.rows * plan.chunk * sizes.bytes_ + SPARE_BYTES, plan.split * height * plan.rows * 4)
-    return plan.stages * (height + plan.rows) * plan.chunk * sizes.bytes_ + SPARE_BYTES
+        return height * _ceil(depth, plan.chunk) * plan.chunk * sizes.bytes_ + max(chunk_bytes, LAYOUT_BYTES) + 2048
+    return plan.stages * height * plan.chunk * sizes.bytes_ + chunk_bytes + SPARE_BYTES
 
 
 def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
@@ -210,13 +211,14 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
     if plan.schedule == "single":
         height, depth = sizes.gates * plan.units, plan.outputs
         products = [(height, depth, True)] + [(plan.units, plan.outputs, True)] * sizes.projected
-        programs, launches, state = sizes.D * row_blocks, 1, 0
+        together = 2 if 2 * shared_bytes(device, sizes, forward, plan) <= device.shared_bytes else 1  # one waits, one works
+        programs, launches, state = _ceil(sizes.D * row_blocks, together), 1, 0
     else:
         height, depth = _product(sizes, forward, plan)
         projection = (plan.outputs, sizes.H) if forward else (plan.units, sizes.R)
         products = [(height, depth, plan.resident)] + [(*projection, False)] * sizes.projected
         programs, launches = plan.blocks * sizes.D * row_blocks, 1
-        state = sum(depth for _, depth, _ in products) * rows * size
+        state = sum(depth for _, depth, _ in products) * size * (rows * sizes.gates if plan.diagonal else rows)
     at_once = min(programs, device.multiprocessors)
     rounds = _ceil(programs, device.multiprocessors)
     if plan.schedule == "persistent":
@@ -226,23 +228,28 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
     held = sum(height * depth * size for height, depth, stays in products if stays)
     streamed = sum(height * depth * size for height, depth, stays in products if not stays)
     rate = device.operations(size, sizes.precision, plan.split == 1 and height >= 64)
-    work = sum(2 * height * depth * rows for height, depth, _ in products)
-    clocks = (state + streamed) / port + max(held / SHARED_BYTES, work / rate)
+    columns = _columns(sizes, plan)
+    work = sum(max(2 * height * depth * columns / rate, depth * size * INSTRUCTION) for height, depth, _ in products)
+    clocks = (state + streamed) / port + max(held / SHARED_BYTES, work)
     inside = GATES + clocks / (1000 * GIGAHERTZ)
     if plan.schedule == "stepwise":
         return len(products) * LAUNCH + rounds * inside
-    between = BARRIER * len(products) if plan.schedule == "persistent" else ALONE
+    if plan.schedule == "single":
+        inside += plan.units * sizes.gates * CELL  # its cells are all of a multiprocessor's, not a few
+    between = BARRIER * len(products) if plan.schedule == "persistent" else 0
     return rounds * (between + inside + held / port / (1000 * GIGAHERTZ) / sizes.T) + launches * LAUNCH / sizes.T
 
 
-def _weights(sizes: Sizes, forward: bool, plan: Plan) -> int:
-    height, depth = _product(sizes, forward, plan)
-    return height * depth
+def _columns(sizes: Sizes, plan: Plan) -> int:
+    """Of a product: its rows of the batch, or those times gates."""
+    return plan.rows * (_stacked(sizes.gates) if plan.diagonal else 1)
 
 
 def _product(sizes: Sizes, forward: bool, plan: Plan) -> tuple[int, int]:
     """Height and depth of the recurrent weights in a program: forward its units' rows, backward its outputs' columns."""
-    return (_stacked(sizes.gates) * plan.units, sizes.R) if forward else (plan.outputs, sizes.gates * sizes.H)
+    if forward:
+        return _stacked(sizes.gates) * plan.units, sizes.R
+    return (_stacked(sizes.gates) * plan.outputs, sizes.H) if plan.diagonal else (plan.outputs, sizes.gates * sizes.H)
 
 
 def _stacked(gates: int) -> int:

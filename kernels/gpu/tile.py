@@ -5,6 +5,10 @@ K goes in chunks of BK, so it need not be a power of two. With SPLIT > 1 a chunk
 [SPLIT, M, BK / SPLIT] by [SPLIT, BK / SPLIT, ROWS], summed in the end: every warp then holds its own share of A in registers
 and has work, where M x ROWS is too small to share out. With SPLIT == 1 the tensor cores read A from shared memory where the
 device has such instructions (wgmma, tcgen05).
+
+Those take 64 rows of A at least, and backward, which has as many as a program has units, seldom gives so many. There every
+gate's weights are multiplied with every gate's gradients, [(unit, gate), H] by [H, (gate, row)], and the products of a gate with
+its own are summed (`diagonal`): four times the arithmetic, of which there is plenty, and no sum over warps.
 """
 
 from __future__ import annotations
@@ -68,6 +72,17 @@ def resident_weights(
 
 
 @triton.jit
+def released(x):
+    """x [M, N], a product, in a layout that loads and stores have too.
+
+    Left in the tensor cores' layout it would draw the whole cell into it, and every gate that is loaded or stored would change
+    its layout through shared memory. A sum of one term is where Triton lets go of it, so that the product changes it once;
+    `unstack` of several tiles is another such place.
+    """
+    return tl.sum(x[None, :, :], 0)
+
+
+@triton.jit
 def product(
     chunks, a_rows, a_ok, s_rows, s_ok, K: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
     BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -79,9 +94,12 @@ def product(
     else:
         acc = tl.zeros((SPLIT, M, ROWS), tl.float32)
     if RESIDENT:
-        for i in tl.static_range(COUNT):
-            state = state_chunk(s_rows, s_ok, chunk_index(i, BK, SPLIT), K, SPLIT)
-            acc = tl.dot(chunks[i], state, acc, input_precision=PRECISION)
+        states = ()  # STAGES chunks are on their way at once
+        for i in tl.static_range(COUNT + STAGES):
+            if i >= STAGES:
+                acc = tl.dot(chunks[i - STAGES], states[i - STAGES], acc, input_precision=PRECISION)
+            if i < COUNT:
+                states = states + (state_chunk(s_rows, s_ok, chunk_index(i, BK, SPLIT), K, SPLIT),)
     else:
         for i in tl.range(0, COUNT, num_stages=STAGES):
             k = chunk_index(i, BK, SPLIT)
@@ -96,13 +114,32 @@ def product(
 def unstack(x, COUNT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """The COUNT (1, 2 or 4) tiles [UNITS, ROWS] of x [COUNT * UNITS, ROWS]."""
     if COUNT == 1:
-        return (x,)
+        return (released(x),)
     elif COUNT == 2:
         return tl.split(tl.permute(tl.reshape(x, (2, UNITS, ROWS)), (1, 2, 0)))
     else:
         tl.static_assert(COUNT == 4, "a cell has at most 4 gates")
         halves = tl.split(tl.permute(tl.reshape(x, (2, 2, UNITS, ROWS)), (2, 3, 1, 0)))
         return tl.split(halves[0]) + tl.split(halves[1])
+
+
+@triton.jit
+def diagonal(x, UNITS: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr):
+    """The sum [UNITS, ROWS] over gates g of x [(unit, g), (g, row)], a product of every gate with every other."""
+    gate = tl.arange(0, GATES)
+    same = (gate[:, None] == gate[None, :])[None, :, :, None]
+    return tl.sum(tl.sum(tl.where(same, tl.reshape(x, (UNITS, GATES, GATES, ROWS)), 0.0), 2), 1)
+
+
+@triton.jit
+def stack(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """tiles[FIRST : FIRST + COUNT] (1, 3 or 4 of them) [UNITS, ROWS] as one, of four where there are three, the last zero."""
+    if COUNT == 1:
+        return tiles[FIRST]
+    else:
+        fourth = tiles[FIRST + 3] if COUNT == 4 else tl.zeros((UNITS, ROWS), tl.float32)
+        halves = tl.join(tiles[FIRST], tiles[FIRST + 1]), tl.join(tiles[FIRST + 2], fourth)
+        return tl.reshape(tl.permute(tl.join(halves[0], halves[1]), (3, 2, 0, 1)), (4 * UNITS, ROWS))
 
 
 @triton.jit
