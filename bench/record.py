@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PACKAGES = ("torch", "numba", "numpy", "onnx", "onnxruntime", "openvino")
+PACKAGES = ("torch", "triton", "numba", "numpy", "onnx", "onnxruntime", "openvino")
 
 
 def _git(*arguments: str) -> str:

@@ -1,7 +1,8 @@
 """Tables and heat map from bench/results/*.json: `python -m bench.report`.
 
-Writes bench/results/heatmap.png and roofline.png, and puts the tables between the bench markers of README.md, the roofline's
-between those of docs/performance.md. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is faster.
+Writes bench/results/heatmap.png and roofline.png, and puts the tables between the bench and gpu markers of README.md, the
+roofline's between those of docs/performance.md. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is
+faster.
 """
 
 from __future__ import annotations
@@ -274,6 +275,32 @@ def stream(content: dict[str, Any]) -> str:
     return table(["one step of one row, us", *(words for _, words in names)], rows)
 
 
+def gpu(content: dict[str, Any]) -> str:
+    """Geometric means against cuDNN, a row per group of shapes, and the points where fastrnn does least."""
+    points = [point for point in content["points"] if not point["faults"]]
+    columns = [(number, mode) for number in ("fp16", "bf16", "tf32") for mode in ("forward", "train")]
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for point in points:
+        for mode in ("forward", "train"):
+            row = found.setdefault(point["point"]["group"], {})
+            row.setdefault((point["point"]["format"], mode), []).append(point[mode]["ratio"])
+    rows = [[group, *(_times(row.get(column, [])) for column in columns)] for group, row in found.items()]
+    each = sorted((point[mode]["ratio"], f"{mode} {point['name']}") for point in points for mode in ("forward", "train"))
+    below = sum(ratio < FLOOR for ratio, _ in each)
+    listed = ", ".join(f"{name} ({ratio:.2f}x)" for ratio, name in each[:5])
+    wrong = ", ".join(point["name"] for point in content["points"] if point["faults"])
+    device, versions = content["device"], content["versions"]
+    return "\n\n".join(
+        [
+            table(["against cuDNN", *(f"{number} {mode}" for number, mode in columns)], rows),
+            f"Of {len(each)} figures {below} are below {FLOOR}x. The least: {listed}."
+            + f" **Wrong results, no time taken: {wrong}.**" * bool(wrong),
+            f"{device['name']}, CUDA {device['cuda']}, cuDNN {device['cudnn']}, torch {versions['torch']}, triton "
+            f"{versions['triton']}, {content['date'][:10]}, commit {content['commit'][:10] or 'none'}.",
+        ]
+    )
+
+
 def origin(content: dict[str, Any]) -> str:
     """Where and when the figures were taken."""
     machine, versions, settings = content["machine"], content["versions"], content["settings"]
@@ -359,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=record.ROOT / "README.md", help="(default %(default)s)")
     parser.add_argument("--log", type=Path, default=record.ROOT / "docs" / "performance.md", help="(default %(default)s)")
     options = parser.parse_args(argv)
-    names = "grid", "grid-avx2", "memory", "startup", "half", "roofline", "stream"
+    names = "grid", "grid-avx2", "memory", "startup", "half", "roofline", "stream", "gpu"
     files = {name: options.results / f"{name}.json" for name in names}
     contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     report = markdown(contents)
@@ -372,7 +399,10 @@ def main(argv: list[str] | None = None) -> None:
         if options.log.exists():
             options.log.write_text(insert(roofline(results, rates), options.log.read_text(), "roofline"))
     if options.page.exists():
-        options.page.write_text(insert(report, options.page.read_text()))
+        page = insert(report, options.page.read_text())
+        if "gpu" in contents:
+            page = insert(gpu(contents["gpu"]), page, "gpu")
+        options.page.write_text(page)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,10 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
+from torch.nn import Parameter
 
 from fastrnn import checkpoint, dispatch
-from fastrnn.kernels import reference
+from fastrnn.kernels import gpu, reference
 from fastrnn.kernels.cells import CELLS
 
 Kinds: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -84,12 +85,26 @@ _library.define(
     "Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, Tensor dw_hr)",
     tags=_tags,
 )
-_forward = torch.ops.fastrnn.layer_forward.default
-_backward = torch.ops.fastrnn.layer_backward.default
+_forward_op = torch.ops.fastrnn.layer_forward.default
+_backward_op = torch.ops.fastrnn.layer_backward.default
 _checkpoint_forward = torch.ops.fastrnn.checkpoint_forward.default
 _checkpoint_backward = torch.ops.fastrnn.checkpoint_backward.default
 _library.impl("checkpoint_forward", checkpoint.forward, "CompositeExplicitAutograd")
 _library.impl("checkpoint_backward", checkpoint.backward, "CompositeExplicitAutograd")
+
+
+def _forward(x, *args):
+    """layer_forward; on a GPU past the dispatcher where nobody would see the call there (a CPU's calls: `_short_forward`)."""
+    return (gpu.layer_forward if _past_the_dispatcher(x) else _forward_op)(x, *args)
+
+
+def _backward(dy, dh_n, dc_n, x, *args):
+    """layer_backward, likewise."""
+    return (gpu.layer_backward if _past_the_dispatcher(x) else _backward_op)(dy, dh_n, dc_n, x, *args)
+
+
+def _past_the_dispatcher(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling() and type(x) in (Tensor, Parameter) and not dispatch.watched()
 
 
 @torch.library.register_fake("fastrnn::layer_forward", lib=_library)

@@ -200,6 +200,24 @@ def test_another_processor_has_a_table_of_its_own():
     assert "2 threads of Other (AVX2" in text
 
 
+def test_a_gpu_has_a_table_of_its_own():
+    def point(number, ratio, faults=()):
+        timed = {"forward": {"ratio": ratio}, "train": {"ratio": 2 * ratio}}
+        return {"name": f"odd {number}", "point": {"group": "odd", "format": number}, "faults": list(faults), **timed}
+
+    content = {
+        "points": [point("fp16", 0.9), point("fp16", 1.6), point("tf32", 3.0), point("bf16", 9.0, ["y"])],
+        "device": {"name": "A GPU", "cuda": "1", "cudnn": 2},
+        "versions": {"torch": "3", "triton": "4"},
+        "date": "2000-01-01",
+        "commit": "",
+    }
+    text = report.gpu(content)
+    assert "| odd | 1.20x | 2.40x |  |  | 3.00x | 6.00x |" in text
+    assert "Of 6 figures 1 are below 1x. The least: forward odd fp16 (0.90x), " in text
+    assert "no time taken: odd bf16." in text and "A GPU, CUDA 1, cuDNN 2, torch 3, triton 4" in text
+
+
 def test_report_goes_between_the_markers():
     begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
     page = f"before\n{begin}\nold\n{end}\nafter\n"

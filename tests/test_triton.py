@@ -318,7 +318,7 @@ def test_products_outside_the_scan_follow_it_too():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     for precision in ("tf32", "ieee"):
-        with products_in(precision):
+        with products_in(torch.float32, precision):
             assert matmul.fp32_precision == precision
         assert matmul.fp32_precision == before
 

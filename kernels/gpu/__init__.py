@@ -72,21 +72,24 @@ def describe(
     return "; ".join(f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items())
 
 
+def layer_forward(*args):
+    """The raw op's implementation."""
+    from . import layer
+
+    return layer.layer_forward(*args)
+
+
+def layer_backward(*args):
+    """The raw op's implementation."""
+    from . import layer
+
+    return layer.layer_backward(*args)
+
+
 @cache
 def register() -> None:
     """Make this engine the implementation of the raw ops on CUDA and ROCm devices."""
     library = torch.library.Library("fastrnn", "IMPL", "CUDA")
-
-    def layer_forward(*args):
-        from . import layer
-
-        return layer.layer_forward(*args)
-
-    def layer_backward(*args):
-        from . import layer
-
-        return layer.layer_backward(*args)
-
     library.impl("layer_forward", layer_forward)
     library.impl("layer_backward", layer_backward)
     _libraries.append(library)

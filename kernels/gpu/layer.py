@@ -178,7 +178,7 @@ def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, p
     # the projected input; the cell's slots are written over it
     kept = x.new_empty(call.D, call.N, max(gates * call.H, call.slots if save else 0))
     rows = call.step_major(x)
-    with products_in(precision):
+    with products_in(call.dtype, precision):
         for d in range(call.D):
             torch.mm(rows, call.input_weights(d).T, out=kept[d][:, : gates * call.H])
     y, h_n = x.new_empty(*x.shape[:-1], call.D * call.R), x.new_empty(call.D, call.B, call.R)
@@ -256,7 +256,7 @@ def backward(
         call.run(launch)
     dc0 = carry.to(x.dtype) if need_dh0 and call.cell.carry == "cell" else x.new_empty(0)
     d_input, d_hidden = da[..., : gates * H], da[..., hidden * H :]
-    with products_in(precision):
+    with products_in(call.dtype, precision):
         dx = _input_gradient(call, d_input) if need_dx else x.new_empty(0)
         weights = (
             _weight_gradients(call, d_input, d_hidden, dp, y, h0, saved) if need_dw else [x.new_empty(0) for _ in range(5)]
@@ -275,32 +275,18 @@ def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
 
 def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[Tensor]:
     """dw_ih, dw_hh, db_ih, db_hh, dw_hr, the directions' one below the other; [0] where there is none."""
-    cell, D, N, H, R = call.cell, call.D, call.N, call.H, call.R
+    cell, D, H, R = call.cell, call.D, call.H, call.R
     order = [cell.input.index(gate) for gate in range(cell.gates)]  # torch's gates among the cell's arguments
     x = call.x
     rows = call.step_major(x)
     dw_ih, dw_hh = x.new_empty(D, cell.gates * H, call.I), x.new_empty(D, cell.gates * H, R)
-    before = x.new_empty(N, R)
-    columns = min(128, max(16, 1 << (R - 1).bit_length()))
-    blocks = -(-call.B // 16)
-    common = {
-        "lengths": call.lengths,
-        "offsets": call.offsets,
-        "T": call.T,
-        "B": call.B,
-        "D": D,
-        "R": R,
-        "PACKED": call.packed,
-        "BATCH_FIRST": call.batch_first,
-    }
     for d in range(D):
-        given = {"before": before, "y": y, "h0": h0[d], "blocks": blocks, "d": d, "BACKWARDS": call.reverse != (d == 1)}
-        tiles = {"ROWS": 16, "COLUMNS": columns}
-        grid = (call.T * blocks, -(-R // columns))
-        call.run(Launch(backward_kernels.states_before, grid, common | given | tiles, {"num_warps": 4}))
         torch.mm(d_input[d].T, rows, out=dw_ih[d])
-        torch.mm(d_hidden[d].T, before, out=dw_hh[d])
-    db_ih, db_hh = (da.sum(1) if call.biased else x.new_empty(0) for da in (d_input, d_hidden))
+        _hidden_weight_gradient(call, d, d_hidden[d], y, h0[d], dw_hh[d])
+    db_ih = db_hh = x.new_empty(0)
+    if call.biased:
+        db_ih = d_input.sum(1)
+        db_hh = d_hidden.sum(1) if cell.hidden else db_ih.clone()  # a gradient is somebody's own
     if order != list(range(cell.gates)):
         dw_ih = _gates_in(order, dw_ih)
         db_ih = _gates_in(order, db_ih) if call.biased else db_ih
@@ -310,6 +296,44 @@ def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[T
         for d in range(D):
             torch.mm(dp[d].T, saved[d][:, -H:], out=dw_hr[d])
     return [dw.flatten(0, 1) if dw.dim() > 1 else dw for dw in (dw_ih, dw_hh, db_ih, db_hh, dw_hr)]
+
+
+def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tensor, dw: Tensor) -> None:
+    """dw [G*H, R], out: the sum over all steps of da^T [G*H, rows] with the state [rows, R] that the step began with."""
+    B, N, R = call.B, call.N, call.R
+    backwards = call.reverse != (d == 1)
+    if not (call.packed or call.batch_first):  # those states are y, a step later
+        states = y.view(N, call.D * R)[:, d * R : (d + 1) * R]
+        first, later, earlier = (
+            (slice(N - B, N), slice(N - B), slice(B, N)) if backwards else (slice(B), slice(B, N), slice(N - B))
+        )
+        torch.mm(da[first].T, h0, out=dw)
+        if call.T > 1:
+            dw.addmm_(da[later].T, states[earlier])
+        return
+    before = y.new_empty(N, R)
+    columns = min(128, max(16, 1 << (R - 1).bit_length()))
+    blocks = -(-B // 16)
+    arguments = {
+        "before": before,
+        "y": y,
+        "h0": h0,
+        "lengths": call.lengths,
+        "offsets": call.offsets,
+        "T": call.T,
+        "B": B,
+        "blocks": blocks,
+        "d": d,
+        "D": call.D,
+        "R": R,
+        "PACKED": call.packed,
+        "BATCH_FIRST": call.batch_first,
+        "BACKWARDS": backwards,
+        "ROWS": 16,
+        "COLUMNS": columns,
+    }
+    call.run(Launch(backward_kernels.states_before, (call.T * blocks, -(-R // columns)), arguments, {"num_warps": 4}))
+    torch.mm(da.T, before, out=dw)
 
 
 def _gates_in(order: Sequence[int], dw: Tensor) -> Tensor:

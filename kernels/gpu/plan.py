@@ -40,7 +40,7 @@ class Device:
 
     @property
     def l2_bytes(self) -> float:
-        """Bytes a clock that L2 gives all multiprocessors together, measured by others: A100 4, B200 9 TB/s; here an H200 7.7."""
+        """Bytes a clock that L2 gives all multiprocessors together: measured, H200 7.7 TB/s; by others, A100 4, B200 9."""
         return {8: 2400, 9: 4000, 10: 5300}.get(self.capability // 10, 2400)
 
     def operations(self, bytes_: int, precision: str, wide: bool) -> float:
@@ -150,7 +150,7 @@ def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
         most = 128
     if sizes.projected:
         most = min(most, 64)
-    if units <= most and units * 16 * sizes.bytes_ <= (8192 if sizes.gates == 1 and units == 256 else 4096):
+    if units <= most and units * 16 * sizes.bytes_ <= (8192 if sizes.gates == 1 else 4096):
         warps = max(4, min(units // 8, 16 if sizes.bytes_ == 2 else 8))
         yield Plan("single", units, outputs, 16, blocks=1, groups=1, warps=warps)
 

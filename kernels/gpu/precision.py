@@ -17,9 +17,13 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if rnn.fp32_precision == "tf32" else "ieee"
 
 
+def products_in(dtype: torch.dtype, precision: str) -> contextlib.AbstractContextManager[None]:
+    """torch's products on a GPU, of float32 in this precision; the setting is the whole process's, and restored."""
+    return _float32_products_in(precision) if dtype is torch.float32 else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """torch's float32 products on a GPU in this precision; the setting is the whole process's, and restored."""
+def _float32_products_in(precision: str) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     if before == precision:

@@ -6,9 +6,9 @@ K goes in chunks of BK, so it need not be a power of two. With SPLIT > 1 a chunk
 and has work, where M x ROWS is too small to share out. With SPLIT == 1 the tensor cores read A from shared memory where the
 device has such instructions (wgmma, tcgen05).
 
-Those take 64 rows of A at least, and backward, which has as many as a program has units, seldom gives so many. There every
-gate's weights are multiplied with every gate's gradients, [(unit, gate), H] by [H, (gate, row)], and the products of a gate with
-its own are summed (`diagonal`): four times the arithmetic, of which there is plenty, and no sum over warps.
+Those take 64 rows of A at least; backward has as many as a program has units, and seldom so many. There every gate's weights
+are multiplied with every gate's gradients, [(unit, gate), H] by [H, (gate, row)], and the products of a gate with its own are
+summed (`diagonal`): four times the arithmetic, of which there is plenty, and no sum over warps.
 """
 
 from __future__ import annotations
