@@ -19,6 +19,7 @@ from bench import record
 from bench.grid import CELLS, GROUPS, MODES, Point
 from bench.memory import above
 from bench.roofline import forward_operations, least_seconds
+from fastrnn.kernels.gpu.plan import cudnn_is_faster
 
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
@@ -275,6 +276,14 @@ def stream(content: dict[str, Any]) -> str:
     return table(["one step of one row, us", *(words for _, words in names)], rows)
 
 
+def left_to_cudnn(point: dict[str, Any]) -> bool:
+    """Is a point of bench.gpu one whose calls modules leave to cuDNN?"""
+    cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[point["cell"]]
+    dtype = {"fp16": "float16", "bf16": "bfloat16", "tf32": "float32"}[point["format"]]
+    sizes = point["T"], point["B"], point["H"], point["H"], point["directions"], point["layers"]
+    return cudnn_is_faster(cell, *sizes, dtype, point["fill"] < 1)
+
+
 def gpu(content: dict[str, Any]) -> str:
     """Geometric means against cuDNN, a row per group of shapes, and the points where fastrnn does least."""
     points = [point for point in content["points"] if not point["faults"]]
@@ -286,15 +295,23 @@ def gpu(content: dict[str, Any]) -> str:
             row.setdefault((point["point"]["format"], mode), []).append(point[mode]["ratio"])
     rows = [[group, *(_times(row.get(column, [])) for column in columns)] for group, row in found.items()]
     each = sorted((point[mode]["ratio"], f"{mode} {point['name']}") for point in points for mode in ("forward", "train"))
-    below = sum(ratio < FLOOR for ratio, _ in each)
-    listed = ", ".join(f"{name} ({ratio:.2f}x)" for ratio, name in each[:5])
+    kept = sorted(
+        (point[mode]["ratio"], f"{mode} {point['name']}")
+        for point in points
+        if not left_to_cudnn(point["point"])
+        for mode in ("forward", "train")
+    )
+    below = [f"{name} ({ratio:.2f}x)" for ratio, name in kept if ratio < FLOOR]
     wrong = ", ".join(point["name"] for point in content["points"] if point["faults"])
     device, versions = content["device"], content["versions"]
     return "\n\n".join(
         [
             table(["against cuDNN", *(f"{number} {mode}" for number, mode in columns)], rows),
-            f"Of {len(each)} figures {below} are below {FLOOR}x. The least: {listed}."
-            + f" **Wrong results, no time taken: {wrong}.**" * bool(wrong),
+            f"Of {len(each)} figures {sum(ratio < FLOOR for ratio, _ in each)} are below {FLOOR}x. Shapes that cuDNN was "
+            f"faster at are left to it: of the {len(kept)} figures of the others, {_times([ratio for ratio, _ in kept])} in "
+            f"geometric mean, {len(below)} are below {FLOOR}x{': ' * bool(below)}{', '.join(below)}."
+            + f" **Wrong results, no time taken: {wrong}.**"
+            * bool(wrong),
             f"{device['name']}, CUDA {device['cuda']}, cuDNN {device['cudnn']}, torch {versions['torch']}, triton "
             f"{versions['triton']}, {content['date'][:10]}, commit {content['commit'][:10] or 'none'}.",
         ]

@@ -83,6 +83,27 @@ def choose(x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weig
     return forced
 
 
+def leaves_to_cudnn(cell: str, x: Tensor, batch_sizes, w_hh: Tensor, layers: int, directions: int, batch_first: bool) -> bool:
+    """Does the Triton engine leave a call that it could take to torch.nn, because cuDNN is faster? Not where it is forced.
+
+    x: a module's input, of one step, too, has its axis of steps.
+    """
+    if forced:
+        return False
+    T, B = _steps_and_rows(x, batch_sizes, batch_first)
+    H, R = w_hh.shape[0] // CELLS[cell].gates, w_hh.shape[1]
+    dtype = str(x.dtype).removeprefix("torch.")
+    return gpu.plan.cudnn_is_faster(cell, T, B, H, R, directions, layers, dtype, batch_sizes is not None)
+
+
+def _steps_and_rows(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, int]:
+    if batch_sizes is not None:
+        return len(batch_sizes), 0  # rows would have to be read from it
+    if x.dim() == 2:
+        return x.shape[0], 1
+    return (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+
+
 def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
     """Why the compiled CPU engine declines a call, or None where it takes it, half precision through float32."""
     mixed = torch.is_autocast_enabled("cpu")
@@ -194,13 +215,24 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
     weights = [parameter for parameter in _weights(module) if parameter is not None]
     call = x, batch_sizes, states, weights
     engine = choose(*call)
+    left = engine == "triton" and _left_to_cudnn(module, x, batch_sizes, weights[1])
+    engine = "torch" if left else engine
     idle = f"{engine} is forced" if forced else f"{engine} takes the call"
     declined = {name: why_not(*call) or idle for name, why_not in _WHY_NOT.items() if name != engine}
+    if left:
+        declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
     half = weights[0].dtype is torch.bfloat16
     return Explanation(engine, declined, _schedule(module, x, batch_sizes, training, half) if engine in FUSED else ())
+
+
+def _left_to_cudnn(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, w_hh: Tensor) -> bool:
+    if not isinstance(module, nn.RNNBase):
+        return forced is None  # a cell's one step
+    layers, directions = module.num_layers, 1 + module.bidirectional
+    return leaves_to_cudnn(BY_MODE[module.mode], x, batch_sizes, w_hh, layers, directions, module.batch_first)
 
 
 def _weights(module: Any) -> list[Tensor | None]:
@@ -222,12 +254,9 @@ def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool
         cell = {3: "gru", 4: "lstm"}.get(len(module.weight_hh) // H) or f"rnn_{module.nonlinearity}"
         rows = x.shape[0] if x.dim() == 2 else 1
         return (describe(cell, 1, rows, I, H, 1),)
+    T, B = _steps_and_rows(x, batch_sizes, module.batch_first)
     if batch_sizes is not None:
-        T, B = len(batch_sizes), int(batch_sizes[0])
-    elif x.dim() == 2:
-        T, B = x.shape[0], 1
-    else:
-        T, B = (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
+        B = int(batch_sizes[0])
     R, D = module.proj_size or H, 1 + module.bidirectional
     sizes = [I] + [D * R] * (module.num_layers - 1)
     return tuple(describe(BY_MODE[module.mode], T, B, size, R, D) for size in sizes)

@@ -193,9 +193,12 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     engine = dispatch.choose(x, batch_sizes, states, params)
     directions = 2 if bidirectional else 1
     kinds = len(params) // (num_layers * directions)  # weights of a layer and direction
-    if engine == "torch" or not _fits(
+    fits = engine != "torch" and _fits(
         cell, x, batch_sizes, states, params, has_biases, num_layers, directions, kinds, batch_first
-    ):
+    )
+    if fits and engine == "triton":
+        fits = not dispatch.leaves_to_cudnn(cell, x, batch_sizes, params[1], num_layers, directions, batch_first)
+    if not fits:
         if cell == "lstm" and batch_sizes is not None and _unchecked_by_torch(x, states, params, kinds):
             _LSTMChecks.of(params, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
         return fallback(*args)
@@ -265,6 +268,8 @@ def _step(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
     has_biases = b_ih is not None or b_hh is not None
     params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
     engine = dispatch.choose(x, None, states, params)
+    if engine == "triton" and not dispatch.forced:
+        engine = "torch"  # one step costs less than a launch from Python
     if engine == "torch" or not _fits_step(cell, x, states, params):
         return fallback(x, hx, w_ih, w_hh, b_ih, b_hh)
     run = ops.layer if engine in dispatch.FUSED else _reference

@@ -203,7 +203,9 @@ def test_another_processor_has_a_table_of_its_own():
 def test_a_gpu_has_a_table_of_its_own():
     def point(number, ratio, faults=()):
         timed = {"forward": {"ratio": ratio}, "train": {"ratio": 2 * ratio}}
-        return {"name": f"odd {number}", "point": {"group": "odd", "format": number}, "faults": list(faults), **timed}
+        sizes = {"cell": "GRU", "T": 9, "B": 3, "H": 100, "directions": 1, "layers": 1, "fill": 1}
+        its = sizes | {"group": "odd", "format": number}
+        return {"name": f"odd {number}", "point": its, "faults": list(faults), **timed}
 
     content = {
         "points": [point("fp16", 0.9), point("fp16", 1.6), point("tf32", 3.0), point("bf16", 9.0, ["y"])],
@@ -214,7 +216,8 @@ def test_a_gpu_has_a_table_of_its_own():
     }
     text = report.gpu(content)
     assert "| odd | 1.20x | 2.40x |  |  | 3.00x | 6.00x |" in text
-    assert "Of 6 figures 1 are below 1x. The least: forward odd fp16 (0.90x), " in text
+    assert "Of 6 figures 1 are below 1x." in text
+    assert "of the 4 figures of the others, 1.70x in geometric mean, 1 are below 1x: forward odd fp16 (0.90x)." in text
     assert "no time taken: odd bf16." in text and "A GPU, CUDA 1, cuDNN 2, torch 3, triton 4" in text
 
 

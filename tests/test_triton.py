@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_layers import Layer
 
 import fastrnn
-from bench import gpu_resources
+from bench import gpu_resources, record, report
 from bench.gpu_resources import TARGETS
 from fastrnn import dispatch
 from fastrnn.kernels import gpu
@@ -273,6 +274,35 @@ def test_tensor_cores_are_used(target, instruction):
 
 
 # --- dispatch
+
+
+def test_what_is_left_to_cudnn_is_what_it_was_faster_at():
+    """The rule against the times it is made from: forward and training step both one way, by a tenth, and it agrees."""
+    points = json.loads((record.RESULTS / "gpu.json").read_text())["points"]
+    decided = 0
+    for point in points:
+        ratios = [point[mode]["ratio"] for mode in ("forward", "train")]
+        if max(ratios) < 1 / 1.1 or min(ratios) > 1.1:
+            assert report.left_to_cudnn(point["point"]) == (max(ratios) < 1), (point["name"], ratios)
+            decided += 1
+    assert decided > 80
+
+
+def test_calls_are_left_to_cudnn_by_their_sizes(monkeypatch):
+    def left(cell, T, B, H, layers=1, directions=1, batch_first=False, batch_sizes=None):
+        x = torch.empty(*((B, T) if batch_first else (T, B)), 5, dtype=torch.float16, device="meta")
+        w_hh = torch.empty({"lstm": 4, "gru": 3}.get(cell, 1) * H, H, device="meta")
+        return dispatch.leaves_to_cudnn(cell, x, batch_sizes, w_hh, layers, directions, batch_first)
+
+    assert left("lstm", 500, 16, 768) and left("lstm", 500, 16, 768, batch_first=True)
+    assert not left("lstm", 500, 64, 768) and not left("lstm", 500, 64, 768, batch_first=True)
+    assert left("lstm", 64, 500, 768) and left("lstm", 64, 500, 768, batch_first=True)
+    assert not left("lstm", 500, 16, 768, layers=2) and not left("lstm", 500, 16, 768, directions=2)
+    assert not left("lstm", 500, 16, 768, batch_sizes=torch.full((500,), 16)) and not left("lstm", 500, 16, 700)
+    assert left("lstm", 500, 64, 2048, layers=2) and not left("rnn_relu", 500, 64, 2048)
+    assert left("gru", 1, 64, 512)
+    monkeypatch.setattr(dispatch, "forced", "triton")
+    assert not left("gru", 1, 64, 512)
 
 
 def test_reasons(monkeypatch):

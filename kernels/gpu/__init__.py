@@ -6,6 +6,7 @@ Importing it imports no triton: the first call does.
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 
 import torch
@@ -36,10 +37,17 @@ def _why_not(device: torch.device) -> str | None:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         architecture = properties.gcnArchName.split(":")[0]
-        return None if architecture in ("gfx90a", "gfx942") else f"{architecture}, it takes gfx90a and gfx942"
-    if properties.major < 8:
-        return f"compute capability {properties.major}.{properties.minor}, it takes 8.0 and above"
-    return None
+        if architecture not in ("gfx90a", "gfx942"):
+            return f"{architecture}, it takes gfx90a and gfx942"
+    else:
+        architecture = f"compute capability {properties.major}.{properties.minor}"
+        if properties.major < 8:
+            return f"{architecture}, it takes 8.0 and above"
+        if properties.major == 9:
+            return None
+    # A barrier between programs that such a device has never run may hang it: only who asks gets it.
+    asked = os.environ.get("FASTRNN_TRITON") == "1"
+    return None if asked else f"it has never run on {architecture}; the environment variable FASTRNN_TRITON=1 lets it"
 
 
 @cache

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..cells import CELLS
+
 GIGAHERTZ = 1.9
 PORT_BYTES = 32  # from L2 into a multiprocessor, a clock
 SHARED_BYTES = 128  # from shared memory, a clock
@@ -238,6 +240,23 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
         inside += plan.units * sizes.gates * CELL  # its cells are all of a multiprocessor's, not a few
     between = BARRIER * len(products) if plan.schedule == "persistent" else 0
     return rounds * (between + inside + held / port / (1000 * GIGAHERTZ) / sizes.T) + launches * LAUNCH / sizes.T
+
+
+def cudnn_is_faster(cell: str, T: int, B: int, H: int, R: int, D: int, layers: int, dtype: str, packed: bool) -> bool:
+    """Was cuDNN faster for such a call on an H200? bench/results/gpu.json has the times, docs/gpu.md the reasons.
+
+    dtype: "float16", "bfloat16" or "float32". B is not looked at where `packed`.
+    """
+    gates = CELLS[cell].gates
+    if T == 1 or (gates > 1 and H > (832 if dtype == "float32" else 1664)):
+        return True  # a step costs less than a launch from Python; beyond those sizes weights do not stay in backward
+    if layers > 1 or D > 1 or packed or R != H or dtype == "bfloat16":
+        return False  # what cuDNN has no persistent kernels for
+    if gates == 1:
+        return H % 64 == 0 and H <= (512 if dtype == "float16" else 192)
+    if dtype == "float32":
+        return H <= 128 and not (gates == 3 and B >= 256)
+    return H % 128 == 0 and (H == 128 or (gates == 4 and H <= 1024 and (B <= 32 or T < 100)))
 
 
 def _columns(sizes: Sizes, plan: Plan) -> int:
