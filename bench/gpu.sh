@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+export FASTRNN_TRITON=1 # on devices, too, where the engine has to be asked for
 "$python" -c "import fastrnn" 2>/dev/null || "$python" -m pip install --quiet --no-deps --no-build-isolation -e .
 "$python" -m pytest tests/test_gpu.py -m gpu
 "$python" -m bench.gpu "$@"
