@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
+from bench.gpu_resources import TARGETS
 from bench.grid import CELLS, GROUPS, MODES, Point
 from bench.memory import above
 from bench.roofline import forward_operations, least_seconds
-from fastrnn.kernels.gpu.plan import cudnn_is_faster
+from fastrnn.kernels.gpu import plan
 
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
@@ -277,11 +278,16 @@ def stream(content: dict[str, Any]) -> str:
 
 
 def left_to_cudnn(point: dict[str, Any]) -> bool:
-    """Is a point of bench.gpu one whose calls modules leave to cuDNN?"""
-    cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[point["cell"]]
-    dtype = {"fp16": "float16", "bf16": "bfloat16", "tf32": "float32"}[point["format"]]
-    sizes = point["T"], point["B"], point["H"], point["H"], point["directions"], point["layers"]
-    return cudnn_is_faster(cell, *sizes, dtype, point["fill"] < 1)
+    """Is a point of bench.gpu one whose calls modules leave to cuDNN, on an H200?"""
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[point["cell"]]
+    dtype, bytes_, precision = {
+        "fp16": ("float16", 2, "ieee"),
+        "bf16": ("bfloat16", 2, "ieee"),
+        "tf32": ("float32", 4, "tf32"),
+    }[point["format"]]
+    H = point["H"]
+    sizes = plan.Sizes(point["T"], point["B"], H, H, point["directions"], gates, bytes_, precision)
+    return plan.cudnn_is_faster(TARGETS["sm_90"][1], sizes, point["layers"], dtype, point["fill"] < 1)
 
 
 def gpu(content: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
 
+from fastrnn import checkpoint
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import CELLS
 
@@ -84,21 +85,33 @@ def choose(x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weig
 
 
 def leaves_to_cudnn(cell: str, x: Tensor, batch_sizes, w_hh: Tensor, layers: int, directions: int, batch_first: bool) -> bool:
-    """Does the Triton engine leave a call that it could take to torch.nn, because cuDNN is faster? Not where it is forced.
+    """Does the Triton engine leave a call that it could take to torch.nn, because cuDNN is faster?
 
-    x: a module's input, of one step, too, has its axis of steps.
+    x: a module's input. Not where `may_leave` says no.
     """
-    if forced:
+    if not may_leave():
         return False
     T, B = _steps_and_rows(x, batch_sizes, batch_first)
     H, R = w_hh.shape[0] // CELLS[cell].gates, w_hh.shape[1]
+    sizes = gpu.sizes_of(cell, T, B, H, R, directions, x.dtype)
     dtype = str(x.dtype).removeprefix("torch.")
-    return gpu.plan.cudnn_is_faster(cell, T, B, H, R, directions, layers, dtype, batch_sizes is not None)
+    return gpu.plan.cudnn_is_faster(gpu.device_of(x.device), sizes, layers, dtype, batch_sizes is not None)
+
+
+def may_leave() -> bool:
+    """May the Triton engine leave calls to cuDNN? Not where it is forced, nor for what cuDNN has not or is no part of."""
+    return not (
+        forced
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or checkpoint.is_on()
+    )
 
 
 def _steps_and_rows(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, int]:
     if batch_sizes is not None:
-        return len(batch_sizes), 0  # rows would have to be read from it
+        return len(batch_sizes), int(batch_sizes[0])
     if x.dim() == 2:
         return x.shape[0], 1
     return (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
@@ -131,8 +144,6 @@ def why_not_triton(x, batch_sizes, states, weights) -> str | None:
     reason = _why_not_fused(x, batch_sizes, states, weights, "cuda", gpu.DTYPES)
     if reason is None and any(tensor.device != x.device for tensor in (*states, *weights)):
         reason = "tensors on several devices"
-    if reason is None and x.dtype is torch.float32 and gpu.precision_of(x.dtype) == "ieee" and not torch.version.hip:
-        reason = "float32 products in IEEE precision (torch.backends.cudnn.rnn.fp32_precision), which cuDNN takes faster"
     return reason or gpu.why_not(x.device)
 
 
@@ -230,7 +241,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
 
 def _left_to_cudnn(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, w_hh: Tensor) -> bool:
     if not isinstance(module, nn.RNNBase):
-        return forced is None  # a cell's one step
+        return may_leave()  # a cell's one step
     layers, directions = module.num_layers, 1 + module.bidirectional
     return leaves_to_cudnn(BY_MODE[module.mode], x, batch_sizes, w_hh, layers, directions, module.batch_first)
 
@@ -255,8 +266,6 @@ def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool
         rows = x.shape[0] if x.dim() == 2 else 1
         return (describe(cell, 1, rows, I, H, 1),)
     T, B = _steps_and_rows(x, batch_sizes, module.batch_first)
-    if batch_sizes is not None:
-        B = int(batch_sizes[0])
     R, D = module.proj_size or H, 1 + module.bidirectional
     sizes = [I] + [D * R] * (module.num_layers - 1)
     return tuple(describe(BY_MODE[module.mode], T, B, size, R, D) for size in sizes)

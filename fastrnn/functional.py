@@ -268,7 +268,7 @@ def _step(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
     has_biases = b_ih is not None or b_hh is not None
     params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
     engine = dispatch.choose(x, None, states, params)
-    if engine == "triton" and not dispatch.forced:
+    if engine == "triton" and dispatch.may_leave():
         engine = "torch"  # one step costs less than a launch from Python
     if engine == "torch" or not _fits_step(cell, x, states, params):
         return fallback(x, hx, w_ih, w_hh, b_ih, b_hh)

@@ -289,8 +289,10 @@ def test_what_is_left_to_cudnn_is_what_it_was_faster_at():
 
 
 def test_calls_are_left_to_cudnn_by_their_sizes(monkeypatch):
-    def left(cell, T, B, H, layers=1, directions=1, batch_first=False, batch_sizes=None):
-        x = torch.empty(*((B, T) if batch_first else (T, B)), 5, dtype=torch.float16, device="meta")
+    monkeypatch.setattr(gpu, "device_of", lambda device: triton_layers.H100)
+
+    def left(cell, T, B, H, layers=1, directions=1, batch_first=False, batch_sizes=None, dtype=torch.float16):
+        x = torch.empty(*((B, T) if batch_first else (T, B)), 5, dtype=dtype, device="meta")
         w_hh = torch.empty({"lstm": 4, "gru": 3}.get(cell, 1) * H, H, device="meta")
         return dispatch.leaves_to_cudnn(cell, x, batch_sizes, w_hh, layers, directions, batch_first)
 
@@ -300,9 +302,34 @@ def test_calls_are_left_to_cudnn_by_their_sizes(monkeypatch):
     assert not left("lstm", 500, 16, 768, layers=2) and not left("lstm", 500, 16, 768, directions=2)
     assert not left("lstm", 500, 16, 768, batch_sizes=torch.full((500,), 16)) and not left("lstm", 500, 16, 700)
     assert left("lstm", 500, 64, 2048, layers=2) and not left("rnn_relu", 500, 64, 2048)
+    assert not left("lstm", 500, 32, 1536, layers=2) and left("lstm", 500, 32, 1600, layers=2)  # weights no longer stay
     assert left("gru", 1, 64, 512)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    assert left("gru", 500, 64, 512, dtype=torch.float32) and not left("gru", 500, 64, 512)
+    small = ("lstm", 500, 16, 768)
+    with fastrnn.recompute():
+        assert not left(*small)
+    with torch.autograd.forward_ad.dual_level():
+        assert not left(*small)
+    seen = []
+    torch.func.vmap(lambda x: seen.append(left(*small)) or x)(torch.zeros(2))
+    assert seen == [False]
+    traced = torch.compile(lambda x: x + left(*small), backend="eager", fullgraph=True)
+    assert traced(torch.zeros(1)) == 0
+    monkeypatch.setattr(gpu, "device_of", lambda device: TARGETS["sm_100"][1])
+    assert not left(*small)
     monkeypatch.setattr(dispatch, "forced", "triton")
     assert not left("gru", 1, 64, 512)
+
+
+def test_a_wide_projection_fits():
+    """Its own product is streamed while the recurrent weights stay."""
+    for H, R, number in ((1600, 1408, (2, "ieee")), (800, 704, (4, "tf32"))):
+        sizes = Sizes(100, 16, H, R, 1, 4, *number)
+        plan = choose(triton_layers.H100, sizes, True)
+        streamed = plan.stages * (plan.outputs + plan.rows) * plan.chunk * sizes.bytes_
+        kept = 64 * -(-R // plan.chunk) * plan.chunk * sizes.bytes_ * plan.resident
+        assert kept + streamed <= triton_layers.H100.shared_bytes
 
 
 def test_reasons(monkeypatch):

@@ -89,7 +89,8 @@ class Layer:
             and (plan.resident or (plan.split > 1) == (self.tiles == "split"))
         )
         if self.chunk:
-            chosen = replace(chosen, chunk=self.chunk, split=2 if chosen.split > 1 else 1, warps=2 if chosen.split > 1 else 8)
+            warps = 2 if chosen.split > 1 else 8
+            chosen = replace(chosen, chunk=self.chunk, split=2 if chosen.split > 1 else 1, warps=warps, stages=2)
         if not interpreted and device.backend == "cuda" and chosen.groups:
             return replace(chosen, schedule="persistent")
         return replace(chosen, schedule="stepwise")

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from ..cells import CELLS
-
 GIGAHERTZ = 1.9
 PORT_BYTES = 32  # from L2 into a multiprocessor, a clock
 SHARED_BYTES = 128  # from shared memory, a clock
@@ -166,7 +164,7 @@ def _resident(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     for rows in (16, 32):
         chunk = (256 if diagonal else 512) // sizes.bytes_
         plan = replace(_tiled(sizes, units, rows, chunk, split=1, stages=0), warps=4, resident=True, diagonal=diagonal)
-        chunk_bytes = _columns(sizes, plan) * chunk * sizes.bytes_
+        chunk_bytes = _chunk_bytes(sizes, forward, plan)
         room = device.shared_bytes - (shared_bytes(device, sizes, forward, plan) - LAYOUT_BYTES)  # which is free by then
         most = 1 if device.capability >= 100 and sizes.bytes_ == 4 else 3 if diagonal else 4  # or too many registers
         stages = min(_ceil(_product(sizes, forward, plan)[1], chunk), room // chunk_bytes, most)
@@ -200,10 +198,10 @@ def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int
         matrices = _stacked(sizes.gates) + sizes.projected if device.backend == "cuda" else 1  # hip holds them in registers
         return matrices * plan.units * plan.outputs * sizes.bytes_ + SPARE_BYTES
     height, depth = _product(sizes, forward, plan)
-    chunk_bytes = plan.stages * _columns(sizes, plan) * plan.chunk * sizes.bytes_
+    chunks = plan.stages * _chunk_bytes(sizes, forward, plan)
     if plan.resident:
-        return height * _ceil(depth, plan.chunk) * plan.chunk * sizes.bytes_ + max(chunk_bytes, LAYOUT_BYTES) + 2048
-    return plan.stages * height * plan.chunk * sizes.bytes_ + chunk_bytes + SPARE_BYTES
+        return height * _ceil(depth, plan.chunk) * plan.chunk * sizes.bytes_ + max(chunks, LAYOUT_BYTES) + 2048
+    return plan.stages * height * plan.chunk * sizes.bytes_ + chunks + SPARE_BYTES
 
 
 def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
@@ -242,26 +240,37 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
     return rounds * (between + inside + held / port / (1000 * GIGAHERTZ) / sizes.T) + launches * LAUNCH / sizes.T
 
 
-def cudnn_is_faster(cell: str, T: int, B: int, H: int, R: int, D: int, layers: int, dtype: str, packed: bool) -> bool:
+def cudnn_is_faster(device: Device, sizes: Sizes, layers: int, dtype: str, packed: bool) -> bool:
     """Was cuDNN faster for such a call on an H200? bench/results/gpu.json has the times, docs/gpu.md the reasons.
 
-    dtype: "float16", "bfloat16" or "float32". B is not looked at where `packed`.
+    dtype: "float16", "bfloat16" or "float32". Of other devices nothing is known.
     """
-    gates = CELLS[cell].gates
-    if T == 1 or (gates > 1 and H > (832 if dtype == "float32" else 1664)):
-        return True  # a step costs less than a launch from Python; beyond those sizes weights do not stay in backward
-    if layers > 1 or D > 1 or packed or R != H or dtype == "bfloat16":
+    if device.backend != "cuda" or device.capability // 10 != 9:
+        return False
+    if sizes.T == 1 or (sizes.bytes_ == 4 and sizes.precision == "ieee"):
+        return True  # a step costs less than a launch from Python; products without tensor cores
+    plan = choose(device, sizes, forward=False)
+    if plan.schedule == "stepwise" or not (sizes.gates == 1 or plan.resident or plan.schedule == "single"):
+        return True  # all weights from L2 in every step
+    if layers > 1 or sizes.D > 1 or packed or sizes.projected or dtype == "bfloat16":
         return False  # what cuDNN has no persistent kernels for
-    if gates == 1:
+    H = sizes.H
+    if sizes.gates == 1:
         return H % 64 == 0 and H <= (512 if dtype == "float16" else 192)
     if dtype == "float32":
-        return H <= 128 and not (gates == 3 and B >= 256)
-    return H % 128 == 0 and (H == 128 or (gates == 4 and H <= 1024 and (B <= 32 or T < 100)))
+        return H <= 128 and not (sizes.gates == 3 and sizes.B >= 256)
+    return H % 128 == 0 and (H == 128 or (sizes.gates == 4 and H <= 1024 and (sizes.B <= 32 or sizes.T < 100)))
 
 
 def _columns(sizes: Sizes, plan: Plan) -> int:
     """Of a product: its rows of the batch, or those times gates."""
     return plan.rows * (_stacked(sizes.gates) if plan.diagonal else 1)
+
+
+def _chunk_bytes(sizes: Sizes, forward: bool, plan: Plan) -> int:
+    """Shared memory of a chunk of the state; or of the projection's operands, both of which are streamed."""
+    projection = ((plan.outputs if forward else plan.units) + plan.rows) * sizes.projected
+    return max(_columns(sizes, plan), projection) * plan.chunk * sizes.bytes_
 
 
 def _product(sizes: Sizes, forward: bool, plan: Plan) -> tuple[int, int]:
