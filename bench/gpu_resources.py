@@ -34,7 +34,7 @@ TARGETS = {  # of what people rent: A100, H100, B200, MI300X
     "sm_100": (("cuda", 100, 32), Device("cuda", 100, 148, 227 * KIB)),
     "gfx942": (("hip", "gfx942", 64), Device("hip", 0, 304, 64 * KIB)),
 }
-SPILLED = 128  # bytes a thread that a plan may spill
+SPILLED = 384  # bytes a thread that a plan may spill; backward's 64 x 64 tiles do, and smaller ones took longer
 SPILLED_RESIDENT = 896  # where weights stay: of an H200's fastest plans one spills 504, and none was faster without
 REGISTERS = {"cuda": 64 * KIB, "hip": 128 * KIB}  # 32-bit ones of a multiprocessor
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
