@@ -300,20 +300,15 @@ def gpu(content: dict[str, Any]) -> str:
             row = found.setdefault(point["point"]["group"], {})
             row.setdefault((point["point"]["format"], mode), []).append(point[mode]["ratio"])
     rows = [[group, *(_times(row.get(column, [])) for column in columns)] for group, row in found.items()]
-    each = sorted((point[mode]["ratio"], f"{mode} {point['name']}") for point in points for mode in ("forward", "train"))
-    kept = sorted(
-        (point[mode]["ratio"], f"{mode} {point['name']}")
-        for point in points
-        if not left_to_cudnn(point["point"])
-        for mode in ("forward", "train")
-    )
-    below = [f"{name} ({ratio:.2f}x)" for ratio, name in kept if ratio < FLOOR]
+    each = [(point[mode]["ratio"], mode, point) for point in points for mode in ("forward", "train")]
+    kept = [(ratio, f"{mode} {point['name']}") for ratio, mode, point in each if not left_to_cudnn(point["point"])]
+    below = [f"{name} ({ratio:.2f}x)" for ratio, name in sorted(kept) if ratio < FLOOR]
     wrong = ", ".join(point["name"] for point in content["points"] if point["faults"])
     device, versions = content["device"], content["versions"]
     return "\n\n".join(
         [
             table(["against cuDNN", *(f"{number} {mode}" for number, mode in columns)], rows),
-            f"Of {len(each)} figures {sum(ratio < FLOOR for ratio, _ in each)} are below {FLOOR}x. Shapes that cuDNN was "
+            f"Of {len(each)} figures {sum(ratio < FLOOR for ratio, *_ in each)} are below {FLOOR}x. Shapes that cuDNN was "
             f"faster at are left to it: of the {len(kept)} figures of the others, {_times([ratio for ratio, _ in kept])} in "
             f"geometric mean, {len(below)} are below {FLOOR}x{': ' * bool(below)}{', '.join(below)}."
             + f" **Wrong results, no time taken: {wrong}.**"

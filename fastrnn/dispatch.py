@@ -226,8 +226,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
     weights = [parameter for parameter in _weights(module) if parameter is not None]
     call = x, batch_sizes, states, weights
     engine = choose(*call)
-    left = engine == "triton" and _left_to_cudnn(module, x, batch_sizes, weights[1])
-    engine = "torch" if left else engine
+    if left := engine == "triton" and _left_to_cudnn(module, x, batch_sizes, weights[1]):
+        engine = "torch"
     idle = f"{engine} is forced" if forced else f"{engine} takes the call"
     declined = {name: why_not(*call) or idle for name, why_not in _WHY_NOT.items() if name != engine}
     if left:

@@ -25,7 +25,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 # What torch.compiler.assume_constant_result would do, but without importing Dynamo: it does not look into this function.
-why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undeclared
 
 
 @cache

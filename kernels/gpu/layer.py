@@ -90,8 +90,7 @@ class Call:
         w, order = self.w_ih[d], self.cell.input
         if order == tuple(range(self.cell.gates)):
             return w
-        gates = w.view(self.cell.gates, self.H, self.I)
-        return torch.cat([gates[gate] for gate in order])  # an index list would be copied from the CPU
+        return _gates_in(order, w.unsqueeze(0))[0]
 
     def constants(self, plan: Plan, precision: str) -> dict[str, Any]:
         """Compile-time arguments that both passes share."""
@@ -336,10 +335,10 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
     torch.mm(da.T, before, out=dw)
 
 
-def _gates_in(order: Sequence[int], dw: Tensor) -> Tensor:
-    """dw [D, G*H, ...], its gates in another order."""
-    gates = dw.chunk(len(order), 1)
-    return torch.cat([gates[gate] for gate in order], 1)
+def _gates_in(order: Sequence[int], w: Tensor) -> Tensor:
+    """w [D, G*H, ...], its gates in another order."""
+    gates = w.chunk(len(order), 1)
+    return torch.cat([gates[gate] for gate in order], 1)  # an index list would be copied from the CPU
 
 
 def _stack(weights: Sequence[Tensor]) -> Tensor:

@@ -123,9 +123,9 @@ def choose(device: Device, sizes: Sizes, forward: bool, schedule: str | None = N
 def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     """Every plan whose tiles fit the registers of each device that bench/gpu_resources.py compiles for."""
     for plan in _single(device, sizes):
-        yield replace(plan, registers=_registers(device, sizes, forward, plan))
+        yield replace(plan, registers=_registers(device, plan))
     for tiles in (*_resident(device, sizes, forward), *_streamed(device, sizes, forward)):
-        plan = replace(tiles, registers=_registers(device, sizes, forward, tiles))
+        plan = replace(tiles, registers=_registers(device, tiles))
         if not plan.resident:
             yield replace(plan, schedule="stepwise")
         groups = min(_ceil(sizes.B, plan.rows), device.multiprocessors // (plan.blocks * sizes.D))
@@ -133,7 +133,7 @@ def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
             yield replace(plan, groups=groups)
 
 
-def _registers(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int:
+def _registers(device: Device, plan: Plan) -> int:
     """Left to itself, CUDA's compiler may stop at half of a thread's 255 and spill; sm_100's spills where it may have all."""
     if device.backend != "cuda" or plan.warps > 8:
         return 0
