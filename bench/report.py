@@ -383,9 +383,9 @@ def markdown(contents: dict[str, dict[str, Any]]) -> str:
     if grid:
         parts.append(origin(grid))
     if avx2 := contents.get("grid-avx2"):
-        how = "python -m bench.run --peers torch --output bench/results/grid-avx2.json"
+        how = "python -m bench.run --output bench/results/grid-avx2.json"
         parts.append(f"The same on a processor without AVX-512 (`{how}`):")
-        parts += [class_table(avx2["cases"]), worst(avx2["cases"]), origin(avx2)]
+        parts += [class_table(avx2["cases"]), worst(avx2["cases"]), peer_table(avx2["cases"]), origin(avx2)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -1,6 +1,5 @@
 // A layer's autograd.Function, see fastrnn/ops.py: the raw ops past the dispatcher. None means: not taken.
 #include <array>
-#include <cstring>
 #include <iterator>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -33,8 +32,8 @@ class LayerArguments {
   // Five of a tuple: cell, reverse, batch_first, segments, directions. False in recompute mode.
   bool options(PyObject* tuple, Py_ssize_t at) {
     PyObject* name = PyTuple_GetItem(tuple, at);
-    for (const Cell& each : CELLS)
-      if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, each.name) == 0) layer.cell = &each;
+    if (!PyUnicode_Check(name)) return false;
+    layer.cell = find_cell([&](const Cell& c) { return PyUnicode_CompareWithASCIIString(name, c.name) == 0; });
     layer.reverse = PyTuple_GetItem(tuple, at + 1) == Py_True;
     layer.batch_first = PyTuple_GetItem(tuple, at + 2) == Py_True;
     const auto segments = PyLong_AsLong(PyTuple_GetItem(tuple, at + 3));
@@ -155,8 +154,7 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Owned dy = kept(PyTuple_GetItem(outer, 0));
     if (dy.get() == Py_None) {
       if (!gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
-      dy = own.results.make({y.sizes, y.sizes + y.dims}, y.kind, gradients.dy);
-      std::memset(reinterpret_cast<void*>(gradients.dy.address), 0, static_cast<size_t>(y.numel() * bytes_of(y.kind)));
+      dy = own.results.zeros({y.sizes, y.sizes + y.dims}, y.kind, gradients.dy);
     } else if (!own.numbers(dy.get(), gradients.dy, any, false)) {
       return nullptr;
     }

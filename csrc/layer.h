@@ -1,11 +1,13 @@
 // One call of a layer: fills in one record a direction, gets the workspace, and runs the compiled kernels on torch's threads.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdint>
 #include <forward_list>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -14,6 +16,13 @@
 namespace fastrnn {
 
 extern const Tier* tier;  // whose kernels run; set when the extension is loaded
+
+// The cell of which this is true, or null.
+template <class Matches>
+const Cell* find_cell(const Matches& matches) {
+  const Cell* found = std::find_if(std::begin(CELLS), std::end(CELLS), matches);
+  return found == std::end(CELLS) ? nullptr : found;
+}
 
 enum class Kind { f32, f64, bf16, byte, i64, other };  // of a tensor's numbers; other: also where it is not on the CPU
 

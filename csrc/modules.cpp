@@ -214,14 +214,12 @@ class Stack {
  private:
   bool set_cell(PyObject* mode) {
     if (!PyUnicode_Check(mode)) return false;
-    for (const Cell& c : CELLS)
-      if (PyUnicode_CompareWithASCIIString(mode, c.mode) == 0) cell = &c;
+    cell = find_cell([&](const Cell& c) { return PyUnicode_CompareWithASCIIString(mode, c.mode) == 0; });
     return cell;
   }
 
   bool read_cell(PyObject* attributes, const char* mode, bool frozen_too) {
-    for (const Cell& c : CELLS)
-      if (std::strcmp(mode, c.mode) == 0) cell = &c;
+    cell = find_cell([&](const Cell& c) { return std::strcmp(mode, c.mode) == 0; });
     if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack);
     PyObject* parameters = find(attributes, PARAMETERS);
     if (!cell || !parameters) return false;
@@ -405,14 +403,13 @@ Owned differentiated(PyObject* function, const Stack& stack, int64_t layer, PyOb
 // Initial states of zeros, of these sizes but for the last: one tensor where both have the same.
 std::array<Owned, 2> zero_states(const Stack& stack, PyObject* x_object, const View& x, std::vector<int64_t> sizes) {
   std::array<Owned, 2> states;
-  Results zeros;
-  zeros.like(x_object, x);
+  Results results;
+  results.like(x_object, x);
   const auto make = [&](int64_t width) {
     View seen;
     sizes.push_back(width);
-    Owned made = zeros.make(sizes, x.kind, seen);
+    Owned made = results.zeros(sizes, x.kind, seen);
     sizes.pop_back();
-    std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.kind)));
     return made;
   };
   states[0] = make(stack.output_size);

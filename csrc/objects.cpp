@@ -1,6 +1,7 @@
 #include "python.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace fastrnn {
@@ -101,6 +102,12 @@ Owned Results::make(const std::vector<int64_t>& sizes, Kind kind, View& seen) {
   }
   if (!made || !look(made.get(), seen)) throw PythonError();
   like(made.get(), seen);
+  return made;
+}
+
+Owned Results::zeros(const std::vector<int64_t>& sizes, Kind kind, View& seen) {
+  Owned made = make(sizes, kind, seen);
+  std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.kind)));
   return made;
 }
 

@@ -1,7 +1,6 @@
 // The raw layer ops on a CPU. Schemas and shapes: fastrnn/ops.py. Built on torch's stable ABI, without ATen headers.
 #include "ops.h"
 
-#include <algorithm>
 #include <array>
 #include <forward_list>
 #include <optional>
@@ -68,8 +67,8 @@ class Copies {
   Layer layer(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0, const Tensors& w_ih,
               const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, const std::string& name,
               bool reverse, bool batch_first) {
-    const auto cell = std::find_if(std::begin(CELLS), std::end(CELLS), [&](const Cell& c) { return name == c.name; });
-    STD_TORCH_CHECK(cell != std::end(CELLS), "fastrnn: unknown cell '", name, "'");
+    const Cell* cell = find_cell([&](const Cell& c) { return name == c.name; });
+    STD_TORCH_CHECK(cell, "fastrnn: unknown cell '", name, "'");
     STD_TORCH_CHECK(batch_sizes || x.dim() == 3, "fastrnn: x has ", x.dim(), " dimensions");
     STD_TORCH_CHECK(!batch_sizes || batch_sizes->dim() == 1, "fastrnn: expected batch_sizes of int64 [T] on the CPU");
     return {cell,      rows(x),   contiguous(batch_sizes), contiguous(h0), contiguous(c0), all(w_ih),
@@ -80,9 +79,9 @@ class Copies {
   std::forward_list<Tensor> copies_;
 };
 
-// Results, made as the call asks for them.
+// An op's results, made as the call asks for them.
 template <size_t Count>
-class Results {
+class Outputs {
  public:
   Make make() {
     return [this](size_t result, const std::vector<int64_t>& sizes, Kind kind) {
@@ -102,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(
     const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, const std::string& cell, bool reverse,
     bool batch_first, bool save) {
   Copies copies;
-  Results<FORWARD_RESULTS> results;
+  Outputs<FORWARD_RESULTS> results;
   const Layer layer = copies.layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first);
   forward_call(layer, save, results.make()).run(true);
   const auto take = [&](size_t result) { return results.take(result, layer.x.kind); };
@@ -115,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     const Tensors& w_hr, const Tensor& y, const Tensor& saved, const std::string& cell, bool reverse, bool batch_first,
     bool need_dx, bool need_dh0, bool need_dw) {
   Copies copies;
-  Results<BACKWARD_RESULTS> results;
+  Outputs<BACKWARD_RESULTS> results;
   const Layer layer = copies.layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first);
   const View outer = dy ? copies.rows(*dy) : copies.zeros_like(y);
   const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), need_dx, need_dh0, need_dw};

@@ -103,6 +103,7 @@ class Results {
 
   // Of any content.
   Owned make(const std::vector<int64_t>& sizes, Kind kind, View& seen);
+  Owned zeros(const std::vector<int64_t>& sizes, Kind kind, View& seen);
 
  private:
   std::pair<PyObject*, View> patterns_[12];

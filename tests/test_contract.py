@@ -112,6 +112,27 @@ def test_elementary_functions(gate, lowest, highest, dtype):
     assert ours <= allowed, f"{gate} in {dtype}: {ours:.3g} > {allowed:.3g}, torch's own {stock:.3g}"
 
 
+@pytest.mark.parametrize("gate", range(4))
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [
+        (torch.float32, (0x7FC00001, 0x7FC000FF, 0x7FFFFFFF, -1)),
+        (torch.float64, (0x7FF80000000007A2, 0x7FFFFFFFFFFFFFFF, -1)),
+    ],
+    ids=str,
+)
+def test_every_nan_is_one(gate, dtype, bits):
+    """Whatever the bits beside those that make it one (CUDA's are all set), in the pre-activation of one gate alone."""
+    integer = torch.int32 if dtype is torch.float32 else torch.int64
+    module = fastrnn.LSTM(1, len(bits), dtype=dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(0.5)
+        module.bias_ih_l0.view(4, -1)[gate] = torch.tensor(bits, dtype=integer).view(dtype)
+        y, _ = module(torch.ones(2, 3, 1, dtype=dtype), (torch.ones(1, 3, len(bits), dtype=dtype),) * 2)
+    assert y[0].isnan().all()  # after the first step each unit's are in all
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("layout", ["time", "packed"])
 @pytest.mark.parametrize("cell", CELLS)

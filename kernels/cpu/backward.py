@@ -11,7 +11,8 @@ from functools import cache
 
 from numba import njit
 
-from ..cells import Cell, bind
+from ..cells import Cell
+from .elementary import over_vectors
 from .plan import (
     FEW_ROWS,
     LINE,
@@ -70,8 +71,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     store_half = v.half.store if has_half else v.store
     input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
-    names = {"tanh": v.tanh, "where_positive": v.where_positive}
-    differentiate = njit(bind(cell.backward, **names), **options)
+    kept_values, results = max(slots, 1), preactivations + (cell.carry is not None)
+    differentiate, differentiate_twice = over_vectors(cell.backward, 2 + kept_values + 1, results, v, target)
 
     def slot_reader(count):
         """Slots 0 .. count-1 of one vector of units, as a tuple."""
@@ -97,7 +98,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
         return write
 
-    read_slots = slot_reader(max(slots, 1))  # a cell without slots keeps its output in their place
+    read_slots = slot_reader(kept_values)  # a cell without slots keeps its output in their place
     write_gradients = gradient_writer(preactivations)
 
     @njit(**options)
@@ -148,9 +149,18 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return p.y + step_base(p, before) * p.y_step + b * p.y_row
 
     @njit(**options)
-    def gate_gradients(p, t, b, at, n, dh, gradients, saved_row):
-        """The cell's vector-Jacobian product for one vector of units of row b at step t."""
-        gate_stride = p.hidden_size * size
+    def state_gradient(q, unit, n, sums, panel_sums, dy, more):
+        """What reaches vector q of a row, units from `unit` on: through the next step, from outside, and past the gates."""
+        at = unit * size
+        return load_all(sums + q // columns * panel_sums + q % columns * vector) + load(dy + at, n) + load(more + at, n)
+
+    @njit(**options)
+    def arguments(q, context):
+        """What the cell's vector-Jacobian product is given for vector q of a row."""
+        p, t, b, unit0, sums, panel_sums, dy, more, _, saved_row = context
+        unit = unit0 + q * lanes
+        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        dh = state_gradient(q, unit, n, sums, panel_sums, dy, more)
         if slots == 0:
             kept = read_slots(p.y + step_base(p, t) * p.y_step + b * p.y_row + at, 0, n)
         else:
@@ -161,17 +171,34 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 c = p.c0 + b * gate_stride
             else:
                 c = p.saved + (first_row(p, before) + b) * saved_row + (slots - 1) * gate_stride
-            dc = p.dc0 + b * gate_stride + at
-            result = differentiate(*((dh, load(dc, n)) + kept + (load(c + at, n),)))
-            write_gradients(gradients + at, gate_stride, result, n)
-            store(dc, result[preactivations], n)
+            return (dh, load(p.dc0 + b * gate_stride + at, n)) + kept + (load(c + at, n),)
+        if reads_hidden:
+            return (dh, dh) + kept + (load(hidden_before(p, t, b) + at, n),)
+        return (dh, dh) + kept + (dh,)
+
+    @njit(**options)
+    def keep(q, result, context):
+        """Keep the gradients of vector q's pre-activations, and what is carried past them."""
+        p, _, b, unit0, _, _, _, _, gradients, _ = context
+        unit = unit0 + q * lanes
+        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        write_gradients(gradients + at, gate_stride, result, n)
+        if has_cell_state:
+            store(p.dc0 + b * gate_stride + at, result[preactivations], n)
         elif reads_hidden:
-            result = differentiate(*((dh, dh) + kept + (load(hidden_before(p, t, b) + at, n),)))
-            write_gradients(gradients + at, gate_stride, result, n)
             store(p.dh0 + b * gate_stride + at, result[preactivations], n)
-        else:
-            result = differentiate(*((dh, dh) + kept + (dh,)))
-            write_gradients(gradients + at, gate_stride, result, n)
+
+    @njit(**options)
+    def gate_gradients(vectors, context):
+        """The cell's vector-Jacobian product for that many vectors of a row, from unit0 on, two at a time."""
+        for q in range(0, vectors, 2):
+            a = arguments(q, context)
+            if q + 1 < vectors:
+                result, other = differentiate_twice(a, arguments(q + 1, context))
+                keep(q + 1, other, context)
+            else:
+                result = differentiate(a)
+            keep(q, result, context)
 
     @njit(**options)
     def step(p, k, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, saved_row):
@@ -199,19 +226,20 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     b = r0 + i + m
                     dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
                     more = load_int(extra + 8 * (i + m))
-                    for q in range(panels):
-                        for j in range(columns):
-                            unit = ((panel + q) * columns + j) * lanes
-                            if unit < p.output_size:
-                                n, at = p.output_size - unit, unit * size
-                                dh = zero()
-                                if m < going_on:
-                                    dh = load_all(scratch + ((q * going_on + m) * columns + j) * vector)
-                                dh = dh + load(dy + at, n) + load(more + at, n)
-                                if p.projected:
-                                    store(projected_gradients + (base + b) * p.output_size * size + at, dh, n)
-                                else:
-                                    gate_gradients(p, t, b, at, n, dh, gradients + (base + b) * row_bytes, saved_row)
+                    sums, panel_sums = scratch + m * columns * vector, going_on * columns * vector
+                    if m >= going_on:
+                        sums, panel_sums = p.zeros, columns * vector
+                    unit = panel * wide
+                    vectors = min(panels * columns, ceil_div(p.output_size - unit, lanes))
+                    if p.projected:
+                        row = projected_gradients + (base + b) * p.output_size * size
+                        for q in range(vectors):
+                            n = p.output_size - unit
+                            store(row + unit * size, state_gradient(q, unit, n, sums, panel_sums, dy, more), n)
+                            unit += lanes
+                    else:
+                        row = gradients + (base + b) * row_bytes
+                        gate_gradients(vectors, (p, t, b, unit, sums, panel_sums, dy, more, row, saved_row))
                 i += rows
 
     @njit(**options)
@@ -228,12 +256,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 product(rows, out_rows + 8 * i, size, weights, 0, 1, panel_row, depth, scratch, following)
                 for m in range(rows):
                     b = r0 + i + m
-                    for j in range(columns):
-                        unit = (panel * columns + j) * lanes
-                        if unit < p.hidden_size:
-                            dh = load_all(scratch + (m * columns + j) * vector)
-                            n, row = p.hidden_size - unit, gradients + (base + b) * row_bytes
-                            gate_gradients(p, t, b, unit * size, n, dh, row, saved_row)
+                    unit, row = panel * wide, gradients + (base + b) * row_bytes
+                    vectors = min(columns, ceil_div(p.hidden_size - unit, lanes))
+                    sums = scratch + m * columns * vector
+                    gate_gradients(vectors, (p, t, b, unit, sums, 0, p.zeros, p.zeros, row, saved_row))
                 i += rows
 
     @njit(**options)

@@ -6,7 +6,8 @@ from functools import cache
 
 from numba import njit
 
-from ..cells import Cell, bind
+from ..cells import Cell
+from .elementary import over_vectors
 from .plan import ROW_BLOCK, SCRATCH_BYTES, unit_vectors, wide_columns
 from .processor import Target
 from .product import (
@@ -16,6 +17,7 @@ from .product import (
     make_pack_columns,
     make_product,
     options,
+    panels_together,
 )
 from .team import (
     RECORD_BYTES,
@@ -51,7 +53,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
     input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
-    apply = njit(bind(cell.forward, sigmoid=v.sigmoid, tanh=v.tanh, relu=v.relu), **options)
+    apply, apply_twice = over_vectors(cell.forward, preactivations + 1, slots + 1, v, target)
+    # Panels that a row alone meets before its gate maths, which takes two vectors at a time.
+    alone = max(panels_together(v, columns)[1], 2 // per_panel)
 
     def preactivation_tuple(count):
         """Pre-activations 0 .. count-1 of one vector of units, as a tuple."""
@@ -206,49 +210,78 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 i += rows
 
     @njit(**options)
+    def vector_at(q, i, count, panel, scratch):
+        """Row, first unit and sums of vector q, of rows from i on in one panel, or of a row alone in those from `panel` on."""
+        group, j = q // per_panel, q % per_panel
+        m, own_panel = (i, panel + group) if count == 1 else (i + group, panel)
+        return m, (own_panel * per_panel + j) * lanes, scratch + (group * columns + j) * vector
+
+    @njit(**options)
+    def arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, bias_gate):
+        """What the cell is given for a vector of units of row m."""
+        n, at = p.hidden_size - unit, unit * size
+        a = preactivations_of(load_int(z_rows + 8 * m) + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
+        if has_cell_state:
+            return a + (load(c_rows + m * p.hidden_size * size + at, n),)
+        if reads_hidden:
+            return a + (load(load_int(previous + 8 * m) + at, n),)
+        return a + (a[0],)
+
+    @njit(**options)
+    def keep(p, m, unit, result, z_rows, h_rows, c_rows):
+        """The new state, and what backward needs, of a vector of units of row m."""
+        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        if has_cell_state:
+            store(c_rows + m * gate_stride + at, result[slots], n)
+        if p.save:
+            write_slots(load_int(z_rows + 8 * m) + at, gate_stride, result, n)
+        store(load_int(h_rows + 8 * m) + at, result[0], n)
+
+    @njit(**options)
     def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
         """The k-th step, of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
-        gate_stride = p.hidden_size * size
         panel_bytes = p.output_size * columns * vector // (2 if p.half_panels else 1)
-        for index in range(first, last):
-            panel, next_panel = there_and_back(k, first, last, index), there_and_back(k, first, last, min(index + 1, last - 1))
+        together = alone if count == 1 else 1
+        groups = ceil_div(last - first, together)
+        for index in range(groups):
+            panel = first + there_and_back(k, 0, groups, index) * together
+            next_panel = first + there_and_back(k, 0, groups, min(index + 1, groups - 1)) * together
+            panels = min(together, last - panel)
+            weights, following = p.hh_panels + panel * panel_bytes, p.hh_panels + next_panel * panel_bytes
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                bring_near(rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel)
-                bring_near(rows, h_rows + 8 * i, 1, 0, panel)
+                for q in range(panels):
+                    bring_near(rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel + q)
+                    bring_near(rows, h_rows + 8 * i, 1, 0, panel + q)
                 if p.one_step:
-                    dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel, scratch, own_panel)
+                    for q in range(panels):
+                        sums = scratch + q * columns * vector
+                        dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel + q, sums, own_panel)
+                elif p.half_panels:
+                    product_half(
+                        rows, previous + 8 * i, size, weights, panel_bytes, panels, columns * vector, p.output_size, scratch,
+                        following,
+                    )  # fmt: skip
                 else:
-                    weights, following = p.hh_panels + panel * panel_bytes, p.hh_panels + next_panel * panel_bytes
-                    if p.half_panels:
-                        product_half(
-                            rows, previous + 8 * i, size, weights, 0, 1, columns * vector, p.output_size, scratch, following
-                        )
+                    product(
+                        rows, previous + 8 * i, size, weights, panel_bytes, panels, columns * vector, p.output_size, scratch,
+                        following,
+                    )  # fmt: skip
+                vectors = panels * rows * per_panel
+                for q in range(0, vectors, 2):
+                    m, unit, sums = vector_at(q, i, count, panel, scratch)
+                    if unit >= p.hidden_size:
+                        continue
+                    a = arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, bias_gate)
+                    if q + 1 < vectors:
+                        other, unit_too, sums = vector_at(q + 1, i, count, panel, scratch)
+                        b = arguments(p, other, unit_too, sums, previous, z_rows, z_gate, c_rows, bias_gate)
+                        result, b_result = apply_twice(a, b)
+                        keep(p, other, unit_too, b_result, z_rows, h_rows, c_rows)
                     else:
-                        product(
-                            rows, previous + 8 * i, size, weights, 0, 1, columns * vector, p.output_size, scratch, following
-                        )
-                for m in range(rows):
-                    z = load_int(z_rows + 8 * (i + m))
-                    h = load_int(h_rows + 8 * (i + m))
-                    for j in range(per_panel):
-                        unit = (panel * per_panel + j) * lanes
-                        if unit < p.hidden_size:
-                            n, at = p.hidden_size - unit, unit * size
-                            sums = scratch + (m * columns + j) * vector
-                            a = preactivations_of(z + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
-                            if has_cell_state:
-                                c = c_rows + (i + m) * gate_stride + at
-                                result = apply(*(a + (load(c, n),)))
-                                store(c, result[slots], n)
-                            elif reads_hidden:
-                                result = apply(*(a + (load(load_int(previous + 8 * (i + m)) + at, n),)))
-                            else:
-                                result = apply(*(a + (a[0],)))
-                            if p.save:
-                                write_slots(z + at, gate_stride, result, n)
-                            store(h + at, result[0], n)
+                        result = apply(a)
+                    keep(p, m, unit, result, z_rows, h_rows, c_rows)
                 i += rows
 
     @njit(**options)

@@ -19,7 +19,7 @@ from .vector import VectorLibrary, load_int, prefetch, product_tile, store_int
 # Longest chain of additions in one register: longer sums are sums of such chains, which keeps rounding small. Also so long a
 # part of a panel, at most 32 KiB, stays in L1 while it meets a block of rows.
 CHAIN = 128
-ALONE = 4  # panels that a row alone meets at once: with one, multipliers would wait for the sums of the last k
+ALONE = 8  # sums of a row alone that are under way at once: with fewer, multipliers would wait for those of the last k
 DOT_PART = 512  # numbers of a row of 16 that stay in L1
 
 options = {"error_model": "numpy", "boundscheck": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -41,16 +41,16 @@ def tile_rows(target: Target, columns: int) -> int:
 def panels_together(v: VectorLibrary, columns: int) -> tuple[int, int]:
     """Panels of `columns` vectors that go together: with more rows than a tile has, and with a row alone, in one tile."""
     group = max(1, GROUP_BYTES // (columns * v.lanes * v.size))
-    return group, min(group, ALONE)
+    return group, min(group, max(1, ALONE // columns))
 
 
 @cache
 def make_product(v: VectorLibrary, target: Target, columns: int, half: str = ""):
-    """product(...): `count` <= ROW_BLOCK rows times `together` panels, whose rows span GROUP_BYTES at most.
+    """product(...): `count` <= ROW_BLOCK rows times `together` panels, all of whose sums fit SCRATCH_BYTES.
 
     panels:      the first panel; the next ones lie `panel_bytes` apart.
     panel_row:   bytes from one row of a panel to the next.
-    sums:        SCRATCH_BYTES; the first together * count * columns vectors become the result, panel by panel.
+    sums:        the first together * count * columns vectors become the result, panel by panel.
     following:   the panel that comes next, or any: its first part is brought near meanwhile.
 
     Every part of a panel that is one chain long meets all rows in turn: the rest of a deep panel, which no cache near holds,

@@ -17,7 +17,19 @@ def _hash(paths) -> str:
     return digest.hexdigest()[:32]
 
 
-COMPILED = ("arrange", "backward", "compile", "convert", "forward", "plan", "processor", "product", "team", "vector")
+COMPILED = (
+    "arrange",
+    "backward",
+    "compile",
+    "convert",
+    "elementary",
+    "forward",
+    "plan",
+    "processor",
+    "product",
+    "team",
+    "vector",
+)
 
 
 def kernel_hash() -> str:

@@ -1,4 +1,4 @@
-"""Registers as Numba values: arithmetic, memory access and elementary functions over a fixed number of lanes.
+"""Registers as Numba values: arithmetic, memory access and dot products over a fixed number of lanes.
 
 A `Vector` is an LLVM vector that Numba carries like a number, so that a cell's plain arithmetic (cells.py) compiles straight
 to the widest registers of the target, whatever LLVM's own loop vectoriser would have made of it. Addresses are int64.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from functools import cache
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -45,12 +44,12 @@ def _splat(builder, value, lanes):
     return builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
-def _constant(vector: Vector, value: float):
+def constant(vector: Vector, value: float):
     return ir.Constant(vector.llvm, [ir.Constant(vector.element, value)] * vector.lanes)
 
 
 @cache
-def _register_arithmetic(vector: Vector) -> None:
+def register_arithmetic(vector: Vector) -> None:
     """Teach Numba + - * / and unary minus on this vector type; Python integers are constants in every lane."""
     binary = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul", operator.truediv: "fdiv"}
 
@@ -89,7 +88,7 @@ def _store_at(builder, address, value):
     builder.store(value, _pointer(builder, address, value.type)).align = 4
 
 
-def _fma(builder, vector, a, b, c):
+def fma(builder, vector, a, b, c):
     """a * b + c, fused where the target can: `llvm.fma` would call libm where it cannot."""
     name = f"llvm.fmuladd.v{vector.lanes}f{vector.element.intrinsic_name[1:]}"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector.llvm, [vector.llvm] * 3), name)
@@ -109,7 +108,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
     size = scalar.bitwidth // 8
     lanes = max(target.vector_bytes // size, 1)
     V = Vector(scalar, lanes)
-    _register_arithmetic(V)
+    register_arithmetic(V)
 
     def widened(builder, bits):
         """Numbers in bfloat16, 16 bits or vectors of them, in float32."""
@@ -165,13 +164,6 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         nearest = builder.lshr(builder.add(builder.add(bits, every(0x7FFF)), odd), every(16))
         nearest = builder.select(builder.fcmp_unordered("uno", value, value), every(0x7FC0), nearest)
         return builder.trunc(nearest, ir.VectorType(I16, lanes))
-
-    def unary(emit):
-        @intrinsic
-        def function(typing_context, x):
-            return V(V), lambda context, builder, sig, args: emit(builder, args[0])
-
-        return function
 
     def _mask(builder, count, lanes=lanes):
         """Lanes below `count`."""
@@ -253,7 +245,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
 
     @intrinsic
     def zero(typing_context):
-        return V(), lambda context, builder, sig, args: _constant(V, 0.0)
+        return V(), lambda context, builder, sig, args: constant(V, 0.0)
 
     @intrinsic
     def multiply_add(typing_context, number, value, total):
@@ -262,96 +254,9 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         def codegen(context, builder, sig, args):
             number, value, total = args
             factor = _splat(builder, builder.load(_pointer(builder, number, V.element)), lanes)
-            return _fma(builder, V, factor, value, total)
+            return fma(builder, V, factor, value, total)
 
         return V(types.int64, V, V), codegen
-
-    # Elementary functions. Constants of exp and tanh: Cephes (S. Moshier), single and double.
-    def below(builder, a, b):
-        """Lanes where a < b; false where a is NaN."""
-        return builder.fcmp_ordered("<", a, b)
-
-    def clamp(builder, x, low, high):
-        """x within [low, high]; NaN stays NaN."""
-        low, high = _constant(V, low), _constant(V, high)
-        x = builder.select(below(builder, x, low), low, x)
-        return builder.select(below(builder, high, x), high, x)
-
-    def polynomial(builder, x, coefficients):
-        total = _constant(V, coefficients[0])
-        for c in coefficients[1:]:
-            total = _fma(builder, V, total, x, _constant(V, c))
-        return total
-
-    if size == 4:
-        EXP_RANGE, MAGIC, MANTISSA, ONE = (-87.0, 88.0), 12582912.0, 23, 0x3F800000
-        LN2 = (0.693359375, -2.12194440e-4)
-        EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-        TANH_P = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
-        TANH_Q = None
-    else:
-        EXP_RANGE, MAGIC, MANTISSA, ONE = (-708.0, 709.0), 6755399441055744.0, 52, 0x3FF0000000000000
-        LN2 = (6.93145751953125e-1, 1.42860682030941723212e-6)
-        EXP = tuple(1.0 / float(f) for f in np.cumprod(np.arange(1.0, 15.0))[:0:-1])  # 1/14! .. 1/2!
-        TANH_P = (-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3)
-        TANH_Q = (1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3)
-
-    def emit_exp(builder, x):
-        # x = n ln 2 + r. Adding MAGIC rounds to an integer whose bits are the low bits of the sum.
-        x = clamp(builder, x, *EXP_RANGE)
-        shifted = _fma(builder, V, x, _constant(V, 1.4426950408889634), _constant(V, MAGIC))
-        n = builder.fsub(shifted, _constant(V, MAGIC))
-        r = _fma(builder, V, n, _constant(V, -LN2[0]), x)
-        r = _fma(builder, V, n, _constant(V, -LN2[1]), r)
-        p = polynomial(builder, r, EXP)
-        p = _fma(builder, V, builder.fmul(r, r), p, builder.fadd(r, _constant(V, 1.0)))
-        integer = V.integer.element
-        bits = builder.bitcast(shifted, V.integer)
-        bits = builder.shl(bits, ir.Constant(V.integer, [integer(MANTISSA)] * lanes))
-        bits = builder.add(bits, ir.Constant(V.integer, [integer(ONE)] * lanes))
-        return builder.fmul(p, builder.bitcast(bits, V.llvm))
-
-    def emit_reciprocal(builder, x):
-        """1 / x for finite x >= 1."""
-        one = _constant(V, 1.0)
-        if (size, target.vector_bytes) != (4, 64):
-            return builder.fdiv(one, x)
-        # AVX-512 divides a register in 16 cycles, and estimates to 14 bits in 2: one step of Newton's makes 1 ulp of them.
-        kind = ir.FunctionType(V.llvm, [V.llvm, V.llvm, ir.IntType(16)])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.rcp14.ps.512")
-        near = builder.call(function, [x, _constant(V, 0.0), ir.IntType(16)(-1)])
-        error = _fma(builder, V, builder.fneg(x), near, one)
-        return _fma(builder, V, near, error, near)
-
-    def emit_sigmoid(builder, x):
-        return emit_reciprocal(builder, builder.fadd(_constant(V, 1.0), emit_exp(builder, builder.fneg(x))))
-
-    def emit_tanh(builder, x):
-        # Near zero 1 - 2 / (e^2x + 1) cancels: there an odd polynomial of its own.
-        one, minus_two = _constant(V, 1.0), _constant(V, -2.0)
-        far = emit_reciprocal(builder, builder.fadd(emit_exp(builder, builder.fadd(x, x)), one))
-        far = _fma(builder, V, far, minus_two, one)
-        square = builder.fmul(x, x)
-        near = builder.fmul(square, polynomial(builder, square, TANH_P))
-        if TANH_Q:
-            near = builder.fdiv(near, polynomial(builder, square, TANH_Q))
-        near = _fma(builder, V, near, x, x)
-        return builder.select(below(builder, square, _constant(V, 0.625 * 0.625)), near, far)
-
-    def emit_relu(builder, x):
-        zero = _constant(V, 0.0)
-        return builder.select(below(builder, x, zero), zero, x)
-
-    @intrinsic
-    def where_positive(typing_context, x, y):
-        """0 where x <= 0, else y: where x is NaN, as in torch, y."""
-
-        def codegen(context, builder, sig, args):
-            x, y = args
-            zero = _constant(V, 0.0)
-            return builder.select(builder.fcmp_ordered("<=", x, zero), zero, y)
-
-        return V(V, V), codegen
 
     def transposition(read, write):
         """read(builder, address) gives a vector; write(builder, vector) what a column is, one vector or some."""
@@ -418,7 +323,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
             sums = []
             for row, total in zip(rows, totals, strict=True):
                 for factor, weight in zip(factors, weights(row), strict=True):
-                    total = _fma(b, V, weight, factor, total)
+                    total = fma(b, V, weight, factor, total)
                 sums.append(total)
             return sums
 
@@ -432,7 +337,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
                     phi.add_incoming(value, block)
             return phis
 
-        zeros = [_constant(V, 0.0)] * lanes
+        zeros = [constant(V, 0.0)] * lanes
         b.cbranch(b.icmp_signed(">", whole, I64(0)), loop, after)
         b.position_at_end(loop)
         k = b.phi(I64)
@@ -535,10 +440,6 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         store_all=store_all,
         zero=zero,
         multiply_add=multiply_add,
-        sigmoid=unary(emit_sigmoid),
-        tanh=unary(emit_tanh),
-        relu=unary(emit_relu),
-        where_positive=where_positive,
         transpose=transposition(lambda b, address: _load_at(b, V, address), lambda b, column: [column]),
         dots=dot_products(
             1,
@@ -670,13 +571,13 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
                     xs, sums = [factor(m) for m in range(rows)], []
                     for n in range(width):
                         w = weight(n)
-                        sums.append([_fma(b, V, x, w, new[m][n]) for m, x in enumerate(xs)])
+                        sums.append([fma(b, V, x, w, new[m][n]) for m, x in enumerate(xs)])
                     sums = [list(row) for row in zip(*sums, strict=True)]
                 else:
                     ws, sums = [weight(n) for n in range(width)], []
                     for m in range(rows):
                         x = factor(m)
-                        sums.append([_fma(b, V, x, w, new[m][n]) for n, w in enumerate(ws)])
+                        sums.append([fma(b, V, x, w, new[m][n]) for n, w in enumerate(ws)])
                 new = sums
             steps = (
                 (k, I64(0), b.add(k, I64(1))),
@@ -689,7 +590,7 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
                 phi.add_incoming(following, loop)
             for m in range(rows):
                 for n in range(width):
-                    total[m][n].add_incoming(_constant(V, 0.0), before)
+                    total[m][n].add_incoming(constant(V, 0.0), before)
                     total[m][n].add_incoming(new[m][n], loop)
             b.cbranch(b.icmp_signed("<", steps[0][2], depth), loop, last)
             b.position_at_end(last)
