@@ -42,12 +42,13 @@ def chosen_tiers():
     Raises:
         RuntimeError: FASTRNN_TIERS lists none, or one that is not of this architecture.
     """
-    tiers = {tier.name: tier for tier in engine("cpu.processor").tiers()}
+    tiers = engine("cpu.processor").tiers()
+    known = [tier.name for tier in tiers if not tier.less]
     listed = os.environ.get("FASTRNN_TIERS")
-    names = tiers if listed is None else listed.split(",")
-    if not names or not set(names) <= set(tiers):
-        raise RuntimeError(f"FASTRNN_TIERS={listed!r}: expected some of {','.join(tiers)}")
-    return [tier for tier in tiers.values() if tier.name in names]
+    names = known if listed is None else listed.split(",")
+    if not names or not set(names) <= set(known):
+        raise RuntimeError(f"FASTRNN_TIERS={listed!r}: expected some of {','.join(known)}")
+    return [tier for tier in tiers if (tier.less or tier).name in names]
 
 
 def kernels_header(tiers, units, conversions, cells, fields) -> str:
@@ -62,6 +63,8 @@ def kernels_header(tiers, units, conversions, cells, fields) -> str:
         converting = [tier.entry(*conversion) for conversion in conversions]
         declarations += [f"void {name}(int64_t, int64_t);" for name in converting]
         fits = f'__builtin_cpu_supports("{tier.processor}") != 0' if tier.features else "true"
+        if tier.less:
+            fits += " && tiles_allowed()"
         tables += [f'    {{"{tier.name}", [] {{ return {fits}; }}, {", ".join(converting)}, {{', *entries, "    }},"]
     cell_table = [
         f'    {{"{c.name}", "{c.mode}", {c.gates}, {c.slots}, {"true" if c.carry == "cell" else "false"}}},'
@@ -78,6 +81,7 @@ def kernels_header(tiers, units, conversions, cells, fields) -> str:
             *declarations,
             "}",
             "namespace fastrnn {",
+            "bool tiles_allowed();",
             f"struct Record {{ int64_t {', '.join(fields)}; }};",
             "struct Cell { const char *name, *mode; int64_t gates, slots; bool has_cell_state; };",
             "struct Unit { void (*run)(int64_t, int64_t); int64_t (*arrange)(int64_t, int64_t); };",
@@ -140,6 +144,7 @@ class BuildEngine(build_ext):
             source.object_directory(build, tier.name) / f"{name}.o"
             for tier in tiers
             for unit in (*compiled.UNITS, *compiled.CONVERSIONS)
+            if tier.owner(*unit[1:]) == tier
             for name in tier.entries(unit)
         ]
         for path in objects:

@@ -378,8 +378,9 @@ def markdown(contents: dict[str, dict[str, Any]]) -> str:
         parts.append(memory(contents["memory"]))
     if "startup" in contents:
         parts.append(startup(contents["startup"]))
-    if "half" in contents:
-        parts.append(half(contents["half"]))
+    for name, where in (("half", ""), ("half-amx", "With AMX: ")):
+        if name in contents:
+            parts.append(where + half(contents[name]))
     if grid:
         parts.append(origin(grid))
     if avx2 := contents.get("grid-avx2"):
@@ -404,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=record.ROOT / "README.md", help="(default %(default)s)")
     parser.add_argument("--log", type=Path, default=record.ROOT / "docs" / "performance.md", help="(default %(default)s)")
     options = parser.parse_args(argv)
-    names = "grid", "grid-avx2", "memory", "startup", "half", "roofline", "stream", "gpu"
+    names = "grid", "grid-avx2", "memory", "startup", "half", "half-amx", "roofline", "stream", "gpu"
     files = {name: options.results / f"{name}.json" for name in names}
     contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     report = markdown(contents)

@@ -40,8 +40,9 @@ def compress(model: M) -> M:
 
     For inference on a CPU: half the memory, and half of what a step of few rows has to read. Input, states, biases, sums and
     outputs stay float32. Each weight is rounded once, to a relative error of at most 2**-9, and that is all that changes:
-    outputs are, to the bit, those of a float32 layer over the rounded weights. Parameters stay the objects they were; their
-    gradients are dropped. `model.float()` makes ordinary layers of them again, of the rounded weights.
+    outputs are, to the bit, those of a float32 layer over the rounded weights (with more than 16 rows on a processor with AMX,
+    but for rounding in float32). Parameters stay the objects they were; their gradients are dropped. `model.float()` makes
+    ordinary layers of them again, of the rounded weights.
 
     Layers in another dtype than float32 and computed weights (parametrisations) are left as they are. A single step (T = 1)
     reads bfloat16 too; an odd output size and engines other than the CPU's get a float32 copy for each call.

@@ -147,7 +147,7 @@ def test_step(dtype):
 def test_compressed(case, batch, steps):
     """To the bit what float32 gives over rounded weights; with gradients too, to x and to the weights as they are.
 
-    But for a single step, which takes numbers in bfloat16 in pairs, and so sums in another order.
+    But for a single step, which takes numbers in bfloat16 in pairs, and for tiles: they sum in another order.
     """
     case = dataclasses.replace(case, batch=batch, steps=steps)
     _, ours = twins(case, 0)
@@ -158,8 +158,9 @@ def test_compressed(case, batch, steps):
     assert {p.dtype for p in small.parameters() if p.dim() == 2} == {torch.bfloat16}
     sample = case.sample(0)
     given = arguments(case, sample.x, sample.states, sample.lengths)
-    assert fastrnn.explain(small, *given).engine == "cpu"
-    same = same_bits if steps > 1 else nearly_the_same
+    explanation = fastrnn.explain(small, *given)
+    assert explanation.engine == "cpu"
+    same = same_bits if steps > 1 and "in tiles" not in str(explanation) else nearly_the_same
     with torch.no_grad():
         same(*(_flat(module(*given)) for module in (small, ours)))
     found, expected = run(small, case, sample), run(ours, case, sample)

@@ -14,6 +14,7 @@ from contract import ROOT, WARNINGS, python, tiers
 
 import fastrnn
 from fastrnn.kernels import cpu
+from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.cpu import processor
 
 x86_64 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64's machine code")
@@ -37,8 +38,8 @@ def code() -> dict[str, list[tuple[str, str]]]:
 
 def kernels(code, tier: processor.Tier, scalar: str) -> list[tuple[str, str]]:
     """Instructions of one scalar type's kernels."""
-    start = tier.entry("CELL", scalar, "PASS").split("CELL")[0]
-    own = [name for name in code if name.startswith(start) and f"_{scalar}_" in name]
+    start = tier.entry("CELL", scalar, "forward").split("CELL")[0]
+    own = [name for name in code if re.match(f"{start}({'|'.join(CELLS)})_{scalar}_", name)]
     return [instruction for name in own for instruction in code[name]]
 
 
@@ -68,8 +69,11 @@ def test_machine_code(code, tier, scalar):
     registers = set(re.findall(r"%([xyzk])(?:mm)?\d", " ".join(operands for _, operands in instructions)))
     assert any("fmadd" in operation for operation in operations) == (tier.name != "x86-64-v2")
     assert register in registers
-    if tier.name != "x86-64-v4":
+    if register != "z":
         assert not registers & {"z", "k"}, "AVX-512"
+    assert any(operation.startswith("t") and "tmm" in operands for operation, operands in instructions) == bool(
+        tier.target.tiles and scalar == "f32"
+    )
     if tier.name == "x86-64-v2":
         assert "y" not in registers and not [operation for operation in operations if operation.startswith("v")], "AVX"
 

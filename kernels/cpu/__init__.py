@@ -101,12 +101,15 @@ def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads:
         width = columns if forward else plan.wide_columns(target.registers)
         depth, units = (R, H) if forward else (gates * H, R)
         panels = plan.ceil_div(units, width // (gates if forward else 1) * lanes)
-        half_panels = forward and half and R % 2 == 0 and B <= plan.HALF_PANEL_ROWS
+        in_half = forward and half and R % 2 == 0
+        half_panels = in_half and B <= plan.HALF_PANEL_ROWS
+        tiles = in_half and not half_panels and bool(target.tiles) and T > 1
+        rate = plan.TILE_RATE if tiles else plan.VECTOR_RATE
         crews, rows, parts = plan.schedule(
             T, T * B, B, I, H, R, D, threads, max(l2_bytes, 256 * 1024), gates, depth, panels, width,
-            target.vector_bytes // (2 if half_panels else 1), 1 if forward else 2,
+            target.vector_bytes // (2 if half_panels or tiles else 1), rate, 1 if forward else 2,
         )  # fmt: skip
         shares = [f"{rows} x rows"] * (rows > 1) + [f"{parts} x units"] * (parts > 1)
         crew = " and ".join(shares) or "one thread"
-        words.append(f"{name}: {'each direction on ' if crews > 1 else ''}{crew}")
+        words.append(f"{name}: {'each direction on ' if crews > 1 else ''}{crew}{', in tiles' if tiles else ''}")
     return f"{tier.name}, {8 * target.vector_bytes}-bit vectors; " + "; ".join(words)

@@ -12,6 +12,7 @@ from .plan import SCRATCH_BYTES, unit_vectors, wide_columns
 from .processor import Target
 from .product import DOT_PART, ceil_div, options
 from .team import RECORD_BYTES, record_at
+from .tiles import PARTS, split_bytes, tile_blocks
 from .vector import VectorLibrary
 
 
@@ -44,6 +45,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
+    with_tiles = forward and bool(target.tiles) and size == 4
 
     @njit(**options)
     def arrange(records, threads):
@@ -55,19 +57,23 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         else:
             depth, panels = gates * H, ceil_div(R, wide)
         half_panels = forward and p.half and B <= plan.HALF_PANEL_ROWS
+        tiles = with_tiles and p.half and not half_panels and p.steps > 1
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,
-            vector // 2 if half_panels else vector, 1 if forward else 2,
+            vector // 2 if half_panels or tiles else vector, plan.TILE_RATE if tiles else plan.VECTOR_RATE, 1 if forward else 2,
         )  # fmt: skip
+        ih_depth, hh_depth = I, R // 2 if half_panels else R
+        if tiles:
+            ih_depth, hh_depth = plan.TILE_PAIRS * tile_blocks(I), plan.TILE_PAIRS * tile_blocks(R)
         one_step = p.steps == 1 and not frozen
         team = crews * row_groups * unit_groups
         if forward:
             block = forward_block(p.steps, B, p.rows, I, gates * H * size)
             tables = 3 * B + 2 * block * B
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
-            ih_once = row_groups == 1 and block == p.steps and not frozen
-            panel_bytes = align(columns * vector * I) if ih_once else 0
+            ih_once = row_groups == 1 and block == p.steps and not frozen and (not tiles or p.rows <= plan.TILE_BLOCK_ROWS)
+            panel_bytes = align(columns * vector * ih_depth) if ih_once else 0
             if one_step:
                 panel_bytes = lanes * DOT_PART * size if p.half and B > 2 else 0
         else:
@@ -80,7 +86,10 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             most = plan.OPERAND_VECTORS // columns
             operand_panels = min(ceil_div(max(I, R, H), wide), most)
             operand_rows = min(most // operand_panels * plan.OPERAND_ROWS, block * B)
-        own = align(SCRATCH_BYTES + panel_bytes + operand_rows * plan.UNIT_BLOCK * size + 8 * tables)
+        tile_bytes = 0
+        if tiles:
+            tile_bytes = plan.TILE_SPACE_BYTES + PARTS * split_bytes(min(plan.TILE_BLOCK_ROWS, block * B), max(I, R))
+        own = align(SCRATCH_BYTES + panel_bytes + tile_bytes + operand_rows * plan.UNIT_BLOCK * size + 8 * tables)
 
         offset = 0
         for direction in range(p.directions):
@@ -88,8 +97,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.threads, d.crews, d.row_groups, d.unit_groups, d.block_steps = team, crews, row_groups, unit_groups, block
             if crews == 1:
                 offset = 0  # directions take turns in one workspace
-            d.half_panels = half_panels
-            d.ih_once, d.one_step, d.panel_bytes = ih_once, one_step, panel_bytes
+            d.half_panels, d.tiles = half_panels, tiles
+            d.ih_once, d.one_step, d.panel_bytes, d.tile_bytes = ih_once, one_step, panel_bytes, tile_bytes
+            d.ih_depth, d.hh_depth = ih_depth, hh_depth
             if not forward and d.half and d.need_dw:
                 d.rounded_at_once = d.rows <= plan.FEW_ROWS
                 d.dw_ih, d.dw_hh, d.dw_hr = d.dw_ih_half, d.dw_hh_half, d.dw_hr_half
@@ -102,14 +112,12 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             offset = 0 if frozen else offset
             d.ih_panels = begin + offset
             if not ih_once:
-                offset += align(units * gates * I * size)
+                offset += align(units * gates * (ih_depth if forward else I) * size)
             d.hh_panels = begin + offset
             if not forward and d.need_dw and block == p.steps and R % wide == 0 and not d.rounded_at_once:
                 d.hh_panels = d.dw_hh  # of the panels' size, and written when no step needs them any more
             elif not one_step:
-                offset += align(
-                    units * gates * R * (2 if half_panels else size) if forward else ceil_div(R, wide) * wide * gates * H * size
-                )
+                offset += align((units * gates * hh_depth if forward else ceil_div(R, wide) * wide * gates * H) * size)
             d.hr_panels = begin + offset
             if d.projected:
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)

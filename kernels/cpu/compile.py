@@ -100,7 +100,8 @@ def emit(name: str, function, returns: types.Type, tier: Tier) -> bytes:
         if not value.is_declaration and value.name != name:
             value.linkage, value.name = "internal", f"{name}.{index}"
     target = llvm.Target.from_triple(llvm.get_process_triple())
-    machine = target.create_target_machine(cpu=tier.processor, opt=3, reloc="pic", codemodel="small")
+    features = ",".join(f"+{feature}" for feature in tier.features)
+    machine = target.create_target_machine(cpu=tier.processor, features=features, opt=3, reloc="pic", codemodel="small")
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     module.verify()
     builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3))
@@ -133,7 +134,8 @@ def main(base: Path, names: Sequence[str], units: Sequence[tuple[str, str, str]]
     tasks = []
     for tier in tiers():
         directory = object_directory(base, tier.name)
-        missing = [unit for unit in units if not all((directory / f"{name}.o").exists() for name in tier.entries(unit))]
+        own = [unit for unit in units if tier.owner(*unit[1:]) == tier]
+        missing = [unit for unit in own if not all((directory / f"{name}.o").exists() for name in tier.entries(unit))]
         tasks += [(directory, tier, unit) for unit in missing if tier.name in names]
     if len(tasks) == 1:
         return write_unit(*tasks[0])

@@ -82,7 +82,7 @@ def elementary(V: Vector, target: Target) -> dict[str, Any]:
         return near[0] if len(near) == 1 else concatenated(builder, *near)
 
     # AVX-512 divides a register in 16 cycles, and estimates in 2: one step of Newton's makes 1 ulp of 14 bits.
-    estimates = single and target.vector_bytes == 64
+    estimates = single and target.vector_bytes == 64 and target.tiles != "emulated"
 
     def reciprocal(builder, x):
         """1 / x for x from 1/2 to 2^127."""

@@ -152,16 +152,18 @@ class Call:
 
 
 def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
-    w_ih, w_hh, w_hr = ([w.to(x.dtype) for w in matrices] for matrices in (w_ih, w_hh, w_hr))  # they may be in bfloat16
-    call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
     D, B, R = h0.shape
+    half = w_ih[0].dtype == torch.bfloat16 and R % 2 == 0
+    if not half:
+        w_ih, w_hh, w_hr = ([w.to(x.dtype) for w in matrices] for matrices in (w_ih, w_hh, w_hr))  # they may be in bfloat16
+    call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
     H, rows = int(call.records["hidden_size"][0]), int(call.records["rows"][0])
     slots = CELLS[cell].slots + bool(w_hr)
     y = x.new_empty(*x.shape[:-1], D * R)
     h_n = x.new_empty(D, B, R)
     c_n = x.new_empty(D, B, H) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
     saved = x.new_empty(D, rows, slots * H) if save else x.new_empty(0)
-    call.records["save"] = save
+    call.records["half"], call.records["save"] = half, save
     call.rows("x", x)
     call.rows("y", y, R)
     call.point("h0", h0.contiguous())

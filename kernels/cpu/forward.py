@@ -8,7 +8,17 @@ from numba import njit
 
 from ..cells import Cell
 from .elementary import over_vectors
-from .plan import ROW_BLOCK, SCRATCH_BYTES, unit_vectors, wide_columns
+from .plan import (
+    ROW_BLOCK,
+    SCRATCH_BYTES,
+    TILE_BLOCK_ROWS,
+    TILE_BYTES,
+    TILE_PAIRS,
+    TILE_ROWS,
+    TILE_SPACE_BYTES,
+    unit_vectors,
+    wide_columns,
+)
 from .processor import Target
 from .product import (
     ceil_div,
@@ -32,6 +42,7 @@ from .team import (
     wait_group,
     wait_team,
 )
+from .tiles import PARTS, make_configure, make_pack_tiles, make_split, make_tile_product
 from .vector import VectorLibrary, load_int, prefetch, store_int
 
 
@@ -48,6 +59,13 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     has_half = v.half is not None
     product_half = make_product(v, target, columns, "pairs" if has_half else "")
     pack_columns_half, dot_rows_half = make_pack_columns(v, has_half), make_dot_rows(v, has_half)
+    with_tiles = has_half and bool(target.tiles)
+    if with_tiles:
+        (configure, release), (parts_of, split) = make_configure(target), make_split(v)
+        pack_tiles, tile_product = make_pack_tiles(v), make_tile_product(v, target, columns)
+    else:
+        configure, release, parts_of = (njit(lambda *_: 0, **options) for _ in range(3))
+        split, tile_product, pack_tiles = (njit(lambda *_: None, **options) for _ in range(3))
     wide = wide_columns(target.registers)
     multiply = make_multiply(v, target, wide)
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
@@ -110,7 +128,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             for g in range(gates):
                 source = w + (order[g] * p.hidden_size + unit) * depth * w_size
                 column = out + (g * per_panel + j) * vector
-                if paired:
+                if p.tiles:
+                    tile = out + (g * per_panel + j) * TILE_BYTES
+                    pack_tiles(source, p.hidden_size - unit, depth, tile, columns * TILE_BYTES)
+                elif paired:
                     pack_columns(source, depth * 2, p.hidden_size - unit, depth // 2, column, columns * vector)
                 else:
                     pack_rows_of(p, source, p.hidden_size - unit, depth, column, columns * vector)
@@ -147,14 +168,13 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def pack_weights(p, member, members, bias_gate):
         """This member's share of the panels that are packed once for all, and of the biases."""
-        hh_bytes = p.output_size * columns * vector
         panels = ceil_div(p.hidden_size, lanes * per_panel)
         for panel in range(share(panels, members, member), share(panels, members, member + 1)):
             if not p.ih_once:
-                out = p.ih_panels + panel * p.input_size * columns * vector
+                out = p.ih_panels + panel * p.ih_depth * columns * vector
                 pack_gates(p, p.w_ih, p.input_size, input_order, panel, 0, out)
             if not p.one_step:
-                out = p.hh_panels + panel * (hh_bytes // 2 if p.half_panels else hh_bytes)
+                out = p.hh_panels + panel * p.hh_depth * columns * vector
                 pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, p.half_panels, out)
             sum_biases(p, panel, bias_gate)
         if p.projected:
@@ -184,8 +204,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
         """Input product and biases of `count` rows, for the units of panels first .. last-1."""
+        panel_bytes, tile_space = p.ih_depth * columns * vector, own_panel + p.panel_bytes
+        own_rows, blocks, parts = tile_space + TILE_SPACE_BYTES, p.ih_depth // TILE_PAIRS, 1
+        if p.tiles:
+            parts = parts_of(count, x_rows, p.input_size)  # of a layer in bfloat16, one: its input is exact
+            split(count, x_rows, p.input_size, parts, own_rows)
         for panel in range(first, last):
-            panel_bytes = p.input_size * columns * vector
             weights, following = p.ih_panels + panel * panel_bytes, p.ih_panels + min(panel + 1, last - 1) * panel_bytes
             if p.ih_once and not p.one_step:
                 weights = following = own_panel
@@ -196,6 +220,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 bring_near(rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch, own_panel)
+                elif p.tiles:
+                    tiles = own_rows + i // TILE_ROWS * blocks * parts * TILE_BYTES
+                    tile_product(rows, tiles, parts, weights, blocks, scratch, tile_space)
                 else:
                     product(rows, x_rows + 8 * i, size, weights, 0, 1, columns * vector, p.input_size, scratch, following)
                 for m in range(rows):
@@ -240,7 +267,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
         """The k-th step, of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
-        panel_bytes = p.output_size * columns * vector // (2 if p.half_panels else 1)
+        panel_bytes, tile_space = p.hh_depth * columns * vector, own_panel + p.panel_bytes
+        own_rows, blocks = tile_space + TILE_SPACE_BYTES, p.hh_depth // TILE_PAIRS
+        if p.tiles:
+            split(count, previous, p.output_size, PARTS, own_rows)
         together = alone if count == 1 else 1
         groups = ceil_div(last - first, together)
         for index in range(groups):
@@ -258,6 +288,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     for q in range(panels):
                         sums = scratch + q * columns * vector
                         dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel + q, sums, own_panel)
+                elif p.tiles:
+                    for q in range(panels):
+                        sums = scratch + q * columns * vector
+                        tiles = own_rows + i // TILE_ROWS * blocks * PARTS * TILE_BYTES
+                        tile_product(rows, tiles, PARTS, weights + q * panel_bytes, blocks, sums, tile_space)
                 elif p.half_panels:
                     product_half(
                         rows, previous + 8 * i, size, weights, panel_bytes, panels, columns * vector, p.output_size, scratch,
@@ -304,12 +339,14 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         # This thread's own memory: scratch tiles, a panel packed to be used once, tables of row addresses.
         scratch = p.own + member * p.own_bytes
         own_panel = scratch + SCRATCH_BYTES
-        previous = own_panel + p.panel_bytes
+        previous = own_panel + p.panel_bytes + p.tile_bytes
         h_rows = previous + 8 * p.batch
         y_rows = h_rows + 8 * p.batch
         x_rows = y_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
 
+        if p.tiles:
+            configure(own_panel + p.panel_bytes)
         if not p.pack:
             pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
         for b in range(r0, r1):
@@ -337,7 +374,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
                     store_int(z_rows + 8 * n, z)
                     n += 1
-            project(p, n, x_rows, z_rows, hidden_bytes, first, last, bias_gate, scratch, own_panel)
+            most = TILE_BLOCK_ROWS if p.tiles else max(1, n)
+            for i in range(0, n, most):
+                rows, x, z = min(n - i, most), x_rows + 8 * i, z_rows + 8 * i
+                project(p, rows, x, z, hidden_bytes, first, last, bias_gate, scratch, own_panel)
 
             n = 0
             for k in range(s, end):
@@ -353,8 +393,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     else:
                         h = p.tails + (r0 + i) * hidden_bytes
                     store_int(h_rows + 8 * i, h)
-                z, c = z_rows + 8 * n, p.c_n + r0 * hidden_bytes
-                step(p, k, count, previous, z, hidden_bytes, h_rows, c, first, last, bias_gate, scratch, own_panel)
+                most = TILE_BLOCK_ROWS if p.tiles else max(1, count)
+                for i in range(0, count, most):
+                    rows, before, h, c = min(count - i, most), previous + 8 * i, h_rows + 8 * i, p.c_n + (r0 + i) * hidden_bytes
+                    z = z_rows + 8 * (n + i)
+                    step(p, k, rows, before, z, hidden_bytes, h, c, first, last, bias_gate, scratch, own_panel)
                 if p.projected:
                     wait_group(p, member)
                     panel_row = wide * vector
@@ -371,6 +414,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
         for b in range(r0, r1):
             copy_units(load_int(previous + 8 * (b - r0)), p.h_n + b * output_bytes, own, owns, p.output_size)
+        if p.tiles:
+            release()
 
     @njit(**options)
     def forward(records, rank):

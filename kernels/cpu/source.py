@@ -28,6 +28,7 @@ COMPILED = (
     "processor",
     "product",
     "team",
+    "tiles",
     "vector",
 )
 
