@@ -38,17 +38,18 @@ def _call(builder, name: str, *arguments):
     builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), arguments)
 
 
-def _pointer(builder, *addends):
+def _place(builder, *addends):
+    """A pointer to the sum of these addresses and offsets."""
     address = addends[0]
     for addend in addends[1:]:
         address = builder.add(address, addend)
-    return builder.inttoptr(address, I8.as_pointer())
+    return builder.inttoptr(address, I8.as_place())
 
 
 @intrinsic
 def _load_configuration(typing_context, address):
     def codegen(context, builder, sig, args):
-        _call(builder, "ldtilecfg", _pointer(builder, args[0]))
+        _call(builder, "ldtilecfg", _place(builder, args[0]))
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
@@ -68,7 +69,7 @@ def _copy_half(typing_context, source, destination):
     """A number in bfloat16, from address to address."""
 
     def codegen(context, builder, sig, args):
-        source, destination = (builder.inttoptr(address, I16.as_pointer()) for address in args)
+        source, destination = (builder.inttoptr(address, I16.as_place()) for address in args)
         builder.store(builder.load(source), destination)
         return context.get_dummy_value()
 
@@ -155,7 +156,7 @@ def make_split(v: VectorLibrary):
         def codegen(context, builder, sig, args):
             bits = builder.lshr(builder.bitcast(args[1], V.integer), every(16))
             kind = ir.VectorType(I16, lanes)
-            builder.store(builder.trunc(bits, kind), builder.inttoptr(args[0], kind.as_pointer())).align = 2
+            builder.store(builder.trunc(bits, kind), builder.inttoptr(args[0], kind.as_place())).align = 2
             return context.get_dummy_value()
 
         return types.void(types.int64, V), codegen
@@ -220,7 +221,7 @@ def _make_block(v: VectorLibrary, tiles: int, columns: int, parts: int):
             *rows, panel = args
 
             def load_tile(tile, base, index):
-                _call(builder, "tileloadd64", I8(tile), _pointer(builder, base, I64(index * TILE_BYTES)), I64(LINE))
+                _call(builder, "tileloadd64", I8(tile), _place(builder, base, I64(index * TILE_BYTES)), I64(LINE))
 
             stays = columns <= 2
             for column in range(columns if stays else 0):
@@ -244,7 +245,7 @@ def _make_block(v: VectorLibrary, tiles: int, columns: int, parts: int):
             for tile in range(tiles):
                 for column in range(columns):
                     offset = builder.mul(out_row, I64(tile * TILE_ROWS))
-                    place = _pointer(builder, out, offset, I64(column * LINE))
+                    place = _place(builder, out, offset, I64(column * LINE))
                     _call(builder, "tilestored64", I8(tile * columns + column), place, out_row)
             return context.get_dummy_value()
 
