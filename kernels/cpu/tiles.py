@@ -43,7 +43,7 @@ def _place(builder, *addends):
     address = addends[0]
     for addend in addends[1:]:
         address = builder.add(address, addend)
-    return builder.inttoptr(address, I8.as_place())
+    return builder.inttoptr(address, I8.as_pointer())
 
 
 @intrinsic
@@ -69,7 +69,7 @@ def _copy_half(typing_context, source, destination):
     """A number in bfloat16, from address to address."""
 
     def codegen(context, builder, sig, args):
-        source, destination = (builder.inttoptr(address, I16.as_place()) for address in args)
+        source, destination = (builder.inttoptr(address, I16.as_pointer()) for address in args)
         builder.store(builder.load(source), destination)
         return context.get_dummy_value()
 
@@ -156,7 +156,7 @@ def make_split(v: VectorLibrary):
         def codegen(context, builder, sig, args):
             bits = builder.lshr(builder.bitcast(args[1], V.integer), every(16))
             kind = ir.VectorType(I16, lanes)
-            builder.store(builder.trunc(bits, kind), builder.inttoptr(args[0], kind.as_place())).align = 2
+            builder.store(builder.trunc(bits, kind), builder.inttoptr(args[0], kind.as_pointer())).align = 2
             return context.get_dummy_value()
 
         return types.void(types.int64, V), codegen
