@@ -378,9 +378,10 @@ def markdown(contents: dict[str, dict[str, Any]]) -> str:
         parts.append(memory(contents["memory"]))
     if "startup" in contents:
         parts.append(startup(contents["startup"]))
-    for name, where in (("half", ""), ("half-amx", "With AMX: ")):
-        if name in contents:
-            parts.append(where + half(contents[name]))
+    if "half" in contents:
+        parts.append(half(contents["half"]))
+    if tiles := contents.get("half-amx"):
+        parts.append(f"On a processor with AMX (torch {tiles['versions']['torch']}, {tiles['date'][:10]}): {half(tiles)}")
     if grid:
         parts.append(origin(grid))
     if avx2 := contents.get("grid-avx2"):
