@@ -8,11 +8,10 @@ from numba import njit
 
 from ..cells import Cell, bind
 from . import plan
-from .plan import SCRATCH_BYTES, unit_vectors, wide_columns
+from .plan import PARTS, SCRATCH_BYTES, unit_vectors, wide_columns
 from .processor import Target
 from .product import DOT_PART, ceil_div, options
 from .team import RECORD_BYTES, record_at
-from .tiles import PARTS, split_bytes, tile_blocks
 from .vector import VectorLibrary
 
 
@@ -21,6 +20,11 @@ def compiled_plan() -> dict:
     compiled = {"ceil_div": ceil_div}
     for function in (
         plan.align,
+        plan.tile_blocks,
+        plan.split_bytes,
+        plan.split_rows,
+        plan.vectors_a_cycle,
+        plan.tile_parts,
         plan.block_length,
         plan.step_cost,
         plan.choose_groups,
@@ -34,7 +38,8 @@ def compiled_plan() -> dict:
 
 PLAN = compiled_plan()
 align, block_length, schedule = PLAN["align"], PLAN["block_length"], PLAN["schedule"]
-forward_block = PLAN["forward_block"]
+forward_block, tile_blocks, tile_parts = PLAN["forward_block"], PLAN["tile_blocks"], PLAN["tile_parts"]
+split_bytes, split_rows = PLAN["split_bytes"], PLAN["split_rows"]
 
 
 @cache
@@ -45,7 +50,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
-    with_tiles = forward and bool(target.tiles) and size == 4
+    with_tiles = bool(target.tiles) and size == 4
 
     @njit(**options)
     def arrange(records, threads):
@@ -53,43 +58,49 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         H, R, I, B = p.hidden_size, p.output_size, p.input_size, p.batch
         units = ceil_div(H, lanes * per_panel) * lanes * per_panel
         if forward:
-            depth, panels = R, units // (lanes * per_panel)
+            depth, input_depth, panels = R, I, units // (lanes * per_panel)
         else:
-            depth, panels = gates * H, ceil_div(R, wide)
+            depth, input_depth, panels = gates * H, gates * H, ceil_div(R, wide)
         half_panels = forward and p.half and B <= plan.HALF_PANEL_ROWS
-        tiles = with_tiles and p.half and not half_panels and p.steps > 1
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
+        tiles = 0
+        if with_tiles and not p.pack_only:
+            tiles = tile_parts(p.half, p.steps, B, depth, input_depth)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,
-            vector // 2 if half_panels or tiles else vector, plan.TILE_RATE if tiles else plan.VECTOR_RATE, 1 if forward else 2,
+            vector // 2 * max(1, tiles) if half_panels or tiles else vector, tiles, 1 if forward else 2,
         )  # fmt: skip
-        ih_depth, hh_depth = I, R // 2 if half_panels else R
+        ih_depth, hh_depth, split_depth = input_depth, R // 2 if half_panels else depth, max(depth, input_depth)
+        frozen_ih, frozen_hh = units * gates * ih_depth * size, units * gates * hh_depth * size
         if tiles:
-            ih_depth, hh_depth = plan.TILE_PAIRS * tile_blocks(I), plan.TILE_PAIRS * tile_blocks(R)
+            ih_depth = plan.TILE_PAIRS * tile_blocks(input_depth) * tiles
+            hh_depth = plan.TILE_PAIRS * tile_blocks(depth) * tiles
+        ready = frozen and not tiles
         one_step = p.steps == 1 and not frozen
         team = crews * row_groups * unit_groups
         if forward:
             block = forward_block(p.steps, B, p.rows, I, gates * H * size)
             tables = 3 * B + 2 * block * B
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
-            ih_once = row_groups == 1 and block == p.steps and not frozen and (not tiles or p.rows <= plan.TILE_BLOCK_ROWS)
+            ih_once = row_groups == 1 and block == p.steps and not ready and (not tiles or p.rows <= split_rows(split_depth))
             panel_bytes = align(columns * vector * ih_depth) if ih_once else 0
             if one_step:
                 panel_bytes = lanes * DOT_PART * size if p.half and B > 2 else 0
         else:
             block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
-            ih_once = True
-            panel_bytes = align(wide * gates * H * size) if p.need_dx or one_step else 0
+            ih_once = not tiles or not p.need_dx
+            panel_bytes = align(wide * gates * H * size) if not tiles and (p.need_dx or one_step) else 0
         operand_rows = operand_panels = 0
         if not forward and p.need_dw:
             most = plan.OPERAND_VECTORS // columns
             operand_panels = min(ceil_div(max(I, R, H), wide), most)
             operand_rows = min(most // operand_panels * plan.OPERAND_ROWS, block * B)
-        tile_bytes = 0
+        own_block = operand_rows * plan.UNIT_BLOCK * size  # of a thread: what it takes from a matrix to be multiplied
+        together = split_rows(split_depth)
         if tiles:
-            tile_bytes = plan.TILE_SPACE_BYTES + PARTS * split_bytes(min(plan.TILE_BLOCK_ROWS, block * B), max(I, R))
-        own = align(SCRATCH_BYTES + panel_bytes + tile_bytes + operand_rows * plan.UNIT_BLOCK * size + 8 * tables)
+            own_block = max(split_bytes(min(together, block * B), split_depth), split_bytes(plan.TILE_UNITS, operand_rows))
+        own = align(SCRATCH_BYTES + panel_bytes + own_block + 8 * tables)
 
         offset = 0
         for direction in range(p.directions):
@@ -97,8 +108,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.threads, d.crews, d.row_groups, d.unit_groups, d.block_steps = team, crews, row_groups, unit_groups, block
             if crews == 1:
                 offset = 0  # directions take turns in one workspace
-            d.half_panels, d.tiles = half_panels, tiles
-            d.ih_once, d.one_step, d.panel_bytes, d.tile_bytes = ih_once, one_step, panel_bytes, tile_bytes
+            d.half_panels, d.tiles, d.split_rows, d.own_block = half_panels, tiles, together, own_block
+            d.ih_once, d.one_step, d.panel_bytes = ih_once, one_step, panel_bytes
             d.ih_depth, d.hh_depth = ih_depth, hh_depth
             if not forward and d.half and d.need_dw:
                 d.rounded_at_once = d.rows <= plan.FEW_ROWS
@@ -108,16 +119,20 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                     d.dw_hh = d.dw_ih + align(gates * H * I * size)
                     d.dw_hr = d.dw_hh + align(gates * H * R * size)
                     offset = d.dw_hr - d.workspace + (align(R * H * size) if d.projected else 0)
-            begin, behind = (d.pack, offset) if frozen else (d.workspace, 0)
-            offset = 0 if frozen else offset
+            if frozen and tiles:  # made of the panels that are frozen
+                d.w_ih, d.w_hh = d.pack, d.pack + align(frozen_ih)
+            begin, behind = (d.pack, offset) if ready else (d.workspace, 0)
+            offset = 0 if ready else offset
             d.ih_panels = begin + offset
             if not ih_once:
-                offset += align(units * gates * (ih_depth if forward else I) * size)
+                offset += align((units * gates if forward else ceil_div(I, wide) * wide) * ih_depth * size)
             d.hh_panels = begin + offset
-            if not forward and d.need_dw and block == p.steps and R % wide == 0 and not d.rounded_at_once:
+            if not forward and d.need_dw and block == p.steps and R % wide == 0 and not d.rounded_at_once and not tiles:
                 d.hh_panels = d.dw_hh  # of the panels' size, and written when no step needs them any more
             elif not one_step:
-                offset += align((units * gates * hh_depth if forward else ceil_div(R, wide) * wide * gates * H) * size)
+                offset += align((units * gates if forward else ceil_div(R, wide) * wide) * hh_depth * size)
+            if frozen and tiles:
+                begin, behind, offset = d.pack, offset, align(frozen_ih) + align(frozen_hh)
             d.hr_panels = begin + offset
             if d.projected:
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)
@@ -138,7 +153,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
                 d.operand_rows = operand_rows
-                offset += align(operand_panels * wide * operand_rows * size)
+                operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * PARTS if tiles else operand_rows
+                offset += align(operand_panels * wide * operand_depth * size)
             d.own, d.own_bytes = d.workspace + offset, own
             offset += row_groups * unit_groups * own
         if not forward and p.directions == 2 and p.need_dx:

@@ -19,6 +19,10 @@ from .plan import (
     OPERAND_VECTORS,
     ROW_BLOCK,
     SCRATCH_BYTES,
+    TILE_BYTES,
+    TILE_DEPTH,
+    TILE_ROWS,
+    TILE_UNITS,
     UNIT_BLOCK,
     wide_columns,
 )
@@ -46,6 +50,16 @@ from .team import (
     wait_group,
     wait_team,
 )
+from .tiles import (
+    PARTS,
+    make_configure,
+    make_pack_tiles,
+    make_split,
+    make_tile_multiply,
+    make_tile_product,
+    rows_at,
+    tile_blocks,
+)
 from .vector import VectorLibrary, load_int, store_int
 
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
@@ -69,6 +83,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     multiply_half = make_multiply(v, target, columns, "rows" if has_half else "")
     pack_rows_half = make_pack_rows(v, columns, has_half)
     store_half = v.half.store if has_half else v.store
+    if has_half and target.tiles:
+        (configure, release), (parts_of, split, split_columns) = make_configure(target), make_split(v)
+        pack_rows_block, tile_multiply = make_pack_tiles(v)[2], make_tile_multiply(v, target, columns)
+        tile_product = make_tile_product(v, target, columns)
+    else:
+        configure, release, parts_of, split, split_columns = (njit(lambda *_: 0, **options) for _ in range(5))
+        pack_rows_block, tile_product, tile_multiply = (njit(lambda *_: None, **options) for _ in range(3))
     input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
     kept_values, results = max(slots, 1), preactivations + (cell.carry is not None)
@@ -118,14 +139,44 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             pack_rows(weight_rows, depth, width, panel, out)
 
     @njit(**options)
+    def pack_tiles(rows, depth, width, panel, half, parts, out):
+        """Panel `panel` of the matrix whose `depth` rows, `width` wide, have addresses `rows`, in tiles."""
+        for k in range(0, depth, TILE_DEPTH):
+            for j in range(columns):
+                column = (panel * columns + j) * lanes
+                pack_rows_block(rows + 8 * k, column, min(TILE_DEPTH, depth - k), width, half, parts, out)
+                out += parts * TILE_BYTES
+
+    @njit(**options)
+    def fill_input_rows(p, table):
+        """Addresses of the rows of W_ih, in the order in which gradients of the input pre-activations are kept."""
+        row_bytes = p.input_size * weight_size(p)
+        for s in range(gates):
+            row = p.w_ih + input_order[s] * p.hidden_size * row_bytes
+            fill_rows(table + 8 * s * p.hidden_size, p.hidden_size, row, row_bytes)
+
+    @njit(**options)
     def pack_weights(p, member, members, table):
-        """This member's share of the panels that every step needs, of W_hh and W_hr: their rows are the k of the product."""
+        """This member's share of the panels that every step needs, of W_hh and W_hr: their rows are the k of the product.
+
+        In tiles, those of W_ih too.
+        """
+        depth = gates * p.hidden_size
         if not p.one_step:
-            fill_rows(table, gates * p.hidden_size, p.w_hh, p.output_size * weight_size(p))
+            fill_rows(table, depth, p.w_hh, p.output_size * weight_size(p))
             panels = ceil_div(p.output_size, wide)
             for panel in range(share(panels, members, member), share(panels, members, member + 1)):
-                out = p.hh_panels + panel * gates * p.hidden_size * wide * size
-                pack_weight(p, table, gates * p.hidden_size, p.output_size, panel, out)
+                out = p.hh_panels + panel * p.hh_depth * panel_row
+                if p.tiles:
+                    pack_tiles(table, depth, p.output_size, panel, p.half, p.tiles, out)
+                else:
+                    pack_weight(p, table, depth, p.output_size, panel, out)
+        if not p.ih_once:
+            fill_input_rows(p, table)
+            panels = ceil_div(p.input_size, wide)
+            for panel in range(share(panels, members, member), share(panels, members, member + 1)):
+                out = p.ih_panels + panel * p.ih_depth * panel_row
+                pack_tiles(table, depth, p.input_size, panel, p.half, p.tiles, out)
         if p.projected:
             fill_rows(table, p.output_size, p.w_hr, p.hidden_size * weight_size(p))
             panels = ceil_div(p.hidden_size, wide)
@@ -201,14 +252,18 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             keep(q, result, context)
 
     @njit(**options)
-    def step(p, k, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, saved_row):
+    def step(
+        p, k, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, own_block, saved_row
+    ):  # fmt: skip
         """Step t of rows r0 .. r0+count-1, of which `live` have a later step: later * W_hh + dy + extra is dh.
 
         Without a projection the cell takes it from the tile.
         """
         depth = gates * p.hidden_size
-        row_bytes, panel_bytes = pitch(p), depth * panel_row
+        row_bytes, panel_bytes, blocks = pitch(p), p.hh_depth * panel_row, tile_blocks(depth)
         together = group if count > most else alone if count == 1 else 1
+        if p.tiles:
+            split(min(count, max(0, live)), later, depth, PARTS, own_block)
         groups = ceil_div(last - first, together)
         for index in range(groups):
             panel = first + there_and_back(k, 0, groups, index) * together
@@ -216,12 +271,15 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             panels = min(together, last - panel)
             i = 0
             while i < count:
-                rows = min(count - i, ROW_BLOCK)
-                going_on = min(rows, max(0, live - i))
-                product(
-                    going_on, later + 8 * i, size, p.hh_panels + panel * panel_bytes, panel_bytes, panels, panel_row, depth,
-                    scratch, p.hh_panels + next_panel * panel_bytes,
-                )  # fmt: skip
+                rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
+                going_on, weights = min(rows, max(0, live - i)), p.hh_panels + panel * panel_bytes
+                if p.tiles:
+                    tile_product(going_on, rows_at(own_block, i, blocks, PARTS), PARTS, weights, p.tiles, blocks, scratch)
+                else:
+                    product(
+                        going_on, later + 8 * i, size, weights, panel_bytes, panels, panel_row, depth, scratch,
+                        p.hh_panels + next_panel * panel_bytes,
+                    )  # fmt: skip
                 for m in range(rows):
                     b = r0 + i + m
                     dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
@@ -287,7 +345,16 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 )  # fmt: skip
 
     @njit(**options)
-    def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel):
+    def multiply_in_tiles(p, count, rows, panels, width, first, last, out_rows, add, scratch, own_block):
+        """`multiply` with panels of a gate matrix that are tiles."""
+        depth = gates * p.hidden_size
+        for i in range(0, count, p.split_rows):
+            n = min(count - i, p.split_rows)
+            split(n, rows + 8 * i, depth, PARTS, own_block)
+            tile_multiply(n, own_block, PARTS, panels, p.tiles, depth, width, first, last, out_rows + 8 * i, add, scratch)
+
+    @njit(**options)
+    def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
         """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
         count = to_row - from_row
         if count > 0 and p.need_dh0:
@@ -298,7 +365,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     for unit in range(first * wide, min(last * wide, p.output_size), lanes):
                         store(dh0 + unit * size, zero(), p.output_size - unit)
             depth, rows = gates * p.hidden_size, later + 8 * from_row
-            if p.one_step:
+            if p.tiles:
+                multiply_in_tiles(p, count, rows, p.hh_panels, p.output_size, first, last, table, 1, scratch, own_block)
+            elif p.one_step:
                 weight_rows = table + 8 * count
                 fill_rows(weight_rows, depth, p.w_hh, p.output_size * weight_size(p))
                 multiply_once(
@@ -352,6 +421,30 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     accumulate(out + column * size, total, n, add)
 
     @njit(**options)
+    def multiply_columns(
+        p, member, members, a, a_bytes, unit, end, operand_rows, length, width, first, count, out_rows, add, scratch, own_block
+    ):  # fmt: skip
+        """A part of weight_gradient, of `length` rows and `count` panels of the operand from `first` on, in tiles."""
+        parts, blocks = parts_of(length, operand_rows, width), tile_blocks(length)
+        panel_bytes = blocks * columns * parts * TILE_BYTES
+        wait_crew(p, member)  # the panels before are done with
+        for block in range(share(blocks, members, member), share(blocks, members, member + 1)):
+            k = block * TILE_DEPTH
+            for panel in range(count):
+                for j in range(columns):
+                    column = ((first + panel) * columns + j) * lanes
+                    out = p.operands + panel * panel_bytes + (block * columns + j) * parts * TILE_BYTES
+                    pack_rows_block(operand_rows + 8 * k, column, min(TILE_DEPTH, length - k), width, 0, parts, out)
+        wait_crew(p, member)
+        for u in range(unit, end, TILE_UNITS):
+            n = min(TILE_UNITS, end - u)
+            split_columns(n, a + u * size, a_bytes, length, own_block)
+            tile_multiply(
+                n, own_block, PARTS, p.operands - first * panel_bytes, parts, length, width, first, first + count,
+                out_rows + 8 * u, add, scratch,
+            )  # fmt: skip
+
+    @njit(**options)
     def weight_gradient(
         p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch, own_block
     ):  # fmt: skip
@@ -371,6 +464,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             begin = 0
             while begin < rows:
                 length = min(p.operand_rows, rows - begin)
+                if p.tiles:
+                    multiply_columns(
+                        p, member, members, a + begin * a_bytes, a_bytes, unit, end, operand_rows + 8 * begin, length, width,
+                        first, count, out_rows, add or begin > 0, scratch, own_block,
+                    )  # fmt: skip
+                    begin += length
+                    continue
                 wait_crew(p, member)  # the panels before are done with
                 for i in range(share(length, members, member), share(length, members, member + 1)):
                     row = load_int(operand_rows + 8 * (begin + i))
@@ -468,10 +568,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                             accumulate(p.db_hh + ((s - hidden) * units + unit) * size, total, n - j, add)
 
     @njit(**options)
-    def input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel):
-        """dx of the block's rows: this member's share of the panels of W_ih, or of the rows where there are few panels."""
+    def input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel, own_block):
+        """dx of the block's rows: this member's share of the panels of W_ih, or of the rows where there are few panels.
+
+        And in tiles, as what is taken apart is a row.
+        """
         panels, depth = ceil_div(p.input_size, wide), gates * p.hidden_size
-        panel_parts = min(panels, members)
+        panel_parts = 1 if p.tiles else min(panels, members)
         row_parts = members // panel_parts
         panel_part, row_part = member % panel_parts, member // panel_parts
         if row_part >= row_parts:
@@ -479,10 +582,6 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         first, last = share(rows, row_parts, row_part), share(rows, row_parts, row_part + 1)
         weight_rows, gradient_rows = tables, tables + 8 * depth
         out_rows = gradient_rows + 8 * rows
-        for s in range(gates):  # in the order in which gradients of the input pre-activations are kept
-            row_bytes = p.input_size * weight_size(p)
-            row = p.w_ih + input_order[s] * p.hidden_size * row_bytes
-            fill_rows(weight_rows + 8 * s * p.hidden_size, p.hidden_size, row, row_bytes)
         fill_rows(gradient_rows, last - first, gradients + first * pitch(p), pitch(p))
         i = 0
         for t in range(t_low, t_high + 1):
@@ -490,6 +589,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 if first <= i < last:
                     store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + b * p.dx_row)
                 i += 1
+        if p.tiles:
+            multiply_in_tiles(
+                p, last - first, gradient_rows, p.ih_panels, p.input_size, 0, panels, out_rows, p.dx_add, scratch, own_block
+            )  # fmt: skip
+            return
+        fill_input_rows(p, weight_rows)
         multiply_once(
             p, last - first, gradient_rows, weight_rows, input_order == hidden_order, depth, p.input_size,
             share(panels, panel_parts, panel_part), share(panels, panel_parts, panel_part + 1), out_rows, p.dx_add, scratch,
@@ -514,7 +619,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         scratch = p.own + member * p.own_bytes
         own_panel = scratch + SCRATCH_BYTES
         own_block = own_panel + p.panel_bytes
-        later = own_block + p.operand_rows * UNIT_BLOCK * size
+        later = own_block + p.own_block
         extra = later + 8 * p.batch
         out_rows = extra + 8 * p.batch
         tables = out_rows + 8 * p.batch
@@ -522,6 +627,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         out_gradients = p.tails  # of the projected output, a block of steps
         carried = p.shared + p.block_steps * p.batch * row_bytes  # the last step of the block before
 
+        if p.tiles:
+            configure()
         if member == 0:
             widest = max(gates * p.hidden_size, p.output_size)
             for unit in range(0, widest, lanes):
@@ -556,25 +663,15 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             for k in range(end - 1, start - 1, -1):
                 t = p.steps - 1 - k if p.reverse else k
                 count = max(0, min(r1, active_rows(p, t)) - r0)
-                finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel)
+                finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block)
                 base = first_row(p, t) - first_row(p, t_low)
-                step(
-                    p,
-                    k,
-                    t,
-                    base,
-                    r0,
-                    count,
-                    previous_count,
-                    later,
-                    extra,
-                    gradients,
-                    out_gradients,
-                    first,
-                    last,
-                    scratch,
-                    saved_row,
-                )
+                together = p.split_rows if p.tiles else max(1, count)
+                for i in range(0, count, together):
+                    n = min(count - i, together)
+                    step(
+                        p, k, t, base, r0 + i, n, previous_count - i, later + 8 * i, extra + 8 * i, gradients, out_gradients,
+                        first, last, scratch, own_block, saved_row,
+                    )  # fmt: skip
                 if p.projected:
                     wait_group(p, member)
                     fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)
@@ -586,7 +683,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                         store_int(extra + 8 * i, p.zeros)
                 previous_count = count
             if start == 0:
-                finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel)
+                finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block)
             wait_crew(p, member)
             if start > 0:  # the next block overwrites the gradients that its first step reads
                 share0, share1 = (
@@ -606,11 +703,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     p, member, members, rows, gradients, out_gradients, t_low, t_high, add, tables, scratch, own_block
                 )  # fmt: skip
             if p.need_dx:
-                input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel)
+                input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel, own_block)
             wait_crew(p, member)
             end = start
         if p.half and p.need_dw and not p.rounded_at_once:
             round_gradients(p, member, members)
+        if p.tiles:
+            release()
 
     @njit(**options)
     def add_other_direction(p, rank):

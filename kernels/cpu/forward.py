@@ -11,11 +11,9 @@ from .elementary import over_vectors
 from .plan import (
     ROW_BLOCK,
     SCRATCH_BYTES,
-    TILE_BLOCK_ROWS,
     TILE_BYTES,
-    TILE_PAIRS,
+    TILE_DEPTH,
     TILE_ROWS,
-    TILE_SPACE_BYTES,
     unit_vectors,
     wide_columns,
 )
@@ -42,7 +40,7 @@ from .team import (
     wait_group,
     wait_team,
 )
-from .tiles import PARTS, make_configure, make_pack_tiles, make_split, make_tile_product
+from .tiles import PARTS, make_configure, make_pack_tiles, make_split, make_tile_product, rows_at, tile_blocks
 from .vector import VectorLibrary, load_int, prefetch, store_int
 
 
@@ -61,11 +59,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     pack_columns_half, dot_rows_half = make_pack_columns(v, has_half), make_dot_rows(v, has_half)
     with_tiles = has_half and bool(target.tiles)
     if with_tiles:
-        (configure, release), (parts_of, split) = make_configure(target), make_split(v)
-        pack_tiles, tile_product = make_pack_tiles(v), make_tile_product(v, target, columns)
+        (configure, release), (parts_of, split, _) = make_configure(target), make_split(v)
+        (pack_block, pack_columns_block, _), tile_product = make_pack_tiles(v), make_tile_product(v, target, columns)
     else:
-        configure, release, parts_of = (njit(lambda *_: 0, **options) for _ in range(3))
-        split, tile_product, pack_tiles = (njit(lambda *_: None, **options) for _ in range(3))
+        configure, release, parts_of, split = (njit(lambda *_: 0, **options) for _ in range(4))
+        pack_block, pack_columns_block, tile_product = (njit(lambda *_: None, **options) for _ in range(3))
     wide = wide_columns(target.registers)
     multiply = make_multiply(v, target, wide)
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
@@ -117,21 +115,40 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             pack_columns(source, depth * size, units, depth, out, out_stride)
 
     @njit(**options)
+    def pack_tiles(p, w, depth, order, panel, out):
+        """The panel that pack_gates makes of a gate matrix, or if it is frozen the panels of w, in tiles."""
+        w_size = 2 if p.half else size
+        for j in range(per_panel):
+            unit = (panel * per_panel + j) * lanes
+            for g in range(gates):
+                tiles = out + (g * per_panel + j) * p.tiles * TILE_BYTES
+                row = w + (order[g] * p.hidden_size + unit) * depth * w_size
+                column = w + (panel * depth * columns + g * per_panel + j) * vector
+                for first in range(0, depth, TILE_DEPTH):
+                    n = min(TILE_DEPTH, depth - first)
+                    if p.pack:
+                        pack_block(column + first * columns * vector, columns * vector, n, p.tiles, tiles)
+                    else:
+                        units = p.hidden_size - unit
+                        pack_columns_block(row + first * w_size, depth * w_size, units, n, p.half, p.tiles, tiles)
+                    tiles += columns * p.tiles * TILE_BYTES
+
+    @njit(**options)
     def pack_gates(p, w, depth, order, panel, paired, out):
         """One panel of a gate matrix [gates * hidden_size, depth]: all gates of a block of units, k running down.
 
         paired: in bfloat16, pairs of k. In torch's layout these are next to each other: one number in the size of a float32.
         """
+        if p.tiles:
+            pack_tiles(p, w, depth, order, panel, out)
+            return
         w_size = 2 if p.half else size
         for j in range(per_panel):
             unit = (panel * per_panel + j) * lanes
             for g in range(gates):
                 source = w + (order[g] * p.hidden_size + unit) * depth * w_size
                 column = out + (g * per_panel + j) * vector
-                if p.tiles:
-                    tile = out + (g * per_panel + j) * TILE_BYTES
-                    pack_tiles(source, p.hidden_size - unit, depth, tile, columns * TILE_BYTES)
-                elif paired:
+                if paired:
                     pack_columns(source, depth * 2, p.hidden_size - unit, depth // 2, column, columns * vector)
                 else:
                     pack_rows_of(p, source, p.hidden_size - unit, depth, column, columns * vector)
@@ -167,7 +184,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def pack_weights(p, member, members, bias_gate):
-        """This member's share of the panels that are packed once for all, and of the biases."""
+        """This member's share of the panels that are packed once for all, and of the biases, but for what is frozen."""
         panels = ceil_div(p.hidden_size, lanes * per_panel)
         for panel in range(share(panels, members, member), share(panels, members, member + 1)):
             if not p.ih_once:
@@ -176,8 +193,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             if not p.one_step:
                 out = p.hh_panels + panel * p.hh_depth * columns * vector
                 pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, p.half_panels, out)
-            sum_biases(p, panel, bias_gate)
-        if p.projected:
+            if not p.pack or p.pack_only:
+                sum_biases(p, panel, bias_gate)
+        if p.projected and (not p.pack or p.pack_only):
             outputs = ceil_div(p.output_size, lanes * wide)
             for panel in range(share(outputs, members, member), share(outputs, members, member + 1)):
                 for j in range(wide):
@@ -204,9 +222,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
         """Input product and biases of `count` rows, for the units of panels first .. last-1."""
-        panel_bytes, tile_space = p.ih_depth * columns * vector, own_panel + p.panel_bytes
-        own_rows, blocks, parts = tile_space + TILE_SPACE_BYTES, p.ih_depth // TILE_PAIRS, 1
+        panel_bytes, blocks, own_rows, parts = p.ih_depth * columns * vector, 0, own_panel + p.panel_bytes, 1
         if p.tiles:
+            blocks = tile_blocks(p.input_size)
             parts = parts_of(count, x_rows, p.input_size)  # of a layer in bfloat16, one: its input is exact
             split(count, x_rows, p.input_size, parts, own_rows)
         for panel in range(first, last):
@@ -216,13 +234,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 pack_gates(p, p.w_ih, p.input_size, input_order, panel, 0, weights)
             i = 0
             while i < count:
-                rows = min(count - i, ROW_BLOCK)
+                rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 bring_near(rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch, own_panel)
                 elif p.tiles:
-                    tiles = own_rows + i // TILE_ROWS * blocks * parts * TILE_BYTES
-                    tile_product(rows, tiles, parts, weights, blocks, scratch, tile_space)
+                    tile_product(rows, rows_at(own_rows, i, blocks, parts), parts, weights, p.tiles, blocks, scratch)
                 else:
                     product(rows, x_rows + 8 * i, size, weights, 0, 1, columns * vector, p.input_size, scratch, following)
                 for m in range(rows):
@@ -267,9 +284,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
         """The k-th step, of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
-        panel_bytes, tile_space = p.hh_depth * columns * vector, own_panel + p.panel_bytes
-        own_rows, blocks = tile_space + TILE_SPACE_BYTES, p.hh_depth // TILE_PAIRS
+        panel_bytes, blocks, own_rows = p.hh_depth * columns * vector, 0, own_panel + p.panel_bytes
         if p.tiles:
+            blocks = tile_blocks(p.output_size)
             split(count, previous, p.output_size, PARTS, own_rows)
         together = alone if count == 1 else 1
         groups = ceil_div(last - first, together)
@@ -280,7 +297,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             weights, following = p.hh_panels + panel * panel_bytes, p.hh_panels + next_panel * panel_bytes
             i = 0
             while i < count:
-                rows = min(count - i, ROW_BLOCK)
+                rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 for q in range(panels):
                     bring_near(rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel + q)
                     bring_near(rows, h_rows + 8 * i, 1, 0, panel + q)
@@ -291,8 +308,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 elif p.tiles:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
-                        tiles = own_rows + i // TILE_ROWS * blocks * PARTS * TILE_BYTES
-                        tile_product(rows, tiles, PARTS, weights + q * panel_bytes, blocks, sums, tile_space)
+                        tiles = rows_at(own_rows, i, blocks, PARTS)
+                        tile_product(rows, tiles, PARTS, weights + q * panel_bytes, p.tiles, blocks, sums)
                 elif p.half_panels:
                     product_half(
                         rows, previous + 8 * i, size, weights, panel_bytes, panels, columns * vector, p.output_size, scratch,
@@ -339,15 +356,15 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         # This thread's own memory: scratch tiles, a panel packed to be used once, tables of row addresses.
         scratch = p.own + member * p.own_bytes
         own_panel = scratch + SCRATCH_BYTES
-        previous = own_panel + p.panel_bytes + p.tile_bytes
+        previous = own_panel + p.panel_bytes + p.own_block
         h_rows = previous + 8 * p.batch
         y_rows = h_rows + 8 * p.batch
         x_rows = y_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
 
         if p.tiles:
-            configure(own_panel + p.panel_bytes)
-        if not p.pack:
+            configure()
+        if not p.pack or p.tiles:
             pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
         for b in range(r0, r1):
             store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
@@ -374,7 +391,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
                     store_int(z_rows + 8 * n, z)
                     n += 1
-            most = TILE_BLOCK_ROWS if p.tiles else max(1, n)
+            most = p.split_rows if p.tiles else max(1, n)
             for i in range(0, n, most):
                 rows, x, z = min(n - i, most), x_rows + 8 * i, z_rows + 8 * i
                 project(p, rows, x, z, hidden_bytes, first, last, bias_gate, scratch, own_panel)
@@ -393,7 +410,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     else:
                         h = p.tails + (r0 + i) * hidden_bytes
                     store_int(h_rows + 8 * i, h)
-                most = TILE_BLOCK_ROWS if p.tiles else max(1, count)
+                most = p.split_rows if p.tiles else max(1, count)
                 for i in range(0, count, most):
                     rows, before, h, c = min(count - i, most), previous + 8 * i, h_rows + 8 * i, p.c_n + (r0 + i) * hidden_bytes
                     z = z_rows + 8 * (n + i)

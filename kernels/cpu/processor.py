@@ -38,7 +38,7 @@ class Tier:
 
     def owner(self, scalar: str, which: str) -> Tier:
         """The tier that compiles a pass ("forward", "backward") of this one, or a conversion."""
-        return self if self.less is None or (scalar, which) == ("f32", "forward") else self.less
+        return self if self.less is None or (scalar, which) in (("f32", "forward"), ("f32", "backward")) else self.less
 
     def entry(self, cell: str, scalar: str, which: str) -> str:
         """Symbol of a pass of a cell, or of a conversion."""

@@ -175,6 +175,38 @@ def make_dot_rows(v: VectorLibrary, half: bool = False):
 
 
 @cache
+def make_deliver(v: VectorLibrary, columns: int):
+    """(expect, deliver): where a panel's sums go, rows of a matrix; and the sums, to `width` numbers of each of `count` rows.
+
+    out_rows: address of `count` int64 row addresses.
+    add:      to what is there, which `expect` brings near before the sums are known: else they would wait for it.
+    sums:     count * columns vectors.
+    """
+    vector, size, lanes = v.lanes * v.size, v.size, v.lanes
+    load, store, load_all = v.load, v.store, v.load_all
+
+    @njit(integers(3), **options)
+    def expect(count, out_rows, panel):
+        for m in range(count):
+            for j in range(columns):
+                prefetch(load_int(out_rows + 8 * m) + (panel * columns + j) * vector)
+
+    @njit(integers(6), **options)
+    def deliver(count, out_rows, panel, width, add, sums):
+        for m in range(count):
+            row = load_int(out_rows + 8 * m)
+            for j in range(columns):
+                column = (panel * columns + j) * lanes
+                if column < width:
+                    value = load_all(sums + (m * columns + j) * vector)
+                    if add:
+                        value = value + load(row + column * size, width - column)
+                    store(row + column * size, value, width - column)
+
+    return expect, deliver
+
+
+@cache
 def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""):
     """multiply(...): out[i, :width] (=, or += if add) sum over k of a[i, k] * panels[k, :width].
 
@@ -185,8 +217,7 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
     half:             the panels are in bfloat16, see product_tile.
     """
     product = make_product(v, target, columns, half)
-    vector, size, lanes = v.lanes * v.size, v.size, v.lanes
-    load, store, load_all = v.load, v.store, v.load_all
+    expect, deliver = make_deliver(v, columns)
 
     @njit(integers(13), **options)
     def multiply(
@@ -196,22 +227,12 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                if add:  # else the sums would wait for what they are added to
-                    for m in range(rows):
-                        for j in range(columns):
-                            prefetch(load_int(out_rows + 8 * (i + m)) + ((panel * columns + j) * lanes) * size)
+                if add:
+                    expect(rows, out_rows + 8 * i, panel)
                 weights = panels + panel * panel_bytes
                 following = panels + min(panel + 1, last - 1) * panel_bytes
                 product(rows, a_rows + 8 * i, a_stride, weights, 0, 1, panel_row, depth, scratch, following)
-                for m in range(rows):
-                    row = load_int(out_rows + 8 * (i + m))
-                    for j in range(columns):
-                        column = (panel * columns + j) * lanes
-                        if column < width:
-                            value = load_all(scratch + (m * columns + j) * vector)
-                            if add:
-                                value = value + load(row + column * size, width - column)
-                            store(row + column * size, value, width - column)
+                deliver(rows, out_rows + 8 * i, panel, width, add, scratch)
                 i += rows
 
     return multiply

@@ -1,11 +1,14 @@
-"""Products in tile registers (Intel's AMX): rows in float32 times panels in bfloat16, without rounding the rows.
+"""Products in tile registers (Intel's AMX), to float32's own rounding.
 
 A tile is 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 numbers in bfloat16 with 32 x 16 of them and adds the
-products, which are exact, to sums in float32. A number in float32 is the sum of three in bfloat16, of 8 bits each: a row is
-taken apart into three, which meet a panel together. Numbers below 2**-126 count as zero, and an infinite weight gives NaN.
+products, which are exact, to sums in float32. A number in float32 is the sum of PARTS in bfloat16, of 8 bits each: rows, and
+panels of matrices in float32, are taken apart, and all pairs of parts are multiplied but those whose products are below the
+last bit of the whole's. What is left of a number never is zero, but 2**-126 at least, so that infinities stay what they are
+when they meet it. Numbers below that count as zero.
 
 Rows and panels are kept as tiles. Of each 16 rows and each block of 32 numbers there is a tile for every part; of a panel and
-each block a tile for every column, whose rows are pairs of numbers and whose columns are units. Past the depth both are zero.
+each block one for every column and part, whose rows are pairs of numbers and whose columns are units. Past the depth, both
+are zero, or as good as that.
 """
 
 from __future__ import annotations
@@ -19,13 +22,12 @@ from numba.extending import intrinsic
 
 from ..cells import bind
 from . import plan
-from .plan import LINE, TILE_BYTES, TILE_PAIRS, TILE_ROWS
+from .plan import LINE, PARTS, TILE_BYTES, TILE_DEPTH, TILE_PAIRS, TILE_ROWS
 from .processor import Target
-from .product import ceil_div, integers, make_pack_columns, options
+from .product import ceil_div, integers, make_deliver, make_pack_columns, options
 from .vector import I16, I32, I64, VectorLibrary, load_int, store_int
 
 I8 = ir.IntType(8)
-PARTS = 3  # numbers in bfloat16 that make one in float32
 SUMS = 4  # of the eight tiles hold sums; two hold rows, and two a panel's
 
 tile_blocks = njit(bind(plan.tile_blocks, ceil_div=ceil_div), **options)
@@ -65,24 +67,31 @@ def _release(typing_context):
 
 
 @intrinsic
-def _copy_half(typing_context, source, destination):
-    """A number in bfloat16, from address to address."""
+def _stack(typing_context):
+    """Room for a block of a panel's column in float32, in the caller's frame."""
 
     def codegen(context, builder, sig, args):
-        source, destination = (builder.inttoptr(address, I16.as_pointer()) for address in args)
-        builder.store(builder.load(source), destination)
-        return context.get_dummy_value()
+        room = cgutils.alloca_once(builder, ir.ArrayType(I8, TILE_DEPTH * LINE))
+        room.align = LINE
+        return builder.ptrtoint(room, I64)
 
-    return types.void(types.int64, types.int64), codegen
+    return types.int64(), codegen
+
+
+@njit(**options)
+def rows_at(tiles, i, blocks, parts):
+    """Where the tiles of row i, and of those that share them, begin."""
+    return tiles + i // TILE_ROWS * blocks * parts * TILE_BYTES
 
 
 @cache
 def make_configure(target: Target):
-    """(configure, release): of this thread's tiles. configure(space), 64 bytes, comes before the first product."""
+    """(configure, release): of this thread's tiles, before the first product and after the last."""
 
-    @njit(integers(1), **options)
-    def configure(space):
+    @njit(**options)
+    def configure():
         # The only palette there is, 1; of each of eight tiles two bytes that hold a row's, 64, and one that holds its rows, 16.
+        space = _stack()
         for word, value in enumerate((1, 0, 0x0040004000400040, 0x0040004000400040, 0, 0, 0x1010101010101010, 0)):
             store_int(space + 8 * word, value)
         _load_configuration(space)
@@ -92,85 +101,88 @@ def make_configure(target: Target):
         _release()
 
     if target.tiles == "emulated":
-        return njit(lambda space: None, **options), njit(lambda: None, **options)
+        return njit(lambda: None, **options), njit(lambda: None, **options)
     return configure, release
 
 
 @cache
-def make_pack_tiles(v: VectorLibrary):
-    """pack_tiles(...): `units` <= lanes rows of `depth` numbers in bfloat16 at `source`, as tiles of pairs.
-
-    out: a tile for each block of TILE_PAIRS pairs, `stride` bytes apart. Its rows are pairs, each lane a unit's; zero in the
-         lanes past `units` and from `depth` on.
-    """
-    lanes, size, vector, store_all, zero = v.lanes, v.size, v.lanes * v.size, v.store_all, v.zero
-    pack_columns = make_pack_columns(v)  # which takes a pair for one number in float32
-
-    @njit(integers(5), **options)
-    def pack_tiles(source, units, depth, out, stride):
-        for block in range(tile_blocks(depth)):
-            first, tile = 2 * TILE_PAIRS * block, out + block * stride
-            length = min(2 * TILE_PAIRS, depth - first)
-            pack_columns(source + 2 * first, 2 * depth, units, length // 2, tile, vector)
-            for pair in range(length // 2, TILE_PAIRS):
-                store_all(tile + pair * vector, zero())
-            if length % 2:
-                for unit in range(min(units, lanes)):
-                    _copy_half(source + 2 * (unit * depth + depth - 1), tile + length // 2 * vector + unit * size)
-
-    return pack_tiles
-
-
-@cache
-def make_split(v: VectorLibrary):
-    """(parts_of, split): how many numbers in bfloat16 the numbers of some rows take, one or PARTS; and those, in tiles."""
-    V, size, lanes, load = v.type, v.size, v.lanes, v.load
+def make_parts(v: VectorLibrary):
+    """(upper, rest, store_upper, store_pairs, differ): numbers taken apart."""
+    V, lanes = v.type, v.lanes
 
     def every(bits):
         return ir.Constant(V.integer, [I32(bits)] * lanes)
+
+    def bits_of(builder, value):
+        return builder.bitcast(value, V.integer)
 
     @intrinsic
     def upper(typing_context, value):
         """The numbers cut off to bfloat16."""
 
         def codegen(context, builder, sig, args):
-            bits = builder.and_(builder.bitcast(args[0], V.integer), every(0xFFFF0000))
-            return builder.bitcast(bits, V.llvm)
+            return builder.bitcast(builder.and_(bits_of(builder, args[0]), every(0xFFFF0000)), V.llvm)
 
         return V(V), codegen
 
     @intrinsic
     def rest(typing_context, value, cut_off):
-        """What was cut off: nothing of an infinity, and of a NaN a NaN."""
+        """What was cut off, of the number's sign and at least 2**-126: so much of an infinity, too, and of a NaN a NaN."""
 
         def codegen(context, builder, sig, args):
             value, cut_off = args
-            magnitude = builder.and_(builder.bitcast(value, V.integer), every(0x7FFFFFFF))
-            infinite = builder.icmp_signed("==", magnitude, every(0x7F800000))
-            return builder.select(infinite, ir.Constant(V.llvm, None), builder.fsub(value, cut_off))
+            bits, least = bits_of(builder, value), every(0x00800000)
+            infinite = builder.icmp_signed("==", builder.and_(bits, every(0x7FFFFFFF)), every(0x7F800000))
+            magnitude = builder.and_(bits_of(builder, builder.fsub(value, cut_off)), every(0x7FFFFFFF))
+            enough = builder.and_(builder.icmp_unsigned(">", magnitude, least), builder.not_(infinite))
+            magnitude = builder.select(enough, magnitude, least)
+            return builder.bitcast(builder.or_(magnitude, builder.and_(bits, every(0x80000000))), V.llvm)
 
         return V(V, V), codegen
 
     @intrinsic
     def store_upper(typing_context, address, value):
+        """A vector's numbers in bfloat16, next to each other."""
+
         def codegen(context, builder, sig, args):
-            bits = builder.lshr(builder.bitcast(args[1], V.integer), every(16))
             kind = ir.VectorType(I16, lanes)
-            builder.store(builder.trunc(bits, kind), builder.inttoptr(args[0], kind.as_pointer())).align = 2
+            numbers = builder.trunc(builder.lshr(bits_of(builder, args[1]), every(16)), kind)
+            builder.store(numbers, builder.inttoptr(args[0], kind.as_pointer())).align = 2
             return context.get_dummy_value()
 
         return types.void(types.int64, V), codegen
+
+    @intrinsic
+    def store_pairs(typing_context, address, first, second):
+        """Two vectors' numbers in bfloat16, in pairs."""
+
+        def codegen(context, builder, sig, args):
+            first, second = (bits_of(builder, value) for value in args[1:])
+            pairs = builder.or_(builder.lshr(first, every(16)), builder.and_(second, every(0xFFFF0000)))
+            builder.store(pairs, builder.inttoptr(args[0], V.integer.as_pointer())).align = 4
+            return context.get_dummy_value()
+
+        return types.void(types.int64, V, V), codegen
 
     @intrinsic
     def differ(typing_context, a, b):
         """Lanes whose bits differ, as the bits of a number."""
 
         def codegen(context, builder, sig, args):
-            a, b = (builder.bitcast(value, V.integer) for value in args)
-            mask = builder.bitcast(builder.icmp_signed("!=", a, b), ir.IntType(lanes))
-            return builder.zext(mask, I64)
+            mask = builder.icmp_signed("!=", *(bits_of(builder, value) for value in args))
+            return builder.zext(builder.bitcast(mask, ir.IntType(lanes)), I64)
 
         return types.int64(V, V), codegen
+
+    return upper, rest, store_upper, store_pairs, differ
+
+
+@cache
+def make_split(v: VectorLibrary):
+    """(parts_of, split, split_columns): how many parts some rows need, one or PARTS; and the rows in parts, as tiles."""
+    size, lanes, load, load_all, store_all, zero = v.size, v.lanes, v.load, v.load_all, v.store_all, v.zero
+    upper, rest, store_upper, _, differ = make_parts(v)
+    pack_columns = make_pack_columns(v)
 
     @njit(types.int64(*[types.int64] * 3), **options)
     def parts_of(count, rows, depth):
@@ -183,28 +195,90 @@ def make_split(v: VectorLibrary):
                 return PARTS
         return 1
 
+    @njit(**options)
+    def take_apart(value, parts, out):
+        for part in range(parts):
+            cut_off = upper(value)
+            store_upper(out + part * TILE_BYTES, cut_off)
+            value = rest(value, cut_off)
+
     @njit(integers(5), **options)
     def split(count, rows, depth, parts, out):
-        blocks, block = tile_blocks(depth), 2 * TILE_PAIRS
+        """`count` rows of `depth` numbers, of which `rows` is a table."""
+        blocks = tile_blocks(depth)
         for i in range(count):
-            row, own = load_int(rows + 8 * i), out + i // TILE_ROWS * blocks * parts * TILE_BYTES + i % TILE_ROWS * LINE
-            for k in range(0, block * blocks, lanes):
-                value, at = load(row + k * size, depth - k), own + k // block * parts * TILE_BYTES + k % block * 2
-                for part in range(parts):
-                    cut_off = upper(value)
-                    store_upper(at + part * TILE_BYTES, cut_off)
-                    value = rest(value, cut_off)
+            row, own = load_int(rows + 8 * i), rows_at(out, i, blocks, parts) + i % TILE_ROWS * LINE
+            for k in range(0, TILE_DEPTH * blocks, lanes):
+                at = own + k // TILE_DEPTH * parts * TILE_BYTES + k % TILE_DEPTH * 2
+                take_apart(load(row + k * size, depth - k), parts, at)
 
-    return parts_of, split
+    @njit(integers(5), **options)
+    def split_columns(count, columns, row_bytes, depth, out):
+        """The same in PARTS of rows that are columns of a matrix: number k of row i is at columns + k * row_bytes + i * size."""
+        blocks, turned = tile_blocks(depth), _stack()
+        for i in range(0, count, TILE_ROWS):
+            n, tiles = min(TILE_ROWS, count - i), rows_at(out, i, blocks, PARTS)
+            for k in range(0, TILE_DEPTH * blocks, lanes):
+                at = tiles + k // TILE_DEPTH * PARTS * TILE_BYTES + k % TILE_DEPTH * 2
+                source = columns + k * row_bytes + i * size
+                if k < depth:
+                    pack_columns(source, row_bytes, min(lanes, depth - k), n, turned, LINE)
+                for m in range(n):
+                    take_apart(load_all(turned + m * LINE) if k < depth else zero(), PARTS, at + m * LINE)
+
+    return parts_of, split, split_columns
 
 
 @cache
-def _make_block(v: VectorLibrary, tiles: int, columns: int, parts: int):
-    """block(...): `tiles` tiles of rows, of so many parts, times `columns` tiles of each block of a panel; sums at `out`.
+def make_pack_tiles(v: VectorLibrary):
+    """(pack_block, pack_columns_block, pack_rows_block): one block of one column of a panel, as `parts` tiles at `out`."""
+    size, vector, load, load_half = v.size, v.lanes * v.size, v.load, v.half.load
+    load_all, store_all, zero = v.load_all, v.store_all, v.zero
+    upper, rest, _, store_pairs, _ = make_parts(v)
+    pack_columns, pack_columns_half = make_pack_columns(v), make_pack_columns(v, True)
+
+    @njit(integers(5), **options)
+    def pack_block(numbers, stride, count, parts, out):
+        """From `count` <= TILE_DEPTH vectors in float32, `stride` bytes apart, one for each k."""
+        for pair in range(TILE_PAIRS):
+            at, k = numbers + 2 * pair * stride, 2 * pair
+            a = load_all(at) if k < count else zero()
+            b = load_all(at + stride) if k + 1 < count else zero()
+            for part in range(parts):
+                upper_a, upper_b = upper(a), upper(b)
+                store_pairs(out + part * TILE_BYTES + pair * LINE, upper_a, upper_b)
+                a, b = rest(a, upper_a), rest(b, upper_b)
+
+    @njit(integers(7), **options)
+    def pack_columns_block(source, source_stride, units, count, half, parts, out):
+        """From `count` numbers of each of `units` rows of a matrix, in bfloat16 if half."""
+        turned = _stack()
+        if half:
+            pack_columns_half(source, source_stride, units, count, turned, vector)
+        else:
+            pack_columns(source, source_stride, units, count, turned, vector)
+        pack_block(turned, vector, count, parts, out)
+
+    @njit(integers(7), **options)
+    def pack_rows_block(rows, column, count, width, half, parts, out):
+        """From the numbers from `column` on of `count` rows, `width` wide, of which `rows` is a table."""
+        gathered = _stack()
+        for k in range(count):
+            if half:
+                store_all(gathered + k * vector, load_half(load_int(rows + 8 * k) + 2 * column, width - column))
+            else:
+                store_all(gathered + k * vector, load(load_int(rows + 8 * k) + size * column, width - column))
+        pack_block(gathered, vector, count, parts, out)
+
+    return pack_block, pack_columns_block, pack_rows_block
+
+
+@cache
+def _make_block(v: VectorLibrary, tiles: int, columns: int, row_parts: int, panel_parts: int):
+    """block(...): `tiles` tiles of rows times `columns` tiles of each block of a panel; sums at `out`.
 
     An instruction takes 16 cycles and its sums come after 52: so each of four sums has its turn before the first has another.
     """
-    rows_tile, panel_tile = (SUMS, SUMS + 1), (SUMS + 2, SUMS + 3)  # two of each, so that one is loaded while one is used
 
     @intrinsic
     def clear(typing_context):
@@ -219,21 +293,23 @@ def _make_block(v: VectorLibrary, tiles: int, columns: int, parts: int):
     def multiply(typing_context, rows, next_rows, panel):
         def codegen(context, builder, sig, args):
             *rows, panel = args
+            loads = [0, 0]  # of rows, of a panel: each has two registers, so that one is loaded while one is used
 
-            def load_tile(tile, base, index):
-                _call(builder, "tileloadd64", I8(tile), _place(builder, base, I64(index * TILE_BYTES)), I64(LINE))
+            def load_tile(which, base, index):
+                register = SUMS + 2 * which + loads[which] % 2
+                loads[which] += 1
+                _call(builder, "tileloadd64", I8(register), _place(builder, base, I64(index * TILE_BYTES)), I64(LINE))
+                return register
 
-            stays = columns <= 2
-            for column in range(columns if stays else 0):
-                load_tile(panel_tile[column % 2], panel, column)
-            for part in range(parts):
-                for tile in range(tiles):
-                    own = rows_tile[(part * tiles + tile) % 2]
-                    load_tile(own, rows[tile], part)
-                    for column in range(columns):
-                        if not stays:
-                            load_tile(panel_tile[column % 2], panel, column)
-                        _call(builder, "tdpbf16ps", I8(tile * columns + column), I8(own), I8(panel_tile[column % 2]))
+            for panel_part in range(panel_parts):
+                for first in range(0, columns, 2):
+                    pair = range(first, min(first + 2, columns))
+                    weights = {column: load_tile(1, panel, column * panel_parts + panel_part) for column in pair}
+                    for row_part in range(min(row_parts, PARTS - panel_part)):
+                        for tile in range(tiles):
+                            own = load_tile(0, rows[tile], row_part)
+                            for column, register in weights.items():
+                                _call(builder, "tdpbf16ps", I8(tile * columns + column), I8(own), I8(register))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 3), codegen
@@ -251,36 +327,48 @@ def _make_block(v: VectorLibrary, tiles: int, columns: int, parts: int):
 
         return types.void(types.int64, types.int64), codegen
 
-    @njit(integers(7), **options)
-    def block(rows, panel, stride, blocks, out, out_row, _):
+    @njit(integers(6), **options)
+    def block(rows, panel, stride, blocks, out, out_row):
         clear()
         for k in range(blocks):
-            place = rows + k * parts * TILE_BYTES
-            multiply(place, place + blocks * parts * TILE_BYTES, panel + k * stride)
+            place = rows + k * row_parts * TILE_BYTES
+            multiply(place, rows_at(place, TILE_ROWS, blocks, row_parts), panel + k * stride)
         keep(out, out_row)
 
     return block
 
 
 @cache
-def _make_emulated_block(v: VectorLibrary, tiles: int, columns: int, parts: int):
-    """The same of plain vectors, for processors without tiles: for tests. It uses three vectors at `space`."""
+def _make_emulated_block(v: VectorLibrary, tiles: int, columns: int, row_parts: int, panel_parts: int):
+    """The same of plain vectors, for processors without tiles: for tests. It sums in the same order, by Intel's description."""
     lanes, load_half, spread = v.lanes, v.half.load_scalar, v.half.spread
     load_all, store_all, store_scalar, multiply_add, zero = v.load_all, v.store_all, v.store_scalar, v.multiply_add, v.zero
 
-    @njit(integers(7), **options)
-    def block(rows, panel, stride, blocks, out, out_row, space):
+    @njit(**options)
+    def row_times_tile(row, tile, space):
+        """The products of a row's 32 numbers: those of first and of second numbers of pairs are summed apart."""
+        first, second = zero(), zero()
+        for pair in range(TILE_PAIRS):
+            spread(tile + pair * LINE, 2 * lanes, space)
+            for member in range(2):
+                store_scalar(space + (2 + member) * LINE, load_half(row + 4 * pair + 2 * member))
+            first = multiply_add(space + 2 * LINE, load_all(space), first)
+            second = multiply_add(space + 3 * LINE, load_all(space + LINE), second)
+        return first + second
+
+    @njit(integers(6), **options)
+    def block(rows, panel, stride, blocks, out, out_row):
+        space = _stack()
         for m in range(tiles * TILE_ROWS):
             for column in range(columns):
                 total = zero()
                 for k in range(blocks):
-                    row = rows + (m // TILE_ROWS * blocks + k) * parts * TILE_BYTES + m % TILE_ROWS * LINE
-                    for pair in range(TILE_PAIRS):
-                        spread(panel + k * stride + column * TILE_BYTES + pair * LINE, 2 * lanes, space)
-                        for part in range(parts):
-                            for member in range(2):
-                                store_scalar(space + 2 * LINE, load_half(row + part * TILE_BYTES + 4 * pair + 2 * member))
-                                total = multiply_add(space + 2 * LINE, load_all(space + member * LINE), total)
+                    row = rows_at(rows, m, blocks, row_parts) + k * row_parts * TILE_BYTES + m % TILE_ROWS * LINE
+                    tile = panel + k * stride + column * panel_parts * TILE_BYTES
+                    for panel_part in range(panel_parts):
+                        for part in range(min(row_parts, PARTS - panel_part)):
+                            own = row + part * TILE_BYTES
+                            total = total + row_times_tile(own, tile + panel_part * TILE_BYTES, space)
                 store_all(out + m * out_row + column * LINE, total)
 
     return block
@@ -288,34 +376,72 @@ def _make_emulated_block(v: VectorLibrary, tiles: int, columns: int, parts: int)
 
 @cache
 def make_tile_product(v: VectorLibrary, target: Target, columns: int):
-    """product(...): `count` <= ROW_BLOCK rows, of one part or of PARTS, times a panel of `columns` vectors, of so many blocks.
+    """product(...): `count` rows, of one part or of PARTS, times a panel of `columns` vectors, of one part or of PARTS.
 
-    sums:  room for ROW_BLOCK rows; the first count * columns vectors become the result.
-    space: plan.TILE_SPACE_BYTES.
+    sums: room for whole tiles of rows; the first count * columns vectors become the result.
     """
     make = _make_emulated_block if target.tiles == "emulated" else _make_block
-    row_bytes, stride, in_pairs = columns * LINE, columns * TILE_BYTES, columns == 4
-    one_exact, one_parted = make(v, 1, columns, 1), make(v, 1, columns, PARTS)
-    two_exact, two_parted = (make(v, 2, 2, 1), make(v, 2, 2, PARTS)) if in_pairs else (one_exact, one_parted)
+    row_bytes, in_pairs = columns * LINE, columns == 4
+
+    def of_parts(tiles, block_columns):
+        """The one block of these for so many parts."""
+        one, apart, spread, both = (make(v, tiles, block_columns, *parts) for parts in ((1, 1), (PARTS, 1), (1, PARTS), (PARTS, PARTS)))
+
+        @njit(**options)
+        def block(rows, row_parts, panel, panel_parts, blocks, out):
+            stride = columns * panel_parts * TILE_BYTES
+            if row_parts > 1 and panel_parts > 1:
+                both(rows, panel, stride, blocks, out, row_bytes)
+            elif row_parts > 1:
+                apart(rows, panel, stride, blocks, out, row_bytes)
+            elif panel_parts > 1:
+                spread(rows, panel, stride, blocks, out, row_bytes)
+            else:
+                one(rows, panel, stride, blocks, out, row_bytes)
+
+        return block
+
+    single = of_parts(1, columns)
+    double = of_parts(2, 2) if in_pairs else single
 
     @njit(integers(7), **options)
-    def product(count, rows, parts, panel, blocks, sums, space):
+    def product(count, rows, row_parts, panel, panel_parts, blocks, sums):
         i = 0
         while i < count:
-            a, out = rows + i // TILE_ROWS * blocks * parts * TILE_BYTES, sums + i * row_bytes
+            a, out = rows_at(rows, i, blocks, row_parts), sums + i * row_bytes
             if in_pairs and count - i > TILE_ROWS:  # two tiles of rows share half of the panel's tiles, and then the others
                 for column in range(0, columns, 2):
-                    b, place = panel + column * TILE_BYTES, out + column * LINE
-                    if parts > 1:
-                        two_parted(a, b, stride, blocks, place, row_bytes, space)
-                    else:
-                        two_exact(a, b, stride, blocks, place, row_bytes, space)
+                    b = panel + column * panel_parts * TILE_BYTES
+                    double(a, row_parts, b, panel_parts, blocks, out + column * LINE)
                 i += 2 * TILE_ROWS
             else:
-                if parts > 1:
-                    one_parted(a, panel, stride, blocks, out, row_bytes, space)
-                else:
-                    one_exact(a, panel, stride, blocks, out, row_bytes, space)
+                single(a, row_parts, panel, panel_parts, blocks, out)
                 i += TILE_ROWS
 
     return product
+
+
+@cache
+def make_tile_multiply(v: VectorLibrary, target: Target, columns: int):
+    """multiply(...): what product.make_multiply gives, of rows and panels that are tiles, `depth` numbers deep.
+
+    panels: next to each other.
+    """
+    product = make_tile_product(v, target, columns)
+    expect, deliver = make_deliver(v, columns)
+
+    @njit(integers(12), **options)
+    def multiply(
+        count, rows, row_parts, panels, panel_parts, depth, width, first, last, out_rows, add, scratch
+    ):  # fmt: skip
+        blocks = tile_blocks(depth)
+        for panel in range(first, last):
+            weights = panels + panel * blocks * columns * panel_parts * TILE_BYTES
+            for i in range(0, count, 2 * TILE_ROWS):
+                n = min(count - i, 2 * TILE_ROWS)
+                if add:
+                    expect(n, out_rows + 8 * i, panel)
+                product(n, rows_at(rows, i, blocks, row_parts), row_parts, weights, panel_parts, blocks, scratch)
+                deliver(n, out_rows + 8 * i, panel, width, add, scratch)
+
+    return multiply
