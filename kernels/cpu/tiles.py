@@ -2,9 +2,10 @@
 
 A tile is 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 numbers in bfloat16 with 32 x 16 of them and adds the
 products, which are exact, to sums in float32. A number in float32 is the sum of PARTS in bfloat16, of 8 bits each: rows, and
-panels of matrices in float32, are taken apart, and all pairs of parts are multiplied but those whose products are below the
-last bit of the whole's. What is left of a number never is zero, but 2**-126 at least, so that infinities stay what they are
-when they meet it. Numbers below that count as zero.
+panels of matrices in float32, are taken apart, and all pairs of parts are multiplied but those that are as small as what
+rounding leaves of the whole. Rows are rounded, part by part, so that these are as often negative as not; panels are cut off,
+so that a row's infinity meets parts of one sign, of which none is zero (they are 2**-126 at least). An infinite weight gives
+NaN, and numbers below 2**-126 count as zero.
 
 Rows and panels are kept as tiles. Of each 16 rows and each block of 32 numbers there is a tile for every part; of a panel and
 each block one for every column and part, whose rows are pairs of numbers and whose columns are units. Past the depth, both
@@ -107,7 +108,7 @@ def make_configure(target: Target):
 
 @cache
 def make_parts(v: VectorLibrary):
-    """(upper, rest, store_upper, store_pairs, differ): numbers taken apart."""
+    """(nearest, cut_off, rest, never_zero, store_upper, store_pairs, differ): numbers taken apart."""
     V, lanes = v.type, v.lanes
 
     def every(bits):
@@ -116,8 +117,22 @@ def make_parts(v: VectorLibrary):
     def bits_of(builder, value):
         return builder.bitcast(value, V.integer)
 
+    def magnitude_of(builder, value):
+        return builder.and_(bits_of(builder, value), every(0x7FFFFFFF))
+
     @intrinsic
-    def upper(typing_context, value):
+    def nearest(typing_context, value):
+        """The numbers rounded to bfloat16; what would become infinite, or is not finite, is cut off."""
+
+        def codegen(context, builder, sig, args):
+            small = builder.icmp_unsigned("<", magnitude_of(builder, args[0]), every(0x7F7F8000))
+            bits = builder.add(bits_of(builder, args[0]), builder.select(small, every(0x8000), every(0)))
+            return builder.bitcast(builder.and_(bits, every(0xFFFF0000)), V.llvm)
+
+        return V(V), codegen
+
+    @intrinsic
+    def cut_off(typing_context, value):
         """The numbers cut off to bfloat16."""
 
         def codegen(context, builder, sig, args):
@@ -126,17 +141,25 @@ def make_parts(v: VectorLibrary):
         return V(V), codegen
 
     @intrinsic
-    def rest(typing_context, value, cut_off):
-        """What was cut off, of the number's sign and at least 2**-126: so much of an infinity, too, and of a NaN a NaN."""
+    def rest(typing_context, value, part):
+        """What is left without a part: nothing of an infinity, and of a NaN a NaN."""
 
         def codegen(context, builder, sig, args):
-            value, cut_off = args
-            bits, least = bits_of(builder, value), every(0x00800000)
-            infinite = builder.icmp_signed("==", builder.and_(bits, every(0x7FFFFFFF)), every(0x7F800000))
-            magnitude = builder.and_(bits_of(builder, builder.fsub(value, cut_off)), every(0x7FFFFFFF))
-            enough = builder.and_(builder.icmp_unsigned(">", magnitude, least), builder.not_(infinite))
-            magnitude = builder.select(enough, magnitude, least)
-            return builder.bitcast(builder.or_(magnitude, builder.and_(bits, every(0x80000000))), V.llvm)
+            infinite = builder.icmp_signed("==", magnitude_of(builder, args[0]), every(0x7F800000))
+            return builder.select(infinite, ir.Constant(V.llvm, None), builder.fsub(*args))
+
+        return V(V, V), codegen
+
+    @intrinsic
+    def never_zero(typing_context, value, rest):
+        """What is left of a value, or where it is less, 2**-126 with the value's sign."""
+
+        def codegen(context, builder, sig, args):
+            value, rest = args
+            magnitude, least = magnitude_of(builder, rest), every(0x00800000)
+            magnitude = builder.select(builder.icmp_unsigned(">", magnitude, least), magnitude, least)
+            sign = builder.and_(bits_of(builder, value), every(0x80000000))
+            return builder.bitcast(builder.or_(magnitude, sign), V.llvm)
 
         return V(V, V), codegen
 
@@ -174,14 +197,14 @@ def make_parts(v: VectorLibrary):
 
         return types.int64(V, V), codegen
 
-    return upper, rest, store_upper, store_pairs, differ
+    return nearest, cut_off, rest, never_zero, store_upper, store_pairs, differ
 
 
 @cache
 def make_split(v: VectorLibrary):
     """(parts_of, split, split_columns): how many parts some rows need, one or PARTS; and the rows in parts, as tiles."""
     size, lanes, load, load_all, store_all, zero = v.size, v.lanes, v.load, v.load_all, v.store_all, v.zero
-    upper, rest, store_upper, _, differ = make_parts(v)
+    nearest, cut_off, rest, _, store_upper, _, differ = make_parts(v)
     pack_columns = make_pack_columns(v)
 
     @njit(types.int64(*[types.int64] * 3), **options)
@@ -190,7 +213,7 @@ def make_split(v: VectorLibrary):
             row, different = load_int(rows + 8 * i), 0
             for k in range(0, depth, lanes):
                 value = load(row + k * size, depth - k)
-                different |= differ(value, upper(value))
+                different |= differ(value, cut_off(value))
             if different:
                 return PARTS
         return 1
@@ -198,9 +221,9 @@ def make_split(v: VectorLibrary):
     @njit(**options)
     def take_apart(value, parts, out):
         for part in range(parts):
-            cut_off = upper(value)
-            store_upper(out + part * TILE_BYTES, cut_off)
-            value = rest(value, cut_off)
+            rounded = nearest(value)
+            store_upper(out + part * TILE_BYTES, rounded)
+            value = rest(value, rounded)
 
     @njit(integers(5), **options)
     def split(count, rows, depth, parts, out):
@@ -234,7 +257,7 @@ def make_pack_tiles(v: VectorLibrary):
     """(pack_block, pack_columns_block, pack_rows_block): one block of one column of a panel, as `parts` tiles at `out`."""
     size, vector, load, load_half = v.size, v.lanes * v.size, v.load, v.half.load
     load_all, store_all, zero = v.load_all, v.store_all, v.zero
-    upper, rest, _, store_pairs, _ = make_parts(v)
+    _, cut_off, rest, never_zero, _, store_pairs, _ = make_parts(v)
     pack_columns, pack_columns_half = make_pack_columns(v), make_pack_columns(v, True)
 
     @njit(integers(5), **options)
@@ -245,9 +268,9 @@ def make_pack_tiles(v: VectorLibrary):
             a = load_all(at) if k < count else zero()
             b = load_all(at + stride) if k + 1 < count else zero()
             for part in range(parts):
-                upper_a, upper_b = upper(a), upper(b)
-                store_pairs(out + part * TILE_BYTES + pair * LINE, upper_a, upper_b)
-                a, b = rest(a, upper_a), rest(b, upper_b)
+                part_a, part_b = cut_off(a), cut_off(b)
+                store_pairs(out + part * TILE_BYTES + pair * LINE, part_a, part_b)
+                a, b = never_zero(a, rest(a, part_a)), never_zero(b, rest(b, part_b))
 
     @njit(integers(7), **options)
     def pack_columns_block(source, source_stride, units, count, half, parts, out):
