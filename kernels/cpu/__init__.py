@@ -84,31 +84,29 @@ def load() -> tuple[str, Tier]:
     return "run time", tier
 
 
-def describe(
-    cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool, half: bool, double: bool
-) -> str:
+def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool, half: bool) -> str:
     """How the engine would share a dense layer's work out, in words.
 
     cell: a name of cells.CELLS; T steps, B rows, I inputs, H units, R outputs (projection, or H), D directions.
-    half: matrices are in bfloat16. double: everything is in float64.
+    half: matrices are in bfloat16.
     """
     how, tier = load()
     target, threads = tier.target, threads if how == "compiled" else 1
-    gates, lanes = CELLS[cell].gates, target.vector_bytes // (8 if double else 4)
+    gates, lanes = CELLS[cell].gates, target.vector_bytes // 4
     columns = plan.unit_vectors(gates, target.registers) * gates
     l2_bytes = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
     words = []
     for name in ("forward", "backward")[: 1 + training]:
         forward = name == "forward"
         width = columns if forward else plan.wide_columns(target.registers)
-        (depth, input_depth), units = ((R, I), H) if forward else ((gates * H, gates * H), R)
+        depth, units = (R, H) if forward else (gates * H, R)
         panels = plan.ceil_div(units, width // (gates if forward else 1) * lanes)
-        matrices_in_half = half and R % 2 == 0
-        half_panels = forward and matrices_in_half and B <= plan.HALF_PANEL_ROWS
-        tiles = plan.tile_parts(matrices_in_half, T, B, depth, input_depth) if target.tiles and not double else 0
+        half_panels, tiles = plan.widths_of_weights(forward, half and R % 2 == 0, T, B)
+        tiles = tiles and bool(target.tiles)
+        rate = plan.TILE_RATE if tiles else plan.VECTOR_RATE
         crews, rows, parts = plan.schedule(
             T, T * B, B, I, H, R, D, threads, max(l2_bytes, 256 * 1024), gates, depth, panels, width,
-            target.vector_bytes // 2 * max(1, tiles) if half_panels or tiles else target.vector_bytes, tiles, 1 if forward else 2,
+            target.vector_bytes // (2 if half_panels or tiles else 1), rate, 1 if forward else 2,
         )  # fmt: skip
         shares = [f"{rows} x rows"] * (rows > 1) + [f"{parts} x units"] * (parts > 1)
         crew = " and ".join(shares) or "one thread"

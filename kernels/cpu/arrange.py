@@ -23,8 +23,7 @@ def compiled_plan() -> dict:
         plan.tile_blocks,
         plan.split_bytes,
         plan.split_rows,
-        plan.vectors_a_cycle,
-        plan.tile_parts,
+        plan.widths_of_weights,
         plan.block_length,
         plan.step_cost,
         plan.choose_groups,
@@ -38,8 +37,8 @@ def compiled_plan() -> dict:
 
 PLAN = compiled_plan()
 align, block_length, schedule = PLAN["align"], PLAN["block_length"], PLAN["schedule"]
-forward_block, tile_blocks, tile_parts = PLAN["forward_block"], PLAN["tile_blocks"], PLAN["tile_parts"]
-split_bytes, split_rows = PLAN["split_bytes"], PLAN["split_rows"]
+forward_block, tile_blocks, split_bytes = PLAN["forward_block"], PLAN["tile_blocks"], PLAN["split_bytes"]
+split_rows, widths_of_weights = PLAN["split_rows"], PLAN["widths_of_weights"]
 
 
 @cache
@@ -58,48 +57,46 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         H, R, I, B = p.hidden_size, p.output_size, p.input_size, p.batch
         units = ceil_div(H, lanes * per_panel) * lanes * per_panel
         if forward:
-            depth, input_depth, panels = R, I, units // (lanes * per_panel)
+            input_depth, depth, panels = I, R, units // (lanes * per_panel)
         else:
-            depth, input_depth, panels = gates * H, gates * H, ceil_div(R, wide)
-        half_panels = forward and p.half and B <= plan.HALF_PANEL_ROWS
+            input_depth, depth, panels = gates * H, gates * H, ceil_div(R, wide)
+        half_panels, tiles = widths_of_weights(forward, p.half, p.steps, B)
+        tiles = tiles and with_tiles
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
-        tiles = 0
-        if with_tiles and not p.pack_only:
-            tiles = tile_parts(p.half, p.steps, B, depth, input_depth)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,
-            vector // 2 * max(1, tiles) if half_panels or tiles else vector, tiles, 1 if forward else 2,
+            vector // 2 if half_panels or tiles else vector, plan.TILE_RATE if tiles else plan.VECTOR_RATE, 1 if forward else 2,
         )  # fmt: skip
-        ih_depth, hh_depth, split_depth = input_depth, R // 2 if half_panels else depth, max(depth, input_depth)
-        frozen_ih, frozen_hh = units * gates * ih_depth * size, units * gates * hh_depth * size
+        ih_depth, hh_depth = input_depth, depth // 2 if half_panels else depth
         if tiles:
-            ih_depth = plan.TILE_PAIRS * tile_blocks(input_depth) * tiles
-            hh_depth = plan.TILE_PAIRS * tile_blocks(depth) * tiles
-        ready = frozen and not tiles
+            ih_depth, hh_depth = plan.TILE_PAIRS * tile_blocks(input_depth), plan.TILE_PAIRS * tile_blocks(depth)
+        together = split_rows(max(input_depth, depth))
         one_step = p.steps == 1 and not frozen
         team = crews * row_groups * unit_groups
         if forward:
             block = forward_block(p.steps, B, p.rows, I, gates * H * size)
             tables = 3 * B + 2 * block * B
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
-            ih_once = row_groups == 1 and block == p.steps and not ready and (not tiles or p.rows <= split_rows(split_depth))
+            ih_once = row_groups == 1 and block == p.steps and not frozen and (not tiles or p.rows <= together)
             panel_bytes = align(columns * vector * ih_depth) if ih_once else 0
             if one_step:
                 panel_bytes = lanes * DOT_PART * size if p.half and B > 2 else 0
         else:
             block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
-            ih_once = not tiles or not p.need_dx
-            panel_bytes = align(wide * gates * H * size) if not tiles and (p.need_dx or one_step) else 0
+            ih_once = not (tiles and p.need_dx)
+            panel_bytes = align(wide * depth * size) if ih_once and (p.need_dx or one_step) else 0
         operand_rows = operand_panels = 0
         if not forward and p.need_dw:
             most = plan.OPERAND_VECTORS // columns
             operand_panels = min(ceil_div(max(I, R, H), wide), most)
             operand_rows = min(most // operand_panels * plan.OPERAND_ROWS, block * B)
-        own_block = operand_rows * plan.UNIT_BLOCK * size  # of a thread: what it takes from a matrix to be multiplied
-        together = split_rows(split_depth)
+        own_block, operand_depth = operand_rows * plan.UNIT_BLOCK * size, operand_rows
         if tiles:
-            own_block = max(split_bytes(min(together, block * B), split_depth), split_bytes(plan.TILE_UNITS, operand_rows))
+            own_block = split_bytes(min(together, block * B), max(input_depth, depth))
+            if operand_rows > 0:
+                own_block = max(own_block, split_bytes(plan.TILE_UNITS, operand_rows))
+                operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * PARTS
         own = align(SCRATCH_BYTES + panel_bytes + own_block + 8 * tables)
 
         offset = 0
@@ -108,8 +105,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.threads, d.crews, d.row_groups, d.unit_groups, d.block_steps = team, crews, row_groups, unit_groups, block
             if crews == 1:
                 offset = 0  # directions take turns in one workspace
-            d.half_panels, d.tiles, d.split_rows, d.own_block = half_panels, tiles, together, own_block
-            d.ih_once, d.one_step, d.panel_bytes = ih_once, one_step, panel_bytes
+            d.half_panels, d.tiles, d.split_rows = half_panels, tiles, together
+            d.ih_once, d.one_step, d.panel_bytes, d.own_block = ih_once, one_step, panel_bytes, own_block
             d.ih_depth, d.hh_depth = ih_depth, hh_depth
             if not forward and d.half and d.need_dw:
                 d.rounded_at_once = d.rows <= plan.FEW_ROWS
@@ -119,20 +116,16 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                     d.dw_hh = d.dw_ih + align(gates * H * I * size)
                     d.dw_hr = d.dw_hh + align(gates * H * R * size)
                     offset = d.dw_hr - d.workspace + (align(R * H * size) if d.projected else 0)
-            if frozen and tiles:  # made of the panels that are frozen
-                d.w_ih, d.w_hh = d.pack, d.pack + align(frozen_ih)
-            begin, behind = (d.pack, offset) if ready else (d.workspace, 0)
-            offset = 0 if ready else offset
+            begin, behind = (d.pack, offset) if frozen else (d.workspace, 0)
+            offset = 0 if frozen else offset
             d.ih_panels = begin + offset
             if not ih_once:
                 offset += align((units * gates if forward else ceil_div(I, wide) * wide) * ih_depth * size)
             d.hh_panels = begin + offset
-            if not forward and d.need_dw and block == p.steps and R % wide == 0 and not d.rounded_at_once and not tiles:
+            if not forward and d.need_dw and block == p.steps and R % wide == 0 and not d.rounded_at_once:
                 d.hh_panels = d.dw_hh  # of the panels' size, and written when no step needs them any more
             elif not one_step:
                 offset += align((units * gates if forward else ceil_div(R, wide) * wide) * hh_depth * size)
-            if frozen and tiles:
-                begin, behind, offset = d.pack, offset, align(frozen_ih) + align(frozen_hh)
             d.hr_panels = begin + offset
             if d.projected:
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)
@@ -153,7 +146,6 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
                 d.operand_rows = operand_rows
-                operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * PARTS if tiles else operand_rows
                 offset += align(operand_panels * wide * operand_depth * size)
             d.own, d.own_bytes = d.workspace + offset, own
             offset += row_groups * unit_groups * own

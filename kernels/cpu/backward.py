@@ -85,7 +85,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     store_half = v.half.store if has_half else v.store
     if has_half and target.tiles:
         (configure, release), (parts_of, split, split_columns) = make_configure(target), make_split(v)
-        pack_rows_block, tile_multiply = make_pack_tiles(v)[2], make_tile_multiply(v, target, columns)
+        (_, pack_rows_block), tile_multiply = make_pack_tiles(v), make_tile_multiply(v, target, columns)
         tile_product = make_tile_product(v, target, columns)
     else:
         configure, release, parts_of, split, split_columns = (njit(lambda *_: 0, **options) for _ in range(5))
@@ -139,13 +139,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             pack_rows(weight_rows, depth, width, panel, out)
 
     @njit(**options)
-    def pack_tiles(rows, depth, width, panel, half, parts, out):
-        """Panel `panel` of the matrix whose `depth` rows, `width` wide, have addresses `rows`, in tiles."""
+    def pack_tiles(rows, depth, width, panel, out):
+        """Panel `panel` of the matrix in bfloat16 whose `depth` rows, `width` wide, have addresses `rows`, in tiles."""
         for k in range(0, depth, TILE_DEPTH):
             for j in range(columns):
                 column = (panel * columns + j) * lanes
-                pack_rows_block(rows + 8 * k, column, min(TILE_DEPTH, depth - k), width, half, parts, out)
-                out += parts * TILE_BYTES
+                pack_rows_block(rows + 8 * k, column, min(TILE_DEPTH, depth - k), width, 1, 1, out)
+                out += TILE_BYTES
 
     @njit(**options)
     def fill_input_rows(p, table):
@@ -168,7 +168,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             for panel in range(share(panels, members, member), share(panels, members, member + 1)):
                 out = p.hh_panels + panel * p.hh_depth * panel_row
                 if p.tiles:
-                    pack_tiles(table, depth, p.output_size, panel, p.half, p.tiles, out)
+                    pack_tiles(table, depth, p.output_size, panel, out)
                 else:
                     pack_weight(p, table, depth, p.output_size, panel, out)
         if not p.ih_once:
@@ -176,7 +176,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             panels = ceil_div(p.input_size, wide)
             for panel in range(share(panels, members, member), share(panels, members, member + 1)):
                 out = p.ih_panels + panel * p.ih_depth * panel_row
-                pack_tiles(table, depth, p.input_size, panel, p.half, p.tiles, out)
+                pack_tiles(table, depth, p.input_size, panel, out)
         if p.projected:
             fill_rows(table, p.output_size, p.w_hr, p.hidden_size * weight_size(p))
             panels = ceil_div(p.hidden_size, wide)
@@ -274,7 +274,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 going_on, weights = min(rows, max(0, live - i)), p.hh_panels + panel * panel_bytes
                 if p.tiles:
-                    tile_product(going_on, rows_at(own_block, i, blocks, PARTS), PARTS, weights, p.tiles, blocks, scratch)
+                    tile_product(going_on, rows_at(own_block, i, blocks, PARTS), PARTS, weights, 1, blocks, scratch)
                 else:
                     product(
                         going_on, later + 8 * i, size, weights, panel_bytes, panels, panel_row, depth, scratch,
@@ -351,7 +351,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for i in range(0, count, p.split_rows):
             n = min(count - i, p.split_rows)
             split(n, rows + 8 * i, depth, PARTS, own_block)
-            tile_multiply(n, own_block, PARTS, panels, p.tiles, depth, width, first, last, out_rows + 8 * i, add, scratch)
+            tile_multiply(n, own_block, PARTS, panels, 1, depth, width, first, last, out_rows + 8 * i, add, scratch)
 
     @njit(**options)
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):

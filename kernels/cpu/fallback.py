@@ -181,10 +181,12 @@ def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
 
 def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse,
                    batch_first, need_dx, need_dh0, need_dw):  # fmt: skip
-    half = w_ih[0].dtype
-    w_ih, w_hh, w_hr = ([w.to(x.dtype) for w in matrices] for matrices in (w_ih, w_hh, w_hr))  # they may be in bfloat16
-    call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
     D, B, R = h0.shape
+    matrix, half = w_ih[0].dtype, w_ih[0].dtype == torch.bfloat16 and R % 2 == 0
+    if not half:
+        w_ih, w_hh, w_hr = ([w.to(x.dtype) for w in matrices] for matrices in (w_ih, w_hh, w_hr))
+    call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
+    call.records["half"] = half
     H, G, inputs = int(call.records["hidden_size"][0]), CELLS[cell].gates, x.shape[-1]
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dh0 = x.new_empty(D, B, R)
@@ -196,7 +198,10 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
         "db_hh": (D * G * H,) if b_ih else None,
         "dw_hr": (D * R, H) if w_hr else None,
     }
-    weights = {name: x.new_empty(shape if need_dw and shape else 0) for name, shape in shapes.items()}
+    weights = {
+        name: x.new_empty(shape if need_dw and shape else 0, dtype=w_ih[0].dtype if name.startswith("dw") else x.dtype)
+        for name, shape in shapes.items()
+    }
     call.records["need_dx"], call.records["need_dh0"], call.records["need_dw"] = need_dx, need_dh0, need_dw
     call.rows("x", x)
     call.rows("y", y, R)
@@ -211,13 +216,13 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
         call.point("dc0", dc0)
     for name, tensor in weights.items():
         if tensor.numel():
-            call.point(name, tensor.chunk(D))
+            call.point(f"{name}_half" if tensor.dtype == torch.bfloat16 else name, tensor.chunk(D))
     for name, given in (("w_ih", w_ih), ("w_hh", w_hh), ("w_hr", w_hr)):
         call.point(name, [w.contiguous() for w in given])
     call.run("backward")
     if not need_dh0:  # they were the carried gradients' place
         dh0, dc0 = x.new_empty(0), x.new_empty(0)
-    return dx, dh0, dc0, *(w.to(half) if w.dim() == 2 else w for w in weights.values())
+    return dx, dh0, dc0, *(w.to(matrix) if w.dim() == 2 else w for w in weights.values())
 
 
 def register() -> None:

@@ -60,10 +60,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     with_tiles = has_half and bool(target.tiles)
     if with_tiles:
         (configure, release), (parts_of, split, _) = make_configure(target), make_split(v)
-        (pack_block, pack_columns_block, _), tile_product = make_pack_tiles(v), make_tile_product(v, target, columns)
+        (pack_columns_block, _), tile_product = make_pack_tiles(v), make_tile_product(v, target, columns)
     else:
         configure, release, parts_of, split = (njit(lambda *_: 0, **options) for _ in range(4))
-        pack_block, pack_columns_block, tile_product = (njit(lambda *_: None, **options) for _ in range(3))
+        pack_columns_block, tile_product = (njit(lambda *_: None, **options) for _ in range(2))
     wide = wide_columns(target.registers)
     multiply = make_multiply(v, target, wide)
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
@@ -115,43 +115,26 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             pack_columns(source, depth * size, units, depth, out, out_stride)
 
     @njit(**options)
-    def pack_tiles(p, w, depth, order, panel, out):
-        """The panel that pack_gates makes of a gate matrix, or if it is frozen the panels of w, in tiles."""
-        w_size = 2 if p.half else size
-        for j in range(per_panel):
-            unit = (panel * per_panel + j) * lanes
-            for g in range(gates):
-                tiles = out + (g * per_panel + j) * p.tiles * TILE_BYTES
-                row = w + (order[g] * p.hidden_size + unit) * depth * w_size
-                column = w + (panel * depth * columns + g * per_panel + j) * vector
-                for first in range(0, depth, TILE_DEPTH):
-                    n = min(TILE_DEPTH, depth - first)
-                    if p.pack:
-                        pack_block(column + first * columns * vector, columns * vector, n, p.tiles, tiles)
-                    else:
-                        units = p.hidden_size - unit
-                        pack_columns_block(row + first * w_size, depth * w_size, units, n, p.half, p.tiles, tiles)
-                    tiles += columns * p.tiles * TILE_BYTES
-
-    @njit(**options)
     def pack_gates(p, w, depth, order, panel, paired, out):
         """One panel of a gate matrix [gates * hidden_size, depth]: all gates of a block of units, k running down.
 
         paired: in bfloat16, pairs of k. In torch's layout these are next to each other: one number in the size of a float32.
         """
-        if p.tiles:
-            pack_tiles(p, w, depth, order, panel, out)
-            return
         w_size = 2 if p.half else size
         for j in range(per_panel):
             unit = (panel * per_panel + j) * lanes
             for g in range(gates):
-                source = w + (order[g] * p.hidden_size + unit) * depth * w_size
+                source, units = w + (order[g] * p.hidden_size + unit) * depth * w_size, p.hidden_size - unit
                 column = out + (g * per_panel + j) * vector
-                if paired:
-                    pack_columns(source, depth * 2, p.hidden_size - unit, depth // 2, column, columns * vector)
+                if p.tiles:
+                    tile = out + (g * per_panel + j) * TILE_BYTES
+                    for k in range(0, depth, TILE_DEPTH):
+                        pack_columns_block(source + k * w_size, depth * w_size, units, min(TILE_DEPTH, depth - k), tile)
+                        tile += columns * TILE_BYTES
+                elif paired:
+                    pack_columns(source, depth * 2, units, depth // 2, column, columns * vector)
                 else:
-                    pack_rows_of(p, source, p.hidden_size - unit, depth, column, columns * vector)
+                    pack_rows_of(p, source, units, depth, column, columns * vector)
 
     @njit(**options)
     def dot_gates(p, count, a_rows, w, depth, order, panel, sums, buffer):
@@ -184,7 +167,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def pack_weights(p, member, members, bias_gate):
-        """This member's share of the panels that are packed once for all, and of the biases, but for what is frozen."""
+        """This member's share of the panels that are packed once for all, and of the biases."""
         panels = ceil_div(p.hidden_size, lanes * per_panel)
         for panel in range(share(panels, members, member), share(panels, members, member + 1)):
             if not p.ih_once:
@@ -193,9 +176,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             if not p.one_step:
                 out = p.hh_panels + panel * p.hh_depth * columns * vector
                 pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, p.half_panels, out)
-            if not p.pack or p.pack_only:
-                sum_biases(p, panel, bias_gate)
-        if p.projected and (not p.pack or p.pack_only):
+            sum_biases(p, panel, bias_gate)
+        if p.projected:
             outputs = ceil_div(p.output_size, lanes * wide)
             for panel in range(share(outputs, members, member), share(outputs, members, member + 1)):
                 for j in range(wide):
@@ -239,7 +221,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch, own_panel)
                 elif p.tiles:
-                    tile_product(rows, rows_at(own_rows, i, blocks, parts), parts, weights, p.tiles, blocks, scratch)
+                    tile_product(rows, rows_at(own_rows, i, blocks, parts), parts, weights, 1, blocks, scratch)
                 else:
                     product(rows, x_rows + 8 * i, size, weights, 0, 1, columns * vector, p.input_size, scratch, following)
                 for m in range(rows):
@@ -309,7 +291,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     for q in range(panels):
                         sums = scratch + q * columns * vector
                         tiles = rows_at(own_rows, i, blocks, PARTS)
-                        tile_product(rows, tiles, PARTS, weights + q * panel_bytes, p.tiles, blocks, sums)
+                        tile_product(rows, tiles, PARTS, weights + q * panel_bytes, 1, blocks, sums)
                 elif p.half_panels:
                     product_half(
                         rows, previous + 8 * i, size, weights, panel_bytes, panels, columns * vector, p.output_size, scratch,
@@ -364,7 +346,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
         if p.tiles:
             configure()
-        if not p.pack or p.tiles:
+        if not p.pack:
             pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
         for b in range(r0, r1):
             store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)

@@ -14,7 +14,7 @@ from __future__ import annotations
 _GROUPS = (
     # sizes and flags; rows counts those of all steps, output_size is hidden_size or the projection's
     # half: weight matrices are in bfloat16, and output_size is even; half_panels: forward's of W_hh stay so when packed
-    # tiles: in how many parts weights are, to be multiplied in tile registers; 0: in vectors
+    # tiles: those of both stay so, and are multiplied in tile registers
     "steps batch rows input_size hidden_size output_size bias projected half half_panels tiles reverse save",
     "need_dx need_dh0 need_dw",
     # packed only: rows of each step, and rows before it
@@ -33,12 +33,12 @@ _GROUPS = (
     # ih_once: a panel of W_ih is packed where it is used, into the thread's own buffer of panel_bytes.
     # one_step: W_hh is used but once; forward reads both matrices where they lie, backward packs as with ih_once
     # operand_rows: rows of an operand of the weights' gradients that are packed at a time, a multiple of 128 or all
-    # ih_depth, hh_depth: rows of a panel, of numbers or of pairs; in tiles, of all parts
+    # ih_depth, hh_depth: rows of a panel, of numbers or of pairs
     # own_block: bytes of a thread's space for a part of a matrix that meets many panels: units of gate gradients, or what is
     # taken apart for tiles, of which split_rows rows go at a time
     "ih_once one_step panel_bytes operand_rows ih_depth hh_depth own_block split_rows",
     # frozen weights: all panels and summed biases of a direction lie at `pack`, if not 0; pack_only: put them there, no more;
-    # pack_bytes: so many they are. For tiles w_ih and w_hh are these panels
+    # pack_bytes: so many they are
     "pack pack_only pack_bytes",
     # the workspace: packed weights, summed biases, a row of zeros; of the crew: pre-activations or their gradients (shared),
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
@@ -52,13 +52,14 @@ FIELDS = tuple(" ".join(_GROUPS).split())
 HALF_PANEL_ROWS = 16  # a step of so many rows waits for weights; one of more is busy, and wants them widened, or tiles
 ARRIVALS_BYTES = 128  # of a thread at one kind of barrier
 LINE = 64
+VECTOR_RATE, TILE_RATE = 2, 15  # vectors of products a cycle, of float32's and in tiles, of two parts
 ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
 GROUP_BYTES = 256  # width of the panels of W_hh for which backward reads a part of the rows once: of one in AVX-512
-SCRATCH_BYTES = ROW_BLOCK * GROUP_BYTES  # sums of a block of rows
-PARTS = 3  # numbers in bfloat16 that make one in float32, see tiles.py
+PARTS = 2  # numbers in bfloat16 that stand for one in float32, see tiles.py
 TILE_ROWS, TILE_PAIRS = 16, 16  # of a tile register: rows, and pairs of numbers in bfloat16 in each
 TILE_BYTES, TILE_DEPTH = TILE_ROWS * LINE, 2 * TILE_PAIRS
-SPLIT_BYTES = 768 * 1024  # rows are taken apart so many bytes at a time before they meet the panels, so that they stay in L2
+SCRATCH_BYTES = ROW_BLOCK * GROUP_BYTES  # sums of a block of rows
+SPLIT_BYTES = 512 * 1024  # rows are taken apart for tiles so many bytes at a time before they meet the panels: they stay in L2
 SPLIT_ROWS = 128  # or so many rows
 TILE_UNITS = 64  # units whose columns of gate gradients are taken apart together
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them,
@@ -94,22 +95,11 @@ def split_rows(depth):
     return max(2 * TILE_ROWS, min(SPLIT_ROWS, SPLIT_BYTES // split_bytes(2 * TILE_ROWS, depth) * 2 * TILE_ROWS))
 
 
-def vectors_a_cycle(tiles):
-    """Of products: two from FMAs. A tile takes 16 cycles for 32, and as many for each pair of parts."""
-    return 2 if tiles == 0 else 10 if tiles == 1 else 5
-
-
-def tile_parts(half, steps, batch, depth, other_depth):
-    """Parts of a weight in a pass whose two products are so deep, where the processor has tiles; 0: vectors take less time.
-
-    A single step would wait for weights to be taken apart; few rows wait for them to come.
-    """
-    if steps == 1 or batch <= HALF_PANEL_ROWS:
-        return 0
-    if half:
-        return 1
-    in_tiles = ceil_div(batch, TILE_ROWS) * TILE_ROWS * TILE_DEPTH * (tile_blocks(depth) + tile_blocks(other_depth))
-    return PARTS if in_tiles * vectors_a_cycle(0) < batch * (depth + other_depth) * vectors_a_cycle(PARTS) else 0
+def widths_of_weights(forward, half, steps, batch):
+    """(half_panels, tiles): whether a pass keeps W_hh in bfloat16 for its products in vectors, and whether they are in tiles,
+    where the processor has them. A single step would wait for tiles to be packed; few rows wait for weights to come."""
+    few = batch <= HALF_PANEL_ROWS
+    return forward and half and few, half and not few and steps > 1
 
 
 def unit_vectors(gates, registers):
@@ -122,18 +112,20 @@ def wide_columns(registers):
     return 4 if registers >= 32 else 2
 
 
-def step_cost(rows, depth, panels, panel_vectors, vector_bytes, tiles, row_groups, unit_groups, l2_bytes):
+def step_cost(rows, depth, panels, panel_vectors, vector_bytes, rate, row_groups, unit_groups, l2_bytes):
     """Estimated cycles of one step of one thread: its products and gates, the streaming of its share of the weights, and
     between threads that share rows the barrier, and fetching what the others computed.
 
-    tiles: see tile_parts. Other rates were measured on two AVX-512 cores: 110 cycles for the gates of a vector of
+    rate: vectors of products a cycle. Other rates were measured on two AVX-512 cores: 110 cycles for the gates of a vector of
     units; 41 bytes a cycle from L2, 10 from beyond it; 900 cycles a barrier, 6 a number fetched. Work and streaming overlap in
     part, like the legs of a right triangle, whose hypotenuse is about the longer leg and half the square of the other over it.
     """
     group_rows = ceil_div(rows, row_groups)
     own_panels = ceil_div(panels, unit_groups)
-    product_rows = ceil_div(group_rows, TILE_ROWS) * TILE_ROWS if tiles else group_rows  # a tile is never part of one
-    work = own_panels * (product_rows * (depth * panel_vectors // vectors_a_cycle(tiles)) + 110 * group_rows)
+    product_rows = (
+        ceil_div(group_rows, TILE_ROWS) * TILE_ROWS if rate > VECTOR_RATE else group_rows
+    )  # a tile is never part of one
+    work = own_panels * (product_rows * (depth * panel_vectors // rate) + 110 * group_rows)
     weights = own_panels * depth * panel_vectors * vector_bytes
     streaming = weights // (41 if 4 * weights <= 3 * l2_bytes else 10)
     longer, other = max(work, streaming), min(work, streaming)
@@ -141,12 +133,12 @@ def step_cost(rows, depth, panels, panel_vectors, vector_bytes, tiles, row_group
     return longer + other * other // (2 * longer) + exchange
 
 
-def choose_groups(rows, depth, panels, panel_vectors, vector_bytes, tiles, threads, l2_bytes):
+def choose_groups(rows, depth, panels, panel_vectors, vector_bytes, rate, threads, l2_bytes):
     """(row_groups, unit_groups) of a crew of `threads`: the pair with the least estimated time a step."""
-    best, best_cost = (1, 1), step_cost(rows, depth, panels, panel_vectors, vector_bytes, tiles, 1, 1, l2_bytes)
+    best, best_cost = (1, 1), step_cost(rows, depth, panels, panel_vectors, vector_bytes, rate, 1, 1, l2_bytes)
     for row_groups in range(1, min(threads, rows) + 1):
         unit_groups = min(threads // row_groups, panels)
-        cost = step_cost(rows, depth, panels, panel_vectors, vector_bytes, tiles, row_groups, unit_groups, l2_bytes)
+        cost = step_cost(rows, depth, panels, panel_vectors, vector_bytes, rate, row_groups, unit_groups, l2_bytes)
         if cost < best_cost:
             best, best_cost = (row_groups, unit_groups), cost
     return best
@@ -187,7 +179,7 @@ def schedule(
     panels,
     panel_vectors,
     vector_bytes,
-    tiles,
+    rate,
     passes,
 ):
     """(crews, row_groups, unit_groups) of one call. passes: products a forward or backward pass does per weight (1 or 2)."""
@@ -198,5 +190,5 @@ def schedule(
     crews = 2 if directions == 2 and threads > 1 else 1
     if steps == 1:  # each thread reads its own share of the weights
         return crews, 1, min(threads // crews, panels)
-    row_groups, unit_groups = choose_groups(batch, depth, panels, panel_vectors, vector_bytes, tiles, threads // crews, l2_bytes)
+    row_groups, unit_groups = choose_groups(batch, depth, panels, panel_vectors, vector_bytes, rate, threads // crews, l2_bytes)
     return crews, row_groups, unit_groups

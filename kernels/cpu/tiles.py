@@ -1,15 +1,13 @@
-"""Products in tile registers (Intel's AMX), to float32's own rounding.
+"""Products in tile registers (Intel's AMX), of matrices in bfloat16 with rows in float32.
 
 A tile is 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 numbers in bfloat16 with 32 x 16 of them and adds the
-products, which are exact, to sums in float32. A number in float32 is the sum of PARTS in bfloat16, of 8 bits each: rows, and
-panels of matrices in float32, are taken apart, and all pairs of parts are multiplied but those that are as small as what
-rounding leaves of the whole. Rows are rounded, part by part, so that these are as often negative as not; panels are cut off,
-so that a row's infinity meets parts of one sign, of which none is zero (they are 2**-126 at least). An infinite weight gives
-NaN, and numbers below 2**-126 count as zero.
+products, which are exact, to sums in float32. A number in float32 is taken apart into PARTS in bfloat16, which leave out
+2**-17 of it at most, where bfloat16 would leave out 2**-8. Where both factors are apart, in the weights' gradients, pairs of
+parts whose products are about as small are left out. Numbers below 2**-126 count as zero, and an infinite weight gives NaN.
 
 Rows and panels are kept as tiles. Of each 16 rows and each block of 32 numbers there is a tile for every part; of a panel and
-each block one for every column and part, whose rows are pairs of numbers and whose columns are units. Past the depth, both
-are zero, or as good as that.
+each block one for every column and part, whose rows are pairs of numbers and whose columns are units. Past the depth both are
+zero.
 """
 
 from __future__ import annotations
@@ -108,7 +106,7 @@ def make_configure(target: Target):
 
 @cache
 def make_parts(v: VectorLibrary):
-    """(nearest, cut_off, rest, never_zero, store_upper, store_pairs, differ): numbers taken apart."""
+    """(nearest, rest, store_upper, store_pairs, differ): numbers taken apart."""
     V, lanes = v.type, v.lanes
 
     def every(bits):
@@ -132,34 +130,12 @@ def make_parts(v: VectorLibrary):
         return V(V), codegen
 
     @intrinsic
-    def cut_off(typing_context, value):
-        """The numbers cut off to bfloat16."""
-
-        def codegen(context, builder, sig, args):
-            return builder.bitcast(builder.and_(bits_of(builder, args[0]), every(0xFFFF0000)), V.llvm)
-
-        return V(V), codegen
-
-    @intrinsic
     def rest(typing_context, value, part):
         """What is left without a part: nothing of an infinity, and of a NaN a NaN."""
 
         def codegen(context, builder, sig, args):
             infinite = builder.icmp_signed("==", magnitude_of(builder, args[0]), every(0x7F800000))
             return builder.select(infinite, ir.Constant(V.llvm, None), builder.fsub(*args))
-
-        return V(V, V), codegen
-
-    @intrinsic
-    def never_zero(typing_context, value, rest):
-        """What is left of a value, or where it is less, 2**-126 with the value's sign."""
-
-        def codegen(context, builder, sig, args):
-            value, rest = args
-            magnitude, least = magnitude_of(builder, rest), every(0x00800000)
-            magnitude = builder.select(builder.icmp_unsigned(">", magnitude, least), magnitude, least)
-            sign = builder.and_(bits_of(builder, value), every(0x80000000))
-            return builder.bitcast(builder.or_(magnitude, sign), V.llvm)
 
         return V(V, V), codegen
 
@@ -197,14 +173,14 @@ def make_parts(v: VectorLibrary):
 
         return types.int64(V, V), codegen
 
-    return nearest, cut_off, rest, never_zero, store_upper, store_pairs, differ
+    return nearest, rest, store_upper, store_pairs, differ
 
 
 @cache
 def make_split(v: VectorLibrary):
     """(parts_of, split, split_columns): how many parts some rows need, one or PARTS; and the rows in parts, as tiles."""
-    size, lanes, load, load_all, store_all, zero = v.size, v.lanes, v.load, v.load_all, v.store_all, v.zero
-    nearest, cut_off, rest, _, store_upper, _, differ = make_parts(v)
+    size, lanes, load, load_all, zero = v.size, v.lanes, v.load, v.load_all, v.zero
+    nearest, rest, store_upper, _, differ = make_parts(v)
     pack_columns = make_pack_columns(v)
 
     @njit(types.int64(*[types.int64] * 3), **options)
@@ -213,7 +189,7 @@ def make_split(v: VectorLibrary):
             row, different = load_int(rows + 8 * i), 0
             for k in range(0, depth, lanes):
                 value = load(row + k * size, depth - k)
-                different |= differ(value, cut_off(value))
+                different |= differ(value, nearest(value))
             if different:
                 return PARTS
         return 1
@@ -243,8 +219,8 @@ def make_split(v: VectorLibrary):
             n, tiles = min(TILE_ROWS, count - i), rows_at(out, i, blocks, PARTS)
             for k in range(0, TILE_DEPTH * blocks, lanes):
                 at = tiles + k // TILE_DEPTH * PARTS * TILE_BYTES + k % TILE_DEPTH * 2
-                source = columns + k * row_bytes + i * size
                 if k < depth:
+                    source = columns + k * row_bytes + i * size
                     pack_columns(source, row_bytes, min(lanes, depth - k), n, turned, LINE)
                 for m in range(n):
                     take_apart(load_all(turned + m * LINE) if k < depth else zero(), PARTS, at + m * LINE)
@@ -254,46 +230,43 @@ def make_split(v: VectorLibrary):
 
 @cache
 def make_pack_tiles(v: VectorLibrary):
-    """(pack_block, pack_columns_block, pack_rows_block): one block of one column of a panel, as `parts` tiles at `out`."""
+    """(pack_columns_block, pack_rows_block): one block of one column of a panel, as tiles at `out`."""
     size, vector, load, load_half = v.size, v.lanes * v.size, v.load, v.half.load
     load_all, store_all, zero = v.load_all, v.store_all, v.zero
-    _, cut_off, rest, never_zero, _, store_pairs, _ = make_parts(v)
-    pack_columns, pack_columns_half = make_pack_columns(v), make_pack_columns(v, True)
+    nearest, rest, _, store_pairs, _ = make_parts(v)
+    pack_columns = make_pack_columns(v, True)
+
+    @njit(**options)
+    def pack_block(numbers, count, parts, out):
+        """From `count` <= TILE_DEPTH vectors in float32, one for each k."""
+        for pair in range(TILE_PAIRS):
+            at, k = numbers + 2 * pair * vector, 2 * pair
+            a = load_all(at) if k < count else zero()
+            b = load_all(at + vector) if k + 1 < count else zero()
+            for part in range(parts):
+                part_a, part_b = nearest(a), nearest(b)
+                store_pairs(out + part * TILE_BYTES + pair * LINE, part_a, part_b)
+                a, b = rest(a, part_a), rest(b, part_b)
 
     @njit(integers(5), **options)
-    def pack_block(numbers, stride, count, parts, out):
-        """From `count` <= TILE_DEPTH vectors in float32, `stride` bytes apart, one for each k."""
-        for pair in range(TILE_PAIRS):
-            at, k = numbers + 2 * pair * stride, 2 * pair
-            a = load_all(at) if k < count else zero()
-            b = load_all(at + stride) if k + 1 < count else zero()
-            for part in range(parts):
-                part_a, part_b = cut_off(a), cut_off(b)
-                store_pairs(out + part * TILE_BYTES + pair * LINE, part_a, part_b)
-                a, b = never_zero(a, rest(a, part_a)), never_zero(b, rest(b, part_b))
-
-    @njit(integers(7), **options)
-    def pack_columns_block(source, source_stride, units, count, half, parts, out):
-        """From `count` numbers of each of `units` rows of a matrix, in bfloat16 if half."""
+    def pack_columns_block(source, source_stride, units, count, out):
+        """From `count` numbers of each of `units` rows of a matrix in bfloat16."""
         turned = _stack()
-        if half:
-            pack_columns_half(source, source_stride, units, count, turned, vector)
-        else:
-            pack_columns(source, source_stride, units, count, turned, vector)
-        pack_block(turned, vector, count, parts, out)
+        pack_columns(source, source_stride, units, count, turned, vector)
+        pack_block(turned, count, 1, out)
 
     @njit(integers(7), **options)
     def pack_rows_block(rows, column, count, width, half, parts, out):
-        """From the numbers from `column` on of `count` rows, `width` wide, of which `rows` is a table."""
+        """From the numbers from `column` on of `count` rows, `width` wide, of which `rows` is a table; in bfloat16 if half."""
         gathered = _stack()
         for k in range(count):
             if half:
                 store_all(gathered + k * vector, load_half(load_int(rows + 8 * k) + 2 * column, width - column))
             else:
                 store_all(gathered + k * vector, load(load_int(rows + 8 * k) + size * column, width - column))
-        pack_block(gathered, vector, count, parts, out)
+        pack_block(gathered, count, parts, out)
 
-    return pack_block, pack_columns_block, pack_rows_block
+    return pack_columns_block, pack_rows_block
 
 
 @cache
@@ -399,7 +372,7 @@ def _make_emulated_block(v: VectorLibrary, tiles: int, columns: int, row_parts: 
 
 @cache
 def make_tile_product(v: VectorLibrary, target: Target, columns: int):
-    """product(...): `count` rows, of one part or of PARTS, times a panel of `columns` vectors, of one part or of PARTS.
+    """product(...): `count` rows, of one part or of PARTS, times a panel of `columns` vectors, of one part, or of PARTS like rows.
 
     sums: room for whole tiles of rows; the first count * columns vectors become the result.
     """
@@ -408,17 +381,15 @@ def make_tile_product(v: VectorLibrary, target: Target, columns: int):
 
     def of_parts(tiles, block_columns):
         """The one block of these for so many parts."""
-        one, apart, spread, both = (make(v, tiles, block_columns, *parts) for parts in ((1, 1), (PARTS, 1), (1, PARTS), (PARTS, PARTS)))
+        one, rows_apart, both_apart = (make(v, tiles, block_columns, *parts) for parts in ((1, 1), (PARTS, 1), (PARTS, PARTS)))
 
         @njit(**options)
         def block(rows, row_parts, panel, panel_parts, blocks, out):
             stride = columns * panel_parts * TILE_BYTES
-            if row_parts > 1 and panel_parts > 1:
-                both(rows, panel, stride, blocks, out, row_bytes)
+            if panel_parts > 1:
+                both_apart(rows, panel, stride, blocks, out, row_bytes)
             elif row_parts > 1:
-                apart(rows, panel, stride, blocks, out, row_bytes)
-            elif panel_parts > 1:
-                spread(rows, panel, stride, blocks, out, row_bytes)
+                rows_apart(rows, panel, stride, blocks, out, row_bytes)
             else:
                 one(rows, panel, stride, blocks, out, row_bytes)
 
