@@ -24,16 +24,16 @@ V = vector_library(numba.types.float32, EMULATED)
 UNITS = V.lanes
 
 
-@pytest.fixture(scope="module", params=[(3, 1), (4, 1), (4, 2)], ids="{0[0]} columns, of parts {0[1]}".format)
+@pytest.fixture(scope="module", params=[(3, 3, 1), (4, 3, 1), (4, 2, 2)], ids="columns and parts {0}".format)
 def multiply(request):
-    """(call, data).
+    """(call, data, parts of a row).
 
-    call(rows [count, depth], weights [columns * UNITS, depth]) -> product, parts of a row.
+    call(rows [count, depth], weights [columns * UNITS, depth]) -> product, parts in which rows were.
     data(count, depth) -> rows, weights: of one part (in bfloat16), as of a matrix, or of two, like operands of gradients.
     """
-    columns, panel_parts = request.param
-    parts_of, split, _ = make_split(V)
-    (pack_columns_block, pack_rows_block), product = make_pack_tiles(V), make_tile_product(V, EMULATED, columns)
+    columns, most, panel_parts = request.param
+    parts_of, split, _ = make_split(V, most)
+    (pack_columns_block, pack_rows_block), product = make_pack_tiles(V), make_tile_product(V, EMULATED, columns, most)
     dtype, size = (torch.bfloat16, 2) if panel_parts == 1 else (torch.float32, 4)
 
     @numba.njit
@@ -59,7 +59,7 @@ def multiply(request):
         blocks = plan.tile_blocks(depth)
         sizes = {
             "panel": blocks * columns * panel_parts * plan.TILE_BYTES,
-            "split_rows": plan.split_bytes(count, depth),
+            "split_rows": plan.split_bytes(count, depth, most),
             "sums": plan.ROW_BLOCK * columns * plan.LINE,
         }
         memory = {name: np.full(size // 4, math.nan, np.float32) for name, size in sizes.items()}  # what is not written is NaN
@@ -70,30 +70,30 @@ def multiply(request):
         parts = run(count, table, weights.data_ptr(), weight_rows, depth, blocks, *addresses)
         return torch.from_numpy(memory["sums"]).view(-1, columns * UNITS)[:count].clone(), parts
 
-    return call, lambda count, depth: (torch.randn(count, depth), torch.randn(columns * UNITS, depth).to(dtype))
+    return call, lambda count, depth: (torch.randn(count, depth), torch.randn(columns * UNITS, depth).to(dtype)), most
 
 
-def exactly(rows, weights):
+def exactly(rows, weights, parts):
     """The product in float64, and how far one may be from it: by what is left out of two parts, and rounding of sums."""
     (_, depth), (rows, weights) = rows.shape, (rows.double(), weights.double())
-    left_out = 2**-17 if weights.to(torch.bfloat16).equal(weights) else 2**-15
+    left_out = 0 if parts == 3 else 2**-17 if weights.to(torch.bfloat16).equal(weights) else 2**-15
     return rows @ weights.T, (left_out + 2**-24 * (depth / 2 + 4)) * (rows.abs() @ weights.abs().T)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 31, 32, 33, 100])
 @pytest.mark.parametrize("count", [1, 5, 6, 16, 17, 48])
-def test_as_exact_as_two_parts(multiply, count, depth):
-    call, data = multiply
+def test_as_exact_as_its_parts(multiply, count, depth):
+    call, data, most = multiply
     rows, weights = data(count, depth)
     product, parts = call(rows, weights)
-    truth, bound = exactly(rows, weights)
-    assert parts == plan.PARTS
+    truth, bound = exactly(rows, weights, parts)
+    assert parts == most
     assert ((product - truth).abs() <= bound).all()
 
 
 def test_rows_in_bfloat16_are_exact_and_the_same_bits(multiply):
     """In one part, where panels have one, or in two."""
-    call, data = multiply
+    call, data, most = multiply
     rows, weights = data(20, 40)
     rows = rows.to(torch.bfloat16).float()
     product, parts = call(rows, weights)
@@ -101,15 +101,16 @@ def test_rows_in_bfloat16_are_exact_and_the_same_bits(multiply):
     rows_too[7] += 1e-4
     other, parts_too = call(rows_too, weights)
     others = torch.arange(20) != 7
-    assert parts <= parts_too == plan.PARTS
+    assert parts_too == most
     assert torch.equal(product[others], other[others])
-    if parts == 1:
-        truth = rows.double() @ weights.double().T
-        assert ((product - truth).abs() <= 2**-24 * 24 * (rows.abs() @ weights.float().abs().T)).all()
+    if weights.dtype == torch.bfloat16:
+        truth, bound = exactly(rows, weights, 3)
+        assert parts == 1
+        assert ((product - truth).abs() <= bound).all()
 
 
 def test_a_rows_bits_do_not_depend_on_its_company(multiply):
-    call, data = multiply
+    call, data, _ = multiply
     rows, weights = data(48, 70)
     product, _ = call(rows, weights)
     for row in (0, 7, 47):
@@ -118,12 +119,12 @@ def test_a_rows_bits_do_not_depend_on_its_company(multiply):
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 3e38, torch.finfo(torch.float32).max, 1e-30])
 def test_extreme_numbers(multiply, value):
-    call, data = multiply
+    call, data, _ = multiply
     rows, weights = data(3, 33)
     weights = weights.to(torch.bfloat16).to(weights.dtype)  # an infinity meets all parts, of which some would be zero
     rows[1, 32] = value
-    product, _ = call(rows, weights)
-    truth, bound = exactly(rows, weights)
+    product, parts = call(rows, weights)
+    truth, bound = exactly(rows, weights, parts)
     if weights.dtype == torch.bfloat16 or math.isfinite(value):
         assert torch.equal(product.isnan(), truth.float().isnan()) and torch.equal(product.isinf(), truth.float().isinf())
     else:  # an infinity meets the zeros that are left of a panel's numbers
@@ -134,7 +135,7 @@ def test_extreme_numbers(multiply, value):
 
 def test_every_nan_stays_one(multiply):
     """Signalling ones too, whose upper half alone would be an infinity."""
-    call, data = multiply
+    call, data, _ = multiply
     rows, weights = data(2, 8)
     rows.view(torch.int32)[1, 3] = 0x7F800001
     product, _ = call(rows, weights)
@@ -221,7 +222,7 @@ def doubled(value):
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_both_passes(emulated, given, plain_layer, layer):
-    """Results and every gradient, by name: as near as two parts are, and where they are rounded to it as bfloat16 is."""
+    """By name: results are as near as float32 is, gradients as two parts are, or as bfloat16 where they are rounded to it."""
     cell, in_tiles = emulated
     arguments = given(cell, layer)
     truth = {name: doubled(value) for name, value in arguments.items()}
@@ -246,7 +247,8 @@ def test_both_passes(emulated, given, plain_layer, layer):
     assert in_tiles == [True, True]
     for name, value in expected.items():
         error = float((found[name].double() - value).norm() / value.norm())
-        assert error < (2**-9 if found[name].dtype == torch.bfloat16 else 2**-16), f"{name}: {error:.1e}"
+        bound = 1e-6 if name in names else 2**-9 if found[name].dtype == torch.bfloat16 else 2**-17
+        assert error < bound, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("steps", [1, 3])

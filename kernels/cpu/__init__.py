@@ -103,7 +103,8 @@ def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads:
         panels = plan.ceil_div(units, width // (gates if forward else 1) * lanes)
         half_panels, tiles = plan.widths_of_weights(forward, half and R % 2 == 0, T, B)
         tiles = tiles and bool(target.tiles)
-        rate = plan.TILE_RATE if tiles else plan.VECTOR_RATE
+        tile_parts = plan.FORWARD_PARTS if forward else plan.BACKWARD_PARTS
+        rate = plan.TILE_RATE // tile_parts if tiles else plan.VECTOR_RATE
         crews, rows, parts = plan.schedule(
             T, T * B, B, I, H, R, D, threads, max(l2_bytes, 256 * 1024), gates, depth, panels, width,
             target.vector_bytes // (2 if half_panels or tiles else 1), rate, 1 if forward else 2,

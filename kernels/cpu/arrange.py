@@ -8,7 +8,7 @@ from numba import njit
 
 from ..cells import Cell, bind
 from . import plan
-from .plan import PARTS, SCRATCH_BYTES, unit_vectors, wide_columns
+from .plan import SCRATCH_BYTES, unit_vectors, wide_columns
 from .processor import Target
 from .product import DOT_PART, ceil_div, options
 from .team import RECORD_BYTES, record_at
@@ -49,7 +49,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
-    with_tiles = bool(target.tiles) and size == 4
+    with_tiles, tile_parts = bool(target.tiles) and size == 4, plan.FORWARD_PARTS if forward else plan.BACKWARD_PARTS
 
     @njit(**options)
     def arrange(records, threads):
@@ -65,12 +65,13 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,
-            vector // 2 if half_panels or tiles else vector, plan.TILE_RATE if tiles else plan.VECTOR_RATE, 1 if forward else 2,
+            vector // 2 if half_panels or tiles else vector, plan.TILE_RATE // tile_parts if tiles else plan.VECTOR_RATE,
+            1 if forward else 2,
         )  # fmt: skip
         ih_depth, hh_depth = input_depth, depth // 2 if half_panels else depth
         if tiles:
             ih_depth, hh_depth = plan.TILE_PAIRS * tile_blocks(input_depth), plan.TILE_PAIRS * tile_blocks(depth)
-        together = split_rows(max(input_depth, depth))
+        together = split_rows(max(input_depth, depth), tile_parts)
         one_step = p.steps == 1 and not frozen
         team = crews * row_groups * unit_groups
         if forward:
@@ -93,10 +94,10 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             operand_rows = min(most // operand_panels * plan.OPERAND_ROWS, block * B)
         own_block, operand_depth = operand_rows * plan.UNIT_BLOCK * size, operand_rows
         if tiles:
-            own_block = split_bytes(min(together, block * B), max(input_depth, depth))
+            own_block = split_bytes(min(together, block * B), max(input_depth, depth), tile_parts)
             if operand_rows > 0:
-                own_block = max(own_block, split_bytes(plan.TILE_UNITS, operand_rows))
-                operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * PARTS
+                own_block = max(own_block, split_bytes(plan.TILE_UNITS, operand_rows, tile_parts))
+                operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * tile_parts
         own = align(SCRATCH_BYTES + panel_bytes + own_block + 8 * tables)
 
         offset = 0

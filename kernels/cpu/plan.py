@@ -52,10 +52,10 @@ FIELDS = tuple(" ".join(_GROUPS).split())
 HALF_PANEL_ROWS = 16  # a step of so many rows waits for weights; one of more is busy, and wants them widened, or tiles
 ARRIVALS_BYTES = 128  # of a thread at one kind of barrier
 LINE = 64
-VECTOR_RATE, TILE_RATE = 2, 15  # vectors of products a cycle, of float32's and in tiles, of two parts
+VECTOR_RATE, TILE_RATE = 2, 32  # vectors of products a cycle, of float32's and of bfloat16's in tiles
 ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
 GROUP_BYTES = 256  # width of the panels of W_hh for which backward reads a part of the rows once: of one in AVX-512
-PARTS = 2  # numbers in bfloat16 that stand for one in float32, see tiles.py
+FORWARD_PARTS, BACKWARD_PARTS = 3, 2  # numbers in bfloat16 that stand for one in float32, see tiles.py
 TILE_ROWS, TILE_PAIRS = 16, 16  # of a tile register: rows, and pairs of numbers in bfloat16 in each
 TILE_BYTES, TILE_DEPTH = TILE_ROWS * LINE, 2 * TILE_PAIRS
 SCRATCH_BYTES = ROW_BLOCK * GROUP_BYTES  # sums of a block of rows
@@ -85,14 +85,14 @@ def tile_blocks(depth):
     return ceil_div(depth, TILE_DEPTH)
 
 
-def split_bytes(rows, depth):
-    """Of the tiles of so many rows, in parts."""
-    return PARTS * ceil_div(rows, TILE_ROWS) * tile_blocks(depth) * TILE_BYTES
+def split_bytes(rows, depth, parts):
+    """Of the tiles of so many rows."""
+    return parts * ceil_div(rows, TILE_ROWS) * tile_blocks(depth) * TILE_BYTES
 
 
-def split_rows(depth):
+def split_rows(depth, parts):
     """Rows that are taken apart at a time: pairs of tiles."""
-    return max(2 * TILE_ROWS, min(SPLIT_ROWS, SPLIT_BYTES // split_bytes(2 * TILE_ROWS, depth) * 2 * TILE_ROWS))
+    return max(2 * TILE_ROWS, min(SPLIT_ROWS, SPLIT_BYTES // split_bytes(2 * TILE_ROWS, depth, parts) * 2 * TILE_ROWS))
 
 
 def widths_of_weights(forward, half, steps, batch):

@@ -1,9 +1,10 @@
 """Products in tile registers (Intel's AMX), of matrices in bfloat16 with rows in float32.
 
 A tile is 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 numbers in bfloat16 with 32 x 16 of them and adds the
-products, which are exact, to sums in float32. A number in float32 is taken apart into PARTS in bfloat16, which leave out
-2**-17 of it at most, where bfloat16 would leave out 2**-8. Where both factors are apart, in the weights' gradients, pairs of
-parts whose products are about as small are left out. Numbers below 2**-126 count as zero, and an infinite weight gives NaN.
+products, which are exact, to sums in float32. A number in float32 is the sum of three in bfloat16: forward takes rows apart
+into these. Backward makes do with two, which leave out 2**-17 at most, where bfloat16 would leave out 2**-8; and where both
+factors are apart, in the weights' gradients, without the product of both second parts, which is as small. Numbers below
+2**-126 count as zero, and an infinite weight gives NaN.
 
 Rows and panels are kept as tiles. Of each 16 rows and each block of 32 numbers there is a tile for every part; of a panel and
 each block one for every column and part, whose rows are pairs of numbers and whose columns are units. Past the depth both are
@@ -21,7 +22,7 @@ from numba.extending import intrinsic
 
 from ..cells import bind
 from . import plan
-from .plan import LINE, PARTS, TILE_BYTES, TILE_DEPTH, TILE_PAIRS, TILE_ROWS
+from .plan import LINE, TILE_BYTES, TILE_DEPTH, TILE_PAIRS, TILE_ROWS
 from .processor import Target
 from .product import ceil_div, integers, make_deliver, make_pack_columns, options
 from .vector import I16, I32, I64, VectorLibrary, load_int, store_int
@@ -30,7 +31,6 @@ I8 = ir.IntType(8)
 SUMS = 4  # of the eight tiles hold sums; two hold rows, and two a panel's
 
 tile_blocks = njit(bind(plan.tile_blocks, ceil_div=ceil_div), **options)
-split_bytes = njit(bind(plan.split_bytes, tile_blocks=tile_blocks, ceil_div=ceil_div), **options)
 
 
 def _call(builder, name: str, *arguments):
@@ -177,8 +177,8 @@ def make_parts(v: VectorLibrary):
 
 
 @cache
-def make_split(v: VectorLibrary):
-    """(parts_of, split, split_columns): how many parts some rows need, one or PARTS; and the rows in parts, as tiles."""
+def make_split(v: VectorLibrary, most: int):
+    """(parts_of, split, split_columns): how many parts some rows need, one or `most`; and the rows in parts, as tiles."""
     size, lanes, load, load_all, zero = v.size, v.lanes, v.load, v.load_all, v.zero
     nearest, rest, store_upper, _, differ = make_parts(v)
     pack_columns = make_pack_columns(v)
@@ -191,7 +191,7 @@ def make_split(v: VectorLibrary):
                 value = load(row + k * size, depth - k)
                 different |= differ(value, nearest(value))
             if different:
-                return PARTS
+                return most
         return 1
 
     @njit(**options)
@@ -213,17 +213,17 @@ def make_split(v: VectorLibrary):
 
     @njit(integers(5), **options)
     def split_columns(count, columns, row_bytes, depth, out):
-        """The same in PARTS of rows that are columns of a matrix: number k of row i is at columns + k * row_bytes + i * size."""
+        """The same in `most` parts of rows that are columns of a matrix: of row i, k is at columns + k * row_bytes + i * size."""
         blocks, turned = tile_blocks(depth), _stack()
         for i in range(0, count, TILE_ROWS):
-            n, tiles = min(TILE_ROWS, count - i), rows_at(out, i, blocks, PARTS)
+            n, tiles = min(TILE_ROWS, count - i), rows_at(out, i, blocks, most)
             for k in range(0, TILE_DEPTH * blocks, lanes):
-                at = tiles + k // TILE_DEPTH * PARTS * TILE_BYTES + k % TILE_DEPTH * 2
+                at = tiles + k // TILE_DEPTH * most * TILE_BYTES + k % TILE_DEPTH * 2
                 if k < depth:
                     source = columns + k * row_bytes + i * size
                     pack_columns(source, row_bytes, min(lanes, depth - k), n, turned, LINE)
                 for m in range(n):
-                    take_apart(load_all(turned + m * LINE) if k < depth else zero(), PARTS, at + m * LINE)
+                    take_apart(load_all(turned + m * LINE) if k < depth else zero(), most, at + m * LINE)
 
     return parts_of, split, split_columns
 
@@ -301,7 +301,7 @@ def _make_block(v: VectorLibrary, tiles: int, columns: int, row_parts: int, pane
                 for first in range(0, columns, 2):
                     pair = range(first, min(first + 2, columns))
                     weights = {column: load_tile(1, panel, column * panel_parts + panel_part) for column in pair}
-                    for row_part in range(min(row_parts, PARTS - panel_part)):
+                    for row_part in range(row_parts - panel_part):
                         for tile in range(tiles):
                             own = load_tile(0, rows[tile], row_part)
                             for column, register in weights.items():
@@ -362,7 +362,7 @@ def _make_emulated_block(v: VectorLibrary, tiles: int, columns: int, row_parts: 
                     row = rows_at(rows, m, blocks, row_parts) + k * row_parts * TILE_BYTES + m % TILE_ROWS * LINE
                     tile = panel + k * stride + column * panel_parts * TILE_BYTES
                     for panel_part in range(panel_parts):
-                        for part in range(min(row_parts, PARTS - panel_part)):
+                        for part in range(row_parts - panel_part):
                             own = row + part * TILE_BYTES
                             total = total + row_times_tile(own, tile + panel_part * TILE_BYTES, space)
                 store_all(out + m * out_row + column * LINE, total)
@@ -371,8 +371,8 @@ def _make_emulated_block(v: VectorLibrary, tiles: int, columns: int, row_parts: 
 
 
 @cache
-def make_tile_product(v: VectorLibrary, target: Target, columns: int):
-    """product(...): `count` rows, of one part or of PARTS, times a panel of `columns` vectors, of one part, or of PARTS like rows.
+def make_tile_product(v: VectorLibrary, target: Target, columns: int, most: int):
+    """product(...): `count` rows, of one part or of `most`, times a panel of `columns` vectors, of one part or of as many as rows.
 
     sums: room for whole tiles of rows; the first count * columns vectors become the result.
     """
@@ -381,7 +381,7 @@ def make_tile_product(v: VectorLibrary, target: Target, columns: int):
 
     def of_parts(tiles, block_columns):
         """The one block of these for so many parts."""
-        one, rows_apart, both_apart = (make(v, tiles, block_columns, *parts) for parts in ((1, 1), (PARTS, 1), (PARTS, PARTS)))
+        one, rows_apart, both_apart = (make(v, tiles, block_columns, *parts) for parts in ((1, 1), (most, 1), (most, most)))
 
         @njit(**options)
         def block(rows, row_parts, panel, panel_parts, blocks, out):
@@ -416,12 +416,12 @@ def make_tile_product(v: VectorLibrary, target: Target, columns: int):
 
 
 @cache
-def make_tile_multiply(v: VectorLibrary, target: Target, columns: int):
+def make_tile_multiply(v: VectorLibrary, target: Target, columns: int, most: int):
     """multiply(...): what product.make_multiply gives, of rows and panels that are tiles, `depth` numbers deep.
 
     panels: next to each other.
     """
-    product = make_tile_product(v, target, columns)
+    product = make_tile_product(v, target, columns, most)
     expect, deliver = make_deliver(v, columns)
 
     @njit(integers(12), **options)
