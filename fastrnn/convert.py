@@ -39,8 +39,8 @@ def compress(model: M) -> M:
     """Hold the weight matrices of every fastrnn layer and cell in `model`, or of `model` itself, in bfloat16.
 
     For inference on a CPU: half the memory, and half of what a step of few rows has to read. Input, states, biases, sums and
-    outputs stay float32. Each weight is rounded once, to a relative error of at most 2**-9, and that is all that changes:
-    outputs are, to the bit, those of a float32 layer over the rounded weights (with more than 16 rows on a processor with AMX,
+    outputs stay float32. Each weight is rounded once, to a relative error of at most 2**-8, and that is all that changes:
+    outputs are, to the bit, those of a float32 layer over the rounded weights (of more than four rows, on a processor with AMX,
     but for rounding in float32). Parameters stay the objects they were; their gradients are dropped. `model.float()` makes
     ordinary layers of them again, of the rounded weights.
 

@@ -147,7 +147,8 @@ def test_step(dtype):
 def test_compressed(case, batch, steps):
     """To the bit what float32 gives over rounded weights; with gradients too, to x and to the weights as they are.
 
-    But for a single step, which takes numbers in bfloat16 in pairs, and for tiles: they sum in another order.
+    But for a single step, which takes numbers in bfloat16 in pairs, and for tiles: they sum in another order, and backward
+    multiplies 16 bits of a gradient there.
     """
     case = dataclasses.replace(case, batch=batch, steps=steps)
     _, ours = twins(case, 0)
@@ -160,20 +161,21 @@ def test_compressed(case, batch, steps):
     given = arguments(case, sample.x, sample.states, sample.lengths)
     explanation = fastrnn.explain(small, *given)
     assert explanation.engine == "cpu"
-    same = same_bits if steps > 1 and "in tiles" not in str(explanation) else nearly_the_same
+    in_tiles = "in tiles" in str(explanation)
+    same = same_bits if steps > 1 and not in_tiles else nearly_the_same
     with torch.no_grad():
         same(*(_flat(module(*given)) for module in (small, ours)))
     found, expected = run(small, case, sample), run(ours, case, sample)
     for name, value in expected.items():
-        same(found[name], value.to(found[name].dtype), name)
+        same(found[name], value.to(found[name].dtype), name, **{"bound": 2**-16} if in_tiles and name.startswith("d") else {})
     same_bits(_flat(small.float()(*given)), _flat(ours(*given)))
 
 
-def nearly_the_same(found, expected, name=""):
-    """Rounding of float32 apart, or of bfloat16 where sums of float32 have been rounded to it."""
+def nearly_the_same(found, expected, name="", bound=1e-6):
+    """Rounding of float32 apart, or another bound; or rounding of bfloat16 where sums have been rounded to it."""
     for key in expected if isinstance(expected, dict) else [None]:
         one, other = (found, expected) if key is None else (found[key], expected[key])
-        assert relative(one, other) < (1e-6 if one.dtype == torch.float32 else 2**-9), f"{name}{key}"
+        assert relative(one, other) < (bound if one.dtype == torch.float32 else 2**-9), f"{name}{key}"
 
 
 def _flat(result) -> dict[str, torch.Tensor]:

@@ -101,8 +101,7 @@ def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads:
         width = columns if forward else plan.wide_columns(target.registers)
         depth, units = (R, H) if forward else (gates * H, R)
         panels = plan.ceil_div(units, width // (gates if forward else 1) * lanes)
-        half_panels, tiles = plan.widths_of_weights(forward, half and R % 2 == 0, T, B)
-        tiles = tiles and bool(target.tiles)
+        half_panels, tiles = plan.widths_of_weights(forward, half and R % 2 == 0, bool(target.tiles), T, B)
         tile_parts = plan.FORWARD_PARTS if forward else plan.BACKWARD_PARTS
         rate = plan.TILE_RATE // tile_parts if tiles else plan.VECTOR_RATE
         crews, rows, parts = plan.schedule(

@@ -60,8 +60,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             input_depth, depth, panels = I, R, units // (lanes * per_panel)
         else:
             input_depth, depth, panels = gates * H, gates * H, ceil_div(R, wide)
-        half_panels, tiles = widths_of_weights(forward, p.half, p.steps, B)
-        tiles = tiles and with_tiles
+        half_panels, tiles = widths_of_weights(forward, p.half, with_tiles, p.steps, B)
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,

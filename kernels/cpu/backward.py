@@ -13,8 +13,8 @@ from numba import njit
 
 from ..cells import Cell
 from .elementary import over_vectors
+from .plan import BACKWARD_PARTS as PARTS
 from .plan import (
-    BACKWARD_PARTS,
     FEW_ROWS,
     LINE,
     OPERAND_VECTORS,
@@ -51,15 +51,7 @@ from .team import (
     wait_group,
     wait_team,
 )
-from .tiles import (
-    make_configure,
-    make_pack_tiles,
-    make_split,
-    make_tile_multiply,
-    make_tile_product,
-    rows_at,
-    tile_blocks,
-)
+from .tiles import make_tiles, rows_at, tile_blocks
 from .vector import VectorLibrary, load_int, store_int
 
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
@@ -83,13 +75,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     multiply_half = make_multiply(v, target, columns, "rows" if has_half else "")
     pack_rows_half = make_pack_rows(v, columns, has_half)
     store_half = v.half.store if has_half else v.store
-    if has_half and target.tiles:
-        (configure, release), (parts_of, split, split_columns) = make_configure(target), make_split(v, BACKWARD_PARTS)
-        (_, pack_rows_block), tile_multiply = make_pack_tiles(v), make_tile_multiply(v, target, columns, BACKWARD_PARTS)
-        tile_product = make_tile_product(v, target, columns, BACKWARD_PARTS)
-    else:
-        configure, release, parts_of, split, split_columns = (njit(lambda *_: 0, **options) for _ in range(5))
-        pack_rows_block, tile_product, tile_multiply = (njit(lambda *_: None, **options) for _ in range(3))
+    tiles = make_tiles(v, target, columns, PARTS)
+    configure, release, parts_of = tiles.configure, tiles.release, tiles.parts_of
+    split, split_columns, pack_rows_block = tiles.split, tiles.split_columns, tiles.pack_rows_block
+    tile_product, tile_multiply = tiles.product, tiles.multiply
     input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
     kept_values, results = max(slots, 1), preactivations + (cell.carry is not None)
@@ -263,7 +252,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         row_bytes, panel_bytes, blocks = pitch(p), p.hh_depth * panel_row, tile_blocks(depth)
         together = group if count > most else alone if count == 1 else 1
         if p.tiles:
-            split(min(count, max(0, live)), later, depth, BACKWARD_PARTS, own_block)
+            split(min(count, max(0, live)), later, depth, PARTS, own_block)
         groups = ceil_div(last - first, together)
         for index in range(groups):
             panel = first + there_and_back(k, 0, groups, index) * together
@@ -274,7 +263,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 going_on, weights = min(rows, max(0, live - i)), p.hh_panels + panel * panel_bytes
                 if p.tiles:
-                    tile_product(going_on, rows_at(own_block, i, blocks, BACKWARD_PARTS), BACKWARD_PARTS, weights, 1, blocks, scratch)
+                    tile_product(going_on, rows_at(own_block, i, blocks, PARTS), PARTS, weights, 1, blocks, scratch)
                 else:
                     product(
                         going_on, later + 8 * i, size, weights, panel_bytes, panels, panel_row, depth, scratch,
@@ -350,8 +339,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         depth = gates * p.hidden_size
         for i in range(0, count, p.split_rows):
             n = min(count - i, p.split_rows)
-            split(n, rows + 8 * i, depth, BACKWARD_PARTS, own_block)
-            tile_multiply(n, own_block, BACKWARD_PARTS, panels, 1, depth, width, first, last, out_rows + 8 * i, add, scratch)
+            split(n, rows + 8 * i, depth, PARTS, own_block)
+            tile_multiply(n, own_block, PARTS, panels, 1, depth, width, first, last, out_rows + 8 * i, add, scratch)
 
     @njit(**options)
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
@@ -440,7 +429,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             n = min(TILE_UNITS, end - u)
             split_columns(n, a + u * size, a_bytes, length, own_block)
             tile_multiply(
-                n, own_block, BACKWARD_PARTS, p.operands - first * panel_bytes, parts, length, width, first, first + count,
+                n, own_block, PARTS, p.operands - first * panel_bytes, parts, length, width, first, first + count,
                 out_rows + 8 * u, add, scratch,
             )  # fmt: skip
 

@@ -8,8 +8,8 @@ from numba import njit
 
 from ..cells import Cell
 from .elementary import over_vectors
+from .plan import FORWARD_PARTS as PARTS
 from .plan import (
-    FORWARD_PARTS,
     ROW_BLOCK,
     SCRATCH_BYTES,
     TILE_BYTES,
@@ -41,7 +41,7 @@ from .team import (
     wait_group,
     wait_team,
 )
-from .tiles import make_configure, make_pack_tiles, make_split, make_tile_product, rows_at, tile_blocks
+from .tiles import make_tiles, rows_at, tile_blocks
 from .vector import VectorLibrary, load_int, prefetch, store_int
 
 
@@ -58,13 +58,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     has_half = v.half is not None
     product_half = make_product(v, target, columns, "pairs" if has_half else "")
     pack_columns_half, dot_rows_half = make_pack_columns(v, has_half), make_dot_rows(v, has_half)
-    with_tiles = has_half and bool(target.tiles)
-    if with_tiles:
-        (configure, release), (parts_of, split, _) = make_configure(target), make_split(v, FORWARD_PARTS)
-        (pack_columns_block, _), tile_product = make_pack_tiles(v), make_tile_product(v, target, columns, FORWARD_PARTS)
-    else:
-        configure, release, parts_of, split = (njit(lambda *_: 0, **options) for _ in range(4))
-        pack_columns_block, tile_product = (njit(lambda *_: None, **options) for _ in range(2))
+    tiles = make_tiles(v, target, columns, PARTS)
+    configure, release, parts_of, split = tiles.configure, tiles.release, tiles.parts_of, tiles.split
+    pack_columns_block, tile_product = tiles.pack_columns_block, tiles.product
     wide = wide_columns(target.registers)
     multiply = make_multiply(v, target, wide)
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
@@ -270,7 +266,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         panel_bytes, blocks, own_rows = p.hh_depth * columns * vector, 0, own_panel + p.panel_bytes
         if p.tiles:
             blocks = tile_blocks(p.output_size)
-            split(count, previous, p.output_size, FORWARD_PARTS, own_rows)
+            split(count, previous, p.output_size, PARTS, own_rows)
         together = alone if count == 1 else 1
         groups = ceil_div(last - first, together)
         for index in range(groups):
@@ -291,8 +287,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 elif p.tiles:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
-                        tiles = rows_at(own_rows, i, blocks, FORWARD_PARTS)
-                        tile_product(rows, tiles, FORWARD_PARTS, weights + q * panel_bytes, 1, blocks, sums)
+                        own = rows_at(own_rows, i, blocks, PARTS)
+                        tile_product(rows, own, PARTS, weights + q * panel_bytes, 1, blocks, sums)
                 elif p.half_panels:
                     product_half(
                         rows, previous + 8 * i, size, weights, panel_bytes, panels, columns * vector, p.output_size, scratch,

@@ -49,7 +49,8 @@ _GROUPS = (
 )
 FIELDS = tuple(" ".join(_GROUPS).split())
 
-HALF_PANEL_ROWS = 16  # a step of so many rows waits for weights; one of more is busy, and wants them widened, or tiles
+HALF_PANEL_ROWS = 16  # a step of so many rows waits for weights; one of more is busy, and wants them widened
+VECTOR_ROWS = 4  # so many take less time in vectors than in a tile, which has 16
 ARRIVALS_BYTES = 128  # of a thread at one kind of barrier
 LINE = 64
 VECTOR_RATE, TILE_RATE = 2, 32  # vectors of products a cycle, of float32's and of bfloat16's in tiles
@@ -95,11 +96,10 @@ def split_rows(depth, parts):
     return max(2 * TILE_ROWS, min(SPLIT_ROWS, SPLIT_BYTES // split_bytes(2 * TILE_ROWS, depth, parts) * 2 * TILE_ROWS))
 
 
-def widths_of_weights(forward, half, steps, batch):
-    """(half_panels, tiles): whether a pass keeps W_hh in bfloat16 for its products in vectors, and whether they are in tiles,
-    where the processor has them. A single step would wait for tiles to be packed; few rows wait for weights to come."""
-    few = batch <= HALF_PANEL_ROWS
-    return forward and half and few, half and not few and steps > 1
+def widths_of_weights(forward, half, with_tiles, steps, batch):
+    """(half_panels, tiles) of a pass, see FIELDS; with_tiles: the processor has them. A single step would wait for packing."""
+    tiles = half and with_tiles and batch > VECTOR_ROWS and steps > 1
+    return forward and half and not tiles and batch <= HALF_PANEL_ROWS, tiles
 
 
 def unit_vectors(gates, registers):

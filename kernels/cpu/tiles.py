@@ -13,7 +13,9 @@ zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import njit, types
@@ -213,7 +215,10 @@ def make_split(v: VectorLibrary, most: int):
 
     @njit(integers(5), **options)
     def split_columns(count, columns, row_bytes, depth, out):
-        """The same in `most` parts of rows that are columns of a matrix: of row i, k is at columns + k * row_bytes + i * size."""
+        """The same in `most` parts, of rows that are columns of a matrix: of row i, k is at columns + k * row_bytes + i * size.
+
+        Sixteen numbers of sixteen rows are turned at a time.
+        """
         blocks, turned = tile_blocks(depth), _stack()
         for i in range(0, count, TILE_ROWS):
             n, tiles = min(TILE_ROWS, count - i), rows_at(out, i, blocks, most)
@@ -372,7 +377,7 @@ def _make_emulated_block(v: VectorLibrary, tiles: int, columns: int, row_parts: 
 
 @cache
 def make_tile_product(v: VectorLibrary, target: Target, columns: int, most: int):
-    """product(...): `count` rows, of one part or of `most`, times a panel of `columns` vectors, of one part or of as many as rows.
+    """product(...): `count` rows, of one part or of `most`, times a panel of `columns` vectors, of one part or of as many.
 
     sums: room for whole tiles of rows; the first count * columns vectors become the result.
     """
@@ -439,3 +444,26 @@ def make_tile_multiply(v: VectorLibrary, target: Target, columns: int, most: int
                 deliver(n, out_rows + 8 * i, panel, width, add, scratch)
 
     return multiply
+
+
+class Tiles(NamedTuple):
+    """What a pass does with tiles."""
+
+    configure: Callable[..., Any]
+    release: Callable[..., Any]
+    parts_of: Callable[..., Any]
+    split: Callable[..., Any]
+    split_columns: Callable[..., Any]
+    pack_columns_block: Callable[..., Any]
+    pack_rows_block: Callable[..., Any]
+    product: Callable[..., Any]
+    multiply: Callable[..., Any]
+
+
+@cache
+def make_tiles(v: VectorLibrary, target: Target, columns: int, most: int) -> Tiles:
+    """For panels of `columns` vectors, and rows in `most` parts; nothing, where numbers or processor are not made for it."""
+    if v.half is None or not target.tiles:
+        return Tiles(*[njit(lambda *_: 0, **options)] * len(Tiles._fields))
+    product, multiply = make_tile_product(v, target, columns, most), make_tile_multiply(v, target, columns, most)
+    return Tiles(*make_configure(target), *make_split(v, most), *make_pack_tiles(v), product, multiply)
