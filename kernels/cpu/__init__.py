@@ -101,12 +101,11 @@ def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads:
         width = columns if forward else plan.wide_columns(target.registers)
         depth, units = (R, H) if forward else (gates * H, R)
         panels = plan.ceil_div(units, width // (gates if forward else 1) * lanes)
-        half_panels, tiles = plan.widths_of_weights(forward, half and R % 2 == 0, bool(target.tiles), T, B)
-        tile_parts = plan.FORWARD_PARTS if forward else plan.BACKWARD_PARTS
-        rate = plan.TILE_RATE // tile_parts if tiles else plan.VECTOR_RATE
+        way = forward, half and R % 2 == 0, bool(target.tiles), T, B, target.vector_bytes
+        _, tiles, weight_bytes, rate = plan.way_of_weights(*way)
         crews, rows, parts = plan.schedule(
             T, T * B, B, I, H, R, D, threads, max(l2_bytes, 256 * 1024), gates, depth, panels, width,
-            target.vector_bytes // (2 if half_panels or tiles else 1), rate, 1 if forward else 2,
+            weight_bytes, rate, 1 if forward else 2,
         )  # fmt: skip
         shares = [f"{rows} x rows"] * (rows > 1) + [f"{parts} x units"] * (parts > 1)
         crew = " and ".join(shares) or "one thread"

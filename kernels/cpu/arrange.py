@@ -23,7 +23,7 @@ def compiled_plan() -> dict:
         plan.tile_blocks,
         plan.split_bytes,
         plan.split_rows,
-        plan.widths_of_weights,
+        plan.way_of_weights,
         plan.block_length,
         plan.step_cost,
         plan.choose_groups,
@@ -38,7 +38,7 @@ def compiled_plan() -> dict:
 PLAN = compiled_plan()
 align, block_length, schedule = PLAN["align"], PLAN["block_length"], PLAN["schedule"]
 forward_block, tile_blocks, split_bytes = PLAN["forward_block"], PLAN["tile_blocks"], PLAN["split_bytes"]
-split_rows, widths_of_weights = PLAN["split_rows"], PLAN["widths_of_weights"]
+split_rows, way_of_weights = PLAN["split_rows"], PLAN["way_of_weights"]
 
 
 @cache
@@ -60,12 +60,11 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             input_depth, depth, panels = I, R, units // (lanes * per_panel)
         else:
             input_depth, depth, panels = gates * H, gates * H, ceil_div(R, wide)
-        half_panels, tiles = widths_of_weights(forward, p.half, with_tiles, p.steps, B)
+        half_panels, tiles, weight_bytes, rate = way_of_weights(forward, p.half, with_tiles, p.steps, B, vector)
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,
-            vector // 2 if half_panels or tiles else vector, plan.TILE_RATE // tile_parts if tiles else plan.VECTOR_RATE,
-            1 if forward else 2,
+            weight_bytes, rate, 1 if forward else 2,
         )  # fmt: skip
         ih_depth, hh_depth = input_depth, depth // 2 if half_panels else depth
         if tiles:
@@ -122,8 +121,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if not ih_once:
                 offset += align((units * gates if forward else ceil_div(I, wide) * wide) * ih_depth * size)
             d.hh_panels = begin + offset
-            if not forward and d.need_dw and block == p.steps and R % wide == 0 and not d.rounded_at_once:
-                d.hh_panels = d.dw_hh  # of the panels' size, and written when no step needs them any more
+            if not forward and d.need_dw and block == p.steps and R % wide == 0 and not d.rounded_at_once and hh_depth <= depth:
+                d.hh_panels = d.dw_hh  # as large as the panels, and written when no step needs them any more
             elif not one_step:
                 offset += align((units * gates if forward else ceil_div(R, wide) * wide) * hh_depth * size)
             d.hr_panels = begin + offset

@@ -7,6 +7,7 @@ weights' and biases' gradients, in a fixed order of summation, and its rows of d
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 
 from numba import njit
@@ -51,7 +52,19 @@ from .team import (
     wait_group,
     wait_team,
 )
-from .tiles import make_tiles, rows_at, tile_blocks
+from .tiles import (
+    for_tiles,
+    make_configure,
+    make_pack_rows_block,
+    make_parts_of,
+    make_release,
+    make_split,
+    make_split_columns,
+    make_tile_multiply,
+    make_tile_product,
+    rows_at,
+    tile_blocks,
+)
 from .vector import VectorLibrary, load_int, store_int
 
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
@@ -75,10 +88,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     multiply_half = make_multiply(v, target, columns, "rows" if has_half else "")
     pack_rows_half = make_pack_rows(v, columns, has_half)
     store_half = v.half.store if has_half else v.store
-    tiles = make_tiles(v, target, columns, PARTS)
-    configure, release, parts_of = tiles.configure, tiles.release, tiles.parts_of
-    split, split_columns, pack_rows_block = tiles.split, tiles.split_columns, tiles.pack_rows_block
-    tile_product, tile_multiply = tiles.product, tiles.multiply
+    tools = functools.partial(for_tiles, v, target)
+    configure, release, parts_of = tools(make_configure, target), tools(make_release, target), tools(make_parts_of, v, PARTS)
+    split, split_columns, pack_rows_block = (tools(make, v) for make in (make_split, make_split_columns, make_pack_rows_block))
+    tile_product = tools(make_tile_product, v, target, columns, PARTS)
+    tile_multiply = tools(make_tile_multiply, v, target, columns, PARTS)
+    tile_multiply_both_apart = tools(make_tile_multiply, v, target, columns, PARTS, PARTS)
     input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
     kept_values, results = max(slots, 1), preactivations + (cell.carry is not None)
@@ -242,10 +257,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def step(
-        p, k, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, own_block, saved_row
+        p, turn, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, own_block,
+        saved_row
     ):  # fmt: skip
         """Step t of rows r0 .. r0+count-1, of which `live` have a later step: later * W_hh + dy + extra is dh.
 
+        turn: from the first panel to the last if even, or back.
         Without a projection the cell takes it from the tile.
         """
         depth = gates * p.hidden_size
@@ -255,15 +272,15 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             split(min(count, max(0, live)), later, depth, PARTS, own_block)
         groups = ceil_div(last - first, together)
         for index in range(groups):
-            panel = first + there_and_back(k, 0, groups, index) * together
-            next_panel = first + there_and_back(k, 0, groups, min(index + 1, groups - 1)) * together
+            panel = first + there_and_back(turn, 0, groups, index) * together
+            next_panel = first + there_and_back(turn, 0, groups, min(index + 1, groups - 1)) * together
             panels = min(together, last - panel)
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 going_on, weights = min(rows, max(0, live - i)), p.hh_panels + panel * panel_bytes
                 if p.tiles:
-                    tile_product(going_on, rows_at(own_block, i, blocks, PARTS), PARTS, weights, 1, blocks, scratch)
+                    tile_product(going_on, rows_at(own_block, i, blocks, PARTS), weights, blocks, scratch)
                 else:
                     product(
                         going_on, later + 8 * i, size, weights, panel_bytes, panels, panel_row, depth, scratch,
@@ -340,7 +357,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for i in range(0, count, p.split_rows):
             n = min(count - i, p.split_rows)
             split(n, rows + 8 * i, depth, PARTS, own_block)
-            tile_multiply(n, own_block, PARTS, panels, 1, depth, width, first, last, out_rows + 8 * i, add, scratch)
+            tile_multiply(n, own_block, panels, depth, width, first, last, out_rows + 8 * i, add, scratch)
 
     @njit(**options)
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
@@ -393,7 +410,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def outer_products(a, a_bytes, units, operand_rows, rows, width, out_rows, half, add):
-        """The sum that weight_gradient takes, to the bit, of rows so few that neither packing nor a tile pays.
+        """The sum that weight_gradient takes, in vectors to the bit, of rows so few that neither packing nor a tile pays.
 
         half: it is all there is, and goes to where it is wanted in bfloat16.
         """
@@ -410,28 +427,60 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     accumulate(out + column * size, total, n, add)
 
     @njit(**options)
-    def multiply_columns(
-        p, member, members, a, a_bytes, unit, end, operand_rows, length, width, first, count, out_rows, add, scratch, own_block
-    ):  # fmt: skip
-        """A part of weight_gradient, of `length` rows and `count` panels of the operand from `first` on, in tiles."""
-        parts, blocks = parts_of(length, operand_rows, width), tile_blocks(length)
-        panel_bytes = blocks * columns * parts * TILE_BYTES
-        wait_crew(p, member)  # the panels before are done with
+    def pack_operand(p, member, members, operand_rows, length, width, first, count):
+        """This member's share of `length` rows of an operand, of `count` panels from `first` on."""
+        for i in range(share(length, members, member), share(length, members, member + 1)):
+            row = load_int(operand_rows + 8 * i)
+            for panel in range(count):
+                out = p.operands + (panel * length + i) * panel_row
+                for j in range(columns):
+                    column = ((first + panel) * columns + j) * lanes
+                    value = load(row + column * size, width - column) if column < width else zero()
+                    store_all(out + j * vector, value)
+
+    @njit(**options)
+    def pack_operand_tiles(p, member, members, operand_rows, length, width, first, count, parts):
+        """The same in tiles."""
+        blocks = tile_blocks(length)
         for block in range(share(blocks, members, member), share(blocks, members, member + 1)):
             k = block * TILE_DEPTH
             for panel in range(count):
                 for j in range(columns):
                     column = ((first + panel) * columns + j) * lanes
-                    out = p.operands + panel * panel_bytes + (block * columns + j) * parts * TILE_BYTES
+                    out = p.operands + ((panel * blocks + block) * columns + j) * parts * TILE_BYTES
                     pack_rows_block(operand_rows + 8 * k, column, min(TILE_DEPTH, length - k), width, 0, parts, out)
-        wait_crew(p, member)
-        for u in range(unit, end, TILE_UNITS):
-            n = min(TILE_UNITS, end - u)
-            split_columns(n, a + u * size, a_bytes, length, own_block)
-            tile_multiply(
-                n, own_block, PARTS, p.operands - first * panel_bytes, parts, length, width, first, first + count,
+
+    @njit(**options)
+    def multiply_units(a, a_bytes, unit, end, panels, length, width, first, last, out_rows, add, tables, scratch, own_block):
+        """Columns unit .. end-1 of `length` rows of `a` times panels of an operand.
+
+        A block of units meets them from a copy in own_block: each row of `a` is in a page of its own, and a tile would go
+        through more of them than the TLB holds.
+        """
+        for u in range(unit, end, UNIT_BLOCK):
+            n = min(UNIT_BLOCK, end - u)
+            for i in range(length):
+                for j in range(0, n, lanes):
+                    value = load(a + i * a_bytes + (u + j) * size, n - j)
+                    store(own_block + (i * UNIT_BLOCK + j) * size, value, n - j)
+            fill_rows(tables, n, own_block, size)
+            multiply(
+                n, tables, UNIT_BLOCK * size, panels, length * panel_row, panel_row, length, width, first, last,
                 out_rows + 8 * u, add, scratch,
             )  # fmt: skip
+
+    @njit(**options)
+    def multiply_units_in_tiles(
+        a, a_bytes, unit, end, panels, parts, length, width, first, last, out_rows, add, scratch, own_block
+    ):  # fmt: skip
+        """The same in tiles, of an operand of so many parts."""
+        for u in range(unit, end, TILE_UNITS):
+            n, out = min(TILE_UNITS, end - u), out_rows + 8 * u
+            split_columns(n, a + u * size, a_bytes, length, PARTS, own_block)
+            if parts > 1:
+                tile_multiply_both_apart(n, own_block, panels, length, width, first, last, out, add, scratch)
+            else:
+                tile_multiply(n, own_block, panels, length, width, first, last, out, add, scratch)
 
     @njit(**options)
     def weight_gradient(
@@ -439,50 +488,37 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     ):  # fmt: skip
         """What is at out_rows, [units, width], (+)= a[rows, units]^T * operand[rows, width]; a_bytes from one row of a on.
 
-        The operand is packed by all members together, some panels at a time. A block of units meets those from a copy in
-        own_block: each row of `a` is in a page of its own, and a tile would go through more of them than the TLB holds.
+        The operand is packed by all members together, some panels at a time.
         """
         unit, end = share(units, members, member), share(units, members, member + 1)
         if rows <= FEW_ROWS:
             half, out = p.rounded_at_once, out_rows + 8 * unit
             outer_products(a + unit * size, a_bytes, end - unit, operand_rows, rows, width, out, half, add)
             return
-        panels = ceil_div(width, wide)
+        panels, parts = ceil_div(width, wide), 0
+        if p.tiles:
+            parts = parts_of(rows, operand_rows, width)
         for first in range(0, panels, operand_panels):
-            count = min(operand_panels, panels - first)
-            begin = 0
-            while begin < rows:
-                length = min(p.operand_rows, rows - begin)
-                if p.tiles:
-                    multiply_columns(
-                        p, member, members, a + begin * a_bytes, a_bytes, unit, end, operand_rows + 8 * begin, length, width,
-                        first, count, out_rows, add or begin > 0, scratch, own_block,
-                    )  # fmt: skip
-                    begin += length
-                    continue
+            count, last = min(operand_panels, panels - first), min(panels, first + operand_panels)
+            for begin in range(0, rows, p.operand_rows):
+                length, adds = min(p.operand_rows, rows - begin), add or begin > 0
+                part, own_rows = a + begin * a_bytes, operand_rows + 8 * begin
                 wait_crew(p, member)  # the panels before are done with
-                for i in range(share(length, members, member), share(length, members, member + 1)):
-                    row = load_int(operand_rows + 8 * (begin + i))
-                    for panel in range(count):
-                        out = p.operands + (panel * length + i) * panel_row
-                        for j in range(columns):
-                            column = ((first + panel) * columns + j) * lanes
-                            value = load(row + column * size, width - column) if column < width else zero()
-                            store_all(out + j * vector, value)
+                if p.tiles:
+                    pack_operand_tiles(p, member, members, own_rows, length, width, first, count, parts)
+                else:
+                    pack_operand(p, member, members, own_rows, length, width, first, count)
                 wait_crew(p, member)
-                base = p.operands - first * length * panel_row
-                for u in range(unit, end, UNIT_BLOCK):
-                    n = min(UNIT_BLOCK, end - u)
-                    for i in range(length):
-                        for j in range(0, n, lanes):
-                            value = load(a + (begin + i) * a_bytes + (u + j) * size, n - j)
-                            store(own_block + (i * UNIT_BLOCK + j) * size, value, n - j)
-                    fill_rows(tables, n, own_block, size)
-                    multiply(
-                        n, tables, UNIT_BLOCK * size, base, length * panel_row, panel_row, length, width, first, first + count,
-                        out_rows + 8 * u, add or begin > 0, scratch,
+                if p.tiles:
+                    base = p.operands - first * tile_blocks(length) * columns * parts * TILE_BYTES
+                    multiply_units_in_tiles(
+                        part, a_bytes, unit, end, base, parts, length, width, first, last, out_rows, adds, scratch, own_block
                     )  # fmt: skip
-                begin += length
+                else:
+                    base = p.operands - first * length * panel_row
+                    multiply_units(
+                        part, a_bytes, unit, end, base, length, width, first, last, out_rows, adds, tables, scratch, own_block
+                    )  # fmt: skip
 
     @njit(**options)
     def fill_gate_rows(p, table, order, matrix, width):
@@ -658,8 +694,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 for i in range(0, count, together):
                     n = min(count - i, together)
                     step(
-                        p, k, t, base, r0 + i, n, previous_count - i, later + 8 * i, extra + 8 * i, gradients, out_gradients,
-                        first, last, scratch, own_block, saved_row,
+                        p, k + i // together, t, base, r0 + i, n, previous_count - i, later + 8 * i, extra + 8 * i, gradients,
+                        out_gradients, first, last, scratch, own_block, saved_row,
                     )  # fmt: skip
                 if p.projected:
                     wait_group(p, member)

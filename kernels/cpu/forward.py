@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 
 from numba import njit
@@ -41,7 +42,17 @@ from .team import (
     wait_group,
     wait_team,
 )
-from .tiles import make_tiles, rows_at, tile_blocks
+from .tiles import (
+    for_tiles,
+    make_configure,
+    make_pack_columns_block,
+    make_parts_of,
+    make_release,
+    make_split,
+    make_tile_product,
+    rows_at,
+    tile_blocks,
+)
 from .vector import VectorLibrary, load_int, prefetch, store_int
 
 
@@ -58,9 +69,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     has_half = v.half is not None
     product_half = make_product(v, target, columns, "pairs" if has_half else "")
     pack_columns_half, dot_rows_half = make_pack_columns(v, has_half), make_dot_rows(v, has_half)
-    tiles = make_tiles(v, target, columns, PARTS)
-    configure, release, parts_of, split = tiles.configure, tiles.release, tiles.parts_of, tiles.split
-    pack_columns_block, tile_product = tiles.pack_columns_block, tiles.product
+    tools = functools.partial(for_tiles, v, target)
+    configure, release, parts_of = tools(make_configure, target), tools(make_release, target), tools(make_parts_of, v, PARTS)
+    split, pack_columns_block = (tools(make, v) for make in (make_split, make_pack_columns_block))
+    exact_product = tools(make_tile_product, v, target, columns, 1)
+    tile_product = tools(make_tile_product, v, target, columns, PARTS)
     wide = wide_columns(target.registers)
     multiply = make_multiply(v, target, wide)
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
@@ -201,9 +214,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
         """Input product and biases of `count` rows, for the units of panels first .. last-1."""
-        panel_bytes, blocks, own_rows, parts = p.ih_depth * columns * vector, 0, own_panel + p.panel_bytes, 1
+        panel_bytes, blocks, parts = p.ih_depth * columns * vector, tile_blocks(p.input_size), 1
+        own_rows = own_panel + p.panel_bytes
         if p.tiles:
-            blocks = tile_blocks(p.input_size)
             parts = parts_of(count, x_rows, p.input_size)  # of a layer in bfloat16, one: its input is exact
             split(count, x_rows, p.input_size, parts, own_rows)
         for panel in range(first, last):
@@ -217,8 +230,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 bring_near(rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch, own_panel)
+                elif p.tiles and parts == 1:
+                    exact_product(rows, rows_at(own_rows, i, blocks, 1), weights, blocks, scratch)
                 elif p.tiles:
-                    tile_product(rows, rows_at(own_rows, i, blocks, parts), parts, weights, 1, blocks, scratch)
+                    tile_product(rows, rows_at(own_rows, i, blocks, PARTS), weights, blocks, scratch)
                 else:
                     product(rows, x_rows + 8 * i, size, weights, 0, 1, columns * vector, p.input_size, scratch, following)
                 for m in range(rows):
@@ -261,17 +276,20 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         store(load_int(h_rows + 8 * m) + at, result[0], n)
 
     @njit(**options)
-    def step(p, k, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
-        """The k-th step, of `count` rows, for the units of panels first .. last-1: product, gate maths, new state."""
-        panel_bytes, blocks, own_rows = p.hh_depth * columns * vector, 0, own_panel + p.panel_bytes
+    def step(p, turn, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
+        """A step of `count` rows, for the units of panels first .. last-1: product, gate maths, new state.
+
+        turn: from the first panel to the last if even, or back.
+        """
+        panel_bytes, blocks = p.hh_depth * columns * vector, tile_blocks(p.output_size)
+        own_rows = own_panel + p.panel_bytes
         if p.tiles:
-            blocks = tile_blocks(p.output_size)
             split(count, previous, p.output_size, PARTS, own_rows)
         together = alone if count == 1 else 1
         groups = ceil_div(last - first, together)
         for index in range(groups):
-            panel = first + there_and_back(k, 0, groups, index) * together
-            next_panel = first + there_and_back(k, 0, groups, min(index + 1, groups - 1)) * together
+            panel = first + there_and_back(turn, 0, groups, index) * together
+            next_panel = first + there_and_back(turn, 0, groups, min(index + 1, groups - 1)) * together
             panels = min(together, last - panel)
             weights, following = p.hh_panels + panel * panel_bytes, p.hh_panels + next_panel * panel_bytes
             i = 0
@@ -288,7 +306,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     for q in range(panels):
                         sums = scratch + q * columns * vector
                         own = rows_at(own_rows, i, blocks, PARTS)
-                        tile_product(rows, own, PARTS, weights + q * panel_bytes, 1, blocks, sums)
+                        tile_product(rows, own, weights + q * panel_bytes, blocks, sums)
                 elif p.half_panels:
                     product_half(
                         rows, previous + 8 * i, size, weights, panel_bytes, panels, columns * vector, p.output_size, scratch,
@@ -393,7 +411,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 for i in range(0, count, most):
                     rows, before, h, c = min(count - i, most), previous + 8 * i, h_rows + 8 * i, p.c_n + (r0 + i) * hidden_bytes
                     z = z_rows + 8 * (n + i)
-                    step(p, k, rows, before, z, hidden_bytes, h, c, first, last, bias_gate, scratch, own_panel)
+                    turn = k + i // most  # each block of rows begins with the panels that the one before ended with
+                    step(p, turn, rows, before, z, hidden_bytes, h, c, first, last, bias_gate, scratch, own_panel)
                 if p.projected:
                     wait_group(p, member)
                     panel_row = wide * vector

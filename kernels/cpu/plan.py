@@ -96,10 +96,15 @@ def split_rows(depth, parts):
     return max(2 * TILE_ROWS, min(SPLIT_ROWS, SPLIT_BYTES // split_bytes(2 * TILE_ROWS, depth, parts) * 2 * TILE_ROWS))
 
 
-def widths_of_weights(forward, half, with_tiles, steps, batch):
-    """(half_panels, tiles) of a pass, see FIELDS; with_tiles: the processor has them. A single step would wait for packing."""
+def way_of_weights(forward, half, with_tiles, steps, batch, vector_bytes):
+    """(half_panels, tiles, bytes of a vector of weights, vectors of products a cycle) of a pass, see FIELDS.
+
+    with_tiles: the processor has them. A single step would wait for packing them.
+    """
     tiles = half and with_tiles and batch > VECTOR_ROWS and steps > 1
-    return forward and half and not tiles and batch <= HALF_PANEL_ROWS, tiles
+    half_panels = forward and half and not tiles and batch <= HALF_PANEL_ROWS
+    rate = TILE_RATE // (FORWARD_PARTS if forward else BACKWARD_PARTS) if tiles else VECTOR_RATE
+    return half_panels, tiles, vector_bytes // 2 if half_panels or tiles else vector_bytes, rate
 
 
 def unit_vectors(gates, registers):
@@ -122,9 +127,8 @@ def step_cost(rows, depth, panels, panel_vectors, vector_bytes, rate, row_groups
     """
     group_rows = ceil_div(rows, row_groups)
     own_panels = ceil_div(panels, unit_groups)
-    product_rows = (
-        ceil_div(group_rows, TILE_ROWS) * TILE_ROWS if rate > VECTOR_RATE else group_rows
-    )  # a tile is never part of one
+    tiles = rate > VECTOR_RATE
+    product_rows = ceil_div(group_rows, TILE_ROWS) * TILE_ROWS if tiles else group_rows  # a tile is never part of one
     work = own_panels * (product_rows * (depth * panel_vectors // rate) + 110 * group_rows)
     weights = own_panels * depth * panel_vectors * vector_bytes
     streaming = weights // (41 if 4 * weights <= 3 * l2_bytes else 10)

@@ -2,9 +2,9 @@
 
 A tile is 16 rows of 64 bytes. One instruction multiplies 16 rows of 32 numbers in bfloat16 with 32 x 16 of them and adds the
 products, which are exact, to sums in float32. A number in float32 is the sum of three in bfloat16: forward takes rows apart
-into these. Backward makes do with two, which leave out 2**-17 at most, where bfloat16 would leave out 2**-8; and where both
-factors are apart, in the weights' gradients, without the product of both second parts, which is as small. Numbers below
-2**-126 count as zero, and an infinite weight gives NaN.
+into these. Backward makes do with two, which leave out 2**-17 at most, where bfloat16 would leave out 2**-8. Where both factors
+are apart, in the weights' gradients, the product of both second parts is left out, too: of a product 2**-15 at most. Numbers
+below 2**-126 count as zero, and an infinity that meets what is left of an exact number, which is zero, gives NaN.
 
 Rows and panels are kept as tiles. Of each 16 rows and each block of 32 numbers there is a tile for every part; of a panel and
 each block one for every column and part, whose rows are pairs of numbers and whose columns are units. Past the depth both are
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
@@ -85,9 +85,17 @@ def rows_at(tiles, i, blocks, parts):
     return tiles + i // TILE_ROWS * blocks * parts * TILE_BYTES
 
 
+nothing = njit(lambda *_: 0, **options)
+
+
+def for_tiles(v: VectorLibrary, target: Target, make: Callable[..., Any], *arguments: Any) -> Any:
+    """The function that `make` makes of these, or one that does nothing where numbers or processor have no tiles."""
+    return make(*arguments) if v.half is not None and target.tiles else nothing
+
+
 @cache
 def make_configure(target: Target):
-    """(configure, release): of this thread's tiles, before the first product and after the last."""
+    """configure(): this thread's tiles, before the first product."""
 
     @njit(**options)
     def configure():
@@ -97,13 +105,13 @@ def make_configure(target: Target):
             store_int(space + 8 * word, value)
         _load_configuration(space)
 
-    @njit(**options)
-    def release():
-        _release()
+    return nothing if target.tiles == "emulated" else configure
 
-    if target.tiles == "emulated":
-        return njit(lambda: None, **options), njit(lambda: None, **options)
-    return configure, release
+
+@cache
+def make_release(target: Target):
+    """release(): after the last product."""
+    return nothing if target.tiles == "emulated" else njit(lambda: _release(), **options)
 
 
 @cache
@@ -179,11 +187,10 @@ def make_parts(v: VectorLibrary):
 
 
 @cache
-def make_split(v: VectorLibrary, most: int):
-    """(parts_of, split, split_columns): how many parts some rows need, one or `most`; and the rows in parts, as tiles."""
-    size, lanes, load, load_all, zero = v.size, v.lanes, v.load, v.load_all, v.zero
-    nearest, rest, store_upper, _, differ = make_parts(v)
-    pack_columns = make_pack_columns(v)
+def make_parts_of(v: VectorLibrary, most: int):
+    """parts_of(...): whether some rows of numbers in float32 need `most` parts, or are in bfloat16 and need but one."""
+    size, lanes, load = v.size, v.lanes, v.load
+    nearest, _, _, _, differ = make_parts(v)
 
     @njit(types.int64(*[types.int64] * 3), **options)
     def parts_of(count, rows, depth):
@@ -196,6 +203,14 @@ def make_split(v: VectorLibrary, most: int):
                 return most
         return 1
 
+    return parts_of
+
+
+@cache
+def make_take_apart(v: VectorLibrary):
+    """take_apart(...): a vector's parts, each to the next tile from `out` on."""
+    nearest, rest, store_upper, _, _ = make_parts(v)
+
     @njit(**options)
     def take_apart(value, parts, out):
         for part in range(parts):
@@ -203,9 +218,16 @@ def make_split(v: VectorLibrary, most: int):
             store_upper(out + part * TILE_BYTES, rounded)
             value = rest(value, rounded)
 
+    return take_apart
+
+
+@cache
+def make_split(v: VectorLibrary):
+    """split(...): `count` rows of `depth` numbers in float32, of which `rows` is a table, in parts, as tiles."""
+    size, lanes, load, take_apart = v.size, v.lanes, v.load, make_take_apart(v)
+
     @njit(integers(5), **options)
     def split(count, rows, depth, parts, out):
-        """`count` rows of `depth` numbers, of which `rows` is a table."""
         blocks = tile_blocks(depth)
         for i in range(count):
             row, own = load_int(rows + 8 * i), rows_at(out, i, blocks, parts) + i % TILE_ROWS * LINE
@@ -213,37 +235,39 @@ def make_split(v: VectorLibrary, most: int):
                 at = own + k // TILE_DEPTH * parts * TILE_BYTES + k % TILE_DEPTH * 2
                 take_apart(load(row + k * size, depth - k), parts, at)
 
-    @njit(integers(5), **options)
-    def split_columns(count, columns, row_bytes, depth, out):
-        """The same in `most` parts, of rows that are columns of a matrix: of row i, k is at columns + k * row_bytes + i * size.
+    return split
 
-        Sixteen numbers of sixteen rows are turned at a time.
-        """
+
+@cache
+def make_split_columns(v: VectorLibrary):
+    """split_columns(...): the same of rows that are a matrix's columns: k of row i is at columns + k * row_bytes + i * size."""
+    size, lanes, load_all, zero, take_apart = v.size, v.lanes, v.load_all, v.zero, make_take_apart(v)
+    pack_columns = make_pack_columns(v)
+
+    @njit(integers(6), **options)
+    def split_columns(count, columns, row_bytes, depth, parts, out):
         blocks, turned = tile_blocks(depth), _stack()
         for i in range(0, count, TILE_ROWS):
-            n, tiles = min(TILE_ROWS, count - i), rows_at(out, i, blocks, most)
+            n, tiles = min(TILE_ROWS, count - i), rows_at(out, i, blocks, parts)
             for k in range(0, TILE_DEPTH * blocks, lanes):
-                at = tiles + k // TILE_DEPTH * most * TILE_BYTES + k % TILE_DEPTH * 2
+                at = tiles + k // TILE_DEPTH * parts * TILE_BYTES + k % TILE_DEPTH * 2
                 if k < depth:
                     source = columns + k * row_bytes + i * size
                     pack_columns(source, row_bytes, min(lanes, depth - k), n, turned, LINE)
                 for m in range(n):
-                    take_apart(load_all(turned + m * LINE) if k < depth else zero(), most, at + m * LINE)
+                    take_apart(load_all(turned + m * LINE) if k < depth else zero(), parts, at + m * LINE)
 
-    return parts_of, split, split_columns
+    return split_columns
 
 
 @cache
-def make_pack_tiles(v: VectorLibrary):
-    """(pack_columns_block, pack_rows_block): one block of one column of a panel, as tiles at `out`."""
-    size, vector, load, load_half = v.size, v.lanes * v.size, v.load, v.half.load
-    load_all, store_all, zero = v.load_all, v.store_all, v.zero
+def make_pack_block(v: VectorLibrary):
+    """pack_block(...): a block of one column of a panel, of `count` vectors in float32, one for each k, as tiles at `out`."""
+    vector, load_all, zero = v.lanes * v.size, v.load_all, v.zero
     nearest, rest, _, store_pairs, _ = make_parts(v)
-    pack_columns = make_pack_columns(v, True)
 
-    @njit(**options)
+    @njit(integers(4), **options)
     def pack_block(numbers, count, parts, out):
-        """From `count` <= TILE_DEPTH vectors in float32, one for each k."""
         for pair in range(TILE_PAIRS):
             at, k = numbers + 2 * pair * vector, 2 * pair
             a = load_all(at) if k < count else zero()
@@ -253,16 +277,32 @@ def make_pack_tiles(v: VectorLibrary):
                 store_pairs(out + part * TILE_BYTES + pair * LINE, part_a, part_b)
                 a, b = rest(a, part_a), rest(b, part_b)
 
+    return pack_block
+
+
+@cache
+def make_pack_columns_block(v: VectorLibrary):
+    """pack_columns_block(...): such a block from `count` numbers of each of `units` rows of a matrix in bfloat16."""
+    vector, pack_columns, pack_block = v.lanes * v.size, make_pack_columns(v, True), make_pack_block(v)
+
     @njit(integers(5), **options)
     def pack_columns_block(source, source_stride, units, count, out):
-        """From `count` numbers of each of `units` rows of a matrix in bfloat16."""
         turned = _stack()
         pack_columns(source, source_stride, units, count, turned, vector)
         pack_block(turned, count, 1, out)
 
+    return pack_columns_block
+
+
+@cache
+def make_pack_rows_block(v: VectorLibrary):
+    """pack_rows_block(...): such a block from the numbers from `column` on of `count` rows, `width` wide, of which `rows` is a
+    table; these are in bfloat16 if half."""
+    size, vector, load, load_half = v.size, v.lanes * v.size, v.load, v.half.load
+    store_all, pack_block = v.store_all, make_pack_block(v)
+
     @njit(integers(7), **options)
     def pack_rows_block(rows, column, count, width, half, parts, out):
-        """From the numbers from `column` on of `count` rows, `width` wide, of which `rows` is a table; in bfloat16 if half."""
         gathered = _stack()
         for k in range(count):
             if half:
@@ -271,14 +311,15 @@ def make_pack_tiles(v: VectorLibrary):
                 store_all(gathered + k * vector, load(load_int(rows + 8 * k) + size * column, width - column))
         pack_block(gathered, count, parts, out)
 
-    return pack_columns_block, pack_rows_block
+    return pack_rows_block
 
 
 @cache
 def _make_block(v: VectorLibrary, tiles: int, columns: int, row_parts: int, panel_parts: int):
     """block(...): `tiles` tiles of rows times `columns` tiles of each block of a panel; sums at `out`.
 
-    An instruction takes 16 cycles and its sums come after 52: so each of four sums has its turn before the first has another.
+    An instruction takes 16 cycles and its sums come after 52: so each of four sums has its turn before the first has another,
+    where there are two tiles of rows. Where there is one the processor has to look ahead, to the next pair of columns.
     """
 
     @intrinsic
@@ -376,63 +417,43 @@ def _make_emulated_block(v: VectorLibrary, tiles: int, columns: int, row_parts: 
 
 
 @cache
-def make_tile_product(v: VectorLibrary, target: Target, columns: int, most: int):
-    """product(...): `count` rows, of one part or of `most`, times a panel of `columns` vectors, of one part or of as many.
+def make_tile_product(v: VectorLibrary, target: Target, columns: int, row_parts: int, panel_parts: int = 1):
+    """product(...): `count` rows, of row_parts parts, times a panel of `columns` vectors, of panel_parts.
 
     sums: room for whole tiles of rows; the first count * columns vectors become the result.
     """
     make = _make_emulated_block if target.tiles == "emulated" else _make_block
-    row_bytes, in_pairs = columns * LINE, columns == 4
+    row_bytes, stride, in_pairs = columns * LINE, columns * panel_parts * TILE_BYTES, columns == 4
+    single = make(v, 1, columns, row_parts, panel_parts)
+    double = make(v, 2, 2, row_parts, panel_parts) if in_pairs else single
 
-    def of_parts(tiles, block_columns):
-        """The one block of these for so many parts."""
-        one, rows_apart, both_apart = (make(v, tiles, block_columns, *parts) for parts in ((1, 1), (most, 1), (most, most)))
-
-        @njit(**options)
-        def block(rows, row_parts, panel, panel_parts, blocks, out):
-            stride = columns * panel_parts * TILE_BYTES
-            if panel_parts > 1:
-                both_apart(rows, panel, stride, blocks, out, row_bytes)
-            elif row_parts > 1:
-                rows_apart(rows, panel, stride, blocks, out, row_bytes)
-            else:
-                one(rows, panel, stride, blocks, out, row_bytes)
-
-        return block
-
-    single = of_parts(1, columns)
-    double = of_parts(2, 2) if in_pairs else single
-
-    @njit(integers(7), **options)
-    def product(count, rows, row_parts, panel, panel_parts, blocks, sums):
+    @njit(integers(5), **options)
+    def product(count, rows, panel, blocks, sums):
         i = 0
         while i < count:
             a, out = rows_at(rows, i, blocks, row_parts), sums + i * row_bytes
             if in_pairs and count - i > TILE_ROWS:  # two tiles of rows share half of the panel's tiles, and then the others
                 for column in range(0, columns, 2):
-                    b = panel + column * panel_parts * TILE_BYTES
-                    double(a, row_parts, b, panel_parts, blocks, out + column * LINE)
+                    double(a, panel + column * panel_parts * TILE_BYTES, stride, blocks, out + column * LINE, row_bytes)
                 i += 2 * TILE_ROWS
             else:
-                single(a, row_parts, panel, panel_parts, blocks, out)
+                single(a, panel, stride, blocks, out, row_bytes)
                 i += TILE_ROWS
 
     return product
 
 
 @cache
-def make_tile_multiply(v: VectorLibrary, target: Target, columns: int, most: int):
+def make_tile_multiply(v: VectorLibrary, target: Target, columns: int, row_parts: int, panel_parts: int = 1):
     """multiply(...): what product.make_multiply gives, of rows and panels that are tiles, `depth` numbers deep.
 
     panels: next to each other.
     """
-    product = make_tile_product(v, target, columns, most)
+    product = make_tile_product(v, target, columns, row_parts, panel_parts)
     expect, deliver = make_deliver(v, columns)
 
-    @njit(integers(12), **options)
-    def multiply(
-        count, rows, row_parts, panels, panel_parts, depth, width, first, last, out_rows, add, scratch
-    ):  # fmt: skip
+    @njit(integers(10), **options)
+    def multiply(count, rows, panels, depth, width, first, last, out_rows, add, scratch):
         blocks = tile_blocks(depth)
         for panel in range(first, last):
             weights = panels + panel * blocks * columns * panel_parts * TILE_BYTES
@@ -440,30 +461,7 @@ def make_tile_multiply(v: VectorLibrary, target: Target, columns: int, most: int
                 n = min(count - i, 2 * TILE_ROWS)
                 if add:
                     expect(n, out_rows + 8 * i, panel)
-                product(n, rows_at(rows, i, blocks, row_parts), row_parts, weights, panel_parts, blocks, scratch)
+                product(n, rows_at(rows, i, blocks, row_parts), weights, blocks, scratch)
                 deliver(n, out_rows + 8 * i, panel, width, add, scratch)
 
     return multiply
-
-
-class Tiles(NamedTuple):
-    """What a pass does with tiles."""
-
-    configure: Callable[..., Any]
-    release: Callable[..., Any]
-    parts_of: Callable[..., Any]
-    split: Callable[..., Any]
-    split_columns: Callable[..., Any]
-    pack_columns_block: Callable[..., Any]
-    pack_rows_block: Callable[..., Any]
-    product: Callable[..., Any]
-    multiply: Callable[..., Any]
-
-
-@cache
-def make_tiles(v: VectorLibrary, target: Target, columns: int, most: int) -> Tiles:
-    """For panels of `columns` vectors, and rows in `most` parts; nothing, where numbers or processor are not made for it."""
-    if v.half is None or not target.tiles:
-        return Tiles(*[njit(lambda *_: 0, **options)] * len(Tiles._fields))
-    product, multiply = make_tile_product(v, target, columns, most), make_tile_multiply(v, target, columns, most)
-    return Tiles(*make_configure(target), *make_split(v, most), *make_pack_tiles(v), product, multiply)
