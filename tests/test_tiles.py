@@ -63,8 +63,10 @@ def multiply(request):
                 else:
                     rows_at = weight_rows + 8 * first
                     pack_rows_block(rows_at, column * UNITS, n, columns * UNITS, 0, panel_parts, out)
-        product = exact if parts == 1 else of_parts
-        product(count, rows, panel, blocks, sums)
+        if parts == 1:
+            exact(count, rows, panel, blocks, sums)
+        else:
+            of_parts(count, rows, panel, blocks, sums)
         return parts
 
     def call(rows, weights):
@@ -161,19 +163,20 @@ WRITE = """
 from pathlib import Path
 from {kernels}.cpu.compile import write_unit
 from {kernels}.cpu.processor import Target, Tier
-for which in ("forward", "backward"):
-    write_unit(Path("{directory}"), Tier("emulated", "{processor}", {target!r}), ("{cell}", "f32", which))
+write_unit(Path("{directory}"), Tier("emulated", "{processor}", {target!r}), ("{cell}", "f32", "{which}"))
 """
 
 
 @pytest.fixture(scope="module", params=["lstm", *(pytest.param(c, marks=pytest.mark.slow) for c in ("gru", "rnn_tanh"))])
 def units(request, tmp_path_factory):
-    """(cell, of each pass: itself and what lays out its workspace), compiled in a process of their own as fallback.py's are."""
+    """(cell, of each pass: itself and what lays out its workspace), compiled in processes of their own as fallback.py's are."""
     import llvmlite.binding as llvm
 
     cell, directory, processor = request.param, tmp_path_factory.mktemp("emulated"), llvm.get_host_cpu_name()
-    code = WRITE.format(kernels=KERNELS.name, directory=directory, processor=processor, target=EMULATED, cell=cell)
-    subprocess.run([sys.executable, "-c", code], cwd=KERNELS.parent, check=True)
+    names = {"kernels": KERNELS.name, "directory": directory, "processor": processor, "target": EMULATED, "cell": cell}
+    codes = [WRITE.format(**names, which=which) for which in ("forward", "backward")]
+    compilers = [subprocess.Popen([sys.executable, "-c", code], cwd=KERNELS.parent) for code in codes]
+    assert [compiler.wait() for compiler in compilers] == [0, 0]
     engine, int64, functions = fallback._engine(), ctypes.c_int64, {}
     for which in ("forward", "backward"):
         entries = Tier("emulated", processor, EMULATED).entries((cell, "f32", which))
