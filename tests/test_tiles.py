@@ -136,7 +136,7 @@ def test_a_rows_bits_do_not_depend_on_its_company(multiply):
 def test_extreme_numbers(multiply, value):
     call, data, _ = multiply
     rows, weights = data(3, 33)
-    weights = weights.to(torch.bfloat16).to(weights.dtype)  # an infinity meets all parts, of which some would be zero
+    weights = weights.to(torch.bfloat16).to(weights.dtype)  # exact in one part: what is left of them is zero
     rows[1, 32] = value
     product, parts = call(rows, weights)
     truth, bound = exactly(rows, weights, parts)
@@ -210,9 +210,7 @@ LAYERS = [
     {"sizes": (5, 33, 40, 100), "packed": True, "bias": False},
     {"sizes": (2, 300, 7, 16)},
     {"sizes": (3, 20, 130, 66), "project": 10},
-    {
-        "sizes": (13, 40, 520, 64)
-    },  # an operand of two groups of panels and three parts, the last of 8 rows; panels in dW's place
+    {"sizes": (13, 40, 520, 64)},  # operands in two groups of panels, three of rows; panels where dW_hh will be
     {"sizes": (40, 27, 5, 6)},  # two blocks of time
     {"sizes": (4, 5, 40, 6), "packed": True, "lengths": [5, 1, 1]},  # gradients of so few rows that they are not in tiles
 ]
