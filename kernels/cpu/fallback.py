@@ -110,6 +110,7 @@ class Call:
             "output_size": R,
             "bias": bool(b_ih),
             "projected": bool(w_hr),
+            "half": w_ih[0].dtype == torch.bfloat16,
             "directions": D,
             "l2_bytes": 1 << 20,
         }
@@ -151,11 +152,16 @@ class Call:
         run(address, 0)
 
 
+def readable(dtype: torch.dtype, R: int, *matrices: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """Matrices as kernels read them: in the dtype of all else, or in bfloat16 where the output size is even."""
+    if matrices[0][0].dtype == torch.bfloat16 and R % 2 == 0:
+        return matrices
+    return tuple([w.to(dtype) for w in each] for each in matrices)
+
+
 def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
     D, B, R = h0.shape
-    half = w_ih[0].dtype == torch.bfloat16 and R % 2 == 0
-    if not half:
-        w_ih, w_hh, w_hr = ([w.to(x.dtype) for w in matrices] for matrices in (w_ih, w_hh, w_hr))  # they may be in bfloat16
+    w_ih, w_hh, w_hr = readable(x.dtype, R, w_ih, w_hh, w_hr)
     call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
     H, rows = int(call.records["hidden_size"][0]), int(call.records["rows"][0])
     slots = CELLS[cell].slots + bool(w_hr)
@@ -163,7 +169,7 @@ def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
     h_n = x.new_empty(D, B, R)
     c_n = x.new_empty(D, B, H) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
     saved = x.new_empty(D, rows, slots * H) if save else x.new_empty(0)
-    call.records["half"], call.records["save"] = half, save
+    call.records["save"] = save
     call.rows("x", x)
     call.rows("y", y, R)
     call.point("h0", h0.contiguous())
@@ -182,11 +188,9 @@ def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
 def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse,
                    batch_first, need_dx, need_dh0, need_dw):  # fmt: skip
     D, B, R = h0.shape
-    matrix, half = w_ih[0].dtype, w_ih[0].dtype == torch.bfloat16 and R % 2 == 0
-    if not half:
-        w_ih, w_hh, w_hr = ([w.to(x.dtype) for w in matrices] for matrices in (w_ih, w_hh, w_hr))
+    matrix = w_ih[0].dtype
+    w_ih, w_hh, w_hr = readable(x.dtype, R, w_ih, w_hh, w_hr)
     call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
-    call.records["half"] = half
     H, G, inputs = int(call.records["hidden_size"][0]), CELLS[cell].gates, x.shape[-1]
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dh0 = x.new_empty(D, B, R)
