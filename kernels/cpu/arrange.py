@@ -12,15 +12,15 @@ from .plan import SCRATCH_BYTES, unit_vectors, wide_columns
 from .processor import Target
 from .product import DOT_PART, ceil_div, options
 from .team import RECORD_BYTES, record_at
+from .tiles import tile_blocks
 from .vector import VectorLibrary
 
 
 def compiled_plan() -> dict:
     """The functions of plan.py, compiled; each finds those before it under their own names."""
-    compiled = {"ceil_div": ceil_div}
+    compiled = {"ceil_div": ceil_div, "tile_blocks": tile_blocks}
     for function in (
         plan.align,
-        plan.tile_blocks,
         plan.split_bytes,
         plan.split_rows,
         plan.way_of_weights,
@@ -29,6 +29,7 @@ def compiled_plan() -> dict:
         plan.choose_groups,
         plan.worth_threads,
         plan.forward_block,
+        plan.backward_block,
         plan.schedule,
     ):
         compiled[function.__name__] = njit(bind(function, **compiled), **options)
@@ -36,9 +37,9 @@ def compiled_plan() -> dict:
 
 
 PLAN = compiled_plan()
-align, block_length, schedule = PLAN["align"], PLAN["block_length"], PLAN["schedule"]
-forward_block, tile_blocks, split_bytes = PLAN["forward_block"], PLAN["tile_blocks"], PLAN["split_bytes"]
-split_rows, way_of_weights = PLAN["split_rows"], PLAN["way_of_weights"]
+align, split_bytes, split_rows = PLAN["align"], PLAN["split_bytes"], PLAN["split_rows"]
+forward_block, backward_block = PLAN["forward_block"], PLAN["backward_block"]
+way_of_weights, schedule = PLAN["way_of_weights"], PLAN["schedule"]
 
 
 @cache
@@ -69,25 +70,25 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         ih_depth, hh_depth = input_depth, depth // 2 if half_panels else depth
         if tiles:
             ih_depth, hh_depth = plan.TILE_PAIRS * tile_blocks(input_depth), plan.TILE_PAIRS * tile_blocks(depth)
-        together = split_rows(max(input_depth, depth), tile_parts)
+        together = split_rows(max(input_depth, depth), tile_parts) if tiles else p.rows
         one_step = p.steps == 1 and not frozen
         team = crews * row_groups * unit_groups
         if forward:
             block = forward_block(p.steps, B, p.rows, I, gates * H * size)
             tables = 3 * B + 2 * block * B
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
-            ih_once = row_groups == 1 and block == p.steps and not frozen and (not tiles or p.rows <= together)
+            ih_once = row_groups == 1 and block == p.steps and not frozen and p.rows <= together
             panel_bytes = align(columns * vector * ih_depth) if ih_once else 0
             if one_step:
                 panel_bytes = lanes * DOT_PART * size if p.half and B > 2 else 0
         else:
-            block = block_length(p.steps, B, plan.BACKWARD_BLOCK_ROWS)
+            block = backward_block(p.steps, B, preactivations * H * size)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
             ih_once = not (tiles and p.need_dx)
-            panel_bytes = align(wide * depth * size) if ih_once and (p.need_dx or one_step) else 0
+            panel_bytes = align(plan.GROUP_BYTES * min(depth, plan.PANEL_DEPTH)) if ih_once and (p.need_dx or one_step) else 0
         operand_rows = operand_panels = 0
         if not forward and p.need_dw:
-            most = plan.OPERAND_VECTORS // columns
+            most = plan.OPERAND_BYTES // (wide * size)
             operand_panels = min(ceil_div(max(I, R, H), wide), most)
             operand_rows = min(most // operand_panels * plan.OPERAND_ROWS, block * B)
         own_block, operand_depth = operand_rows * plan.UNIT_BLOCK * size, operand_rows

@@ -18,7 +18,8 @@ from .plan import BACKWARD_PARTS as PARTS
 from .plan import (
     FEW_ROWS,
     LINE,
-    OPERAND_VECTORS,
+    OPERAND_BYTES,
+    PANEL_DEPTH,
     ROW_BLOCK,
     SCRATCH_BYTES,
     TILE_BYTES,
@@ -37,6 +38,7 @@ from .product import (
     make_product,
     options,
     panels_together,
+    shift_rows,
     tile_rows,
 )
 from .team import (
@@ -65,8 +67,9 @@ from .tiles import (
     rows_at,
     tile_blocks,
 )
-from .vector import VectorLibrary, load_int, store_int
+from .vector import VectorLibrary, load_int, prefetch, store_int
 
+ROWS_AHEAD = 8  # of the one that is copied: no processor expects so long strides
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
 
 
@@ -79,7 +82,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
     columns = wide_columns(target.registers)
     wide, panel_row, most = columns * lanes, columns * vector, tile_rows(target, columns)
-    (group, alone), operand_panels = panels_together(v, columns), OPERAND_VECTORS // columns
+    (group, alone), operand_panels = panels_together(v, columns), OPERAND_BYTES // panel_row
     product = make_product(v, target, columns)
     multiply = make_multiply(v, target, columns)
     pack_rows = make_pack_rows(v, columns)
@@ -143,13 +146,18 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             pack_rows(weight_rows, depth, width, panel, out)
 
     @njit(**options)
+    def pack_block(rows, block, depth, width, panel, half, parts, out):
+        """A block of panel `panel` of the matrix whose `depth` rows, `width` wide, have addresses `rows`, as tiles."""
+        k = block * TILE_DEPTH
+        for j in range(columns):
+            column, tiles = (panel * columns + j) * lanes, out + j * parts * TILE_BYTES
+            pack_rows_block(rows + 8 * k, column, min(TILE_DEPTH, depth - k), width, half, parts, tiles)
+
+    @njit(**options)
     def pack_tiles(rows, depth, width, panel, out):
-        """Panel `panel` of the matrix in bfloat16 whose `depth` rows, `width` wide, have addresses `rows`, in tiles."""
-        for k in range(0, depth, TILE_DEPTH):
-            for j in range(columns):
-                column = (panel * columns + j) * lanes
-                pack_rows_block(rows + 8 * k, column, min(TILE_DEPTH, depth - k), width, 1, 1, out)
-                out += TILE_BYTES
+        """All of such a panel, of a matrix in bfloat16."""
+        for block in range(tile_blocks(depth)):
+            pack_block(rows, block, depth, width, panel, 1, 1, out + block * columns * TILE_BYTES)
 
     @njit(**options)
     def fill_input_rows(p, table):
@@ -332,23 +340,36 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     ):  # fmt: skip
         """`multiply` with a matrix that is used this once, its rows of `width` at weight_rows, one after the other if in_order.
 
-        A panel is packed before many rows meet it; few read it where it lies.
+        Panels are packed before many rows meet them, some together and so deep that they stay in L2; few rows read them where
+        they lie.
         """
-        for panel in range(first, last):
-            weights, row_bytes = own_panel, panel_row
-            in_place = in_order and count <= 2 * most and (panel + 1) * wide <= width
-            if in_place:
-                weights, row_bytes = load_int(weight_rows) + panel * wide * weight_size(p), width * weight_size(p)
-            else:
-                pack_weight(p, weight_rows, depth, width, panel, own_panel)
-            if in_place and p.half:
-                multiply_half(
-                    count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
-                )  # fmt: skip
-            else:
+        row_bytes = width * weight_size(p)
+        for k in range(0, depth, PANEL_DEPTH):
+            length, adds = min(PANEL_DEPTH, depth - k), add or k > 0
+            for panel in range(first, last, group):
+                beside = min(group, last - panel)
+                if in_order and count <= 2 * most and (panel + beside) * wide <= width:
+                    weights = load_int(weight_rows + 8 * k)
+                    if p.half:
+                        multiply_half(
+                            count, a_rows, size, weights, wide * 2, row_bytes, length, width, panel, panel + beside, out_rows,
+                            adds, scratch,
+                        )  # fmt: skip
+                    else:
+                        multiply(
+                            count, a_rows, size, weights, wide * size, row_bytes, length, width, panel, panel + beside,
+                            out_rows, adds, scratch,
+                        )  # fmt: skip
+                    continue
+                panel_bytes = length * panel_row
+                for q in range(beside):
+                    pack_weight(p, weight_rows + 8 * k, length, width, panel + q, own_panel + q * panel_bytes)
                 multiply(
-                    count, a_rows, size, weights, 0, row_bytes, depth, width, panel, panel + 1, out_rows, add, scratch
+                    count, a_rows, size, own_panel - panel * panel_bytes, panel_bytes, panel_row, length, width, panel,
+                    panel + beside, out_rows, adds, scratch,
                 )  # fmt: skip
+            shift_rows(a_rows, count, length * size)
+        shift_rows(a_rows, count, -depth * size)
 
     @njit(**options)
     def multiply_in_tiles(p, count, rows, panels, width, first, last, out_rows, add, scratch, own_block):
@@ -443,12 +464,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """The same in tiles."""
         blocks = tile_blocks(length)
         for block in range(share(blocks, members, member), share(blocks, members, member + 1)):
-            k = block * TILE_DEPTH
             for panel in range(count):
-                for j in range(columns):
-                    column = ((first + panel) * columns + j) * lanes
-                    out = p.operands + ((panel * blocks + block) * columns + j) * parts * TILE_BYTES
-                    pack_rows_block(operand_rows + 8 * k, column, min(TILE_DEPTH, length - k), width, 0, parts, out)
+                out = p.operands + (panel * blocks + block) * columns * parts * TILE_BYTES
+                pack_block(operand_rows, block, length, width, first + panel, 0, parts, out)
 
     @njit(**options)
     def multiply_units(a, a_bytes, unit, end, panels, length, width, first, last, out_rows, add, tables, scratch, own_block):
@@ -460,9 +478,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for u in range(unit, end, UNIT_BLOCK):
             n = min(UNIT_BLOCK, end - u)
             for i in range(length):
+                row = a + i * a_bytes + u * size
+                for byte in range(0, UNIT_BLOCK * size, LINE):
+                    prefetch(row + ROWS_AHEAD * a_bytes + byte)
                 for j in range(0, n, lanes):
-                    value = load(a + i * a_bytes + (u + j) * size, n - j)
-                    store(own_block + (i * UNIT_BLOCK + j) * size, value, n - j)
+                    store(own_block + (i * UNIT_BLOCK + j) * size, load(row + j * size, n - j), n - j)
             fill_rows(tables, n, own_block, size)
             multiply(
                 n, tables, UNIT_BLOCK * size, panels, length * panel_row, panel_row, length, width, first, last,
@@ -690,12 +710,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 count = max(0, min(r1, active_rows(p, t)) - r0)
                 finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block)
                 base = first_row(p, t) - first_row(p, t_low)
-                together = p.split_rows if p.tiles else max(1, count)
-                for i in range(0, count, together):
-                    n = min(count - i, together)
+                for i in range(0, count, p.split_rows):
+                    n = min(count - i, p.split_rows)
                     step(
-                        p, k + i // together, t, base, r0 + i, n, previous_count - i, later + 8 * i, extra + 8 * i, gradients,
-                        out_gradients, first, last, scratch, own_block, saved_row,
+                        p, k + i // p.split_rows, t, base, r0 + i, n, previous_count - i, later + 8 * i, extra + 8 * i,
+                        gradients, out_gradients, first, last, scratch, own_block, saved_row,
                     )  # fmt: skip
                 if p.projected:
                     wait_group(p, member)

@@ -388,9 +388,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
                     store_int(z_rows + 8 * n, z)
                     n += 1
-            most = p.split_rows if p.tiles else max(1, n)
-            for i in range(0, n, most):
-                rows, x, z = min(n - i, most), x_rows + 8 * i, z_rows + 8 * i
+            for i in range(0, n, p.split_rows):
+                rows, x, z = min(n - i, p.split_rows), x_rows + 8 * i, z_rows + 8 * i
                 project(p, rows, x, z, hidden_bytes, first, last, bias_gate, scratch, own_panel)
 
             n = 0
@@ -407,11 +406,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     else:
                         h = p.tails + (r0 + i) * hidden_bytes
                     store_int(h_rows + 8 * i, h)
-                most = p.split_rows if p.tiles else max(1, count)
-                for i in range(0, count, most):
-                    rows, before, h, c = min(count - i, most), previous + 8 * i, h_rows + 8 * i, p.c_n + (r0 + i) * hidden_bytes
-                    z = z_rows + 8 * (n + i)
-                    turn = k + i // most  # each block of rows begins with the panels that the one before ended with
+                for i in range(0, count, p.split_rows):
+                    rows, before, z = min(count - i, p.split_rows), previous + 8 * i, z_rows + 8 * (n + i)
+                    h, c = h_rows + 8 * i, p.c_n + (r0 + i) * hidden_bytes
+                    turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
                     step(p, turn, rows, before, z, hidden_bytes, h, c, first, last, bias_gate, scratch, own_panel)
                 if p.projected:
                     wait_group(p, member)

@@ -35,7 +35,7 @@ _GROUPS = (
     # operand_rows: rows of an operand of the weights' gradients that are packed at a time, a multiple of 128 or all
     # ih_depth, hh_depth: rows of a panel, of numbers or of pairs
     # own_block: bytes of a thread's space for a part of a matrix that meets many panels: units of gate gradients, or what is
-    # taken apart for tiles, of which split_rows rows go at a time
+    # taken apart for tiles, of which split_rows rows go at a time; where nothing is, all rows do
     "ih_once one_step panel_bytes operand_rows ih_depth hh_depth own_block split_rows",
     # frozen weights: all panels and summed biases of a direction lie at `pack`, if not 0; pack_only: put them there, no more;
     # pack_bytes: so many they are
@@ -65,9 +65,11 @@ SPLIT_ROWS = 128  # or so many rows
 TILE_UNITS = 64  # units whose columns of gate gradients are taken apart together
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them,
 FORWARD_BLOCK_ROWS = 256  # but for so many rows W_ih is read at least: else it comes from beyond L2 too often
-BACKWARD_BLOCK_ROWS = 1024  # rows whose gate gradients are held at once; the same for any team, so that bits are too
-OPERAND_VECTORS = 32  # width of the panels of an operand of the weights' gradients that are packed at a time,
-OPERAND_ROWS = 256  # of so many rows, or of more where there are fewer panels
+PANEL_DEPTH = 1024  # rows of a matrix that is packed to be used once, GROUP_BYTES of each: 256 KiB stay in L2
+BACKWARD_BLOCK_ROWS = 512  # rows whose gate gradients are held at once, or twice as many of fewer bytes
+BACKWARD_BLOCK_BYTES = 512 * 1024
+OPERAND_BYTES = 2048  # width of the panels of an operand of the weights' gradients that are packed at a time,
+OPERAND_ROWS = 512  # of so many rows, or of more where there are fewer panels
 FEW_ROWS = 8  # rows whose share of the weights' gradients is summed without packing them
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
 
@@ -166,6 +168,12 @@ def forward_block(steps, batch, rows, input_size, preactivation_bytes):
     """
     block_rows = max(FORWARD_BLOCK_ROWS, 2 * FORWARD_BLOCK_BYTES // preactivation_bytes)
     return steps if rows <= max(input_size, block_rows) else block_length(steps, batch, block_rows)
+
+
+def backward_block(steps, batch, gradient_bytes):
+    """Steps whose gate gradients are held at once; gradient_bytes: of a row. The same for any team, so that bits are, too."""
+    rows = max(BACKWARD_BLOCK_ROWS, min(2 * BACKWARD_BLOCK_ROWS, BACKWARD_BLOCK_BYTES // gradient_bytes))
+    return block_length(steps, batch, rows)
 
 
 def schedule(

@@ -216,23 +216,26 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
     scratch:          SCRATCH_BYTES.
     half:             the panels are in bfloat16, see product_tile.
     """
-    product = make_product(v, target, columns, half)
+    product, group = make_product(v, target, columns, half), panels_together(v, columns)[0]
     expect, deliver = make_deliver(v, columns)
+    most, vector = tile_rows(target, columns), v.lanes * v.size
 
     @njit(integers(13), **options)
     def multiply(
         count, a_rows, a_stride, panels, panel_bytes, panel_row, depth, width, first, last, out_rows, add, scratch
     ):  # fmt: skip
-        for panel in range(first, last):
+        together = group if count > most else 1
+        for panel in range(first, last, together):
+            weights, beside = panels + panel * panel_bytes, min(together, last - panel)
+            following = panels + min(panel + together, last - 1) * panel_bytes
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                if add:
-                    expect(rows, out_rows + 8 * i, panel)
-                weights = panels + panel * panel_bytes
-                following = panels + min(panel + 1, last - 1) * panel_bytes
-                product(rows, a_rows + 8 * i, a_stride, weights, 0, 1, panel_row, depth, scratch, following)
-                deliver(rows, out_rows + 8 * i, panel, width, add, scratch)
+                for q in range(beside if add else 0):
+                    expect(rows, out_rows + 8 * i, panel + q)
+                product(rows, a_rows + 8 * i, a_stride, weights, panel_bytes, beside, panel_row, depth, scratch, following)
+                for q in range(beside):
+                    deliver(rows, out_rows + 8 * i, panel + q, width, add, scratch + q * rows * columns * vector)
                 i += rows
 
     return multiply
@@ -296,3 +299,10 @@ def fill_rows(table, count, first, stride):
     """Write `count` addresses, `stride` bytes apart from `first` on, to `table`."""
     for i in range(count):
         store_int(table + 8 * i, first + i * stride)
+
+
+@njit(integers(3), **options)
+def shift_rows(table, count, by):
+    """Add `by` bytes to each of the `count` addresses at `table`."""
+    for i in range(count):
+        store_int(table + 8 * i, load_int(table + 8 * i) + by)
