@@ -82,7 +82,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if one_step:
                 panel_bytes = lanes * DOT_PART * size if p.half and B > 2 else 0
         else:
-            block = backward_block(p.steps, B, preactivations * H * size)
+            block = backward_block(p.steps, B, R, preactivations * H * size)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
             ih_once = not (tiles and p.need_dx)
             panel_bytes = align(plan.GROUP_BYTES * min(depth, plan.PANEL_DEPTH)) if ih_once and (p.need_dx or one_step) else 0

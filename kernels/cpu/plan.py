@@ -170,10 +170,15 @@ def forward_block(steps, batch, rows, input_size, preactivation_bytes):
     return steps if rows <= max(input_size, block_rows) else block_length(steps, batch, block_rows)
 
 
-def backward_block(steps, batch, gradient_bytes):
-    """Steps whose gate gradients are held at once; gradient_bytes: of a row. The same for any team, so that bits are, too."""
-    rows = max(BACKWARD_BLOCK_ROWS, min(2 * BACKWARD_BLOCK_ROWS, BACKWARD_BLOCK_BYTES // gradient_bytes))
-    return block_length(steps, batch, rows)
+def backward_block(steps, batch, output_size, gradient_bytes):
+    """Steps whose gate gradients are held at once; gradient_bytes: of a row. The same for any team, so that bits are, too.
+
+    All of them, where what that takes more is less than a packed W_hh: with one block it lies where its own gradient goes.
+    """
+    most = 2 * BACKWARD_BLOCK_ROWS
+    if steps * batch <= min(most, BACKWARD_BLOCK_ROWS + output_size):
+        return steps
+    return block_length(steps, batch, max(BACKWARD_BLOCK_ROWS, min(most, BACKWARD_BLOCK_BYTES // gradient_bytes)))
 
 
 def schedule(
