@@ -21,7 +21,7 @@ SHAPES = (
     Case("lstm", 7, 17, batch=1, steps=9),
     Case("lstm", 33, 130, batch=3, steps=5, layers=2, bidirectional=True),
     Case("lstm", 65, 65, batch=17, steps=6, proj_size=33, bidirectional=True),
-    Case("lstm", 64, 512, batch=4, steps=4),
+    Case("lstm", 64, 512, batch=4, steps=4, bidirectional=True),
     Case("lstm", 65, 300, batch=40, steps=21),  # two blocks of gate gradients
     Case("gru", 130, 33, batch=33, steps=12, bias=False),
     Case("gru", 63, 256, batch=2, steps=6, bidirectional=True),

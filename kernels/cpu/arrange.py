@@ -72,6 +72,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             ih_depth, hh_depth = plan.TILE_PAIRS * tile_blocks(input_depth), plan.TILE_PAIRS * tile_blocks(depth)
         together = split_rows(max(input_depth, depth), tile_parts) if tiles else p.rows
         one_step = p.steps == 1 and not frozen
+        rounded_at_once = p.half and p.rows <= plan.FEW_ROWS
+        # Packed W_hh may lie in its gradient, which is as large and written when no step needs the panels any more.
+        in_gradient = not forward and p.need_dw and R % wide == 0 and hh_depth <= depth and not rounded_at_once
         team = crews * row_groups * unit_groups
         if forward:
             block = forward_block(p.steps, B, p.rows, I, gates * H * size)
@@ -82,15 +85,14 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if one_step:
                 panel_bytes = lanes * DOT_PART * size if p.half and B > 2 else 0
         else:
-            block = backward_block(p.steps, B, R, preactivations * H * size)
+            block = backward_block(p.steps, B, hh_depth * R // (preactivations * H) if in_gradient else 0)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
             ih_once = not (tiles and p.need_dx)
             panel_bytes = align(plan.GROUP_BYTES * min(depth, plan.PANEL_DEPTH)) if ih_once and (p.need_dx or one_step) else 0
         operand_rows = operand_panels = 0
         if not forward and p.need_dw:
-            most = plan.OPERAND_BYTES // (wide * size)
-            operand_panels = min(ceil_div(max(I, R, H), wide), most)
-            operand_rows = min(most // operand_panels * plan.OPERAND_ROWS, block * B)
+            operand_panels = min(ceil_div(max(I, R, H), wide), plan.OPERAND_BYTES // (wide * size))
+            operand_rows = min(plan.OPERAND_ROWS, block * B)
         own_block, operand_depth = operand_rows * plan.UNIT_BLOCK * size, operand_rows
         if tiles:
             own_block = split_bytes(min(together, block * B), max(input_depth, depth), tile_parts)
@@ -109,7 +111,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.ih_once, d.one_step, d.panel_bytes, d.own_block = ih_once, one_step, panel_bytes, own_block
             d.ih_depth, d.hh_depth = ih_depth, hh_depth
             if not forward and d.half and d.need_dw:
-                d.rounded_at_once = d.rows <= plan.FEW_ROWS
+                d.rounded_at_once = rounded_at_once
                 d.dw_ih, d.dw_hh, d.dw_hr = d.dw_ih_half, d.dw_hh_half, d.dw_hr_half
                 if not d.rounded_at_once:
                     d.dw_ih = d.workspace + offset
@@ -122,8 +124,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if not ih_once:
                 offset += align((units * gates if forward else ceil_div(I, wide) * wide) * ih_depth * size)
             d.hh_panels = begin + offset
-            if not forward and d.need_dw and block == p.steps and R % wide == 0 and not d.rounded_at_once and hh_depth <= depth:
-                d.hh_panels = d.dw_hh  # as large as the panels, and written when no step needs them any more
+            if in_gradient and block == p.steps:
+                d.hh_panels = d.dw_hh
             elif not one_step:
                 offset += align((units * gates if forward else ceil_div(R, wide) * wide) * hh_depth * size)
             d.hr_panels = begin + offset
@@ -151,11 +153,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             offset += row_groups * unit_groups * own
         if not forward and p.directions == 2 and p.need_dx:
             other = record_at(records + RECORD_BYTES)
-            other.dx_add = crews == 1
-            other.dx = p.dx if crews == 1 else p.workspace + offset
-            p.dx_other = other.dx
-            if crews == 2:
-                offset += align(p.rows * I * size)
+            other.dx = p.dx_other = p.workspace + offset
+            offset += align(p.rows * I * size)
         return offset
 
     return arrange

@@ -146,7 +146,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             pack_rows(weight_rows, depth, width, panel, out)
 
     @njit(**options)
-    def pack_block(rows, block, depth, width, panel, half, parts, out):
+    def pack_panel_block(rows, block, depth, width, panel, half, parts, out):
         """A block of panel `panel` of the matrix whose `depth` rows, `width` wide, have addresses `rows`, as tiles."""
         k = block * TILE_DEPTH
         for j in range(columns):
@@ -157,7 +157,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     def pack_tiles(rows, depth, width, panel, out):
         """All of such a panel, of a matrix in bfloat16."""
         for block in range(tile_blocks(depth)):
-            pack_block(rows, block, depth, width, panel, 1, 1, out + block * columns * TILE_BYTES)
+            pack_panel_block(rows, block, depth, width, panel, 1, 1, out + block * columns * TILE_BYTES)
 
     @njit(**options)
     def fill_input_rows(p, table):
@@ -340,34 +340,32 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     ):  # fmt: skip
         """`multiply` with a matrix that is used this once, its rows of `width` at weight_rows, one after the other if in_order.
 
-        Panels are packed before many rows meet them, some together and so deep that they stay in L2; few rows read them where
-        they lie.
+        Panels are packed before many rows meet them, a group together and PANEL_DEPTH deep, and the sums of each such part go
+        to out_rows; few rows read them where they lie. a_rows is moved along, and back.
         """
-        row_bytes = width * weight_size(p)
+        row_bytes, whole = width * weight_size(p), width // wide
         for k in range(0, depth, PANEL_DEPTH):
-            length, adds = min(PANEL_DEPTH, depth - k), add or k > 0
-            for panel in range(first, last, group):
-                beside = min(group, last - panel)
-                if in_order and count <= 2 * most and (panel + beside) * wide <= width:
-                    weights = load_int(weight_rows + 8 * k)
-                    if p.half:
-                        multiply_half(
-                            count, a_rows, size, weights, wide * 2, row_bytes, length, width, panel, panel + beside, out_rows,
-                            adds, scratch,
-                        )  # fmt: skip
-                    else:
-                        multiply(
-                            count, a_rows, size, weights, wide * size, row_bytes, length, width, panel, panel + beside,
-                            out_rows, adds, scratch,
-                        )  # fmt: skip
-                    continue
-                panel_bytes = length * panel_row
-                for q in range(beside):
-                    pack_weight(p, weight_rows + 8 * k, length, width, panel + q, own_panel + q * panel_bytes)
-                multiply(
-                    count, a_rows, size, own_panel - panel * panel_bytes, panel_bytes, panel_row, length, width, panel,
-                    panel + beside, out_rows, adds, scratch,
-                )  # fmt: skip
+            length, adds, panel = min(PANEL_DEPTH, depth - k), add or k > 0, first
+            while panel < last:
+                beside = min(group, (min(last, whole) if panel < whole else last) - panel)
+                in_place = in_order and count <= 2 * most and panel < whole
+                weights, panel_bytes, stride = load_int(weight_rows + 8 * k), wide * weight_size(p), row_bytes
+                if not in_place:
+                    panel_bytes, stride = length * panel_row, panel_row
+                    for q in range(beside):
+                        pack_weight(p, weight_rows + 8 * k, length, width, panel + q, own_panel + q * panel_bytes)
+                    weights = own_panel - panel * panel_bytes
+                if in_place and p.half:
+                    multiply_half(
+                        count, a_rows, size, weights, panel_bytes, stride, length, width, panel, panel + beside, out_rows, adds,
+                        scratch,
+                    )  # fmt: skip
+                else:
+                    multiply(
+                        count, a_rows, size, weights, panel_bytes, stride, length, width, panel, panel + beside, out_rows, adds,
+                        scratch,
+                    )  # fmt: skip
+                panel += beside
             shift_rows(a_rows, count, length * size)
         shift_rows(a_rows, count, -depth * size)
 
@@ -466,7 +464,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for block in range(share(blocks, members, member), share(blocks, members, member + 1)):
             for panel in range(count):
                 out = p.operands + (panel * blocks + block) * columns * parts * TILE_BYTES
-                pack_block(operand_rows, block, length, width, first + panel, 0, parts, out)
+                pack_panel_block(operand_rows, block, length, width, first + panel, 0, parts, out)
 
     @njit(**options)
     def multiply_units(a, a_bytes, unit, end, panels, length, width, first, last, out_rows, add, tables, scratch, own_block):
@@ -636,14 +634,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 i += 1
         if p.tiles:
             multiply_in_tiles(
-                p, last - first, gradient_rows, p.ih_panels, p.input_size, 0, panels, out_rows, p.dx_add, scratch, own_block
+                p, last - first, gradient_rows, p.ih_panels, p.input_size, 0, panels, out_rows, 0, scratch, own_block
             )  # fmt: skip
             return
         fill_input_rows(p, weight_rows)
         multiply_once(
             p, last - first, gradient_rows, weight_rows, input_order == hidden_order, depth, p.input_size,
-            share(panels, panel_parts, panel_part), share(panels, panel_parts, panel_part + 1), out_rows, p.dx_add, scratch,
-            own_panel,
+            share(panels, panel_parts, panel_part), share(panels, panel_parts, panel_part + 1), out_rows, 0, scratch, own_panel,
         )  # fmt: skip
 
     @njit(**options)
@@ -660,7 +657,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         row_bytes = pitch(p)
         saved_row = (slots + p.projected) * hidden_bytes
 
-        # This thread's own memory: scratch tiles, a panel packed to be used once, a block of units, tables of row addresses.
+        # This thread's own memory: scratch tiles, panels packed to be used once, a block of units, tables of row addresses.
         scratch = p.own + member * p.own_bytes
         own_panel = scratch + SCRATCH_BYTES
         own_block = own_panel + p.panel_bytes
@@ -757,7 +754,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def add_other_direction(p, rank):
-        """dx of direction 1 was kept apart while both directions ran: add it."""
+        """Add dx of direction 1, which is kept apart: so it is the same sum when both directions run at once."""
         count = p.rows * p.input_size
         step_size = ceil_div(ceil_div(count, p.threads), lanes) * lanes
         for i in range(rank * step_size, min(count, (rank + 1) * step_size), lanes):
@@ -772,13 +769,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             direction, member = rank // crew, rank % crew
             if direction < p.directions:
                 run_direction(record_at(records + direction * RECORD_BYTES), member)
-            if p.need_dx:
-                wait_team(p, rank)
-                add_other_direction(p, rank)
         else:
             for direction in range(p.directions):
                 if rank < crew:
                     run_direction(record_at(records + direction * RECORD_BYTES), rank)
                 wait_team(p, rank)
+        if p.directions == 2 and p.need_dx:
+            wait_team(p, rank)
+            add_other_direction(p, rank)
 
     return backward

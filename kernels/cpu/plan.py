@@ -21,16 +21,16 @@ _GROUPS = (
     "batch_sizes offsets",
     # the op's tensors; y and dy point at this direction's columns
     "x x_step x_row y y_step y_row h0 c0 h_n c_n w_ih w_hh b_ih b_hh w_hr saved",
-    # dx_add: add to dx, which the other direction has written
     # dw_*_half: where the weights' gradients are wanted in bfloat16; dw_* are then the workspace's, where they are summed in
     # float32, but if rounded_at_once: of few rows they need no sums
-    "dy dy_step dy_row dh_n dc_n dx dx_step dx_row dx_add dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr",
+    "dy dy_step dy_row dh_n dc_n dx dx_step dx_row dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr",
     "dw_ih_half dw_hh_half dw_hr_half rounded_at_once",
     # the machine; `threads` becomes the team's size
     "threads l2_bytes directions direction",
     # the schedule (see above); steps in a block of time
     "crews row_groups unit_groups block_steps",
-    # ih_once: a panel of W_ih is packed where it is used, into the thread's own buffer of panel_bytes.
+    # ih_once: W_ih is packed where it is used, into the thread's own buffer of panel_bytes: a panel, in backward what
+    # multiply_once takes.
     # one_step: W_hh is used but once; forward reads both matrices where they lie, backward packs as with ih_once
     # operand_rows: rows of an operand of the weights' gradients that are packed at a time, a multiple of 128 or all
     # ih_depth, hh_depth: rows of a panel, of numbers or of pairs
@@ -42,7 +42,7 @@ _GROUPS = (
     "pack pack_only pack_bytes",
     # the workspace: packed weights, summed biases, a row of zeros; of the crew: pre-activations or their gradients (shared),
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
-    # (own, own_bytes apart); dx of direction 1 while both directions run (dx_other)
+    # (own, own_bytes apart); dx of direction 1, to be added (dx_other)
     "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other",
     # the runtime's barrier function, and where it keeps count of arrivals: the team's, then each crew's and its groups'
     "wait arrivals",
@@ -55,7 +55,7 @@ ARRIVALS_BYTES = 128  # of a thread at one kind of barrier
 LINE = 64
 VECTOR_RATE, TILE_RATE = 2, 32  # vectors of products a cycle, of float32's and of bfloat16's in tiles
 ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
-GROUP_BYTES = 256  # width of the panels of W_hh for which backward reads a part of the rows once: of one in AVX-512
+GROUP_BYTES = 256  # width of the panels that meet a part of many rows together: of one in AVX-512
 FORWARD_PARTS, BACKWARD_PARTS = 3, 2  # numbers in bfloat16 that stand for one in float32, see tiles.py
 TILE_ROWS, TILE_PAIRS = 16, 16  # of a tile register: rows, and pairs of numbers in bfloat16 in each
 TILE_BYTES, TILE_DEPTH = TILE_ROWS * LINE, 2 * TILE_PAIRS
@@ -65,11 +65,10 @@ SPLIT_ROWS = 128  # or so many rows
 TILE_UNITS = 64  # units whose columns of gate gradients are taken apart together
 FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them,
 FORWARD_BLOCK_ROWS = 256  # but for so many rows W_ih is read at least: else it comes from beyond L2 too often
-PANEL_DEPTH = 1024  # rows of a matrix that is packed to be used once, GROUP_BYTES of each: 256 KiB stay in L2
-BACKWARD_BLOCK_ROWS = 512  # rows whose gate gradients are held at once, or twice as many of fewer bytes
-BACKWARD_BLOCK_BYTES = 512 * 1024
+PANEL_DEPTH = 1024  # rows of a matrix that is packed to be used once, GROUP_BYTES of each: in backward, 256 KiB stay in L2
+BACKWARD_BLOCK_ROWS = 512  # rows whose gate gradients are held at once; the same for any team, so that bits are, too
 OPERAND_BYTES = 2048  # width of the panels of an operand of the weights' gradients that are packed at a time,
-OPERAND_ROWS = 512  # of so many rows, or of more where there are fewer panels
+OPERAND_ROWS = 512  # of so many rows
 FEW_ROWS = 8  # rows whose share of the weights' gradients is summed without packing them
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
 
@@ -170,15 +169,14 @@ def forward_block(steps, batch, rows, input_size, preactivation_bytes):
     return steps if rows <= max(input_size, block_rows) else block_length(steps, batch, block_rows)
 
 
-def backward_block(steps, batch, output_size, gradient_bytes):
-    """Steps whose gate gradients are held at once; gradient_bytes: of a row. The same for any team, so that bits are, too.
+def backward_block(steps, batch, spared):
+    """Steps whose gate gradients are held at once.
 
-    All of them, where what that takes more is less than a packed W_hh: with one block it lies where its own gradient goes.
+    spared: rows of them that take as much memory as a packed W_hh, if it can lie where its own gradient goes: it can where one
+    block is all, which then takes so many more rows.
     """
-    most = 2 * BACKWARD_BLOCK_ROWS
-    if steps * batch <= min(most, BACKWARD_BLOCK_ROWS + output_size):
-        return steps
-    return block_length(steps, batch, max(BACKWARD_BLOCK_ROWS, min(most, BACKWARD_BLOCK_BYTES // gradient_bytes)))
+    rows = min(BACKWARD_BLOCK_ROWS + spared, 2 * BACKWARD_BLOCK_ROWS)
+    return steps if steps * batch <= rows else block_length(steps, batch, BACKWARD_BLOCK_ROWS)
 
 
 def schedule(

@@ -212,7 +212,7 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
 
     a_rows, out_rows: address of `count` int64 row addresses.
     panels:           `panel_bytes` apart, each of `depth` rows, `panel_row` bytes apart.
-    first, last:      the panels (columns * lanes numbers wide each) to do.
+    first, last:      the panels (columns * lanes numbers wide each) to do: groups of them, where there are many rows.
     scratch:          SCRATCH_BYTES.
     half:             the panels are in bfloat16, see product_tile.
     """
