@@ -22,8 +22,8 @@ SHAPES = (
     Case("lstm", 33, 130, batch=3, steps=5, layers=2, bidirectional=True),
     Case("lstm", 65, 65, batch=17, steps=6, proj_size=33, bidirectional=True),
     Case("lstm", 64, 512, batch=4, steps=4, bidirectional=True),
-    Case("lstm", 65, 300, batch=40, steps=21),  # two blocks of gate gradients
-    Case("gru", 130, 33, batch=33, steps=12, bias=False),
+    Case("lstm", 65, 300, batch=40, steps=4),
+    Case("gru", 130, 33, batch=33, steps=16, bias=False),  # two blocks of gate gradients
     Case("gru", 63, 256, batch=2, steps=6, bidirectional=True),
     Case("gru", 33, 150, batch=1, steps=7),
     Case("rnn_tanh", 17, 63, batch=8, steps=40, layers=2),
