@@ -210,8 +210,8 @@ LAYERS = [
     {"sizes": (5, 33, 40, 100), "packed": True, "bias": False},
     {"sizes": (2, 300, 7, 16)},
     {"sizes": (3, 20, 130, 66), "project": 10},
-    {"sizes": (13, 40, 520, 64)},  # operands in two groups of panels, three of rows; panels where dW_hh will be
-    {"sizes": (40, 27, 5, 6)},  # two blocks of time
+    {"sizes": (13, 40, 520, 64)},  # operands in two groups of panels, two of rows; panels where dW_hh will be
+    {"sizes": (40, 27, 5, 6)},  # three blocks of time
     {"sizes": (4, 5, 40, 6), "packed": True, "lengths": [5, 1, 1]},  # gradients of so few rows that they are not in tiles
 ]
 
