@@ -12,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := test,bench,examples,check
 DEMO_ARGS ?=
-TEST_ARGS ?=
+TEST_ARGS ?= --numprocesses=2
 BENCH_ARGS ?=
 
 NATIVE := setup.py pyproject.toml $(sort $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.map'))

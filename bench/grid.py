@@ -73,6 +73,7 @@ GRID: tuple[Point, ...] = (
     *_points("large", (32,), ((1024, 25), (2048, 10))),
     # One step at a time: what a call costs.
     *_points("apart", (1, 8), ((64, 1), (256, 1))),
+    Point("apart", 1, 64, 100, layers=2),
     Point("apart", 16, 256, 64, layers=2, directions=2),
     Point("apart", 32, 256, 100, fill=0.57),
     # The pair that papers on CPUs report.

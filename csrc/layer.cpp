@@ -15,6 +15,11 @@ namespace fastrnn {
 
 const Tier* tier;
 
+int64_t l2_bytes() {
+  static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 * 1024);
+  return bytes;
+}
+
 int64_t View::numel() const {
   int64_t count = 1;
   for (int64_t axis = 0; axis < dims; ++axis) count *= sizes[axis];
@@ -82,8 +87,7 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, 
     r.batch_sizes = reinterpret_cast<int64_t>(batch_sizes);
     r.offsets = reinterpret_cast<int64_t>(offsets_.data());
   }
-  static const int64_t l2_bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 * 1024);
-  r.l2_bytes = l2_bytes;
+  r.l2_bytes = l2_bytes();
   r.wait = reinterpret_cast<int64_t>(&wait_at);
   r.reverse = reverse;
   records[1] = r;
@@ -128,28 +132,49 @@ const Unit& Call::unit(bool forward) const {
   return tier->units[index];
 }
 
-void Call::run(bool forward) {
-  const Unit& kernel = unit(forward);
-  const auto at = reinterpret_cast<int64_t>(records.data());
+void Call::run(bool forward) { run(unit(forward), records.data(), 2, patience(forward)); }
+
+bool Call::runs_at_once(int64_t layers) const {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (layers == 1 || directions_ > 1 || layout_ == Layout::packed || records[0].steps == 1 || threads == 1) return false;
+  std::vector<Record> sizes(static_cast<size_t>(layers), records[0]);
+  for (Record& r : sizes) r.layers = layers;
+  return unit(true).arrange(reinterpret_cast<int64_t>(sizes.data()), threads) > 0;
+}
+
+void Call::run_at_once(const std::vector<Call>& layers) {
+  std::vector<Record> own;
+  std::chrono::nanoseconds patience{0};
+  for (const Call& call : layers) {
+    own.push_back(call.records[0]);
+    own.back().layers = static_cast<int64_t>(layers.size());
+    patience += call.patience(true);
+  }
+  run(layers[0].unit(true), own.data(), static_cast<int64_t>(own.size()), patience);
+}
+
+void Call::run(const Unit& kernel, Record* records, int64_t count, std::chrono::nanoseconds patience) {
+  const auto at = reinterpret_cast<int64_t>(records);
+  const auto each = [&](const auto& set) { std::for_each(records, records + count, set); };
   const int64_t most = torch::stable::get_num_threads(), bytes = kernel.arrange(at, most);
   const Workspace workspace(bytes);
-  for (Record& r : records) r.workspace = workspace.begin;
+  each([&](Record& r) { r.workspace = workspace.begin; });
   kernel.arrange(at, most);
   const int64_t threads = records[0].threads;
   if (threads == 1) return kernel.run(at, 0);
 
   // The team's, each crew's and its row groups', which a smaller team has room in: nothing may fail once threads have come.
-  const auto arrivals = std::make_unique<Arrivals[]>(threads * (1 + 2 * directions_));
+  const auto arrivals = std::make_unique<Arrivals[]>(threads * (1 + 2 * count));
   const auto gathered = [&](int64_t size) {
     if (size < threads) {  // share out anew, among as many as the workspace has room for: it has for one
       for (int64_t workers = size; kernel.arrange(at, workers) > bytes && workers > 1;) --workers;
     }
-    for (Record& record : records) {
-      record.threads = size;
-      record.arrivals = reinterpret_cast<int64_t>(arrivals.get());
-    }
+    each([&](Record& r) {
+      r.threads = size;
+      r.arrivals = reinterpret_cast<int64_t>(arrivals.get());
+    });
   };
-  run_team(threads, patience(forward), gathered, [&](int64_t rank) { kernel.run(at, rank); });
+  run_team(threads, patience, gathered, [&](int64_t rank) { kernel.run(at, rank); });
 }
 
 int64_t Call::pack() {

@@ -28,6 +28,8 @@ enum class Kind { f32, f64, bf16, byte, i64, other };  // of a tensor's numbers;
 
 inline int64_t bytes_of(Kind kind) { return kind == Kind::f64 ? 8 : kind == Kind::f32 ? 4 : 2; }
 
+int64_t l2_bytes();  // of a core
+
 // A tensor, which somebody else keeps alive.
 struct View {
   int64_t address = 0, dims = 0;
@@ -80,6 +82,12 @@ class Call {
   void scratch(int64_t Record::*field, int64_t numbers_a_direction);
 
   void run(bool forward);
+
+  // Whether forward of `layers` layers on top of each other, of which this is the lowest, is faster at once than one after the
+  // other; and that, for those of which this is true.
+  bool runs_at_once(int64_t layers) const;
+  static void run_at_once(const std::vector<Call>& layers);
+
   int64_t operations(bool forward) const;
 
   // Pack the weights to where `packs` says; only learns the bytes it takes where it says nothing. Returns those of a direction.
@@ -89,6 +97,7 @@ class Call {
 
  private:
   const Unit& unit(bool forward) const;
+  static void run(const Unit& kernel, Record* records, int64_t count, std::chrono::nanoseconds patience);
   std::chrono::nanoseconds patience(bool forward) const;
 
   Kind kind_;

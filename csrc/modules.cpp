@@ -120,9 +120,11 @@ class Stack {
   }
   void run_wide(const View& x, const View* h0, const View* c0, const View& y, const View& h_n, const View* c_n) const {
     View input = x;
-    torch::stable::Tensor between;
+    std::vector<Call> calls;                     // those that wait for others to run at once
+    std::vector<torch::stable::Tensor> between;  // and what goes from layer to layer
     std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
     std::unique_ptr<char[]> many_zeros;
+    bool at_once = false;
     for (int64_t layer = 0; layer < layers; ++layer) {
       const LayerSizes own{*cell, kind, directions, input.size(-1), hidden_size, output_size, bias, projected, half};
       Call call(own, input, layout, false);
@@ -146,11 +148,18 @@ class Stack {
         output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), kind};
       }
       call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
-      call.run(true);
-      if (all_half && layer < layers - 1) wide.round_in_place(output);  // as every layer's result is
-      between = std::move(made);                                            // the input of this layer goes
+      if (layer == 0) at_once = !half && call.runs_at_once(layers);
+      if (at_once) {
+        calls.push_back(std::move(call));
+      } else {
+        call.run(true);
+        if (all_half && layer < layers - 1) wide.round_in_place(output);  // as every layer's result is
+        between.clear();                                                      // the input of this layer goes
+      }
+      if (layer < layers - 1) between.push_back(std::move(made));
       input = output;
     }
+    if (at_once) Call::run_at_once(calls);
   }
 
   Kind given_kind() const { return all_half ? Kind::bf16 : kind; }

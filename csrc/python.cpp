@@ -84,7 +84,8 @@ PyMODINIT_FUNC PyInit__runtime() {
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   if (!make_keys()) return nullptr;
   PyObject* module = PyModule_Create(&definition);
-  if (module && PyModule_AddStringConstant(module, "built_from", FASTRNN_BUILT_FROM) != 0) {
+  if (module && (PyModule_AddStringConstant(module, "built_from", FASTRNN_BUILT_FROM) != 0 ||
+                 PyModule_AddIntConstant(module, "l2_bytes", l2_bytes()) != 0)) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -256,10 +256,10 @@ def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool
     """What the engine says it would do in each layer. half: its matrices are in bfloat16."""
     I, H = module.input_size, module.hidden_size
 
-    def describe(cell: str, T: int, B: int, I: int, R: int, D: int) -> str:
+    def describe(cell: str, T: int, B: int, I: int, R: int, D: int, layers: int = 1) -> str:
         if x.is_cuda:
             return gpu.describe(cell, T, B, H, R, D, x.dtype, x.device, training)
-        return cpu.describe(cell, T, B, I, H, R, D, torch.get_num_threads(), training, half)
+        return cpu.describe(cell, T, B, I, H, R, D, torch.get_num_threads(), training, half, layers)
 
     if not isinstance(module, nn.RNNBase):
         cell = {3: "gru", 4: "lstm"}.get(len(module.weight_hh) // H) or f"rnn_{module.nonlinearity}"
@@ -268,4 +268,6 @@ def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool
     T, B = _steps_and_rows(x, batch_sizes, module.batch_first)
     R, D = module.proj_size or H, 1 + module.bidirectional
     sizes = [I] + [D * R] * (module.num_layers - 1)
-    return tuple(describe(BY_MODE[module.mode], T, B, size, R, D) for size in sizes)
+    one_by_one = batch_sizes is not None or (module.training and module.dropout > 0)
+    layers = 1 if one_by_one else module.num_layers
+    return tuple(describe(BY_MODE[module.mode], T, B, size, R, D, layers) for size in sizes)

@@ -37,13 +37,14 @@ def test_grid_is_the_agreed_one():
     groups = {"few": few, "middle": middle, "large": large, "apart": step}
     assert plain == {(group, *sizes) for group, points in groups.items() for sizes in points}
     assert {p for p in GRID if p != Point(p.group, p.batch, p.hidden, p.steps)} == {
+        Point("apart", 1, 64, 100, layers=2),
         Point("apart", 16, 256, 64, layers=2, directions=2),
         Point("apart", 32, 256, 100, fill=0.57),
         Point("apart", 1, 200, 15, input=250, modes=("infer",)),
         Point("apart", 128, 1024, 50, modes=("train",)),
     }
-    assert len(GRID) == len({p.name for p in GRID}) == 27
-    assert len(list(cases())) == 3 * (2 * 25 + 2)
+    assert len(GRID) == len({p.name for p in GRID}) == 28
+    assert len(list(cases())) == 3 * (2 * 26 + 2)
     assert [case.name for case in cases("lstm train B1 T100 H64$")] == ["few lstm train B1 T100 H64"]
 
 

@@ -7,7 +7,6 @@ time and called from Python (fallback.py).
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -84,30 +83,36 @@ def load() -> tuple[str, Tier]:
     return "run time", tier
 
 
-def describe(cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool, half: bool) -> str:
+def describe(
+    cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool, half: bool, layers: int = 1
+) -> str:
     """How the engine would share a dense layer's work out, in words.
 
     cell: a name of cells.CELLS; T steps, B rows, I inputs, H units, R outputs (projection, or H), D directions.
-    half: matrices are in bfloat16.
+    half: matrices are in bfloat16. layers: of which this is one, on top of each other and called together.
     """
     how, tier = load()
     target, threads = tier.target, threads if how == "compiled" else 1
     gates, lanes = CELLS[cell].gates, target.vector_bytes // 4
     columns = plan.unit_vectors(gates, target.registers) * gates
-    l2_bytes = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
+    l2_bytes = runtime_module().l2_bytes if how == "compiled" else 1 << 20
     words = []
     for name in ("forward", "backward")[: 1 + training]:
         forward = name == "forward"
         width = columns if forward else plan.wide_columns(target.registers)
         depth, units = (R, H) if forward else (gates * H, R)
         panels = plan.ceil_div(units, width // (gates if forward else 1) * lanes)
-        way = forward, half and R % 2 == 0, bool(target.tiles), T, B, target.vector_bytes
-        _, tiles, weight_bytes, rate = plan.way_of_weights(*way)
+        given = forward, half and R % 2 == 0, bool(target.tiles), T, B, target.vector_bytes
+        _, tiles, way = plan.way_of_weights(*given)
+        at_once = 1
+        if layers > 1 and D == 1 and not (training or half):
+            sizes = layers, T, B, H, R, threads, l2_bytes, gates, depth, panels, width, way
+            at_once = plan.crews_of_layers(*sizes)
         crews, rows, parts = plan.schedule(
-            T, T * B, B, I, H, R, D, threads, max(l2_bytes, 256 * 1024), gates, depth, panels, width,
-            weight_bytes, rate, 1 if forward else 2,
-        )  # fmt: skip
+            T, T * B, B, I, H, R, D, threads // at_once, l2_bytes, gates, depth, panels, width, way, 1 if forward else 2
+        )
         shares = [f"{rows} x rows"] * (rows > 1) + [f"{parts} x units"] * (parts > 1)
         crew = " and ".join(shares) or "one thread"
-        words.append(f"{name}: {'each direction on ' if crews > 1 else ''}{crew}{', in tiles' if tiles else ''}")
+        beside = "at the same time as other layers, on " if at_once > 1 else "each direction on " if crews > 1 else ""
+        words.append(f"{name}: {beside}{crew}{', in tiles' if tiles else ''}")
     return f"{tier.name}, {8 * target.vector_bytes}-bit vectors; " + "; ".join(words)

@@ -28,6 +28,9 @@ def compiled_plan() -> dict:
         plan.step_cost,
         plan.choose_groups,
         plan.worth_threads,
+        plan.layer_cost,
+        plan.layer_block,
+        plan.crews_of_layers,
         plan.forward_block,
         plan.backward_block,
         plan.schedule,
@@ -40,11 +43,15 @@ PLAN = compiled_plan()
 align, split_bytes, split_rows = PLAN["align"], PLAN["split_bytes"], PLAN["split_rows"]
 forward_block, backward_block = PLAN["forward_block"], PLAN["backward_block"]
 way_of_weights, schedule = PLAN["way_of_weights"], PLAN["schedule"]
+layer_block, crews_of_layers = PLAN["layer_block"], PLAN["crews_of_layers"]
 
 
 @cache
 def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
-    """arrange(records, threads) -> bytes of workspace: call it once to learn the size, and again with `workspace` set."""
+    """arrange(records, threads) -> bytes of workspace: call it once to learn the size, and again with `workspace` set.
+
+    Of layers that are faster one after the other the first call returns 0.
+    """
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     gates, slots, preactivations = cell.gates, cell.slots, cell.preactivations
     per_panel = unit_vectors(gates, target.registers)
@@ -53,7 +60,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     with_tiles, tile_parts = bool(target.tiles) and size == 4, plan.FORWARD_PARTS if forward else plan.BACKWARD_PARTS
 
     @njit(**options)
-    def arrange(records, threads):
+    def lay_out(records, threads, start):
+        """The same of a layer, whose part of the workspace begins at `start`; returns where that ends."""
         p = record_at(records)
         H, R, I, B = p.hidden_size, p.output_size, p.input_size, p.batch
         units = ceil_div(H, lanes * per_panel) * lanes * per_panel
@@ -61,11 +69,11 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             input_depth, depth, panels = I, R, units // (lanes * per_panel)
         else:
             input_depth, depth, panels = gates * H, gates * H, ceil_div(R, wide)
-        half_panels, tiles, weight_bytes, rate = way_of_weights(forward, p.half, with_tiles, p.steps, B, vector)
+        half_panels, tiles, way = way_of_weights(forward, p.half, with_tiles, p.steps, B, vector)
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
-            p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns,
-            weight_bytes, rate, 1 if forward else 2,
+            p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns, way,
+            1 if forward else 2,
         )  # fmt: skip
         ih_depth, hh_depth = input_depth, depth // 2 if half_panels else depth
         if tiles:
@@ -77,8 +85,11 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         in_gradient = not forward and p.need_dw and R % wide == 0 and hh_depth <= depth and not rounded_at_once
         team = crews * row_groups * unit_groups
         if forward:
-            block = forward_block(p.steps, B, p.rows, I, gates * H * size)
-            tables = 3 * B + 2 * block * B
+            at_once = p.layers > 1
+            block = forward_block(p.steps, B, p.rows, 0 if at_once else I, gates * H * size)
+            if at_once:  # the same for all, whatever their inputs
+                block = layer_block(p.steps, B, block)
+            tables = 3 * B + 2 * block * B + 2
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
             ih_once = row_groups == 1 and block == p.steps and not frozen and p.rows <= together
             panel_bytes = align(columns * vector * ih_depth) if ih_once else 0
@@ -101,12 +112,13 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * tile_parts
         own = align(SCRATCH_BYTES + panel_bytes + own_block + 8 * tables)
 
-        offset = 0
+        offset = start
         for direction in range(p.directions):
             d = record_at(records + direction * RECORD_BYTES)
-            d.threads, d.crews, d.row_groups, d.unit_groups, d.block_steps = team, crews, row_groups, unit_groups, block
+            d.threads, d.crews, d.crew_threads, d.block_steps = team, crews, row_groups * unit_groups, block
+            d.row_groups, d.unit_groups = row_groups, unit_groups
             if crews == 1:
-                offset = 0  # directions take turns in one workspace
+                offset = start  # directions take turns in one workspace
             d.half_panels, d.tiles, d.split_rows = half_panels, tiles, together
             d.ih_once, d.one_step, d.panel_bytes, d.own_block = ih_once, one_step, panel_bytes, own_block
             d.ih_depth, d.hh_depth = ih_depth, hh_depth
@@ -155,6 +167,27 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             other = record_at(records + RECORD_BYTES)
             other.dx = p.dx_other = p.workspace + offset
             offset += align(p.rows * I * size)
+        return offset
+
+    @njit(**options)
+    def arrange(records, threads):
+        p = record_at(records)
+        crews, of_each = 1, threads
+        if p.layers > 1:
+            H, R = p.hidden_size, p.output_size
+            panels = ceil_div(H, lanes * per_panel)
+            _, _, way = way_of_weights(forward, 0, with_tiles, p.steps, p.batch, vector)
+            crews = crews_of_layers(p.layers, p.steps, p.batch, H, R, threads, p.l2_bytes, gates, R, panels, columns, way)
+            if crews == 1 and p.workspace == 0:
+                return 0
+            of_each = threads // crews
+        offset = most = 0
+        for layer in range(max(1, p.layers)):
+            offset = lay_out(records + layer * RECORD_BYTES, of_each, offset)
+            most = max(most, record_at(records + layer * RECORD_BYTES).threads)
+        for layer in range(p.layers):
+            own = record_at(records + layer * RECORD_BYTES)
+            own.threads, own.crews, own.crew_threads, own.direction = crews * most, crews, most, layer
         return offset
 
     return arrange

@@ -58,7 +58,8 @@ from .vector import VectorLibrary, load_int, prefetch, store_int
 
 @cache
 def make_forward(cell: Cell, v: VectorLibrary, target: Target):
-    """forward(records, rank): the share of thread `rank` in one call; records is the address of one record a direction."""
+    """forward(records, rank): the share of thread `rank` in one call; records is the address of one record a direction, or a
+    layer where layers run at once."""
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     load, store, load_all, store_all, zero = v.load, v.store, v.load_all, v.store_all, v.zero
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
@@ -339,9 +340,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             store(destination + unit * size, load(source + unit * size, min(n, last) - unit), min(n, last) - unit)
 
     @njit(**options)
-    def run_direction(p, member):
-        row_group, unit_group = member // p.unit_groups, member % p.unit_groups
-        r0, r1 = split_row(p, row_group), split_row(p, row_group + 1)
+    def run_block(p, member, block, begins):
+        """A block of steps of one direction or layer; nothing but what comes before all blocks if begins and block < 0."""
+        unit_group = member % p.unit_groups
         hidden_bytes, output_bytes = p.hidden_size * size, p.output_size * size
         panels = ceil_div(p.hidden_size, lanes * per_panel)
         first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
@@ -358,93 +359,104 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         y_rows = h_rows + 8 * p.batch
         x_rows = y_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
+        own_rows = z_rows + 8 * p.block_steps * p.batch  # this thread's
 
-        if p.tiles:
-            configure()
-        if not p.pack:
-            pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
-        for b in range(r0, r1):
-            store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
-            if has_cell_state:
-                copy_units(p.c0 + b * hidden_bytes, p.c_n + b * hidden_bytes, unit0, unit1, p.hidden_size)
-        wait_crew(p, member)
+        if begins:
+            store_int(own_rows, split_row(p, member // p.unit_groups))
+            store_int(own_rows + 8, split_row(p, member // p.unit_groups + 1))
+        r0, r1 = load_int(own_rows), load_int(own_rows + 8)
+        if begins:
+            if not p.pack:
+                pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
+            for b in range(r0, r1):
+                store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
+                if has_cell_state:
+                    copy_units(p.c0 + b * hidden_bytes, p.c_n + b * hidden_bytes, unit0, unit1, p.hidden_size)
+            wait_crew(p, member)
+            if block < 0:
+                return
 
         # Pre-activations live where what is kept goes afterwards: saved, or y for a cell without slots, or a block's buffer.
         in_saved = p.save and slots > 0
         saved_row = (slots + p.projected) * hidden_bytes
-        s = 0
-        while s < p.steps:
-            end = min(p.steps, s + p.block_steps)
-            n = 0
-            for k in range(s, end):
-                t = p.steps - 1 - k if p.reverse else k
-                for b in range(r0, min(r1, active_rows(p, t))):
-                    store_int(x_rows + 8 * n, p.x + step_base(p, t) * p.x_step + b * p.x_row)
-                    if slots == 0:
-                        z = p.y + step_base(p, t) * p.y_step + b * p.y_row
-                    elif in_saved:
-                        z = p.saved + (first_row(p, t) + b) * saved_row
-                    else:
-                        z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
-                    store_int(z_rows + 8 * n, z)
-                    n += 1
-            for i in range(0, n, p.split_rows):
-                rows, x, z = min(n - i, p.split_rows), x_rows + 8 * i, z_rows + 8 * i
-                project(p, rows, x, z, hidden_bytes, first, last, bias_gate, scratch, own_panel)
+        s = block * p.block_steps
+        end = min(p.steps, s + p.block_steps)
+        n = 0
+        for k in range(s, end):
+            t = p.steps - 1 - k if p.reverse else k
+            for b in range(r0, min(r1, active_rows(p, t))):
+                store_int(x_rows + 8 * n, p.x + step_base(p, t) * p.x_step + b * p.x_row)
+                if slots == 0:
+                    z = p.y + step_base(p, t) * p.y_step + b * p.y_row
+                elif in_saved:
+                    z = p.saved + (first_row(p, t) + b) * saved_row
+                else:
+                    z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
+                store_int(z_rows + 8 * n, z)
+                n += 1
+        for i in range(0, n, p.split_rows):
+            rows, x, z = min(n - i, p.split_rows), x_rows + 8 * i, z_rows + 8 * i
+            project(p, rows, x, z, hidden_bytes, first, last, bias_gate, scratch, own_panel)
 
-            n = 0
-            for k in range(s, end):
-                t = p.steps - 1 - k if p.reverse else k
-                count = max(0, min(r1, active_rows(p, t)) - r0)
-                for i in range(count):
-                    y = p.y + step_base(p, t) * p.y_step + (r0 + i) * p.y_row
-                    store_int(y_rows + 8 * i, y)
-                    if not p.projected:
-                        h = y
-                    elif p.save:
-                        h = p.saved + (first_row(p, t) + r0 + i) * saved_row + slots * hidden_bytes
-                    else:
-                        h = p.tails + (r0 + i) * hidden_bytes
-                    store_int(h_rows + 8 * i, h)
-                for i in range(0, count, p.split_rows):
-                    rows, before, z = min(count - i, p.split_rows), previous + 8 * i, z_rows + 8 * (n + i)
-                    h, c = h_rows + 8 * i, p.c_n + (r0 + i) * hidden_bytes
-                    turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
-                    step(p, turn, rows, before, z, hidden_bytes, h, c, first, last, bias_gate, scratch, own_panel)
-                if p.projected:
-                    wait_group(p, member)
-                    panel_row = wide * vector
-                    multiply(
-                        count, h_rows, size, p.hr_panels, p.hidden_size * panel_row, panel_row, p.hidden_size, p.output_size,
-                        first_out, last_out, y_rows, 0, scratch,
-                    )  # fmt: skip
+        n = 0
+        for k in range(s, end):
+            t = p.steps - 1 - k if p.reverse else k
+            count = max(0, min(r1, active_rows(p, t)) - r0)
+            for i in range(count):
+                y = p.y + step_base(p, t) * p.y_step + (r0 + i) * p.y_row
+                store_int(y_rows + 8 * i, y)
+                if not p.projected:
+                    h = y
+                elif p.save:
+                    h = p.saved + (first_row(p, t) + r0 + i) * saved_row + slots * hidden_bytes
+                else:
+                    h = p.tails + (r0 + i) * hidden_bytes
+                store_int(h_rows + 8 * i, h)
+            for i in range(0, count, p.split_rows):
+                rows, before, z = min(count - i, p.split_rows), previous + 8 * i, z_rows + 8 * (n + i)
+                h, c = h_rows + 8 * i, p.c_n + (r0 + i) * hidden_bytes
+                turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
+                step(p, turn, rows, before, z, hidden_bytes, h, c, first, last, bias_gate, scratch, own_panel)
+            if p.projected:
                 wait_group(p, member)
-                for i in range(count):
-                    store_int(previous + 8 * i, load_int(y_rows + 8 * i))
-                n += count
-            s = end
+                panel_row = wide * vector
+                multiply(
+                    count, h_rows, size, p.hr_panels, p.hidden_size * panel_row, panel_row, p.hidden_size, p.output_size,
+                    first_out, last_out, y_rows, 0, scratch,
+                )  # fmt: skip
+            wait_group(p, member)
+            for i in range(count):
+                store_int(previous + 8 * i, load_int(y_rows + 8 * i))
+            n += count
 
-        own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
-        for b in range(r0, r1):
-            copy_units(load_int(previous + 8 * (b - r0)), p.h_n + b * output_bytes, own, owns, p.output_size)
-        if p.tiles:
-            release()
+        if end == p.steps:
+            own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
+            for b in range(r0, r1):
+                copy_units(load_int(previous + 8 * (b - r0)), p.h_n + b * output_bytes, own, owns, p.output_size)
 
     @njit(**options)
     def forward(records, rank):
         p = record_at(records)
-        crew = p.row_groups * p.unit_groups
         if p.pack_only:
             for direction in range(p.directions):
                 pack_alone(record_at(records + direction * RECORD_BYTES))
-        elif p.crews > 1:
-            direction, member = rank // crew, rank % crew
-            if direction < p.directions:
-                run_direction(record_at(records + direction * RECORD_BYTES), member)
-        else:
-            for direction in range(p.directions):
-                if rank < crew:
-                    run_direction(record_at(records + direction * RECORD_BYTES), rank)
+            return
+        # Directions run at once or one after the other, layers each a block of steps behind the one below.
+        crew, member = rank // p.crew_threads, rank % p.crew_threads
+        count, blocks = max(p.directions, p.layers), ceil_div(p.steps, p.block_steps)
+        behind = 1 if p.layers > 1 else 0 if p.crews > 1 else blocks
+        waves = blocks + (count - 1) * behind
+        if p.tiles:
+            configure()
+        for wave in range(waves):
+            for index in range(crew, count if crew < p.crews else 0, p.crews):
+                own, block = record_at(records + index * RECORD_BYTES), wave - index * behind
+                begins = wave == 0 if p.layers > 1 else block == 0
+                if member < own.row_groups * own.unit_groups and block < blocks and (begins or block >= 0):
+                    run_block(own, member, block, begins)
+            if behind > 0 and (wave + 1) % behind == 0 and wave + 1 < waves:
                 wait_team(p, rank)
+        if p.tiles:
+            release()
 
     return forward

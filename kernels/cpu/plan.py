@@ -4,7 +4,8 @@ Pure integer arithmetic: compiled into the engine at build time, and run as plai
 
 A team of threads works on one call. A bidirectional layer gives each direction a crew of its own where there are threads for
 two. A crew splits its batch over `row_groups` (no synchronisation between them) and, within a group, the hidden units over
-`unit_groups` (one barrier a step, each thread streaming only its share of the recurrent weights).
+`unit_groups` (one barrier a step, each thread streaming only its share of the recurrent weights). Layers on top of each other
+that keep a thread or two busy run at once, dealt out to crews, each a block of steps behind the one below.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ _GROUPS = (
     # tiles: those of both stay so, and are multiplied in tile registers
     "steps batch rows input_size hidden_size output_size bias projected half half_panels tiles reverse save",
     "need_dx need_dh0 need_dw",
+    # layers: records are those of so many layers, on top of each other and of one direction, which run at once; else 0
+    "layers",
     # packed only: rows of each step, and rows before it
     "batch_sizes offsets",
     # the op's tensors; y and dy point at this direction's columns
@@ -25,10 +28,10 @@ _GROUPS = (
     # float32, but if rounded_at_once: of few rows they need no sums
     "dy dy_step dy_row dh_n dc_n dx dx_step dx_row dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr",
     "dw_ih_half dw_hh_half dw_hr_half rounded_at_once",
-    # the machine; `threads` becomes the team's size
+    # the machine; `threads` becomes the team's size; direction: or the layer's number
     "threads l2_bytes directions direction",
-    # the schedule (see above); steps in a block of time
-    "crews row_groups unit_groups block_steps",
+    # the schedule (see above); most threads in a crew; steps in a block of time
+    "crews crew_threads row_groups unit_groups block_steps",
     # ih_once: W_ih is packed where it is used, into the thread's own buffer of panel_bytes: a panel, in backward what
     # multiply_once takes.
     # one_step: W_hh is used but once; forward reads both matrices where they lie, backward packs as with ih_once
@@ -70,6 +73,8 @@ BACKWARD_BLOCK_ROWS = 512  # rows whose gate gradients are held at once; the sam
 OPERAND_BYTES = 2048  # width of the panels of an operand of the weights' gradients that are packed at a time,
 OPERAND_ROWS = 512  # of so many rows
 FEW_ROWS = 8  # rows whose share of the weights' gradients is summed without packing them
+LAYER_BLOCKS = 16  # of steps, where layers run at once: a layer is a block behind the one below,
+LAYER_ROWS = 4  # which has so many rows at least
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
 
 
@@ -98,14 +103,16 @@ def split_rows(depth, parts):
 
 
 def way_of_weights(forward, half, with_tiles, steps, batch, vector_bytes):
-    """(half_panels, tiles, bytes of a vector of weights, vectors of products a cycle) of a pass, see FIELDS.
+    """(half_panels, tiles, way) of a pass, see FIELDS; way: (bytes of a vector of weights, bytes a cycle from L2, vectors of
+    products a cycle).
 
     with_tiles: the processor has them. A single step would wait for packing them.
     """
     tiles = half and with_tiles and batch > VECTOR_ROWS and steps > 1
     half_panels = forward and half and not tiles and batch <= HALF_PANEL_ROWS
     rate = TILE_RATE // (FORWARD_PARTS if forward else BACKWARD_PARTS) if tiles else VECTOR_RATE
-    return half_panels, tiles, vector_bytes // 2 if half_panels or tiles else vector_bytes, rate
+    weight_bytes = vector_bytes // 2 if half_panels or tiles else vector_bytes
+    return half_panels, tiles, (weight_bytes, 2 * vector_bytes // 3, rate)
 
 
 def unit_vectors(gates, registers):
@@ -118,35 +125,43 @@ def wide_columns(registers):
     return 4 if registers >= 32 else 2
 
 
-def step_cost(rows, depth, panels, panel_vectors, vector_bytes, rate, row_groups, unit_groups, l2_bytes):
+def step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, l2_bytes):
     """Estimated cycles of one step of one thread: its products and gates, the streaming of its share of the weights, and
     between threads that share rows the barrier, and fetching what the others computed.
 
-    rate: vectors of products a cycle. Other rates were measured on two AVX-512 cores: 110 cycles for the gates of a vector of
-    units; 41 bytes a cycle from L2, 10 from beyond it; 900 cycles a barrier, 6 a number fetched. Work and streaming overlap in
-    part, like the legs of a right triangle, whose hypotenuse is about the longer leg and half the square of the other over it.
+    way: as way_of_weights says. Other rates were measured on two AVX-512 cores: 110 cycles for the gates of a vector of units;
+    10 bytes a cycle from beyond L2; 900 cycles a barrier, 6 a number fetched. Work and streaming overlap in part, like the legs
+    of a right triangle, whose hypotenuse is about the longer leg and half the square of the other over it.
     """
+    vector_bytes, near, rate = way
     group_rows = ceil_div(rows, row_groups)
     own_panels = ceil_div(panels, unit_groups)
     tiles = rate > VECTOR_RATE
     product_rows = ceil_div(group_rows, TILE_ROWS) * TILE_ROWS if tiles else group_rows  # a tile is never part of one
     work = own_panels * (product_rows * (depth * panel_vectors // rate) + 110 * group_rows)
     weights = own_panels * depth * panel_vectors * vector_bytes
-    streaming = weights // (41 if 4 * weights <= 3 * l2_bytes else 10)
+    streaming = weights // (near if 4 * weights <= 3 * l2_bytes else 10)
     longer, other = max(work, streaming), min(work, streaming)
     exchange = 900 + 6 * group_rows * depth * (unit_groups - 1) // unit_groups if unit_groups > 1 else 0
     return longer + other * other // (2 * longer) + exchange
 
 
-def choose_groups(rows, depth, panels, panel_vectors, vector_bytes, rate, threads, l2_bytes):
+def choose_groups(rows, depth, panels, panel_vectors, way, threads, l2_bytes):
     """(row_groups, unit_groups) of a crew of `threads`: the pair with the least estimated time a step."""
-    best, best_cost = (1, 1), step_cost(rows, depth, panels, panel_vectors, vector_bytes, rate, 1, 1, l2_bytes)
+    best, best_cost = (1, 1), step_cost(rows, depth, panels, panel_vectors, way, 1, 1, l2_bytes)
     for row_groups in range(1, min(threads, rows) + 1):
         unit_groups = min(threads // row_groups, panels)
-        cost = step_cost(rows, depth, panels, panel_vectors, vector_bytes, rate, row_groups, unit_groups, l2_bytes)
+        cost = step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, l2_bytes)
         if cost < best_cost:
             best, best_cost = (row_groups, unit_groups), cost
     return best
+
+
+def layer_cost(rows, input_size, depth, panels, panel_vectors, way, threads, l2_bytes):
+    """Estimated cycles of one step of a crew of `threads`, with the input's product, which is shared out evenly."""
+    row_groups, unit_groups = choose_groups(rows, depth, panels, panel_vectors, way, threads, l2_bytes)
+    cost = step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, l2_bytes)
+    return cost + rows * panels * (input_size * panel_vectors // way[2]) // (row_groups * unit_groups)
 
 
 def worth_threads(flops, threads):
@@ -193,8 +208,7 @@ def schedule(
     depth,
     panels,
     panel_vectors,
-    vector_bytes,
-    rate,
+    way,
     passes,
 ):
     """(crews, row_groups, unit_groups) of one call. passes: products a forward or backward pass does per weight (1 or 2)."""
@@ -205,5 +219,26 @@ def schedule(
     crews = 2 if directions == 2 and threads > 1 else 1
     if steps == 1:  # each thread reads its own share of the weights
         return crews, 1, min(threads // crews, panels)
-    row_groups, unit_groups = choose_groups(batch, depth, panels, panel_vectors, vector_bytes, rate, threads // crews, l2_bytes)
+    row_groups, unit_groups = choose_groups(batch, depth, panels, panel_vectors, way, threads // crews, l2_bytes)
     return crews, row_groups, unit_groups
+
+
+def layer_block(steps, batch, most):
+    """Steps in a block of layers that run at once, `most` at most."""
+    return min(most, max(ceil_div(LAYER_ROWS, batch), ceil_div(steps, LAYER_BLOCKS)))
+
+
+def crews_of_layers(
+    layers, steps, batch, hidden_size, output_size, threads, l2_bytes, gates, depth, panels, panel_vectors, way
+):
+    """Crews for layers on top of each other that run at once; 1 where they are faster one after the other."""
+    flops = 2 * steps * batch * gates * hidden_size * 2 * output_size
+    crews = min(layers, worth_threads(layers * flops, threads))
+    if crews == 1 or steps == 1:
+        return 1
+    blocks = ceil_div(steps, layer_block(steps, batch, steps))
+    most, of_each = worth_threads(flops, threads), worth_threads(flops, threads // crews)
+    alone = layer_cost(batch, output_size, depth, panels, panel_vectors, way, most, l2_bytes)
+    shared = layer_cost(batch, output_size, depth, panels, panel_vectors, way, of_each, l2_bytes)
+    at_once = ceil_div(layers, crews) * (blocks + layers - 1) * shared  # a crew takes its layers' blocks in turn
+    return crews if at_once < layers * blocks * alone else 1

@@ -46,7 +46,7 @@ def wait_crew(p, member):
     """Every thread of this direction's crew."""
     size = p.row_groups * p.unit_groups
     if size > 1:
-        call(p.wait, p.arrivals + ARRIVALS_BYTES * (p.threads + 2 * p.direction * size), member, size)
+        call(p.wait, p.arrivals + ARRIVALS_BYTES * (p.threads + 2 * p.direction * p.crew_threads), member, size)
 
 
 @njit(**options)
@@ -55,7 +55,7 @@ def wait_group(p, member):
     size = p.unit_groups
     if size > 1:
         group = member // size
-        first = p.threads + (2 * p.direction + 1) * p.row_groups * size + group * size
+        first = p.threads + (2 * p.direction + 1) * p.crew_threads + group * size
         call(p.wait, p.arrivals + ARRIVALS_BYTES * first, member % size, size)
 
 

@@ -1,0 +1,100 @@
+"""Layers on top of each other that run at the same time: the same bits as one after the other."""
+
+import pytest
+import torch
+from contract import same_bits, threads
+from torch import nn
+
+import fastrnn
+from fastrnn.kernels import cpu
+
+pytestmark = pytest.mark.skipif(cpu.EXTENSION is None, reason="a team needs the extension")
+
+OPTIONS = [
+    ("LSTM", {}),
+    ("LSTM", {"batch_first": True, "bias": False}),
+    ("LSTM", {"proj_size": 9}),
+    ("GRU", {}),
+    ("GRU", {"dtype": torch.float64}),
+    ("RNN", {"nonlinearity": "relu"}),
+]
+
+
+def at_once(module, x):
+    """Are all layers of this call said to run at once?"""
+    schedule = fastrnn.explain(module, x).schedule
+    return all("at the same time" in line for line in schedule) and len(schedule) == module.num_layers
+
+
+def results(module, x, state=None):
+    y, last = module(x, state)
+    return {"y": y} | {f"state {i}": part for i, part in enumerate(last if isinstance(last, tuple) else (last,))}
+
+
+@pytest.mark.parametrize("layers", [2, 3, 5])
+@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+@torch.no_grad()
+def test_same_bits(name, options, layers, poison):
+    module = getattr(fastrnn, name)(37, 33, layers, **options).eval()
+    dtype = module.weight_ih_l0.dtype
+    found = 0
+    for batch in (1, 3):
+        for steps in (2, 9, 80, 500):
+            x = torch.randn(steps, batch, 37, dtype=dtype)
+            x = x.transpose(0, 1).contiguous() if module.batch_first else x
+            states = [torch.randn(layers, batch, size, dtype=dtype) for size in (module.proj_size or 33, 33)]
+            for state in (None, tuple(states) if name == "LSTM" else states[0]):
+                with threads(1):
+                    expected = results(module, x, state)
+                    assert not at_once(module, x)
+                for count in (2, 3, 8):
+                    with threads(count):
+                        found += at_once(module, x)
+                        same_bits(results(module, x, state), expected, f"B {batch} T {steps}, {count} threads:")
+    assert found >= 8
+
+
+@torch.no_grad()
+def test_one_block_for_layers_of_any_input():
+    """A wide input has its product in longer blocks where a layer runs alone."""
+    module = fastrnn.LSTM(4500, 128, 2)
+    x = torch.randn(1, 4, 4500).expand(1100, 4, 4500)
+    with threads(2):
+        assert at_once(module, x)
+        found = results(module, x)
+    with threads(1):
+        same_bits(found, results(module, x))
+
+
+@torch.no_grad()
+def test_frozen():
+    module = fastrnn.GRU(20, 40, 2).eval()
+    x = torch.randn(100, 1, 20)
+    with threads(2):
+        expected = results(module, x)
+        frozen = fastrnn.freeze(module)
+        assert at_once(frozen, x)
+        same_bits(results(frozen, x), expected)
+
+
+def test_what_runs_one_after_the_other():
+    """Other threads, no threads to spare, two directions, packed, gradients, dropout, a matrix that leaves a core's L2."""
+    small, x = fastrnn.LSTM(64, 64, 2), torch.randn(100, 1, 64)
+    packed = nn.utils.rnn.pack_sequence([x[:, 0]])
+    with threads(2):
+        assert not at_once(small, x)  # gradients
+        with torch.no_grad():
+            assert at_once(small, x)
+            assert not at_once(small, packed)
+            assert not at_once(small, x[:1])
+            assert not at_once(fastrnn.LSTM(64, 64, 2, bidirectional=True), x)
+            dropping = fastrnn.LSTM(64, 64, 2, dropout=0.5)
+            assert not at_once(dropping, x)
+            assert at_once(dropping.eval(), x)
+            assert not at_once(fastrnn.LSTM(64, 2048, 2), x)
+            assert not at_once(fastrnn.compress(fastrnn.LSTM(64, 64, 2)), x)
+
+
+def test_explain_knows_the_cache():
+    """The size of L2 that schedules are reckoned with is the runtime's, not Python's, which may not know."""
+    assert cpu.runtime_module().l2_bytes >= 256 * 1024
