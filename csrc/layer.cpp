@@ -138,7 +138,7 @@ bool Call::runs_at_once(int64_t layers) const {
   const int64_t threads = torch::stable::get_num_threads();
   if (layers == 1 || directions_ > 1 || layout_ == Layout::packed || records[0].steps == 1 || threads == 1) return false;
   std::vector<Record> sizes(static_cast<size_t>(layers), records[0]);
-  for (Record& r : sizes) r.layers = layers;
+  for (Record& r : sizes) r.layers = layers;  // the lowest one's own sizes will do: the others' inputs are known from them
   return unit(true).arrange(reinterpret_cast<int64_t>(sizes.data()), threads) > 0;
 }
 
@@ -157,6 +157,7 @@ void Call::run(const Unit& kernel, Record* records, int64_t count, std::chrono::
   const auto at = reinterpret_cast<int64_t>(records);
   const auto each = [&](const auto& set) { std::for_each(records, records + count, set); };
   const int64_t most = torch::stable::get_num_threads(), bytes = kernel.arrange(at, most);
+  STD_TORCH_CHECK(bytes > 0, "fastrnn: layers that were to run at once would rather not");
   const Workspace workspace(bytes);
   each([&](Record& r) { r.workspace = workspace.begin; });
   kernel.arrange(at, most);

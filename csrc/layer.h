@@ -1,4 +1,5 @@
-// One call of a layer: fills in one record a direction, gets the workspace, and runs the compiled kernels on torch's threads.
+// One call of a layer, or of several that run at once: fills in one record a direction or layer, gets the workspace, and runs
+// the compiled kernels on torch's threads.
 #pragma once
 
 #include <algorithm>

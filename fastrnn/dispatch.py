@@ -236,7 +236,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
     half = weights[0].dtype is torch.bfloat16
-    return Explanation(engine, declined, _schedule(module, x, batch_sizes, training, half) if engine in FUSED else ())
+    return Explanation(engine, declined, _schedule(module, x, batch_sizes, states, training, half) if engine in FUSED else ())
 
 
 def _left_to_cudnn(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, w_hh: Tensor) -> bool:
@@ -252,14 +252,17 @@ def _weights(module: Any) -> list[Tensor | None]:
     return [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh]
 
 
-def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool, half: bool) -> tuple[str, ...]:
+def _schedule(
+    module: Any, x: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...], training: bool, half: bool
+) -> tuple[str, ...]:
     """What the engine says it would do in each layer. half: its matrices are in bfloat16."""
     I, H = module.input_size, module.hidden_size
+    size = 8 if x.dtype is torch.float64 else 4
 
     def describe(cell: str, T: int, B: int, I: int, R: int, D: int, layers: int = 1) -> str:
         if x.is_cuda:
             return gpu.describe(cell, T, B, H, R, D, x.dtype, x.device, training)
-        return cpu.describe(cell, T, B, I, H, R, D, torch.get_num_threads(), training, half, layers)
+        return cpu.describe(cell, T, B, I, H, R, D, torch.get_num_threads(), training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):
         cell = {3: "gru", 4: "lstm"}.get(len(module.weight_hh) // H) or f"rnn_{module.nonlinearity}"
@@ -268,6 +271,9 @@ def _schedule(module: Any, x: Tensor, batch_sizes: Tensor | None, training: bool
     T, B = _steps_and_rows(x, batch_sizes, module.batch_first)
     R, D = module.proj_size or H, 1 + module.bidirectional
     sizes = [I] + [D * R] * (module.num_layers - 1)
-    one_by_one = batch_sizes is not None or (module.training and module.dropout > 0)
-    layers = 1 if one_by_one else module.num_layers
+    # As far as that can be told from here: what the runtime's way from module to result takes, which has all layers at hand.
+    plain = batch_sizes is None and x.dim() == 3 and x.dtype in cpu.DTYPES and not watched()
+    plain = plain and not (module.training and module.dropout > 0) and all(state.is_contiguous() for state in states)
+    plain = plain and all(name in module._parameters for name in module._flat_weights_names)
+    layers = module.num_layers if plain else 1
     return tuple(describe(BY_MODE[module.mode], T, B, size, R, D, layers) for size in sizes)

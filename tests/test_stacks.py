@@ -55,15 +55,26 @@ def test_same_bits(name, options, layers, poison):
 
 
 @torch.no_grad()
-def test_one_block_for_layers_of_any_input():
-    """A wide input has its product in longer blocks where a layer runs alone."""
-    module = fastrnn.LSTM(4500, 128, 2)
-    x = torch.randn(1, 4, 4500).expand(1100, 4, 4500)
+def test_blocks_shorter_than_the_sequence_allows():
+    """Pre-activations have to stay in L2."""
+    module = fastrnn.LSTM(64, 64, 2)
+    x = torch.randn(3000, 4, 64)
     with threads(2):
         assert at_once(module, x)
         found = results(module, x)
     with threads(1):
         same_bits(found, results(module, x))
+
+
+@torch.no_grad()
+def test_crews_of_several_threads():
+    module, x = fastrnn.GRU(100, 128, 2), torch.randn(100, 1, 100)
+    with threads(1):
+        expected = results(module, x)
+    with threads(8):
+        for line in fastrnn.explain(module, x).schedule:
+            assert "at the same time" in line and "4 x units" in line
+        same_bits(results(module, x), expected)
 
 
 @torch.no_grad()
@@ -78,7 +89,7 @@ def test_frozen():
 
 
 def test_what_runs_one_after_the_other():
-    """Other threads, no threads to spare, two directions, packed, gradients, dropout, a matrix that leaves a core's L2."""
+    """What has no native call of its own, what cannot, and what is faster so."""
     small, x = fastrnn.LSTM(64, 64, 2), torch.randn(100, 1, 64)
     packed = nn.utils.rnn.pack_sequence([x[:, 0]])
     with threads(2):
@@ -87,6 +98,12 @@ def test_what_runs_one_after_the_other():
             assert at_once(small, x)
             assert not at_once(small, packed)
             assert not at_once(small, x[:1])
+            assert not at_once(small, x[:, 0])
+            assert not at_once(fastrnn.LSTM(64, 64, 2, dtype=torch.float16), x.half())
+            with torch.autocast("cpu"):
+                assert not at_once(small, x)
+            assert not at_once(fastrnn.LSTM(9000, 64, 2), x.expand(100, 1, 64).repeat(1, 1, 141)[..., :9000])
+            assert not at_once(small, x.expand(100, 500, 64).repeat(10, 1, 1))  # what goes between them would take memory
             assert not at_once(fastrnn.LSTM(64, 64, 2, bidirectional=True), x)
             dropping = fastrnn.LSTM(64, 64, 2, dropout=0.5)
             assert not at_once(dropping, x)

@@ -84,16 +84,29 @@ def load() -> tuple[str, Tier]:
 
 
 def describe(
-    cell: str, T: int, B: int, I: int, H: int, R: int, D: int, threads: int, training: bool, half: bool, layers: int = 1
+    cell: str,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    R: int,
+    D: int,
+    threads: int,
+    training: bool,
+    half: bool,
+    layers: int = 1,
+    lowest: int = 0,
+    size: int = 4,
 ) -> str:
     """How the engine would share a dense layer's work out, in words.
 
     cell: a name of cells.CELLS; T steps, B rows, I inputs, H units, R outputs (projection, or H), D directions.
-    half: matrices are in bfloat16. layers: of which this is one, on top of each other and called together.
+    half: matrices are in bfloat16. layers: of which this is one, on top of each other and called together; lowest: inputs of
+    the lowest. size: bytes of a number that is computed with.
     """
     how, tier = load()
     target, threads = tier.target, threads if how == "compiled" else 1
-    gates, lanes = CELLS[cell].gates, target.vector_bytes // 4
+    gates, lanes = CELLS[cell].gates, target.vector_bytes // size
     columns = plan.unit_vectors(gates, target.registers) * gates
     l2_bytes = runtime_module().l2_bytes if how == "compiled" else 1 << 20
     words = []
@@ -106,7 +119,7 @@ def describe(
         _, tiles, way = plan.way_of_weights(*given)
         at_once = 1
         if layers > 1 and D == 1 and not (training or half):
-            sizes = layers, T, B, H, R, threads, l2_bytes, gates, depth, panels, width, way
+            sizes = layers, T, B, lowest, H, R, threads, l2_bytes, gates, depth, panels, width, way
             at_once = plan.crews_of_layers(*sizes)
         crews, rows, parts = plan.schedule(
             T, T * B, B, I, H, R, D, threads // at_once, l2_bytes, gates, depth, panels, width, way, 1 if forward else 2

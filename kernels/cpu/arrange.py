@@ -25,11 +25,12 @@ def compiled_plan() -> dict:
         plan.split_rows,
         plan.way_of_weights,
         plan.block_length,
+        plan.overlapped,
         plan.step_cost,
         plan.choose_groups,
         plan.worth_threads,
-        plan.layer_cost,
         plan.layer_block,
+        plan.layer_cost,
         plan.crews_of_layers,
         plan.forward_block,
         plan.backward_block,
@@ -174,10 +175,10 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         p = record_at(records)
         crews, of_each = 1, threads
         if p.layers > 1:
-            H, R = p.hidden_size, p.output_size
+            H, R, I = p.hidden_size, p.output_size, p.input_size
             panels = ceil_div(H, lanes * per_panel)
             _, _, way = way_of_weights(forward, 0, with_tiles, p.steps, p.batch, vector)
-            crews = crews_of_layers(p.layers, p.steps, p.batch, H, R, threads, p.l2_bytes, gates, R, panels, columns, way)
+            crews = crews_of_layers(p.layers, p.steps, p.batch, I, H, R, threads, p.l2_bytes, gates, R, panels, columns, way)
             if crews == 1 and p.workspace == 0:
                 return 0
             of_each = threads // crews

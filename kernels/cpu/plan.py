@@ -5,12 +5,13 @@ Pure integer arithmetic: compiled into the engine at build time, and run as plai
 A team of threads works on one call. A bidirectional layer gives each direction a crew of its own where there are threads for
 two. A crew splits its batch over `row_groups` (no synchronisation between them) and, within a group, the hidden units over
 `unit_groups` (one barrier a step, each thread streaming only its share of the recurrent weights). Layers on top of each other
-that keep a thread or two busy run at once, dealt out to crews, each a block of steps behind the one below.
+may run at once in inference, dealt out to crews, each a block of steps behind the one below.
 """
 
 from __future__ import annotations
 
-# One record of int64 per direction, shared by the C++ runtime (which gets it as a generated struct) and the kernels.
+# One record of int64 per direction, or layer of those that run at once, shared by the C++ runtime (which gets it as a generated
+# struct) and the kernels.
 # Names are those of the op; *_step and *_row are strides in bytes of a step and of a batch row; a pointer may be 0 (absent).
 _GROUPS = (
     # sizes and flags; rows counts those of all steps, output_size is hidden_size or the projection's
@@ -56,6 +57,7 @@ HALF_PANEL_ROWS = 16  # a step of so many rows waits for weights; one of more is
 VECTOR_ROWS = 4  # so many take less time in vectors than in a tile, which has 16
 ARRIVALS_BYTES = 128  # of a thread at one kind of barrier
 LINE = 64
+BARRIER = 900  # cycles, on two AVX-512 cores
 VECTOR_RATE, TILE_RATE = 2, 32  # vectors of products a cycle, of float32's and of bfloat16's in tiles
 ROW_BLOCK = 48  # rows that a part of a panel meets while it is in L1 or L2
 GROUP_BYTES = 256  # width of the panels that meet a part of many rows together: of one in AVX-512
@@ -73,8 +75,9 @@ BACKWARD_BLOCK_ROWS = 512  # rows whose gate gradients are held at once; the sam
 OPERAND_BYTES = 2048  # width of the panels of an operand of the weights' gradients that are packed at a time,
 OPERAND_ROWS = 512  # of so many rows
 FEW_ROWS = 8  # rows whose share of the weights' gradients is summed without packing them
-LAYER_BLOCKS = 16  # of steps, where layers run at once: a layer is a block behind the one below,
-LAYER_ROWS = 4  # which has so many rows at least
+LAYER_BLOCKS = 16  # of steps, where layers run at once: a layer is a block behind the one below. Fewer where they would have
+LAYER_ROWS = 4  # less than so many rows
+LAYER_NUMBERS = 4 << 20  # of the outputs of all layers that run at once, which are there together: at most
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
 
 
@@ -125,13 +128,19 @@ def wide_columns(registers):
     return 4 if registers >= 32 else 2
 
 
+def overlapped(work, streaming):
+    """Cycles of both, which overlap in part, like the legs of a right triangle: its hypotenuse is about the longer leg and half
+    the square of the other over it."""
+    longer, other = max(work, streaming), min(work, streaming)
+    return longer + other * other // (2 * longer)
+
+
 def step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, l2_bytes):
     """Estimated cycles of one step of one thread: its products and gates, the streaming of its share of the weights, and
     between threads that share rows the barrier, and fetching what the others computed.
 
     way: as way_of_weights says. Other rates were measured on two AVX-512 cores: 110 cycles for the gates of a vector of units;
-    10 bytes a cycle from beyond L2; 900 cycles a barrier, 6 a number fetched. Work and streaming overlap in part, like the legs
-    of a right triangle, whose hypotenuse is about the longer leg and half the square of the other over it.
+    10 bytes a cycle from beyond L2; 6 cycles a number fetched.
     """
     vector_bytes, near, rate = way
     group_rows = ceil_div(rows, row_groups)
@@ -141,9 +150,8 @@ def step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, 
     work = own_panels * (product_rows * (depth * panel_vectors // rate) + 110 * group_rows)
     weights = own_panels * depth * panel_vectors * vector_bytes
     streaming = weights // (near if 4 * weights <= 3 * l2_bytes else 10)
-    longer, other = max(work, streaming), min(work, streaming)
-    exchange = 900 + 6 * group_rows * depth * (unit_groups - 1) // unit_groups if unit_groups > 1 else 0
-    return longer + other * other // (2 * longer) + exchange
+    exchange = BARRIER + 6 * group_rows * depth * (unit_groups - 1) // unit_groups if unit_groups > 1 else 0
+    return overlapped(work, streaming) + exchange
 
 
 def choose_groups(rows, depth, panels, panel_vectors, way, threads, l2_bytes):
@@ -155,13 +163,6 @@ def choose_groups(rows, depth, panels, panel_vectors, way, threads, l2_bytes):
         if cost < best_cost:
             best, best_cost = (row_groups, unit_groups), cost
     return best
-
-
-def layer_cost(rows, input_size, depth, panels, panel_vectors, way, threads, l2_bytes):
-    """Estimated cycles of one step of a crew of `threads`, with the input's product, which is shared out evenly."""
-    row_groups, unit_groups = choose_groups(rows, depth, panels, panel_vectors, way, threads, l2_bytes)
-    cost = step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, l2_bytes)
-    return cost + rows * panels * (input_size * panel_vectors // way[2]) // (row_groups * unit_groups)
 
 
 def worth_threads(flops, threads):
@@ -228,17 +229,37 @@ def layer_block(steps, batch, most):
     return min(most, max(ceil_div(LAYER_ROWS, batch), ceil_div(steps, LAYER_BLOCKS)))
 
 
+def layer_cost(rows, input_size, depth, panels, panel_vectors, way, threads, l2_bytes, shared_by, block):
+    """Estimated cycles of one step of a crew of `threads`, the input's product included.
+
+    shared_by: layers whose weights one after the other are in the L2 of those threads. block: steps for which W_ih is read.
+    """
+    row_groups, unit_groups = choose_groups(rows, depth, panels, panel_vectors, way, threads, l2_bytes)
+    vector_bytes, near, rate = way
+    own_panels = ceil_div(panels, unit_groups)
+    work = ceil_div(rows, row_groups) * own_panels * (input_size * panel_vectors // rate)
+    own_bytes = own_panels * panel_vectors * vector_bytes
+    fits = shared_by * own_bytes * (input_size + depth) <= l2_bytes
+    product = overlapped(work, own_bytes * input_size // (near if fits else 10) // block)
+    return product + step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, l2_bytes)
+
+
 def crews_of_layers(
-    layers, steps, batch, hidden_size, output_size, threads, l2_bytes, gates, depth, panels, panel_vectors, way
+    layers, steps, batch, input_size, hidden_size, output_size, threads, l2_bytes, gates, depth, panels, panel_vectors, way
 ):
-    """Crews for layers on top of each other that run at once; 1 where they are faster one after the other."""
+    """Crews for layers on top of each other that run at once; 1 where they are faster one after the other, or would keep too
+    much. input_size: of the lowest."""
+    if steps == 1 or layers * steps * batch * output_size > LAYER_NUMBERS:
+        return 1
     flops = 2 * steps * batch * gates * hidden_size * 2 * output_size
     crews = min(layers, worth_threads(layers * flops, threads))
-    if crews == 1 or steps == 1:
+    if crews == 1:
         return 1
-    blocks = ceil_div(steps, layer_block(steps, batch, steps))
-    most, of_each = worth_threads(flops, threads), worth_threads(flops, threads // crews)
-    alone = layer_cost(batch, output_size, depth, panels, panel_vectors, way, most, l2_bytes)
-    shared = layer_cost(batch, output_size, depth, panels, panel_vectors, way, of_each, l2_bytes)
-    at_once = ceil_div(layers, crews) * (blocks + layers - 1) * shared  # a crew takes its layers' blocks in turn
-    return crews if at_once < layers * blocks * alone else 1
+    block, rounds = layer_block(steps, batch, steps), ceil_div(layers, crews)  # a crew takes its layers' blocks in turn
+    blocks, of_each, most = ceil_div(steps, block), worth_threads(flops, threads // crews), worth_threads(flops, threads)
+    shared = layer_cost(batch, input_size, depth, panels, panel_vectors, way, of_each, l2_bytes, rounds, block)
+    shared = max(shared, layer_cost(batch, output_size, depth, panels, panel_vectors, way, of_each, l2_bytes, rounds, block))
+    lowest = layer_cost(batch, input_size, depth, panels, panel_vectors, way, most, l2_bytes, 1, steps)
+    other = layer_cost(batch, output_size, depth, panels, panel_vectors, way, most, l2_bytes, 1, steps)
+    at_once = (blocks + layers - 1) * (rounds * block * shared + BARRIER)
+    return crews if at_once < blocks * block * (lowest + (layers - 1) * other) else 1

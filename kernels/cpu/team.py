@@ -43,7 +43,7 @@ def wait_team(p, rank):
 
 @njit(**options)
 def wait_crew(p, member):
-    """Every thread of this direction's crew."""
+    """Every thread of this direction's or layer's crew."""
     size = p.row_groups * p.unit_groups
     if size > 1:
         call(p.wait, p.arrivals + ARRIVALS_BYTES * (p.threads + 2 * p.direction * p.crew_threads), member, size)
