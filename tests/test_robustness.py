@@ -14,7 +14,7 @@ from contract import Case, run, same_bits, twins
 
 CASES = [Case("lstm", 33, 130, layers=2, bidirectional=True, batch=5, steps=9), Case("gru", 64, 64, batch=17, steps=20),
          Case("rnn_tanh", 32, 256, batch=2, steps=9), Case("lstm", 17, 33, batch=9, steps=12, layout="packed")]
-STACK = fastrnn.GRU(33, 33, 3).requires_grad_(False)  # its layers run at the same time
+STACK = fastrnn.GRU(33, 33, 3).requires_grad_(False)  # its layers run at the same time where there are threads
 MODULES = [twins(case, 0)[1] for case in CASES]
 SAMPLES = [case.sample(0) for case in CASES]
 
@@ -41,6 +41,7 @@ def test_several_python_threads(shared, team, capsys):
     """Forward and backward from four at once, each with a team of its own: the same bits; slower, but no stall."""
     body = """
 torch.set_num_threads(TEAM)
+assert (TEAM > 1) == ("at the same time" in str(fastrnn.explain(STACK, torch.zeros(100, 1, 33))))
 expected = [step(index) for index in range(4)]
 failed = []
 

@@ -8,8 +8,6 @@ from torch import nn
 import fastrnn
 from fastrnn.kernels import cpu
 
-pytestmark = pytest.mark.skipif(cpu.EXTENSION is None, reason="a team needs the extension")
-
 OPTIONS = [
     ("LSTM", {}),
     ("LSTM", {"batch_first": True, "bias": False}),
@@ -112,6 +110,14 @@ def test_what_runs_one_after_the_other():
             assert not at_once(fastrnn.compress(fastrnn.LSTM(64, 64, 2)), x)
 
 
-def test_explain_knows_the_cache():
-    """The size of L2 that schedules are reckoned with is the runtime's, not Python's, which may not know."""
-    assert cpu.runtime_module().l2_bytes >= 256 * 1024
+@torch.no_grad()
+def test_explain_reckons_with_the_runtimes_cache(monkeypatch):
+    """Not with the size of L2 that Python says, which it may not know."""
+    runtime, module, x = cpu.runtime_module(), fastrnn.LSTM(512, 512), torch.randn(100, 32, 512)
+    assert runtime.l2_bytes >= 256 * 1024
+    schedules = []
+    with threads(2):
+        for l2_bytes in (1 << 18, 1 << 30):
+            monkeypatch.setattr(runtime, "l2_bytes", l2_bytes)
+            schedules.append(fastrnn.explain(module, x).schedule)
+    assert schedules[0] != schedules[1]
