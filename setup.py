@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+COMPILER = os.environ.get("CXX", "g++").split()
 PACKAGES = {
     "fastrnn": "fastrnn",
     "fastrnn.kernels": "kernels",
@@ -101,9 +103,9 @@ def kernels_header(tiers, units, conversions, cells, fields) -> str:
     )
 
 
-def symbols(path: Path, *options: str) -> list[tuple[str, str]]:
+def symbols(path: Path) -> list[tuple[str, str]]:
     """(kind, name) of each symbol, as nm tells them."""
-    listed = subprocess.run(["nm", *options, str(path)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout
     return [tuple(line.split()[-2:]) for line in listed.splitlines()]
 
 
@@ -130,6 +132,9 @@ class BuildEngine(build_ext):
             return
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
             warnings.warn("fastrnn: built without compiled kernels: no Python.h (a package such as python3-dev)", stacklevel=1)
+            return
+        if shutil.which(COMPILER[0]) is None:
+            warnings.warn(f"fastrnn: built without compiled kernels: no C++ compiler {COMPILER[0]}", stacklevel=1)
             return
         self.build_engine(Path(self.get_ext_fullpath(extension.name)))
 
@@ -158,7 +163,7 @@ class BuildEngine(build_ext):
         torch_root = Path(torch.__path__[0])
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [
-            *os.environ.get("CXX", "g++").split(),
+            *COMPILER,
             *os.environ.get("CXXFLAGS", "").split(),
             *["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-fvisibility=hidden", "-fvisibility-inlines-hidden"],
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -172,16 +177,13 @@ class BuildEngine(build_ext):
             *["-o", str(target), f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"],
             f"-Wl,--version-script={exports}",
         ]
-        try:
-            subprocess.run(command, check=True)
-        except FileNotFoundError as missing_compiler:
-            warnings.warn(f"fastrnn: built without compiled kernels: no C++ compiler: {missing_compiler}", stacklevel=1)
+        subprocess.run(command, check=True)
 
 
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # torch's stable ABI and no Python in it: a wheel serves them all
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # torch's stable ABI and Python's limited API: one serves all
     ext_modules=[Extension(RUNTIME, sources=[], py_limited_api=True)],
     cmdclass={"build_ext": BuildEngine},
 )

@@ -1,1 +1,1 @@
-"""fastrnn beside torch.nn, onnxruntime and openvino: `python -m bench.run`, `.memory`, `.startup`, then `.report`."""
+"""fastrnn beside torch.nn, onnxruntime and openvino: programs that each write a file of results; `report` reads them."""

@@ -53,7 +53,6 @@ class Point:
     format: str
     layers: int = 1
     directions: int = 1
-    I: int = 0
     fill: float = 1.0
 
     @property
@@ -97,17 +96,17 @@ class Subject:
         dtype = FORMATS[point.format][0]
         torch.manual_seed(0)
         sizes = {"num_layers": point.layers, "bidirectional": point.directions == 2}
-        self.module: nn.RNNBase = getattr(library, point.cell)(point.I or point.H, point.H, **sizes).to("cuda", dtype)
+        self.module: nn.RNNBase = getattr(library, point.cell)(point.H, point.H, **sizes).to("cuda", dtype)
         self.inputs: list[Any] = []
         self.leaves: list[Tensor] = []
         for _ in range(INPUTS):
             if point.fill < 1:
                 spread = torch.linspace(point.T, point.T * (2 * point.fill - 1), point.B).round().clamp(1)
                 batch_sizes = (spread > torch.arange(point.T)[:, None]).sum(1)
-                leaf = torch.randn(int(batch_sizes.sum()), point.I or point.H).to("cuda", dtype).requires_grad_()
+                leaf = torch.randn(int(batch_sizes.sum()), point.H).to("cuda", dtype).requires_grad_()
                 self.inputs.append(PackedSequence(leaf, batch_sizes))
             else:
-                leaf = torch.randn(point.T, point.B, point.I or point.H).to("cuda", dtype).requires_grad_()
+                leaf = torch.randn(point.T, point.B, point.H).to("cuda", dtype).requires_grad_()
                 self.inputs.append(leaf)
             self.leaves.append(leaf)
         self.dy = torch.randn(*self.leaves[0].shape[:-1], point.H * point.directions).to("cuda", dtype)

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-CELLS = ("lstm", "gru", "rnn")
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+CELLS = tuple(GATES)
 MODES = ("train", "infer")
 GROUPS = {"few": "few rows", "middle": "middle", "large": "large", "apart": "apart"}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench import record
 from bench.gpu_resources import TARGETS
-from bench.grid import CELLS, GROUPS, MODES, Point
+from bench.grid import CELLS, GATES, GROUPS, MODES, Point
 from bench.memory import above
 from bench.roofline import forward_operations, least_seconds
 from fastrnn.kernels.gpu import plan
@@ -279,7 +279,7 @@ def stream(content: dict[str, Any]) -> str:
 
 def left_to_cudnn(point: dict[str, Any]) -> bool:
     """Is a point of bench.gpu one whose calls modules leave to cuDNN, on an H200?"""
-    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[point["cell"]]
+    gates = GATES[point["cell"].lower()]
     dtype, bytes_, precision = {
         "fp16": ("float16", 2, "ieee"),
         "bf16": ("bfloat16", 2, "ieee"),
@@ -381,7 +381,10 @@ def markdown(contents: dict[str, dict[str, Any]]) -> str:
     if "half" in contents:
         parts.append(half(contents["half"]))
     if tiles := contents.get("half-amx"):
-        parts.append(f"On a processor with AMX (torch {tiles['versions']['torch']}, {tiles['date'][:10]}): {half(tiles)}")
+        how = "python -m bench.half --output bench/results/half-amx.json"
+        parts.append(
+            f"On a processor with AMX (`{how}`, torch {tiles['versions']['torch']}, {tiles['date'][:10]}): {half(tiles)}"
+        )
     if grid:
         parts.append(origin(grid))
     if avx2 := contents.get("grid-avx2"):

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from bench.grid import Case
 
 Runner = Callable[[int], object]  # runs the work that many times
-GATES = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}  # ONNX's gates (iofc, zrh) in torch's order (ifgo, rzn)
+ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}  # ONNX's gates (iofc, zrh) in torch's order (ifgo, rzn)
 
 
 class Subject:
@@ -90,7 +90,7 @@ def onnx_model(module: nn.RNNBase, steps: int, batch: int) -> bytes:
 
     def gates(name: str) -> Tensor:
         value = module.get_parameter(name).detach()
-        return value.unflatten(0, (-1, hidden))[list(GATES[cell])].flatten(0, 1)
+        return value.unflatten(0, (-1, hidden))[list(ORDER[cell])].flatten(0, 1)
 
     bias = torch.cat((gates("bias_ih_l0"), gates("bias_hh_l0")))
     weights = {"W": gates("weight_ih_l0"), "R": gates("weight_hh_l0"), "B": bias}

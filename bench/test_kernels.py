@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastrnn  # registers the operators  # noqa: F401
+from fastrnn.kernels.cells import CELLS
 
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
 SIZES = [(1, 100, 64), (1, 50, 1024), (32, 100, 64), (32, 100, 256), (128, 25, 512)]  # batch, steps, hidden
 
 
@@ -16,12 +16,12 @@ def sizes(request):
     return request.param
 
 
-@pytest.fixture(params=GATES)
+@pytest.fixture(params=["lstm", "gru", "rnn_tanh"])
 def arguments(request, sizes):
     """(tensors, cell) that layer_forward and layer_backward begin with: x, batch_sizes, h0, c0, weights and biases."""
     batch, steps, hidden = sizes
     torch.manual_seed(0)
-    rows = GATES[request.param] * hidden
+    rows = CELLS[request.param].gates * hidden
     bound = hidden**-0.5
     x, h0 = torch.randn(steps, batch, hidden), torch.zeros(1, batch, hidden)
     weights = [[torch.empty(rows, hidden).uniform_(-bound, bound)] for _ in range(2)]

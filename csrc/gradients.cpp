@@ -47,48 +47,48 @@ class LayerArguments {
     return seen.is_contiguous();
   }
   bool maybe(PyObject* object, View& seen) { return object == Py_None || whole(object, seen); }
-  // kind: what it was before it was widened.
-  bool numbers(PyObject* object, View& seen, Kind& kind, bool contiguous = true) {
+  // dtype: what it was before it was widened.
+  bool numbers(PyObject* object, View& seen, Dtype& dtype, bool contiguous = true) {
     if (!look(object, seen, true)) return false;
     results.like(object, seen);
-    kind = seen.kind;
-    if (kind != Kind::bf16) return (kind == Kind::f32 || kind == Kind::f64) && (!contiguous || seen.is_contiguous());
+    dtype = seen.dtype;
+    if (dtype != Dtype::bf16) return (dtype == Dtype::f32 || dtype == Dtype::f64) && (!contiguous || seen.is_contiguous());
     if (!seen.is_contiguous() || seen.numel() > FEW) return false;
     seen = wide.of(seen);
     return true;
   }
-  bool maybe_numbers(PyObject* object, View& seen, Kind& kind) { return object == Py_None || numbers(object, seen, kind); }
+  bool maybe_numbers(PyObject* object, View& seen, Dtype& dtype) { return object == Py_None || numbers(object, seen, dtype); }
 
   Layer layer{};
   Py_ssize_t directions = 0;
-  Kind x{}, h{}, c{}, bias{};
+  Dtype x{}, h{}, c{}, bias{};
   Widened wide;
   Results results;
 
  private:
   static constexpr int64_t FEW = 1 << 16;  // of more torch's threads convert a part each
   static constexpr int64_t ONE[] = {1};
-  static constexpr View FLOAT32{0, 1, ONE, ONE, Kind::f32};
+  static constexpr View FLOAT32{0, 1, ONE, ONE, Dtype::f32};
 };
 
 // Results of an op, made as the call asks for them, some to be rounded to bfloat16 in the end.
 template <size_t Count>
 class MadeResults {
  public:
-  // kinds: of each result, where it is float32 for the op. wide: the result that is to be had unrounded too.
-  MadeResults(LayerArguments& own, const std::array<Kind, Count>& kinds, size_t wide = Count)
-      : own_(own), kinds_(kinds), wide_result_(wide) {}
+  // dtypes: of each result, where it is float32 for the op. wide: the result that is to be had unrounded too.
+  MadeResults(LayerArguments& own, const std::array<Dtype, Count>& dtypes, size_t wide = Count)
+      : own_(own), dtypes_(dtypes), wide_result_(wide) {}
 
   Make make() {
-    return [this](size_t result, const std::vector<int64_t>& sizes, Kind kind) {
-      const bool half = kind == Kind::f32 && kinds_[result] == Kind::bf16;
+    return [this](size_t result, const std::vector<int64_t>& sizes, Dtype dtype, size_t direction) {
+      const bool half = dtype == Dtype::f32 && dtypes_[result] == Dtype::bf16;
       View seen;
-      made[result] = own_.results.make(sizes, half ? Kind::bf16 : kind, seen);
-      if (seen.numel() * bytes_of(kind) >= MAPPED_BYTES) throw NotTaken();  // the op has better memory for them
+      made[direction][result] = own_.results.make(sizes, half ? Dtype::bf16 : dtype, seen);
+      if (seen.numel() * bytes_of(dtype) >= MAPPED_BYTES) throw NotTaken();  // the op has better memory for them
       if (!half) return seen;
       View wide;
       if (result == wide_result_)
-        unrounded = own_.results.make(sizes, kind, wide);
+        unrounded = own_.results.make(sizes, dtype, wide);
       else
         wide = own_.wide.like(seen);
       to_round_.emplace_back(wide, seen);
@@ -102,12 +102,12 @@ class MadeResults {
     });
   }
 
-  std::array<Owned, Count> made;
+  std::array<std::array<Owned, Count>, 2> made;  // of each direction, or all that there is in the first
   Owned unrounded;
 
  private:
   LayerArguments& own_;
-  std::array<Kind, Count> kinds_;
+  std::array<Dtype, Count> dtypes_;
   size_t wide_result_;
   std::vector<std::pair<View, View>> to_round_;
 };
@@ -121,9 +121,10 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     LayerArguments own;
     if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < 9 || somebody_watches()) return nullptr;
     if (!own.options(args[0], 4) || !own.tensors(args[0], 9)) return nullptr;
-    MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Kind::f32}, Y);
+    MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Dtype::f32}, Y);
     results.run(forward_call(own.layer, true, results.make()), true);
-    std::vector<Owned> found(std::make_move_iterator(results.made.begin()), std::make_move_iterator(results.made.end()));
+    auto& made = results.made[0];
+    std::vector<Owned> found(std::make_move_iterator(made.begin()), std::make_move_iterator(made.end()));
     found.push_back(std::move(results.unrounded));
     return tuple_of(std::move(found));
   });
@@ -146,7 +147,7 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     gradients.need_dh0 = needed(2) || needed(3);
     for (Py_ssize_t i = 9; i < inputs; ++i) gradients.need_dw |= needed(i);
     View y, saved;
-    Kind any;
+    Dtype any;
     if (!own.numbers(PyTuple_GetItem(tensors, 4), y, any, false)) return nullptr;
     if (!own.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;
     if (!own.maybe_numbers(PyTuple_GetItem(outer, 1), gradients.dh_n, any)) return nullptr;
@@ -154,30 +155,21 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Owned dy = kept(PyTuple_GetItem(outer, 0));
     if (dy.get() == Py_None) {
       if (!gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
-      dy = own.results.zeros({y.sizes, y.sizes + y.dims}, y.kind, gradients.dy);
+      dy = own.results.zeros({y.sizes, y.sizes + y.dims}, y.dtype, gradients.dy);
     } else if (!own.numbers(dy.get(), gradients.dy, any, false)) {
       return nullptr;
     }
-    const Kind as_made = Kind::f32;
+    const Dtype as_made = Dtype::f32;
     MadeResults<BACKWARD_RESULTS> results(own, {own.x, own.h, own.c, as_made, as_made, own.bias, own.bias, as_made});
     results.run(backward_call(own.layer, gradients, y, saved, results.make()), false);
-    auto& [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr] = results.made;
+    auto& made = results.made;
     std::vector<Owned> found(static_cast<size_t>(inputs));
-    found[0] = std::move(dx);
-    found[2] = std::move(dh0);
-    found[3] = std::move(dc0);
+    found[0] = std::move(made[0][DX]);
+    found[2] = std::move(made[0][DH0]);
+    found[3] = std::move(made[0][DC0]);
     auto place = found.begin() + 9;
-    for (Owned* joined : {&dw_ih, &dw_hh, &db_ih, &db_hh, &dw_hr}) {
-      if (!*joined) continue;
-      if (own.directions == 1) {
-        *place++ = std::move(*joined);
-        continue;
-      }
-      const Owned count = owned(PyLong_FromSsize_t(own.directions));
-      const Owned parts = owned(PyObject_CallMethodObjArgs(joined->get(), keys[CHUNK], count.get(), nullptr));
-      if (!parts) throw PythonError();
-      for (Py_ssize_t d = 0; d < own.directions; ++d) *place++ = kept(PyTuple_GetItem(parts.get(), d));
-    }
+    for (size_t result = DW_IH; result < BACKWARD_RESULTS; ++result)
+      for (Py_ssize_t d = 0; d < own.directions && made[d][result]; ++d) *place++ = std::move(made[d][result]);
     return tuple_of(std::move(found));
   });
 }

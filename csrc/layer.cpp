@@ -39,7 +39,7 @@ constexpr int64_t CONVERTED = 1 << 15;  // numbers that a thread converts in les
 
 void convert(Conversion kernel, const View& from, const View& to) {
   torch::stable::parallel_for(0, from.numel(), CONVERTED, [&](int64_t begin, int64_t end) {
-    const int64_t source = from.address + begin * bytes_of(from.kind), out = to.address + begin * bytes_of(to.kind);
+    const int64_t source = from.address + begin * bytes_of(from.dtype), out = to.address + begin * bytes_of(to.dtype);
     const std::array<int64_t, 3> job{source, out, end - begin};
     kernel(reinterpret_cast<int64_t>(job.data()), 0);
   });
@@ -51,9 +51,9 @@ void widen(const View& half, const View& out) { convert(tier->widen, half, out);
 void round(const View& wide, const View& out) { convert(tier->round, wide, out); }
 
 Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, const int64_t* batch_sizes, int64_t steps)
-    : cell(sizes.cell), kind_(sizes.kind), layout_(layout), directions_(sizes.directions), records{} {
+    : cell(sizes.cell), dtype_(sizes.dtype), layout_(layout), directions_(sizes.directions), records{} {
   STD_TORCH_CHECK(directions_ == 1 || directions_ == 2, "fastrnn: expected one or two directions, got ", directions_);
-  STD_TORCH_CHECK(kind_ == Kind::f32 || kind_ == Kind::f64, "fastrnn: the CPU engine takes float32 and float64");
+  STD_TORCH_CHECK(dtype_ == Dtype::f32 || dtype_ == Dtype::f64, "fastrnn: the CPU engine takes float32 and float64");
   const bool packed = layout == Layout::packed, dense = layout == Layout::time_batch || layout == Layout::batch_time;
   STD_TORCH_CHECK(x.dims == (dense ? 3 : 2), "fastrnn: x has ", x.dims, " dimensions");
   Record& r = records[0];
@@ -68,7 +68,7 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, 
   r.bias = sizes.bias;
   r.projected = sizes.projected;
   r.half = sizes.half;
-  STD_TORCH_CHECK(!r.half || (kind_ == Kind::f32 && r.output_size % 2 == 0),
+  STD_TORCH_CHECK(!r.half || (dtype_ == Dtype::f32 && r.output_size % 2 == 0),
                   "fastrnn: weights in bfloat16 go with float32 and an even number of outputs");
   r.directions = directions_;
   // More than the bytes of anything and than the operations, whatever is rounded up to whole vectors and panels: nothing that
@@ -79,7 +79,8 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, 
     int64_t total = 0, previous = r.batch;
     for (int64_t t = 0; t < r.steps; ++t) {
       offsets_.push_back(total);
-      STD_TORCH_CHECK(batch_sizes[t] > 0 && batch_sizes[t] <= previous, "fastrnn: batch_sizes must be positive and not increase");
+      const bool in_order = batch_sizes[t] > 0 && batch_sizes[t] <= previous;
+      STD_TORCH_CHECK(in_order, "fastrnn: batch_sizes must be positive and not increase");
       previous = batch_sizes[t];
       total += previous;
     }
@@ -97,38 +98,38 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, 
 }
 
 void Call::weight(int64_t direction, const View& given, int64_t Record::*field, int64_t height, int64_t width) {
-  const Kind kind = given.dims == 2 && records[0].half ? Kind::bf16 : kind_;
-  STD_TORCH_CHECK(given.dims > 0 && given.size(0) == height && given.numel() == height * width && given.kind == kind,
+  const Dtype dtype = given.dims == 2 && records[0].half ? Dtype::bf16 : dtype_;
+  STD_TORCH_CHECK(given.dims > 0 && given.size(0) == height && given.numel() == height * width && given.dtype == dtype,
                   "fastrnn: a weight's shape or dtype does not fit the layer");
   records[direction].*field = given.address;
 }
 
 void Call::states(const View& given, int64_t Record::*field, int64_t numbers_a_direction, int64_t layer, int64_t layers) {
-  STD_TORCH_CHECK(given.numel() == numbers_a_direction * directions_ * layers && given.kind == kind_,
+  STD_TORCH_CHECK(given.numel() == numbers_a_direction * directions_ * layers && given.dtype == dtype_,
                   "fastrnn: a state's shape or dtype does not fit the layer");
   for (int64_t d = 0; d < directions_; ++d)
-    records[d].*field = given.address + (layer * directions_ + d) * numbers_a_direction * bytes_of(kind_);
+    records[d].*field = given.address + (layer * directions_ + d) * numbers_a_direction * bytes_of(dtype_);
 }
 
 void Call::rows(const View& given, int64_t Record::*field, int64_t Record::*step, int64_t Record::*row, int64_t width) {
-  STD_TORCH_CHECK(given.dims == (layout_ == Layout::time_batch || layout_ == Layout::batch_time ? 3 : 2) && given.kind == kind_,
-                  "fastrnn: a sequence's layout or dtype does not fit x");
+  const int64_t dims = layout_ == Layout::time_batch || layout_ == Layout::batch_time ? 3 : 2;
+  STD_TORCH_CHECK(given.dims == dims && given.dtype == dtype_, "fastrnn: a sequence's layout or dtype does not fit x");
   for (int64_t d = 0; d < directions_; ++d) {
-    records[d].*field = given.address + d * width * bytes_of(kind_);
-    records[d].*step = given.stride(layout_ == Layout::batch_time ? 1 : 0) * bytes_of(kind_);
-    records[d].*row = given.stride(layout_ == Layout::time_batch ? 1 : 0) * bytes_of(kind_);
+    records[d].*field = given.address + d * width * bytes_of(dtype_);
+    records[d].*step = given.stride(layout_ == Layout::batch_time ? 1 : 0) * bytes_of(dtype_);
+    records[d].*row = given.stride(layout_ == Layout::time_batch ? 1 : 0) * bytes_of(dtype_);
   }
 }
 
 void Call::scratch(int64_t Record::*field, int64_t numbers_a_direction) {
-  const int64_t bytes = product({numbers_a_direction, directions_, bytes_of(kind_)});
+  const int64_t bytes = product({numbers_a_direction, directions_, bytes_of(dtype_)});
   const char* begin = scratch_.emplace_front(std::make_unique_for_overwrite<char[]>(static_cast<size_t>(bytes))).get();
   for (int64_t d = 0; d < directions_; ++d)
-    records[d].*field = reinterpret_cast<int64_t>(begin) + d * numbers_a_direction * bytes_of(kind_);
+    records[d].*field = reinterpret_cast<int64_t>(begin) + d * numbers_a_direction * bytes_of(dtype_);
 }
 
 const Unit& Call::unit(bool forward) const {
-  const auto index = ((kind_ == Kind::f64) * (std::end(CELLS) - std::begin(CELLS)) + (&cell - CELLS)) * 2 + !forward;
+  const auto index = ((dtype_ == Dtype::f64) * (std::end(CELLS) - std::begin(CELLS)) + (&cell - CELLS)) * 2 + !forward;
   return tier->units[index];
 }
 
@@ -136,7 +137,7 @@ void Call::run(bool forward) { run(unit(forward), records.data(), 2, patience(fo
 
 bool Call::runs_at_once(int64_t layers) const {
   const int64_t threads = torch::stable::get_num_threads();
-  if (layers == 1 || directions_ > 1 || layout_ == Layout::packed || records[0].steps == 1 || threads == 1) return false;
+  if (layers == 1 || directions_ > 1 || records[0].steps == 1 || threads == 1) return false;
   std::vector<Record> sizes(static_cast<size_t>(layers), records[0]);
   for (Record& r : sizes) r.layers = layers;  // the lowest one's own sizes will do: the others' inputs are known from them
   return unit(true).arrange(reinterpret_cast<int64_t>(sizes.data()), threads) > 0;
@@ -214,17 +215,17 @@ Call call_of(const Layer& layer) {
   STD_TORCH_CHECK(!layer.w_ih.empty() && !layer.w_hh.empty() && layer.w_hh[0].dims == 2,
                   "fastrnn: expected matrices w_ih and w_hh");
   const View &w_hh = layer.w_hh[0], &batch_sizes = layer.batch_sizes;
-  STD_TORCH_CHECK(!batch_sizes.dims || (batch_sizes.dims == 1 && batch_sizes.kind == Kind::i64),
+  STD_TORCH_CHECK(!batch_sizes.dims || (batch_sizes.dims == 1 && batch_sizes.dtype == Dtype::i64),
                   "fastrnn: expected batch_sizes of int64 [T] on the CPU");
   const LayerSizes sizes{*layer.cell,
-                         layer.x.kind,
+                         layer.x.dtype,
                          static_cast<int64_t>(layer.w_ih.size()),
                          layer.x.size(-1),
                          w_hh.size(0) / layer.cell->gates,
                          w_hh.size(1),
                          !layer.b_ih.empty(),
                          !layer.w_hr.empty(),
-                         w_hh.kind == Kind::bf16};
+                         w_hh.dtype == Dtype::bf16};
   const Layout layout = batch_sizes.dims    ? Layout::packed
                         : layer.x.dims == 2 ? Layout::batch
                         : layer.batch_first ? Layout::batch_time
@@ -252,17 +253,17 @@ Call forward_call(const Layer& layer, bool save, const Make& make) {
   Call call = call_of(layer);
   const Record& r = call.records[0];
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, width = saved_width(call);
-  const Kind kind = layer.x.kind;
+  const Dtype dtype = layer.x.dtype;
   if (r.bias) {
     give(call, layer.b_ih, &Record::b_ih, call.cell.gates * H);
     give(call, layer.b_hh, &Record::b_hh, call.cell.gates * H);
   }
   std::vector<int64_t> y_sizes = sizes_of(layer.x);
   y_sizes.back() = D * R;
-  call.states(make(H_N, sizes_of(layer.h0), kind), &Record::h_n, B * R);
-  call.rows(make(Y, y_sizes, kind), &Record::y, &Record::y_step, &Record::y_row, R);
-  if (call.cell.has_cell_state) call.states(make(C_N, sizes_of(layer.c0), kind), &Record::c_n, B * H);
-  if (save) call.states(make(SAVED, {D, r.rows, width}, kind), &Record::saved, r.rows * width);
+  call.states(make(H_N, sizes_of(layer.h0), dtype, 0), &Record::h_n, B * R);
+  call.rows(make(Y, y_sizes, dtype, 0), &Record::y, &Record::y_step, &Record::y_row, R);
+  if (call.cell.has_cell_state) call.states(make(C_N, sizes_of(layer.c0), dtype, 0), &Record::c_n, B * H);
+  if (save) call.states(make(SAVED, {D, r.rows, width}, dtype, 0), &Record::saved, r.rows * width);
   for (Record& record : call.records) record.save = save;
   return call;
 }
@@ -271,7 +272,7 @@ Call backward_call(const Layer& layer, const Gradients& gradients, const View& y
   Call call = call_of(layer);
   const Record& r = call.records[0];
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, G = call.cell.gates * H;
-  const Kind kind = layer.x.kind;
+  const Dtype dtype = layer.x.dtype;
   for (Record& record : call.records) {
     record.need_dx = gradients.need_dx;
     record.need_dh0 = gradients.need_dh0;
@@ -285,25 +286,26 @@ Call backward_call(const Layer& layer, const Gradients& gradients, const View& y
                          int64_t Record::*carried, int64_t width) {
     if (final.dims) call.states(final, field, B * width);
     if (!gradients.need_dh0) return call.scratch(carried, B * width);
-    call.states(make(result, sizes_of(initial), kind), carried, B * width);
+    call.states(make(result, sizes_of(initial), dtype, 0), carried, B * width);
   };
   state(layer.h0, gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, R);
   if (call.cell.has_cell_state) state(layer.c0, gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, H);
   if (gradients.need_dx) {
-    const View dx = make(DX, sizes_of(layer.x), kind);
+    const View dx = make(DX, sizes_of(layer.x), dtype, 0);
     call.rows(dx, &Record::dx, &Record::dx_step, &Record::dx_row, 0);
   }
   if (gradients.need_dw) {
+    const auto each = [&](size_t result, int64_t Record::*field, const std::vector<int64_t>& sizes, Dtype of) {
+      for (int64_t d = 0; d < D; ++d) call.records[d].*field = make(result, sizes, of, d).address;
+    };
     const auto matrix = [&](size_t result, int64_t Record::*field, int64_t Record::*half, int64_t height, int64_t width) {
-      const View all = make(result, {D * height, width}, layer.w_hh[0].kind);
-      for (int64_t d = 0; d < D; ++d)
-        call.records[d].*(r.half ? half : field) = all.address + d * height * width * bytes_of(all.kind);
+      each(result, r.half ? half : field, {height, width}, layer.w_hh[0].dtype);
     };
     matrix(DW_IH, &Record::dw_ih, &Record::dw_ih_half, G, r.input_size);
     matrix(DW_HH, &Record::dw_hh, &Record::dw_hh_half, G, R);
     if (r.bias) {
-      call.states(make(DB_IH, {D * G}, kind), &Record::db_ih, G);
-      call.states(make(DB_HH, {D * G}, kind), &Record::db_hh, G);
+      each(DB_IH, &Record::db_ih, {G}, dtype);
+      each(DB_HH, &Record::db_hh, {G}, dtype);
     }
     if (r.projected) matrix(DW_HR, &Record::dw_hr, &Record::dw_hr_half, R, H);
   }

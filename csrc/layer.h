@@ -16,7 +16,7 @@
 
 namespace fastrnn {
 
-extern const Tier* tier;  // whose kernels run; set when the extension is loaded
+extern const Tier* tier;  // whose kernels run; set by `prepare`, python.cpp
 
 // The cell of which this is true, or null.
 template <class Matches>
@@ -25,9 +25,17 @@ const Cell* find_cell(const Matches& matches) {
   return found == std::end(CELLS) ? nullptr : found;
 }
 
-enum class Kind { f32, f64, bf16, byte, i64, other };  // of a tensor's numbers; other: also where it is not on the CPU
+enum class Dtype { f32, f64, bf16, byte, i64, other };  // of a tensor's numbers; other: also where it is not on the CPU
 
-inline int64_t bytes_of(Kind kind) { return kind == Kind::f64 ? 8 : kind == Kind::f32 ? 4 : 2; }
+inline int64_t bytes_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f64:
+    case Dtype::i64: return 8;
+    case Dtype::f32: return 4;
+    case Dtype::bf16: return 2;
+    default: return 1;
+  }
+}
 
 int64_t l2_bytes();  // of a core
 
@@ -36,7 +44,7 @@ struct View {
   int64_t address = 0, dims = 0;
   const int64_t* sizes = nullptr;
   const int64_t* strides = nullptr;
-  Kind kind = Kind::other;
+  Dtype dtype = Dtype::other;
 
   int64_t size(int64_t axis) const { return sizes[axis < 0 ? axis + dims : axis]; }
   int64_t stride(int64_t axis) const { return strides[axis < 0 ? axis + dims : axis]; }
@@ -53,7 +61,7 @@ enum class Layout { time_batch, batch_time, packed, batch };  // batch: one step
 
 struct LayerSizes {
   const Cell& cell;
-  Kind kind;  // of all but the matrices, which may be bf16 where it is f32
+  Dtype dtype;  // of all but the matrices, which may be bf16 where it is f32
   int64_t directions, input_size, hidden_size, output_size;
   bool bias, projected, half;
 };
@@ -101,7 +109,7 @@ class Call {
   static void run(const Unit& kernel, Record* records, int64_t count, std::chrono::nanoseconds patience);
   std::chrono::nanoseconds patience(bool forward) const;
 
-  Kind kind_;
+  Dtype dtype_;
   Layout layout_;
   int64_t directions_;
   std::vector<int64_t> offsets_;
@@ -129,8 +137,9 @@ struct Gradients {
 enum ForwardResult : size_t { Y, H_N, C_N, SAVED, FORWARD_RESULTS };
 enum BackwardResult : size_t { DX, DH0, DC0, DW_IH, DW_HH, DB_IH, DB_HH, DW_HR, BACKWARD_RESULTS };
 
-// Makes one of them, contiguous, of any content. Those that are not asked for, or that the cell has not, are not made.
-using Make = std::function<View(size_t result, const std::vector<int64_t>& sizes, Kind kind)>;
+// Makes one of them, contiguous, of any content: of a weight's gradient one direction's part at a time, in turn. Those that are
+// not asked for, or that the cell has not, are not made.
+using Make = std::function<View(size_t result, const std::vector<int64_t>& sizes, Dtype dtype, size_t direction)>;
 
 // The ops themselves, but for `run`.
 Call forward_call(const Layer& layer, bool save, const Make& make);

@@ -33,7 +33,7 @@ bool is_true(PyObject* attributes, Key key) {
 
 // How a layer's frozen weights begin; a line for each of these, then the panels. See fastrnn.freeze.
 struct alignas(64) PackHeader {
-  int64_t tier, cell, layers, directions, input_size, hidden_size, output_size, bias, projected, kind, bytes;
+  int64_t tier, cell, layers, directions, input_size, hidden_size, output_size, bias, projected, dtype, bytes;
 };
 
 // The states a caller gave, or wants filled.
@@ -76,7 +76,7 @@ class Stack {
     if (layers < 1) return false;
     directions = 1 + is_true(attributes, BIDIRECTIONAL);
     batch_first = is_true(attributes, BATCH_FIRST);
-    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack);
+    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack, attributes);
     PyObject *flat = find(attributes, FLAT_WEIGHTS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
     PyObject* parameters = find(attributes, PARAMETERS);
     if (!flat || !names || !parameters || !PyList_Check(flat) || !PyList_Check(names)) return false;
@@ -92,8 +92,8 @@ class Stack {
 
   // Whether it takes input and states of these shapes; they are of one kind, and states are contiguous.
   bool takes(const View& x, Layout of, const View* h0, const View* c0, int64_t state_dims) {
-    if (half && !bias) all_half = x.kind == Kind::bf16;
-    if (x.kind != given_kind() || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != input_size) return false;
+    if (half && !bias) all_half = x.dtype == Dtype::bf16;
+    if (x.dtype != given_dtype() || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != input_size) return false;
     if (x.numel() == 0 || (all_half && !x.is_contiguous())) return false;
     layout = of;
     batch = x.size(layout == Layout::time_batch ? 1 : 0);
@@ -102,7 +102,7 @@ class Stack {
   bool is_state(const View* state, int64_t width, int64_t dims) const {
     if (!state) return true;
     const bool shaped = state->dims == dims && state->size(-1) == width && state->size(-2) == batch;
-    return shaped && state->kind == given_kind() && state->is_contiguous() &&
+    return shaped && state->dtype == given_dtype() && state->is_contiguous() &&
            (dims == 2 || state->size(0) == layers * directions);
   }
 
@@ -126,7 +126,7 @@ class Stack {
     std::unique_ptr<char[]> many_zeros;
     bool at_once = false;
     for (int64_t layer = 0; layer < layers; ++layer) {
-      const LayerSizes own{*cell, kind, directions, input.size(-1), hidden_size, output_size, bias, projected, half};
+      const LayerSizes own{*cell, dtype, directions, input.size(-1), hidden_size, output_size, bias, projected, half};
       Call call(own, input, layout, false);
       if (!packs.empty()) call.packs(packs[layer]);
       if (packs.empty()) give_weights(call, layer);
@@ -144,8 +144,8 @@ class Stack {
       torch::stable::Tensor made;
       if (layer < layers - 1) {
         sizes.back() = directions * output_size;
-        made = empty_tensor(sizes, kind == Kind::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
-        output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), kind};
+        made = empty_tensor(sizes, dtype == Dtype::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
+        output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), dtype};
       }
       call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
       if (layer == 0) at_once = !half && call.runs_at_once(layers);
@@ -162,15 +162,15 @@ class Stack {
     if (at_once) Call::run_at_once(calls);
   }
 
-  Kind given_kind() const { return all_half ? Kind::bf16 : kind; }
+  Dtype given_dtype() const { return all_half ? Dtype::bf16 : dtype; }
   Layout sequence_layout() const { return batch_first ? Layout::batch_time : Layout::time_batch; }
 
   // The weights of all layers, packed, in a tensor of `allocate`(bytes).
   Owned pack(PyObject* allocate) const {
     const auto pack_layer = [&](int64_t layer, const Packs& places) {
       const int64_t width = layer ? directions * output_size : input_size, sizes[] = {1, width}, strides[] = {width, 1};
-      Call call({*cell, kind, directions, width, hidden_size, output_size, bias, projected, half},
-                {0, 2, sizes, strides, kind}, Layout::batch, false);
+      Call call({*cell, dtype, directions, width, hidden_size, output_size, bias, projected, half},
+                {0, 2, sizes, strides, dtype}, Layout::batch, false);
       call.packs(places);
       give_weights(call, layer);
       return call.pack();
@@ -185,7 +185,7 @@ class Stack {
     int64_t at = reinterpret_cast<int64_t>(headers + layers);
     for (int64_t layer = 0; layer < layers; ++layer) {
       headers[layer] = {tier - TIERS, cell - CELLS, layers, directions, layer ? directions * output_size : input_size,
-                        hidden_size, output_size, bias, projected, static_cast<int64_t>(kind), bytes[layer]};
+                        hidden_size, output_size, bias, projected, static_cast<int64_t>(dtype), bytes[layer]};
       pack_layer(layer, {at, at + bytes[layer]});
       at += directions * bytes[layer];
     }
@@ -214,7 +214,7 @@ class Stack {
   }
 
   const Cell* cell = nullptr;
-  Kind kind = Kind::other;
+  Dtype dtype = Dtype::other;
   Layout layout = Layout::batch;
   int64_t layers = 1, directions = 1, batch = 0, input_size = 0, hidden_size = 0, output_size = 0;
   bool batch_first = false, frozen = false;
@@ -229,9 +229,10 @@ class Stack {
 
   bool read_cell(PyObject* attributes, const char* mode, bool frozen_too) {
     cell = find_cell([&](const Cell& c) { return std::strcmp(mode, c.mode) == 0; });
-    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack);
+    if (!cell) return false;
+    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack, attributes);
     PyObject* parameters = find(attributes, PARAMETERS);
-    if (!cell || !parameters) return false;
+    if (!parameters) return false;
     for (const Key key : {WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH}) {
       PyObject* weight = find(parameters, key);
       if (!weight && (key == BIAS_IH || key == BIAS_HH) && PyDict_Contains(parameters, keys[key]) == 1) continue;
@@ -260,12 +261,12 @@ class Stack {
     output_size = weights[1].size(1);
     hidden_size = gate_rows / cell->gates;
     if (hidden_size * cell->gates != gate_rows || (!projected && output_size != hidden_size)) return false;
-    half = weights[0].kind == Kind::bf16;
-    all_half = half && (!bias || weights[2].kind == Kind::bf16);
-    kind = half ? Kind::f32 : weights[0].kind;
-    if (kind == Kind::other || (half && output_size % 2)) return false;
+    half = weights[0].dtype == Dtype::bf16;
+    all_half = half && (!bias || weights[2].dtype == Dtype::bf16);
+    dtype = half ? Dtype::f32 : weights[0].dtype;
+    if (dtype == Dtype::other || (half && output_size % 2)) return false;
     const auto is = [&](const View& w, int64_t height, int64_t width = 0) {
-      if (w.kind != (width && half ? Kind::bf16 : given_kind())) return false;
+      if (w.dtype != (width && half ? Dtype::bf16 : given_dtype())) return false;
       return w.dims == 1 + (width > 0) && w.size(0) == height && (!width || w.size(1) == width);
     };
     for (int64_t i = 0; i < count; i += kinds) {
@@ -277,17 +278,22 @@ class Stack {
     return true;
   }
 
-  bool read_pack(PyObject* pack) {
+  // False, too, where something took a parameter's place, as torch.func.functional_call does: panels know nothing of it.
+  bool read_pack(PyObject* pack, PyObject* attributes) {
+    PyObject *parameters = find(attributes, PARAMETERS), *name, *value;
+    if (!parameters) return false;
+    for (Py_ssize_t at = 0; PyDict_Next(parameters, &at, &name, &value);)
+      if (value != Py_None && reinterpret_cast<PyObject*>(Py_TYPE(value)) != handed.parameter_type) return false;
     frozen = true;
     objects.push_back(kept(pack));
     View t;
-    if (!look(pack, t) || t.kind != Kind::byte || t.dims != 1) return false;
+    if (!look(pack, t) || t.dtype != Dtype::byte || t.dims != 1) return false;
     if (t.size(0) / static_cast<int64_t>(sizeof(PackHeader)) < layers) return false;
     const auto* headers = reinterpret_cast<const PackHeader*>(t.address);
     const PackHeader& first = headers[0];
     if (first.tier != tier - TIERS || first.cell != cell - CELLS || first.layers != layers || first.directions != directions)
       return false;
-    kind = static_cast<Kind>(first.kind);
+    dtype = static_cast<Dtype>(first.dtype);
     input_size = first.input_size;
     hidden_size = first.hidden_size;
     output_size = first.output_size;
@@ -318,7 +324,7 @@ class Stack {
   // A state of zeros, hidden or cell, which nobody writes.
   int64_t zeros(std::unique_ptr<char[]>& many) const {
     static const char few[64 << 10] = {};
-    const int64_t bytes = product({batch, std::max(hidden_size, output_size), bytes_of(kind)});
+    const int64_t bytes = product({batch, std::max(hidden_size, output_size), bytes_of(dtype)});
     if (bytes <= static_cast<int64_t>(sizeof few)) return reinterpret_cast<int64_t>(few);
     if (!many) many = std::make_unique<char[]>(static_cast<size_t>(bytes));
     return reinterpret_cast<int64_t>(many.get());
@@ -363,7 +369,7 @@ bool overlap(const View& a, const View& b) {
   const auto end = [](const View& t) {
     int64_t last = 0;
     for (int64_t axis = 0; axis < t.dims; ++axis) last += (t.sizes[axis] - 1) * t.strides[axis];
-    return t.address + (last + 1) * bytes_of(t.kind);
+    return t.address + (last + 1) * bytes_of(t.dtype);
   };
   return a.dims && b.dims && a.address < end(b) && b.address < end(a);
 }
@@ -376,7 +382,11 @@ bool mixes(const View& x, const States& before, const View& y, const States& aft
          overlap(after.c, before.h) || other(after.h, before.h) || other(after.c, before.c);
 }
 
-bool drops(PyObject* attributes) { return is_true(attributes, TRAINING) && is_true(attributes, DROPOUT); }
+bool drops(PyObject* attributes) {
+  PyObject* probability = find(attributes, DROPOUT);
+  if (!probability || !(PyFloat_Check(probability) || PyLong_Check(probability))) throw NotTaken();
+  return is_true(attributes, TRAINING) && is_true(attributes, DROPOUT);
+}
 
 // (y, h), or (y, (h, c)).
 Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
@@ -417,7 +427,7 @@ std::array<Owned, 2> zero_states(const Stack& stack, PyObject* x_object, const V
   const auto make = [&](int64_t width) {
     View seen;
     sizes.push_back(width);
-    Owned made = results.zeros(sizes, x.kind, seen);
+    Owned made = results.zeros(sizes, x.dtype, seen);
     sizes.pop_back();
     return made;
   };
@@ -484,9 +494,9 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     const int64_t D = stack.directions, B = stack.batch, R = stack.output_size;
     View y, h_n, c_n;
     Results results = like(x_object, x, before);
-    Owned h_object = results.make({stack.layers * D, B, R}, x.kind, h_n);
-    Owned y_object = results.make({x.size(0), x.size(1), D * R}, x.kind, y);
-    Owned c_object = pair ? results.make({stack.layers * D, B, stack.hidden_size}, x.kind, c_n) : nullptr;
+    Owned h_object = results.make({stack.layers * D, B, R}, x.dtype, h_n);
+    Owned y_object = results.make({x.size(0), x.size(1), D * R}, x.dtype, y);
+    Owned c_object = pair ? results.make({stack.layers * D, B, stack.hidden_size}, x.dtype, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
     return with_state(y_object, h_object, c_object);
   });
@@ -499,7 +509,8 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     Stack stack;
     View x, y, h_n, c_n;
     States before, after;
-    if (!look(x_object, x) || !stack.read(attributes, nullptr) || stack.directions != 1 || drops(attributes)) return nullptr;
+    if (!look(x_object, x) || !stack.read(attributes, nullptr) || stack.directions != 1) return nullptr;
+    if (stack.layers > 1 && drops(attributes)) return nullptr;
     const bool pair = stack.cell->has_cell_state;
     if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
@@ -519,8 +530,8 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
       return kept(out);
     }
     Results results = like(x_object, x, before);
-    Owned h_object = results.make({stack.layers, B, R}, x.kind, h_n), y_object = results.make({B, R}, x.kind, y);
-    Owned c_object = pair ? results.make({stack.layers, B, stack.hidden_size}, x.kind, c_n) : nullptr;
+    Owned h_object = results.make({stack.layers, B, R}, x.dtype, h_n), y_object = results.make({B, R}, x.dtype, y);
+    Owned c_object = pair ? results.make({stack.layers, B, stack.hidden_size}, x.dtype, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
     return with_state(y_object, h_object, c_object);
   });
@@ -544,12 +555,12 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
       std::array<Owned, 2> states;
       if (!before.h_or_none) states = zero_states(stack, x_object, x, {stack.batch});
       for (size_t i = 0; before.h_or_none && i < 1U + pair; ++i) states[i] = kept(before.objects[i].get());
-      Owned results = differentiated(handed.apply_step, stack, 0, x_object, std::move(states));
+      Owned results = differentiated(handed.apply_cell, stack, 0, x_object, std::move(states));
       return pair ? std::move(results) : kept(PyTuple_GetItem(results.get(), 0));
     }
     Results results = like(x_object, x, before);
-    Owned h_object = results.make({stack.batch, stack.output_size}, x.kind, h);
-    Owned c_object = pair ? results.make({stack.batch, stack.hidden_size}, x.kind, c) : nullptr;
+    Owned h_object = results.make({stack.batch, stack.output_size}, x.dtype, h);
+    Owned c_object = pair ? results.make({stack.batch, stack.hidden_size}, x.dtype, c) : nullptr;
     run(stack, x, before, h, h, pair ? &c : nullptr);  // the output is the state
     return pair ? owned(PyTuple_Pack(2, h_object.get(), c_object.get())) : std::move(h_object);
   });

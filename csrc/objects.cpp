@@ -14,7 +14,7 @@ bool make_keys() {
   static const char* const KEY_NAMES[KEYS] = {
     "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_flat_weights_names",
     "_parameters", "_fastrnn_panels", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty",
-    "is_neg", "requires_grad", "chunk"
+    "is_neg", "requires_grad"
   };
   // clang-format on
   for (size_t i = 0; i < KEYS; ++i)
@@ -35,11 +35,11 @@ bool look(PyObject* object, View& seen, bool maybe_parameter) {
   seen.dims = t.ndim;
   seen.sizes = t.shape;
   seen.strides = t.strides;
-  if (t.dtype.code == kDLFloat && t.dtype.bits == 32) seen.kind = Kind::f32;
-  if (t.dtype.code == kDLFloat && t.dtype.bits == 64) seen.kind = Kind::f64;
-  if (t.dtype.code == kDLBfloat) seen.kind = Kind::bf16;
-  if (t.dtype.code == kDLUInt && t.dtype.bits == 8) seen.kind = Kind::byte;
-  if (t.dtype.code == kDLInt && t.dtype.bits == 64) seen.kind = Kind::i64;
+  if (t.dtype.code == kDLFloat && t.dtype.bits == 32) seen.dtype = Dtype::f32;
+  if (t.dtype.code == kDLFloat && t.dtype.bits == 64) seen.dtype = Dtype::f64;
+  if (t.dtype.code == kDLBfloat) seen.dtype = Dtype::bf16;
+  if (t.dtype.code == kDLUInt && t.dtype.bits == 8) seen.dtype = Dtype::byte;
+  if (t.dtype.code == kDLInt && t.dtype.bits == 64) seen.dtype = Dtype::i64;
   const int64_t numbers = seen.numel();
   if (!t.data && numbers) return false;
   // The imaginary part of a conjugate holds its numbers negated, and DLPack does not say so. It has gaps, or one number.
@@ -79,17 +79,17 @@ Owned tuple_of(std::vector<Owned> items) {
   return tuple;
 }
 
-Owned Results::make(const std::vector<int64_t>& sizes, Kind kind, View& seen) {
+Owned Results::make(const std::vector<int64_t>& sizes, Dtype dtype, View& seen) {
   Owned made;
-  PyObject* of_kind = nullptr;
+  PyObject* of_dtype = nullptr;
   for (size_t i = count_; i-- > 0 && !made;) {
     const auto& [object, pattern] = patterns_[i];
-    if (pattern.kind != kind) continue;
-    of_kind = object;
+    if (pattern.dtype != dtype) continue;
+    of_dtype = object;
     if (pattern.is_contiguous() && std::equal(sizes.begin(), sizes.end(), pattern.sizes, pattern.sizes + pattern.dims))
       made = owned(PyObject_CallFunctionObjArgs(handed.empty_like, object, nullptr));
   }
-  if (!made && of_kind) {
+  if (!made && of_dtype) {
     const Owned shape = owned(PyTuple_New(static_cast<Py_ssize_t>(sizes.size())));
     if (!shape) throw PythonError();
     Py_ssize_t axis = 0;
@@ -98,16 +98,16 @@ Owned Results::make(const std::vector<int64_t>& sizes, Kind kind, View& seen) {
       if (!number) throw PythonError();
       PyTuple_SetItem(shape.get(), axis++, number);
     }
-    made = owned(PyObject_CallMethodObjArgs(of_kind, keys[NEW_EMPTY], shape.get(), nullptr));
+    made = owned(PyObject_CallMethodObjArgs(of_dtype, keys[NEW_EMPTY], shape.get(), nullptr));
   }
   if (!made || !look(made.get(), seen)) throw PythonError();
   like(made.get(), seen);
   return made;
 }
 
-Owned Results::zeros(const std::vector<int64_t>& sizes, Kind kind, View& seen) {
-  Owned made = make(sizes, kind, seen);
-  std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.kind)));
+Owned Results::zeros(const std::vector<int64_t>& sizes, Dtype dtype, View& seen) {
+  Owned made = make(sizes, dtype, seen);
+  std::memset(reinterpret_cast<void*>(seen.address), 0, static_cast<size_t>(seen.numel() * bytes_of(seen.dtype)));
   return made;
 }
 

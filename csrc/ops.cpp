@@ -33,18 +33,18 @@ View view(const Tensor& t) {
   if (t.is_cpu()) {
     int32_t code;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-    if (code == aoti_torch_dtype_float32()) seen.kind = Kind::f32;
-    if (code == aoti_torch_dtype_float64()) seen.kind = Kind::f64;
-    if (code == aoti_torch_dtype_bfloat16()) seen.kind = Kind::bf16;
-    if (code == aoti_torch_dtype_int64()) seen.kind = Kind::i64;
+    if (code == aoti_torch_dtype_float32()) seen.dtype = Dtype::f32;
+    if (code == aoti_torch_dtype_float64()) seen.dtype = Dtype::f64;
+    if (code == aoti_torch_dtype_bfloat16()) seen.dtype = Dtype::bf16;
+    if (code == aoti_torch_dtype_int64()) seen.dtype = Dtype::i64;
   }
   return seen;
 }
 
-int32_t dtype_of(Kind kind) {
-  return kind == Kind::f64    ? aoti_torch_dtype_float64()
-         : kind == Kind::bf16 ? aoti_torch_dtype_bfloat16()
-                              : aoti_torch_dtype_float32();
+int32_t code_of(Dtype dtype) {
+  return dtype == Dtype::f64    ? aoti_torch_dtype_float64()
+         : dtype == Dtype::bf16 ? aoti_torch_dtype_bfloat16()
+                                : aoti_torch_dtype_float32();
 }
 
 // Tensors as views: copies, where the kernels need what is contiguous, live as long as this.
@@ -79,20 +79,28 @@ class Copies {
   std::forward_list<Tensor> copies_;
 };
 
-// An op's results, made as the call asks for them.
+// An op's results, made as the call asks for them; weights' gradients of all directions as one tensor, one below the other.
 template <size_t Count>
 class Outputs {
  public:
+  explicit Outputs(size_t directions) : directions_(static_cast<int64_t>(directions)) {}
+
   Make make() {
-    return [this](size_t result, const std::vector<int64_t>& sizes, Kind kind) {
-      const bool saved = Count == FORWARD_RESULTS && result == SAVED;
-      return view(made_[result].emplace(saved ? empty_kept(sizes, dtype_of(kind)) : empty_tensor(sizes, dtype_of(kind))));
+    return [this](size_t result, std::vector<int64_t> sizes, Dtype dtype, size_t direction) {
+      const int64_t height = sizes[0];
+      if (Count == FORWARD_RESULTS && result == SAVED) return view(made_[result].emplace(empty_kept(sizes, code_of(dtype))));
+      if (Count == BACKWARD_RESULTS && result >= DW_IH) sizes[0] *= directions_;
+      if (direction == 0) made_[result].emplace(empty_tensor(sizes, code_of(dtype)));
+      View part = view(*made_[result]);
+      part.address += static_cast<int64_t>(direction) * height * part.strides[0] * bytes_of(dtype);
+      return part;
     };
   }
   // One that was not made is a tensor without numbers, its own: outputs of an op may not share memory.
-  Tensor take(size_t result, Kind kind) { return made_[result] ? *made_[result] : empty_tensor({0}, dtype_of(kind)); }
+  Tensor take(size_t result, Dtype dtype) { return made_[result] ? *made_[result] : empty_tensor({0}, code_of(dtype)); }
 
  private:
+  int64_t directions_;
   std::array<MaybeTensor, Count> made_;
 };
 
@@ -101,10 +109,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(
     const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, const std::string& cell, bool reverse,
     bool batch_first, bool save) {
   Copies copies;
-  Outputs<FORWARD_RESULTS> results;
+  Outputs<FORWARD_RESULTS> results(w_ih.size());
   const Layer layer = copies.layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first);
   forward_call(layer, save, results.make()).run(true);
-  const auto take = [&](size_t result) { return results.take(result, layer.x.kind); };
+  const auto take = [&](size_t result) { return results.take(result, layer.x.dtype); };
   return {take(Y), take(H_N), take(C_N), take(SAVED)};
 }
 
@@ -114,12 +122,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     const Tensors& w_hr, const Tensor& y, const Tensor& saved, const std::string& cell, bool reverse, bool batch_first,
     bool need_dx, bool need_dh0, bool need_dw) {
   Copies copies;
-  Outputs<BACKWARD_RESULTS> results;
+  Outputs<BACKWARD_RESULTS> results(w_ih.size());
   const Layer layer = copies.layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first);
   const View outer = dy ? copies.rows(*dy) : copies.zeros_like(y);
   const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), need_dx, need_dh0, need_dw};
   backward_call(layer, gradients, copies.rows(y), copies.contiguous(saved), results.make()).run(false);
-  const auto take = [&](size_t result) { return results.take(result, layer.x.kind); };
+  const auto take = [&](size_t result) { return results.take(result, layer.x.dtype); };
   return {take(DX), take(DH0), take(DC0), take(DW_IH), take(DW_HH), take(DB_IH), take(DB_HH), take(DW_HR)};
 }
 

@@ -51,9 +51,9 @@ PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// differentiate(fastrnn.ops.apply_eagerly, apply_half, apply_step, fastrnn.checkpoint.is_on, torch.cat, any tensor in float32)
+// differentiate(fastrnn.ops.apply_eagerly, apply_half, apply_cell, fastrnn.checkpoint.is_on, torch.cat, any tensor in float32)
 PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
-  PyObject** const places[] = {&handed.apply,           &handed.apply_half, &handed.apply_step,
+  PyObject** const places[] = {&handed.apply,           &handed.apply_half, &handed.apply_cell,
                                &handed.recompute_is_on, &handed.cat,        &handed.float32_pattern};
   for (size_t i = 0; i < std::size(places); ++i) *places[i] = kept(args[i]).release();
   Py_RETURN_NONE;

@@ -44,14 +44,14 @@ struct Handed {
   const DLPackExchangeAPI* exchange;
   PyObject *tensor_type, *parameter_type, *empty_like, *increment_version;
   PyObject* watchers;  // a tuple of functions: where one says so, somebody looks at the call from outside
-  PyObject *apply, *apply_half, *apply_step, *recompute_is_on, *cat, *float32_pattern;
+  PyObject *apply, *apply_half, *apply_cell, *recompute_is_on, *cat, *float32_pattern;
 };
 extern Handed handed;
 
 // clang-format off
 enum Key : size_t {
   MODE, NUM_LAYERS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, PANELS,
-  WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, NEW_EMPTY, IS_NEG, REQUIRES_GRAD, CHUNK, KEYS
+  WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, NEW_EMPTY, IS_NEG, REQUIRES_GRAD, KEYS
 };
 // clang-format on
 extern PyObject* keys[KEYS];
@@ -69,10 +69,10 @@ Owned tuple_of(std::vector<Owned> items);
 // Tensors in bfloat16 as float32, and back.
 class Widened {
  public:
-  View like(const View& given, Kind kind = Kind::f32) {
+  View like(const View& given, Dtype dtype = Dtype::f32) {
     View made = given;
-    made.kind = kind;
-    const auto bytes = static_cast<size_t>(product({given.numel(), bytes_of(kind)}));
+    made.dtype = dtype;
+    const auto bytes = static_cast<size_t>(product({given.numel(), bytes_of(dtype)}));
     made.address = reinterpret_cast<int64_t>(buffers_.emplace_front(std::make_unique_for_overwrite<char[]>(bytes)).get());
     return made;
   }
@@ -83,7 +83,7 @@ class Widened {
   }
   // What a layer hands to the next in bfloat16.
   void round_in_place(const View& wide) {
-    const View rounded = like(wide, Kind::bf16);
+    const View rounded = like(wide, Dtype::bf16);
     round(wide, rounded);
     widen(rounded, wide);
     buffers_.pop_front();
@@ -102,8 +102,8 @@ class Results {
   }
 
   // Of any content.
-  Owned make(const std::vector<int64_t>& sizes, Kind kind, View& seen);
-  Owned zeros(const std::vector<int64_t>& sizes, Kind kind, View& seen);
+  Owned make(const std::vector<int64_t>& sizes, Dtype dtype, View& seen);
+  Owned zeros(const std::vector<int64_t>& sizes, Dtype dtype, View& seen);
 
  private:
   std::pair<PyObject*, View> patterns_[12];

@@ -41,9 +41,9 @@ def recompute(enabled: bool = True) -> Iterator[None]:
         output.sum().backward()
 
     They keep their output and, LSTM's, some of the cell states, in place of every gate of every step; backward computes
-    the gates again. Outputs are the same to the last bit, gradients to rounding. RNN keeps only its output anyway. Modules
-    made with `recompute=True` do it always. The mode is the thread's own. Under torch.func, in forward mode and where
-    torch.nn's own path runs it changes nothing.
+    the gates again. Outputs are the same to the last bit (but in bfloat16 with AMX), gradients to rounding. RNN keeps only its
+    output anyway. Modules made with `recompute=True` do it always. The mode is the thread's own. Under torch.func, in forward
+    mode and where torch.nn's own path runs it changes nothing.
 
     Args:
         enabled: False ends the effect of an outer block.

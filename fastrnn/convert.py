@@ -40,9 +40,9 @@ def compress(model: M) -> M:
 
     For inference on a CPU: half the memory, and half of what a step of few rows has to read. Input, states, biases, sums and
     outputs stay float32. Each weight is rounded once, to a relative error of at most 2**-8, and that is all that changes:
-    outputs are, to the bit, those of a float32 layer over the rounded weights (of more than four rows, on a processor with AMX,
-    but for rounding in float32). Parameters stay the objects they were; their gradients are dropped. `model.float()` makes
-    ordinary layers of them again, of the rounded weights.
+    outputs are, to the bit, those of a float32 layer over the rounded weights (but for rounding in float32: of a single step,
+    and of more than four rows on a processor with AMX). Parameters stay the objects they were; their gradients are dropped.
+    `model.float()` makes ordinary layers of them again, of the rounded weights.
 
     Layers in another dtype than float32 and computed weights (parametrisations) are left as they are. A single step (T = 1)
     reads bfloat16 too; an odd output size and engines other than the CPU's get a float32 copy for each call.
@@ -69,13 +69,27 @@ def patch() -> ExitStack:
     earlier, isinstance and pickles work as before, subclasses are not touched, and what was built keeps its class.
 
     Returns:
-        A context manager that is already active; leaving it, or its `close()`, ends the patch.
+        A context manager that is already active; leaving it, or its `close()`, ends the patch: of several, the last one ended.
     """
+    global _patches
+    if not _patches:
+        for torch_class in DROP_INS:
+            _unpatch.callback(setattr, torch_class, "__init__", torch_class.__init__)
+            torch_class.__init__ = _then_stand_in(torch_class.__init__)  # type: ignore[method-assign]
+    _patches += 1
     patched = ExitStack()
-    for torch_class in DROP_INS:
-        patched.callback(setattr, torch_class, "__init__", torch_class.__init__)
-        torch_class.__init__ = _then_stand_in(torch_class.__init__)  # type: ignore[method-assign]
+    patched.callback(_end_patch)
     return patched
+
+
+_patches, _unpatch = 0, ExitStack()  # those that have not ended; what undoes them
+
+
+def _end_patch() -> None:
+    global _patches
+    _patches -= 1
+    if not _patches:
+        _unpatch.close()
 
 
 def _stand_in(module: nn.Module) -> None:

@@ -28,6 +28,12 @@ from fastrnn import checkpoint
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import CELLS
 
+
+def forward_mode() -> bool:
+    """Is a level of forward-mode differentiation open? torch.func's levels open one of torch.autograd's too."""
+    return forward_ad._current_level >= 0
+
+
 forced = os.environ.get("FASTRNN_BACKEND")
 
 FUSED = frozenset(("cpu", "triton"))  # engines behind the raw ops
@@ -40,7 +46,7 @@ _CPU_DTYPES = (*cpu.DTYPES, *sorted(HALF, key=str))
 _WATCHERS = (
     torch._C._get_tracing_state,
     torch._C._are_functorch_transforms_active,
-    lambda: forward_ad._current_level >= 0,
+    forward_mode,
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
     torch._C._is_any_autocast_enabled,
@@ -48,6 +54,13 @@ _WATCHERS = (
 )
 BY_MODE = {cell.mode: cell.name for cell in CELLS.values()}  # names of cells by torch.nn's
 unavailable: str | None = "its operators are not registered yet"  # or None
+
+
+def mode_of_cell(cell: Any) -> str:
+    """What RNN, LSTM and GRU have as `mode`."""
+    if isinstance(cell, nn.LSTMCell):
+        return "LSTM"
+    return "GRU" if isinstance(cell, nn.GRUCell) else f"RNN_{cell.nonlinearity}".upper()
 
 
 def watched() -> bool:
@@ -104,7 +117,7 @@ def may_leave() -> bool:
         forced
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or forward_mode()
         or checkpoint.is_on()
     )
 
@@ -219,9 +232,16 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
     """Which engine would run `module(input, hx)`, why each other would not, and how it would run; computes nothing.
 
     module: an RNN, LSTM, GRU or one of the cells, of fastrnn or of torch.nn (what fastrnn would do with it).
+    input, hx: of a call that the module takes; what it would refuse is not looked for.
+    TypeError: module is none of these. ValueError: input has too few dimensions, or too many.
     RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
     """
+    if not isinstance(module, (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCellBase)):
+        raise TypeError(f"module: expected a recurrent layer or cell, got {type(module).__name__}")
     x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
+    dims = (1, 2) if isinstance(module, nn.RNNCellBase) else (2, 3)
+    if x.dim() not in dims:
+        raise ValueError(f"input: expected {dims[0]} or {dims[1]} dimensions, got {x.dim()}")
     states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     weights = [parameter for parameter in _weights(module) if parameter is not None]
     call = x, batch_sizes, states, weights
@@ -265,9 +285,8 @@ def _schedule(
         return cpu.describe(cell, T, B, I, H, R, D, torch.get_num_threads(), training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):
-        cell = {3: "gru", 4: "lstm"}.get(len(module.weight_hh) // H) or f"rnn_{module.nonlinearity}"
         rows = x.shape[0] if x.dim() == 2 else 1
-        return (describe(cell, 1, rows, I, H, 1),)
+        return (describe(BY_MODE[mode_of_cell(module)], 1, rows, I, H, 1),)
     T, B = _steps_and_rows(x, batch_sizes, module.batch_first)
     R, D = module.proj_size or H, 1 + module.bidirectional
     sizes = [I] + [D * R] * (module.num_layers - 1)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch
-from fastrnn.modules import DROP_INS, mode_of_cell
+from fastrnn.dispatch import mode_of_cell
+from fastrnn.modules import DROP_INS
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,7 +27,9 @@ def freeze(model: M) -> M:
 
     Frozen layers compute with the weights they had when they were frozen. `load_state_dict` and `to` freeze them anew; after
     any other change call `freeze` again, whatever else a call then computes with is not defined. They have no gradients, and
-    refuse `train()` and input that requires one. Copies and pickles of a frozen layer are not frozen.
+    refuse `train()`, input that requires one, and weights in place of their own (torch.func.functional_call). `train()` of a
+    model that holds one raises when it gets there, and leaves what came before it training: call `eval()` if you go on. Copies
+    and pickles of a frozen layer are not frozen.
 
     What the compiled CPU engine does not run is left as it is: layers on other devices or in half precision (`compress`ed
     ones, too), computed weights (parametrisations), any layer where the engine is not there or another is forced.
@@ -85,6 +88,10 @@ class _Frozen(nn.Module):
     _own_class: type  # that it had before it was frozen
 
     def _long_way(self: Any, input: Any, hx: Any = None) -> Any:
+        if not all(parameter is None or isinstance(parameter, nn.Parameter) for parameter in self._parameters.values()):
+            raise RuntimeError(
+                f"{self._own_class.__name__} is frozen and computes with its own weights: call thaw() to give others"
+            )
         if torch.is_grad_enabled():
             x = input[0] if isinstance(input, PackedSequence) else input
             given = (x, *hx) if isinstance(hx, (tuple, list)) else (x, hx)

@@ -70,7 +70,7 @@ def layer(
     states = (h0,) if c0 is None else (h0, c0)
     engine = dispatch.choose(x, batch_sizes, states, [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr])
     run = ops.layer if engine in dispatch.FUSED else _reference
-    return run(_unit_stride(x), batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+    return run(ops.unit_stride(x), batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
 
 
 def lstm(*args):
@@ -102,22 +102,22 @@ def rnn_relu(*args):
 
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """torch.lstm_cell: one step. input [B, I], hx (h, c) [B, H] each -> (h, c) [B, H] each. Errors are torch's."""
-    return _step("lstm", _VF.lstm_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _cell("lstm", _VF.lstm_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """torch.gru_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
-    return _step("gru", _VF.gru_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _cell("gru", _VF.gru_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """torch.rnn_tanh_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
-    return _step("rnn_tanh", _VF.rnn_tanh_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _cell("rnn_tanh", _VF.rnn_tanh_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     """torch.rnn_relu_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
-    return _step("rnn_relu", _VF.rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _cell("rnn_relu", _VF.rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
@@ -128,13 +128,13 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
     if weights is None:
         return None
     num_layers, bidirectional, batch_first = module.num_layers, module.bidirectional, module.batch_first
-    dropout = module.dropout if module.training else 0.0
     if hx is None:
         depth, batch = num_layers * (1 + bidirectional), x.size(0 if batch_first else 1)
         hx = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
         if lstm:
             hx = hx, x.new_zeros(depth, batch, module.hidden_size)
-    done = _stack(cell, _decline, (x, hx, weights, module.bias, num_layers, dropout, dropout > 0, bidirectional, batch_first))
+    dropped = module.dropout, module.training
+    done = _stack(cell, _decline, (x, hx, weights, module.bias, num_layers, *dropped, bidirectional, batch_first))
     return done and (done[0], done[1:] if lstm else done[1])
 
 
@@ -163,12 +163,19 @@ def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | No
         raise ValueError(f"step: expected x of shape [batch, input_size], got {tuple(x.shape)}")
     time = 1 if module.batch_first else 0
     with torch.no_grad():
-        y, last = module(x.unsqueeze(time), state)
+        y, last = module.forward(x.unsqueeze(time), state)  # without hooks, which the short way does not know
     y = y.squeeze(time)
     if out is None:
         return y, last
-    results, places = (y, *last) if module.mode == "LSTM" else (y, last), [out[0]]
-    places += out[1] if module.mode == "LSTM" else [out[1]]
+    lstm = module.mode == "LSTM"
+    results = (y, *last) if lstm else (y, last)
+    try:
+        into_y, after = out
+        places = [into_y, *after] if lstm else [into_y, after]
+    except (TypeError, ValueError):
+        places = []
+    if len(places) != 2 + lstm or not all(isinstance(place, Tensor) and place.device == y.device for place in places):
+        raise ValueError(f"step: expected out {'(y, (h, c))' if lstm else '(y, h)'} of tensors on {y.device}, got {out!r}")
     for name, into, value in zip("yhc", places, results, strict=False):
         if into.shape != value.shape or into.dtype != value.dtype:
             raise ValueError(
@@ -198,12 +205,17 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     )
     if fits and engine == "triton":
         fits = not dispatch.leaves_to_cudnn(cell, x, batch_sizes, params[1], num_layers, directions, batch_first)
+    fits = fits and isinstance(dropout, (int, float)) and (not train or 0 <= dropout <= 1)  # else torch has words for it
+    if not (fits and engine in dispatch.FUSED) and dispatch.compressed(x, params):
+        params = [param.float() for param in params]
+        at = 2 if batch_sizes is None else 3
+        args = *args[:at], params, *args[at + 1 :]
     if not fits:
         if cell == "lstm" and batch_sizes is not None and _unchecked_by_torch(x, states, params, kinds):
             _LSTMChecks.of(params, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
         return fallback(*args)
     run = ops.layer if engine in dispatch.FUSED else _reference
-    x = _unit_stride(x)
+    x = ops.unit_stride(x)
     h0, c0 = states if cell == "lstm" else (*states, None)
     if num_layers == 1:
         y, h_n, c_n = run(x, batch_sizes, h0, c0, *_split(params, kinds, has_biases), cell, False, batch_first)
@@ -262,7 +274,7 @@ class _LSTMChecks(SimpleNamespace):
         )
 
 
-def _step(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
+def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
     """One step of one layer; `fallback` is torch's own function of the same arguments."""
     states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
     has_biases = b_ih is not None or b_hh is not None
@@ -270,24 +282,19 @@ def _step(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
     engine = dispatch.choose(x, None, states, params)
     if engine == "triton" and dispatch.may_leave():
         engine = "torch"  # one step costs less than a launch from Python
-    if engine == "torch" or not _fits_step(cell, x, states, params):
+    fits = engine != "torch" and _fits_cell(cell, x, states, params)
+    if not (fits and engine in dispatch.FUSED) and dispatch.compressed(x, params):
+        w_ih, w_hh = w_ih.float(), w_hh.float()
+    if not fits:
         return fallback(x, hx, w_ih, w_hh, b_ih, b_hh)
-    run = ops.layer if engine in dispatch.FUSED else _reference
     h, c = states if cell == "lstm" else (*states, None)
-    biases = ([b_ih], [b_hh]) if has_biases else ([], [])
-    _, h, c = run(
-        _unit_stride(x).unsqueeze(0),
-        None,
-        h.unsqueeze(0),
-        None if c is None else c.unsqueeze(0),
-        [w_ih],
-        [w_hh],
-        *biases,
-        [],
-        cell,
-        False,
-        False,
-    )
+    biases: tuple[list, list] = ([b_ih], [b_hh]) if has_biases else ([], [])
+    x, h, c = ops.unit_stride(x).unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
+    weights: ops.Kinds = ([w_ih], [w_hh], *biases, [])
+    if engine in dispatch.FUSED:
+        _, h, c = ops.layer(x, None, h, c, *weights, cell, of_cell=True)
+    else:
+        _, h, c = _reference(x, None, h, c, *weights, cell, False, False)
     return h.squeeze(0) if c is None else (h.squeeze(0), c.squeeze(0))
 
 
@@ -351,7 +358,7 @@ def _fits(
     return states[0].shape == (depth, batch, width) and states[1].shape == (depth, batch, hidden)
 
 
-def _fits_step(cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+def _fits_cell(cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
     """Do all shapes of a single step agree?"""
     w_ih, w_hh, *biases = params
     if x.dim() != 2 or w_hh.dim() != 2 or len(states) != 1 + (cell == "lstm"):
@@ -411,8 +418,3 @@ def _reference(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, rever
     """`ops.layer` through plain operations."""
     y, h_n, c_n, _ = reference.layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
     return y, h_n, c_n if cell == "lstm" else None
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """Rows of x with their elements next to each other, as the engines read them."""
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)

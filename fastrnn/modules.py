@@ -5,7 +5,7 @@ Each class derives from the one it stands for and replaces `forward`, by torch's
 parametrisations and `isinstance` are torch's, of the torch that is installed. Before that code, whose checks take longer
 than a small step, the compiled engine is asked to do all in one call, which it does where nothing is out of the ordinary.
 
-Two parts of torch go by the class rather than by what the module does, and are met here: TorchScript and Dynamo.
+Parts of torch go by the class rather than by what the module does, and are met here: TorchScript, torch.fx and Dynamo.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastrnn import dispatch
+from fastrnn import dispatch, ops
 from fastrnn import functional as _VF
 from fastrnn.checkpoint import recompute
 
@@ -45,13 +45,26 @@ def _rebound(function: _Function) -> _Function:
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native:
-            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute)
+        if not torch.compiler.is_dynamo_compiling():
+            result = dispatch.native and dispatch.native.forward(self.__dict__, input, hx, self.recompute)
             if result is not None:
                 return result
+            if _is_symbolic(input):
+                return _leaf(self, input, hx)
         return self._long_way(input, hx)
 
     return forward
+
+
+def _is_symbolic(input: Any) -> bool:
+    """Does torch.fx trace the call symbolically?"""
+    return type(input) is not Tensor and isinstance(input, torch.fx.Proxy)
+
+
+def _leaf(module: nn.Module, input: torch.fx.Proxy, hx: Any) -> torch.fx.Proxy:
+    """The call as a node of its own in torch.fx's graph, as that makes of torch.nn's modules, which it knows by name."""
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,) if hx is None else (input, hx), {})
 
 
 def _long_way(torch_class: type[nn.RNNBase]) -> Any:
@@ -59,7 +72,7 @@ def _long_way(torch_class: type[nn.RNNBase]) -> Any:
     by_torch = _rebound(torch_class.forward)
 
     def run(self, input, hx):
-        result = _VF.module_forward(self, input, hx)
+        result = None if self._asks else _VF.module_forward(self, input, hx)
         return by_torch(self, input, hx) if result is None else result
 
     def long_way(self, input, hx):
@@ -90,20 +103,15 @@ def _extra_repr(self: Any) -> str:
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native:
-            result = dispatch.native.cell(self.__dict__, input, hx, mode_of_cell(self))
+        if not torch.compiler.is_dynamo_compiling():
+            result = dispatch.native and dispatch.native.cell(self.__dict__, input, hx, dispatch.mode_of_cell(self))
             if result is not None:
                 return result
+            if _is_symbolic(input):
+                return _leaf(self, input, hx)
         return self._long_way(input, hx)
 
     return forward
-
-
-def mode_of_cell(cell: Any) -> str:
-    """What RNN, LSTM and GRU have as `mode`."""
-    if isinstance(cell, nn.LSTMCell):
-        return "LSTM"
-    return "GRU" if isinstance(cell, nn.GRUCell) else f"RNN_{cell.nonlinearity.upper()}"
 
 
 class _DropIn:
@@ -141,13 +149,39 @@ def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) ->
     """torch.nn's, which wants input and weights in one dtype; `compress` makes two of it."""
     if dispatch.compressed(input, self._flat_weights):
         input = input.to("meta", torch.bfloat16)
+    elif self.bias and not torch.is_autocast_enabled("cpu"):
+        matrix, bias = self._flat_weights[0].dtype, self._flat_weights[2].dtype  # type: ignore[union-attr]
+        if matrix is torch.bfloat16 and bias is torch.float32:
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match compressed weights, which take {bias}. Convert input: "
+                f"input.to({bias})"
+            )
     nn.RNNBase.check_input(self, input, batch_sizes)
+
+
+# What torch.nn's forward asks a module for, to check its input.
+_CHECKS = frozenset(
+    ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
+     "permute_hidden")
+)  # fmt: skip
+
+
+def _asking_forward(self, input, hx=None):
+    """Of a subclass that has one of them: the way that asks."""
+    return self._long_way(input, hx)
 
 
 class _Layers(_DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
     recompute = False
+    _asks = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass with checks of its own has them asked, which the short ways do not."""
+        super().__init_subclass__(**kwargs)
+        if "forward" not in cls.__dict__ and any(name in cls.__dict__ for name in _CHECKS):
+            cls.forward, cls._asks = _asking_forward, True  # type: ignore[attr-defined]
 
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
         """One step of a stream, without gradients: y [B, R] and the state after it.
@@ -156,11 +190,12 @@ class _Layers(_DropIn):
         state: as `forward` takes and returns it: h [L, B, R], for LSTM (h, c) with c [L, B, H]; zeros if None.
         out:   (y, state) to write instead of new tensors, for a loop that allocates nothing; its state may be `state` itself.
 
-        Numbers differ from those of a longer sequence by rounding: a step reads the weights in another order.
+        Numbers differ from those of a longer sequence by rounding: a step reads the weights in another order. Hooks of the
+        module do not run.
 
         Raises:
-            ValueError: the module is bidirectional, x has not two dimensions, or a tensor of `out` is not of its result's
-                shape and dtype. Whatever else `forward` refuses, with its words.
+            ValueError: the module is bidirectional, x has not two dimensions, `out` is not made like the result, or a tensor
+                of it is not of its result's shape and dtype. Whatever else `forward` refuses, with its words.
         """
         if not torch.compiler.is_dynamo_compiling() and dispatch.native:
             result = dispatch.native.step(self.__dict__, x, state, out)
@@ -246,9 +281,6 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
 # Dynamo stops at every instance of nn.RNN, nn.LSTM and nn.GRU unless `torch._dynamo.config.allow_rnn` is set. That is
 # global and would change stock layers too, so it is on only while Dynamo wraps one of ours. A class that hides its base
 # from Dynamo will not do: in a compiled forward `isinstance(m, (nn.LSTM, nn.GRU))` would be False, without a word.
-_BUILDER = "torch._dynamo.variables.builder"
-
-
 def _admit(builder: ModuleType) -> None:
     """Have Dynamo accept fastrnn's modules: `wrap_module` runs with `allow_rnn` for them, as ever for all others."""
     wrap_module = builder.VariableBuilder.wrap_module
@@ -262,29 +294,38 @@ def _admit(builder: ModuleType) -> None:
     builder.VariableBuilder.wrap_module = wrap_module_or_ours
 
 
-class _AdmittingLoader(importlib.machinery.SourceFileLoader):
+class _TellingLoader(importlib.machinery.SourceFileLoader):
+    tell: Callable[[ModuleType], None]
+
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
-        _admit(module)
+        self.tell(module)
 
 
-class _BuilderFinder:
-    """Waits for Dynamo's import, which takes seconds and which most programs never need, then steps aside."""
+class _Finder:
+    """Waits for the import of a module, which takes half a second or more and which most programs never need; has `tell` called
+    with it, and steps aside.
+    """
 
-    @classmethod
+    def __init__(self, name: str, tell: Callable[[ModuleType], None]) -> None:
+        self.name, self.tell = name, tell
+
     def find_spec(
-        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _BUILDER:
+        if name != self.name:
             return None
-        sys.meta_path.remove(cls)
+        sys.meta_path.remove(self)
         found = importlib.machinery.PathFinder.find_spec(name, path, target)
         if found is None or found.origin is None:
             return found
-        return importlib.util.spec_from_file_location(name, found.origin, loader=_AdmittingLoader(name, found.origin))
+        loader = _TellingLoader(name, found.origin)
+        loader.tell = self.tell
+        return importlib.util.spec_from_file_location(name, found.origin, loader=loader)
 
 
-if _BUILDER in sys.modules:
-    _admit(sys.modules[_BUILDER])
-else:
-    sys.meta_path.insert(0, _BuilderFinder)
+for _name, _tell in (("torch._dynamo.variables.builder", _admit), ("torch.utils.flop_counter", ops.count_operations)):
+    if _name in sys.modules:
+        _tell(sys.modules[_name])
+    else:
+        sys.meta_path.insert(0, _Finder(_name, _tell))

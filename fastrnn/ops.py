@@ -5,7 +5,7 @@ Raw ops (no autograd; engines register them per device). They assume T >= 1, B >
     layer_forward -> y, h_n, c_n, saved
     layer_backward -> dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
 
-    x            dense [T, B, I], or [B, T, I] with batch_first, last stride 1; or packed [N, I] with
+    x            dense [T, B, I], or [B, T, I] with batch_first; or packed [N, I] with
     batch_sizes  int64 [T] on the CPU, rows of each step, never increasing, sum N
     h0, c0       [D, B, R], [D, B, H] (lstm only)
     w_ih, ...    one tensor a direction, D in {1, 2}: w_ih [G*H, I], w_hh [G*H, R], b_* [G*H] or no tensors,
@@ -42,10 +42,10 @@ import contextlib
 import itertools
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TypeAlias
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
@@ -91,6 +91,27 @@ _checkpoint_forward = torch.ops.fastrnn.checkpoint_forward.default
 _checkpoint_backward = torch.ops.fastrnn.checkpoint_backward.default
 _library.impl("checkpoint_forward", checkpoint.forward, "CompositeExplicitAutograd")
 _library.impl("checkpoint_backward", checkpoint.backward, "CompositeExplicitAutograd")
+
+
+def _meets_autograd(op, segments: bool):
+    """The ops' kernel for autograd, which they meet on their own in a program of torch.export's: `Layer`, and its gradients."""
+
+    def kernel(keys, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, last):
+        tensors, weights = (x, batch_sizes, h0, c0), (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
+        if dispatch.forward_mode():
+            return reference.layer_forward(*tensors, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+        if torch.is_grad_enabled() and _requires_grad((x, h0, *weights), c0):
+            kept = Layer.apply(*tensors, cell, reverse, batch_first, last if segments else 0, len(w_ih), *weights)
+            return kept if last else (*kept[:3], x.new_empty(0))  # last: of layer_forward, whether to save
+        with torch._C._AutoDispatchBelowAutograd():
+            args = *tensors, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, last
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+_library.impl("layer_forward", _meets_autograd(_forward_op, False), "Autograd", with_keyset=True)
+_library.impl("checkpoint_forward", _meets_autograd(_checkpoint_forward, True), "Autograd", with_keyset=True)
 
 
 def _forward(x, *args):
@@ -154,6 +175,33 @@ def _(
     return _fake_backward(dy, dh_n, dc_n, *layer, y, kept, cell, reverse, batch_first, need_dx, need_dh0, need_dw)
 
 
+def count_operations(counter: ModuleType) -> None:
+    """Tell torch.utils.flop_counter the products of the raw ops, two operations for each weight and row, as of torch.nn's."""
+
+    def of(weights, rows: int) -> int:
+        return 2 * rows * sum(map(math.prod, weights))
+
+    def forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *options, out_shape):
+        return of((*w_ih, *w_hh, *w_hr), math.prod(x[:-1]))
+
+    def backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, *options, out_shape):
+        rows, (need_dx, need_dh0, need_dw) = math.prod(x[:-1]), options[-3:]
+        carried = rows if need_dh0 else rows - h0[1]  # from a step to the one before
+        return of(w_ih, need_dx * rows) + of(w_hh, carried) + of(w_hr, rows) + of((*w_ih, *w_hh, *w_hr), need_dw * rows)
+
+    def again(*args, out_shape):
+        return backward(*args, out_shape=out_shape) + forward(*args[3:], out_shape=out_shape)
+
+    formulas = {
+        "layer_forward": forward,
+        "layer_backward": backward,
+        "checkpoint_forward": forward,
+        "checkpoint_backward": again,
+    }
+    for name, formula in formulas.items():
+        counter.register_flop_formula(getattr(torch.ops.fastrnn, name))(formula)
+
+
 def layer(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -167,13 +215,17 @@ def layer(
     cell: str,
     reverse: bool = False,
     batch_first: bool = False,
+    of_cell: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer, differentiable: y, h_n, and c_n for lstm, None otherwise. Arguments are the raw ops', see above."""
+    """One layer, differentiable: y, h_n, and c_n for lstm, None otherwise. Arguments are the raw ops', see above.
+
+    of_cell: it is an LSTMCell's step and the like, whose results have dtypes of their own under autocast.
+    """
     if x.is_cpu and (w_ih[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
-        return _in_float32(x, batch_sizes, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), cell, reverse, batch_first)
+        return _in_float32(x, batch_sizes, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), cell, reverse, batch_first, of_cell)
     compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     weights = (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
-    if _forward_mode() or (compiling and transformed):
+    if dispatch.forward_mode() or (compiling and transformed):
         # not a `jvp` rule: dual numbers flow through plain operations, and Dynamo refuses a Function that has one;
         # of a Function's vmap rule, and of its backward inside torch.func.grad, Dynamo knows nothing
         y, h_n, c_n, _ = reference.layer_forward(
@@ -189,16 +241,17 @@ def layer(
     return y, h_n, c_n if cell == "lstm" else None
 
 
-def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first):
+def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first, of_cell):
     """`layer` in half precision or under autocast, on a CPU: all of it in float32, and each result rounded once.
 
     Matrices in bfloat16 are read as they are, but where a transform, a compiler or recompute mode wants plain operations.
     """
     dtype, autocast = x.dtype, torch.is_autocast_enabled("cpu")
-    if autocast:  # as torch.nn does: of its GRU only the products are cast
-        dtype = torch.promote_types(x.dtype, h0.dtype) if cell == "gru" else torch.get_autocast_dtype("cpu")
+    if autocast:  # as torch.nn does: of its GRU, and of LSTMCell, only the products are cast
+        dtype, carried = torch.get_autocast_dtype("cpu"), h0 if cell == "gru" else c0 if of_cell else None
+        dtype = dtype if carried is None else torch.promote_types(dtype, carried.dtype)
     with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
-        as_they_are = _takes_half(weights) and not (_forward_mode() or torch._C._are_functorch_transforms_active())
+        as_they_are = _takes_half(weights) and not (dispatch.forward_mode() or torch._C._are_functorch_transforms_active())
         wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *itertools.chain(*weights)), c0)
         if as_they_are and not wanted:
             x, h0, c0, flat = _all_but_matrices(x, h0, c0, itertools.chain(*weights))
@@ -276,7 +329,7 @@ class Layer(Function):
         need_dh0, need_dw = any(states), any(ctx.needs_input_grad[9:])
         options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
         compiling = torch.compiler.is_compiling()
-        if not compiling and (_forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n)):
+        if not compiling and (dispatch.forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n)):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options)
         elif not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
             grads = LayerBackward.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
@@ -286,7 +339,8 @@ class Layer(Function):
         if need_dw:
             kinds = len(weights) // directions
             dw = [*joined[:2], joined[4]] if kinds == 3 else joined[:kinds]  # as _kinds has them
-            dw = dw if directions == 1 else [part for grad in dw for part in grad.chunk(directions)]
+            if directions > 1:  # each in memory of its own: what is done to one in place is not done to another
+                dw = [part.clone() for grad in dw for part in grad.chunk(directions)]
         else:
             dw = [None] * len(weights)
         dh0, dc0 = (dh0, None if c0 is None else dc0) if need_dh0 else (None, None)
@@ -300,7 +354,7 @@ class Layer(Function):
             outputs = _loop(Layer, V, in_dims, (x, batch_sizes, h0, c0, *options, *weights))
             return outputs, (0, 0, 0, 0)
         x, h0, c0 = _fold(x, in_dims[0], at, V), _fold(h0, in_dims[2], 1, V), _fold(c0, in_dims[3], 1, V)
-        y, h_n, c_n, saved = Layer.apply(_unit_stride(x), None, h0, c0, *options, *weights)
+        y, h_n, c_n, saved = Layer.apply(unit_stride(x), None, h0, c0, *options, *weights)
         c_n, c_dim = (c_n, None) if c0 is None else (_unfold(c_n, 1, V), 1)
         saved = saved.unflatten(1, (x.shape[1 - at], V, h0.shape[1] // V)).movedim(2, 0).flatten(2, 3)
         return (_unfold(y, at, V), _unfold(h_n, 1, V), c_n, saved), (at, 1, c_dim, 0)
@@ -362,7 +416,7 @@ class HalfLayer(Function):
             return found
         x, batch_sizes, h0, c0, y, saved, *weights = saved_tensors
         dtypes = x.dtype, None, h0.dtype, h0.dtype, *(None,) * 5, *[weight.dtype for weight in weights]
-        plain = not (_forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+        plain = not (dispatch.forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         if not plain or _vmapped_the_old_way(dy, dh_n, dc_n):
             weights = [weight.float() for weight in weights]
         dy, dh_n, dc_n, x, h0, c0 = (_to(tensor, torch.float32) for tensor in (dy, dh_n, dc_n, x, h0, c0))
@@ -373,7 +427,7 @@ class HalfLayer(Function):
 apply_half = super(Function, HalfLayer).apply
 
 
-class Step(Function):
+class CellLayer(Function):
     """`EagerLayer` of one step, without the axes of time and directions: x [B, I], h [B, R], c [B, H] -> h, and c for lstm."""
 
     @staticmethod
@@ -399,7 +453,7 @@ class Step(Function):
         return found
 
 
-apply_step = super(Function, Step).apply
+apply_cell = super(Function, CellLayer).apply
 
 
 class LayerBackward(Function):
@@ -457,7 +511,7 @@ class LayerBackward(Function):
         saved = saved.expand(V, *saved.shape) if in_dims[8] is None else saved.movedim(in_dims[8], 0)
         saved = saved.unflatten(2, (x.shape[1 - at], h0.shape[1] // V)).movedim(0, 2).flatten(1, 3)
         dx, dh0, dc0, *empty = LayerBackward.apply(
-            dy, dh_n, dc_n, _unit_stride(x), None, h0, c0, y.contiguous(), saved, *options, *weights
+            dy, dh_n, dc_n, unit_stride(x), None, h0, c0, y.contiguous(), saved, *options, *weights
         )
         dx, x_dim = (_unfold(dx, at, V), at) if need_dx else (dx, None)
         dh0, h_dim = (_unfold(dh0, 1, V), 1) if need_dh0 else (dh0, None)
@@ -479,11 +533,6 @@ def _kinds(weights: Sequence[Tensor], directions: int) -> Kinds:
     w_ih, w_hh, *biases = kinds[: 4 if len(kinds) > 3 else 2]
     b_ih, b_hh = biases or ([], [])
     return w_ih, w_hh, b_ih, b_hh, kinds[-1] if len(kinds) in (3, 5) else []
-
-
-def _forward_mode() -> bool:
-    """Is a level of forward-mode differentiation open? torch.func's levels open one of torch.autograd's too."""
-    return forward_ad._current_level >= 0
 
 
 def _vmapped_the_old_way(*grads: Tensor | None) -> bool:
@@ -511,7 +560,7 @@ def _loop(function: type[Function], size: int, in_dims: Sequence[int | None], ar
         raise ValueError("vmap over an axis of size 0: a recurrent layer has no member to take the output's shape from")
     members = [
         function.apply(
-            *(a if dim is None else _unit_stride(a.select(dim, v)) for a, dim in zip(arguments, in_dims, strict=True))
+            *(a if dim is None else unit_stride(a.select(dim, v)) for a, dim in zip(arguments, in_dims, strict=True))
         )
         for v in range(size)
     ]
@@ -537,7 +586,7 @@ def _unsqueezed(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.unsqueeze(0)
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
+def unit_stride(tensor: Tensor) -> Tensor:
     """The engines read rows of x: elements next to each other."""
     return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
 
@@ -545,4 +594,4 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 dispatch.load()  # after the schemas it registers against
 if dispatch.native:
     _pattern = torch.empty(1, dtype=torch.float32, device="cpu")
-    dispatch.native.differentiate(apply_eagerly, apply_half, apply_step, checkpoint.is_on, torch.cat, _pattern)
+    dispatch.native.differentiate(apply_eagerly, apply_half, apply_cell, checkpoint.is_on, torch.cat, _pattern)

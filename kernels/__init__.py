@@ -1,1 +1,1 @@
-"""Engines and the one definition of each cell. They know tensors and sizes, never modules or autograd."""
+"""Engines and the one definition of each cell. They know tensors and sizes, not modules and autograd."""

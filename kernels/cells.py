@@ -1,7 +1,8 @@
 """Every cell, once: what one unit does in one step, forward and its vector-Jacobian product side by side.
 
 A cell is plain arithmetic over whatever an engine hands it: torch tensors (reference.py), registers full of lanes (cpu/),
-blocks of a GPU program. `sigmoid`, `tanh` and `relu` are free names here; each engine binds its own (see `bind`).
+blocks of a GPU program. `sigmoid`, `tanh`, `relu` and `where_positive` are free names here; each engine binds its own
+(see `bind`).
 
 Terms, per unit:
     a_*     pre-activation of a gate: input product + hidden product + biases

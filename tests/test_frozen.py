@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
 from fastrnn import dispatch
@@ -150,6 +151,20 @@ def test_refuses_training():
         assert module(x)[0].shape == (4, B, H)
     fastrnn.thaw(module).train()(x)[0].sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "GRUCell"])
+def test_refuses_weights_in_place_of_its_own(name):
+    """Its panels know nothing of them, nor of their gradients."""
+    module = fastrnn.freeze(getattr(fastrnn, name)(3, 4).eval())
+    x, own = torch.randn(5, 3), dict(module.named_parameters())
+    other = {key: value.detach() * 2 for key, value in own.items()}
+    for given in (x, x.unsqueeze(0)) if name != "GRUCell" else (x, x[0]):
+        torch.func.functional_call(module, own, (given,))
+        with pytest.raises(RuntimeError, match=f"{name} is frozen and computes with its own weights: call thaw"):
+            torch.func.functional_call(module, other, (given,))
+    with pytest.raises(RuntimeError, match="is frozen and computes with its own weights"):
+        torch.func.grad(lambda weights: tree_leaves(torch.func.functional_call(module, weights, (x,)))[0].sum())(other)
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *CELLS])

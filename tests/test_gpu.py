@@ -163,9 +163,6 @@ def test_200_000_steps(cell):
     layer = Layer(cell, "single", dtype=F32, sizes=(200_000, 2, 3, 16))
     found = triton_layers.kernels(layer, "cuda", _target())()
     assert all(value.isfinite().all() for value in found.values())
-    start = replace(layer, sizes=(300, 2, 3, 16)).arguments()
-    whole = layer.arguments()
-    assert whole["x"].shape[0] == 200_000 and start["x"].shape[0] == 300
 
 
 @pytest.mark.parametrize("cell", CELLS)

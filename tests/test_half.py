@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
+import math
 
 import pytest
 import torch
 from contract import CELLS, Case, arguments, assert_contract, cases, relative, run, same_bits, twins
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._pytree import tree_leaves
 
 import fastrnn
+from fastrnn import dispatch
 
 HALF = torch.float16, torch.bfloat16
 GRID = {
@@ -72,6 +76,32 @@ def test_cells(name, dtype):
 
 
 @both
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell", "GRU"])
+def test_autocast_of_what_is_carried(name, dtype):
+    """Cells and GRU have torch.nn's dtypes whatever input and state have; LSTMCell's state is not rounded from step to step."""
+    stock, ours = (getattr(library, name)(3, 4) for library in (nn, fastrnn))
+    for x_dtype, state_dtype in itertools.product((torch.float32, dtype), (None, torch.float32, torch.bfloat16, torch.float16)):
+        x = torch.randn((2, 3) if name.endswith("Cell") else (5, 2, 3)).to(x_dtype)
+        state = None if state_dtype is None else torch.zeros((2, 4) if name.endswith("Cell") else (1, 2, 4), dtype=state_dtype)
+        given = (state, state) if name == "LSTMCell" and state is not None else state
+        with torch.autocast("cpu", dtype):
+            found, expected = ([t.dtype for t in tree_leaves(module(x, given))] for module in (ours, stock))
+        assert found == expected, (x_dtype, state_dtype)
+
+
+def test_autocast_does_not_stall_a_cell():
+    """A cell state that grows by a tenth a step: in bfloat16 it would stand still at 32."""
+    cell, state = fastrnn.LSTMCell(1, 1), None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for parameter in cell.parameters():
+            parameter.zero_()
+        cell.bias_ih.copy_(torch.tensor([20.0, 20.0, 0.1, 20.0]))
+        for _ in range(1000):
+            state = cell(torch.zeros(1, 1), state)
+    assert abs(float(state[1]) - 1000 * math.tanh(0.1)) < 0.1
+
+
+@both
 @pytest.mark.parametrize("cell", CELLS)
 def test_autocast(cell, dtype):
     """torch.nn's dtypes in every mix of them, and the numbers of float32; gradients in the parameters' own dtype."""
@@ -93,8 +123,8 @@ def test_autocast(cell, dtype):
             except RuntimeError as error:  # oneDNN's LSTM wants AVX-512 for half precision: what it gives there
                 assert cell == "lstm" and "could not create a primitive" in str(error)
                 expected_dtypes = [dtype] * 3
-            for module in (ours, ours.train()):
-                y, state = module(x)
+            for training in (False, True):
+                y, state = ours.train(training)(x)
                 assert [t.dtype for t in (y, *state)] == expected_dtypes
 
 
@@ -219,6 +249,33 @@ def test_compressed_cells(name):
     with torch.no_grad():
         for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (small(x), cell(x))), strict=True):
             nearly_the_same(one, other)
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_compressed_where_another_engine_runs(name, backend, monkeypatch):
+    """It gets the weights in float32."""
+    monkeypatch.setattr(dispatch, "forced", backend)
+    monkeypatch.setattr(dispatch, "native", dispatch.native if backend is None else None)
+    module = fastrnn.compress(getattr(fastrnn, name)(4, 6, 2))
+    wide, x = copy.deepcopy(module).float(), torch.randn(5, 2, 4)
+    lengths = torch.tensor([5, 3])
+    for given in (x, pack_padded_sequence(x, lengths)):
+        torch.testing.assert_close(_flat(module(given)), _flat(wide(given)))
+    cells = fastrnn.compress(getattr(fastrnn, f"{name}Cell")(4, 6))
+    torch.testing.assert_close(cells(x[0]), copy.deepcopy(cells).float()(x[0]))
+    if backend == "reference":  # which is plain operations and takes, or refuses, what they do
+        return
+    assert module(torch.randn(5, 0, 4))[0].shape == (5, 0, 6)
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"does not match compressed weights, which take torch.float32"):
+            module(x.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated", "ignore::torch.jit.TracerWarning")
+def test_compressed_is_traced():
+    module, x = fastrnn.compress(fastrnn.GRU(4, 6)), torch.randn(5, 2, 4)
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
 
 
 def test_compression_is_read_as_it_is():

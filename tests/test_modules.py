@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
 from fastrnn.modules import DROP_INS
@@ -687,6 +688,95 @@ def test_export(name, strict):
     torch.testing.assert_close(program.module()(x), theirs(x))
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_exported_program_trains(name, options, grad):
+    """Whether it was exported with gradients or not."""
+    recompute = {"recompute": options["recompute"]} if "recompute" in options else {}
+    theirs, own = taggers(name, **{key: value for key, value in options.items() if key not in recompute})
+    own.rnn.recompute = bool(recompute)
+    x = torch.randn(T, B, I)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(own, (x,)).module()
+    x, y = (x.clone().requires_grad_() for _ in range(2))
+    program(x).square().sum().backward()
+    theirs(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    found = dict(program.named_parameters())
+    for key, parameter in theirs.named_parameters():
+        torch.testing.assert_close(found[key].grad, parameter.grad, msg=key)
+    second = [
+        torch.autograd.functional.vhp(lambda value, model=model: model(value).square().sum(), x.detach(), torch.ones_like(x))[1]
+        for model in (program, theirs)
+    ]
+    torch.testing.assert_close(*second)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *CELLS])
+def test_fx_keeps_the_module_whole(name):
+    """As it keeps those of torch.nn, which it knows by their names."""
+    x = torch.randn(B, I) if name in CELLS else torch.randn(T, B, I)
+    graphs = [torch.fx.symbolic_trace(nn.Sequential(nn.Linear(I, I), module)) for module in both(name)]
+    nodes = [[(node.op, node.target) for node in graph.graph.nodes] for graph in graphs]
+    assert nodes[0] == nodes[1]
+    assert_same(graphs[1](x), graphs[1].get_submodule("1")(graphs[1].get_submodule("0")(x)))
+
+
+COUNTED = [(name, {}) for name in ("RNN", "GRU", *CELLS)]
+COUNTED += [(name, options) for name in ("RNN", "GRU") for options in ({"num_layers": 2}, {"bidirectional": True})]
+
+
+@pytest.mark.parametrize(("name", "options"), COUNTED, ids=str)
+def test_operations_are_counted_as_torchs(name, options):
+    counts = []
+    for module in both(name, **options):
+        x = torch.randn(B, I) if name in CELLS else torch.randn(T, B, I, requires_grad=True)
+        for backward in (False, True):
+            with FlopCounterMode(display=False) as counter:
+                y = flat(module(x))[0]
+                if backward:
+                    y.sum().backward()
+            counts.append(counter.get_total_flops())
+    assert counts[:2] == counts[2:] and counts[0] > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"bias": False}], ids=str)
+def test_gradients_of_two_directions_share_no_memory(options):
+    for packed in (False, True):  # each way of a call
+        module = fastrnn.LSTM(I, H, bidirectional=True, **options)
+        x = torch.randn(T, B, I)
+        y = flat(module(pack_padded_sequence(x, torch.tensor([T] * B)) if packed else x))[0]
+        grads = torch.autograd.grad(y.square().sum(), list(module.parameters()))
+        assert len({grad.untyped_storage().data_ptr() for grad in grads}) == len(grads)
+        assert all(grad.untyped_storage().nbytes() == 4 * grad.numel() for grad in grads)
+
+
+class Asked(fastrnn.GRU):
+    def check_forward_args(self, input, hidden, batch_sizes):
+        raise KeyError("asked")
+
+
+def test_a_subclass_with_checks_of_its_own_is_asked():
+    with pytest.raises(KeyError, match="asked"):
+        Asked(I, H)(torch.randn(T, B, I))
+
+
+@pytest.mark.parametrize("dropout", [-1, float("nan"), 2, "a", 0.0, 1])
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_changed_later(dropout, training):
+    results = []
+    for module in both("LSTM", num_layers=2):
+        module.train(training).dropout = dropout
+        results.append(outcome(lambda module=module: module(torch.ones(T, B, I)))[0])
+    if isinstance(results[0][0], type):
+        assert results[1] == results[0]
+    else:
+        assert_same(results[1], results[0])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
@@ -772,7 +862,7 @@ def test_convert_a_copy_and_a_single_layer():
 
 
 def test_patch():
-    early = nn.LSTM
+    early, stock_init = nn.LSTM, nn.LSTM.__init__
     with fastrnn.patch():
         assert kinds(stock_model()) == kinds(fastrnn.convert(stock_model()))
         assert type(early(I, H)) is fastrnn.LSTM
@@ -784,9 +874,12 @@ def test_patch():
         assert type(pickle.loads(pickle.dumps(nn.LSTM(I, H)))) is fastrnn.LSTM
         with pytest.raises(ValueError, match="hidden_size"):
             nn.LSTM(I, 0)
-    patched = fastrnn.patch()
-    assert type(nn.RNN(I, H)) is fastrnn.RNN
+    patched, again = fastrnn.patch(), fastrnn.patch()
     patched.close()
+    patched.close()
+    assert type(nn.RNN(I, H)) is fastrnn.RNN
+    again.close()
+    assert early.__init__ is stock_init
     assert not set(kinds(stock_model()).values()) & set(DROP_INS.values())
     theirs, own = both("LSTM")
     with fastrnn.patch():

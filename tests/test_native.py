@@ -528,3 +528,21 @@ def test_refusals():
         module.step(x, None, out=(torch.empty(B, 6), states))
     with pytest.raises(ValueError, match=r"out's c must be torch.float32 of shape \(1, 3, 7\), got torch.float64"):
         module.step(x, None, out=(torch.empty(B, H), (states[0], states[1].double())))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_a_step_runs_no_hooks(name):
+    """Whatever the strides of its input, and so the way that it takes."""
+    module, x = getattr(fastrnn, name)(3, 4), torch.randn(3, 2).T
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 0,))
+    torch.testing.assert_close(module.step(x), module.step(x.contiguous()))
+
+
+def test_places_that_are_not_made_like_the_result():
+    for name, shape in (("LSTM", r"\(y, \(h, c\)\)"), ("GRU", r"\(y, h\)")):
+        module, x = getattr(fastrnn, name)(3, 4), torch.randn(2, 3)
+        y, state = module.step(x)
+        h = state[0] if name == "LSTM" else state
+        for out in (5, (y,), (y, None), (y, (h,)), (y, (h, h, h)), (None, state), (y.to("meta"), state)):
+            with pytest.raises(ValueError, match=f"step: expected out {shape} of tensors on cpu, got "):
+                module.step(x, None, out=out)

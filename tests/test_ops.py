@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastrnn
-from fastrnn import dispatch, ops
+from fastrnn import ops
 
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 FORMS = {
@@ -30,7 +30,6 @@ some += [NAMES.index(name) for name in ("gru-two_directions", "lstm-packed_two-p
 some_layers = pytest.mark.parametrize(("cell", "form"), [LAYERS[i] for i in some], ids=[NAMES[i] for i in some])
 
 pytestmark = [
-    pytest.mark.skipif(dispatch.unavailable is not None, reason=f"the CPU engine: {dispatch.unavailable}"),
     # torch's own: forward mode, at its first use, and Dynamo, at every autograd.Function
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

@@ -12,7 +12,6 @@ from pathlib import Path
 from sysconfig import get_path
 
 import pytest
-import torch
 from contract import ROOT, WARNINGS, python, tiers
 
 import fastrnn
@@ -38,7 +37,6 @@ def isolated(code: str, cwd: Path) -> str:
 
 
 def test_one_tree():
-    assert KERNELS in (PACKAGE / "kernels", PACKAGE.parent / "kernels")
     for name, module in sys.modules.items():
         if name.startswith("fastrnn.") and getattr(module, "__file__", None):
             assert {PACKAGE, KERNELS} & {*Path(module.__file__).resolve().parents}, name
@@ -189,7 +187,7 @@ def empty_environment(wheel, tmp_path_factory):
     directory = tmp_path_factory.mktemp("empty")
     subprocess.run([sys.executable, "-m", "venv", directory], check=True)
     interpreter, constraints = str(directory / "bin" / "python"), str(ROOT / "constraints.txt")
-    command = [interpreter, "-m", "pip", "install", "-c", constraints, "torch==2.13.0", "pytest", str(wheel[0])]
+    command = [interpreter, "-m", "pip", "install", "-c", constraints, "torch", "pytest", str(wheel[0])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return interpreter
@@ -283,4 +281,3 @@ def test_versions_agree():
     from importlib.metadata import version
 
     assert version("fastrnn") == fastrnn.__version__
-    assert torch.__version__ >= "2.10"

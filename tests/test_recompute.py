@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import checkpoint, dispatch, ops
+from fastrnn import checkpoint, ops
 from fastrnn.kernels.cells import CELLS
 
 LENGTHS = torch.tensor([9, 9, 6, 5, 2, 1, 1])  # rows end and begin in the first, a middle and the last segment
@@ -46,7 +46,6 @@ some_layers = pytest.mark.parametrize(
 )
 
 pytestmark = [
-    pytest.mark.skipif(dispatch.unavailable is not None, reason=f"the CPU engine: {dispatch.unavailable}"),
     # torch's own: forward mode, at its first use, and Dynamo, at every autograd.Function
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),

@@ -251,7 +251,7 @@ x.copy_(value)
 module = fastrnn.GRU(8, 16)
 same_bits(module(x)[0].detach(), module(value)[0].detach())
 print("done")
-""".replace("MEMORY", "True")
+"""
     )
 
 

@@ -110,15 +110,13 @@ def test_tiers_share_no_code(code):
 
 @disassembler
 def test_one_function_leaves_the_extension():
-    """And undefined is nothing but the C functions of torch and Python, the C and C++ libraries and libm."""
+    """And it needs no C++ function of torch, which differ between its versions."""
     nm = subprocess.run(["nm", "-D", str(cpu.EXTENSION)], capture_output=True, text=True, check=True).stdout.split("\n")
     symbols = [line.split()[-2:] for line in nm if line]
     defined = {name for kind, name in symbols if kind not in "Uvw"}
     assert defined == {"PyInit__runtime"}
-    allowed = r"(aoti_torch|torch)_\w+|_Z\w+|__(cxa|gxx|gmon|cxx|stack)_?\w*|_ITM\w+|_Unwind_Resume|\w+"
-    torch_cpp = [name for kind, name in symbols if kind in "Uvw" and re.match(r"_ZNK?(2at|3c10|5torch)", name)]
-    assert not torch_cpp, "C++ functions of torch, which differ between its versions"
-    assert all(re.match(allowed, name) for _, name in symbols)
+    needed = {name.split("@")[0] for kind, name in symbols if kind in "Uvw"}
+    assert "torch_parallel_for" in needed and not {name for name in needed if re.match(r"_ZNK?(2at|3c10|5torch)", name)}
 
 
 @pytest.mark.parametrize("tier", tiers())
@@ -142,8 +140,8 @@ def test_an_impossible_fastrnn_isa_is_an_import_error(name):
 @pytest.mark.parametrize("cells", ["lstm gru", pytest.param("lstm gru rnn_tanh rnn_relu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tier", tiers()[1:])
 def test_contract(tier, cells):
-    """Seeds as many as a case needs: at hidden_size 1 four of them left it to torch's luck on one of them how small its
-    error, and so the bound, was (over 256 seeds a tier without FMA is as exact as one with it)."""
+    """A small case has more seeds than four, `Case.seeds`: with few, torch's own error at hidden_size 1, and the bound with it,
+    could by chance be tiny."""
     python(contract_over(cells.split(), "float32", "float64") if len(cells) > 8 else contract_over(cells.split()),
            FASTRNN_ISA=tier, timeout=900)  # fmt: skip
 
@@ -179,10 +177,10 @@ QUIET = f"{WARNINGS},ignore:fastrnn runs slower than it could:RuntimeWarning"
 def test_contract_at_run_time(bare):
     """Kernels compiled at run time, of whichever tier was asked for; kept between runs of the suite, under build/."""
     pytest.importorskip("numba")
-    for tier in tiers()[-1:]:
-        environment = {"PYTHONPATH": bare, "PYTHONWARNINGS": QUIET, "FASTRNN_CACHE_DIR": str(ROOT / "build")}
-        assert f"layer 0: {tier}, " in python(USED, FASTRNN_ISA=tier, **environment)
-        python(contract_over(["lstm", "gru"]), FASTRNN_ISA=tier, timeout=900, **environment)
+    tier = tiers()[-1]
+    environment = {"PYTHONPATH": bare, "PYTHONWARNINGS": QUIET, "FASTRNN_CACHE_DIR": str(ROOT / "build")}
+    assert f"layer 0: {tier}, " in python(USED, FASTRNN_ISA=tier, **environment)
+    python(contract_over(["lstm", "gru"]), FASTRNN_ISA=tier, timeout=900, **environment)
 
 
 def test_an_impossible_fastrnn_isa_is_an_import_error_at_run_time_too(bare):

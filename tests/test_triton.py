@@ -20,7 +20,6 @@ import pytest
 import torch
 import triton_layers
 from contract import CELLS, pairwise
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_layers import Layer
 
@@ -29,7 +28,7 @@ from bench import gpu_resources, record, report
 from bench.gpu_resources import TARGETS
 from fastrnn import dispatch
 from fastrnn.kernels import gpu
-from fastrnn.kernels.gpu.plan import Device, Sizes, choose, plans, shared_bytes
+from fastrnn.kernels.gpu.plan import Device, Sizes, choose, shared_bytes
 from fastrnn.kernels.gpu.precision import precision_of, products_in
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -150,7 +149,7 @@ def test_a_plan_is_complete_and_fits(device):
     for _ in range(1000):
         sizes, forward = _draw(draw), draw.random() < 0.5
         plan = choose(device, sizes, forward)
-        assert plan == choose(device, sizes, forward)
+        assert plan == choose.__wrapped__(device, sizes, forward)  # not remembered: chosen again
         assert shared_bytes(device, sizes, forward, plan) <= device.shared_bytes
         assert plan.units * plan.blocks >= sizes.H and plan.outputs * plan.blocks >= sizes.R, (sizes, plan)
         if plan.schedule == "persistent":  # every program has a multiprocessor of its own
@@ -158,7 +157,6 @@ def test_a_plan_is_complete_and_fits(device):
             assert plan.blocks * sizes.D * plan.groups <= device.multiprocessors
         if plan.schedule == "single":
             assert plan.blocks == 1
-        assert plan.microseconds == min(choose(device, sizes, forward, plan.schedule).microseconds, plan.microseconds)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +180,17 @@ def test_what_an_h100_runs(sizes, forward, backward):
     assert words == [forward, backward]
 
 
+@needs_triton
+@pytest.mark.parametrize("sizes", [[2, 1], [1, 2], [2, 2, 2], [5, 0], [6, -1]])
+def test_malformed_packed_sequences_are_refused(sizes):
+    """They would have kernels read and write beyond x and y."""
+    from fastrnn.kernels.gpu.layer import Call
+
+    x, h0, w_ih, w_hh = torch.randn(5, 3), torch.zeros(1, sizes[0], 4), torch.randn(12, 3), torch.randn(12, 4)
+    with pytest.raises(RuntimeError, match="fastrnn: batch_sizes "):
+        Call(x, torch.tensor(sizes), h0, [w_ih], [w_hh], [], [], [], "gru", False, False)
+
+
 def test_a_schedule_can_be_named():
     sizes = Sizes(100, 16, 4096, 4096, 1, 4, 2, "ieee")
     assert choose(triton_layers.H100, sizes, True, "stepwise").schedule == "stepwise"
@@ -189,7 +198,7 @@ def test_a_schedule_can_be_named():
         choose(triton_layers.H100, sizes, True, "single")
 
 
-def test_no_more_steps_a_launch_than_rows_have(make_layer):
+def test_a_launch_has_as_many_rows_as_fit_its_grid():
     """A range of rows a launch, where the grid of all would not fit."""
     case = gpu_resources.Case("sm_90", "lstm", True, torch.float16, "ieee", 1000, 1024, 1024, 1, False, None)
     plan = choose(TARGETS["sm_90"][1], gpu_resources.sizes_of(case), True, "persistent")
@@ -197,7 +206,7 @@ def test_no_more_steps_a_launch_than_rows_have(make_layer):
     first = [launch.arguments["first_row"] for launch in started]
     assert first == list(range(0, 1000, plan.groups * plan.rows)) and len(first) > 1
     assert all(launch.grid[0] <= 132 and launch.options["launch_cooperative_grid"] for launch in started)
-    assert all(not launch.arguments["counters"].is_contiguous() or launch.arguments["SYNC"] for launch in started)
+    assert all(launch.arguments["SYNC"] for launch in started)
 
 
 # --- compiled code
@@ -259,15 +268,18 @@ def test_what_programs_exchange_is_ordered(target, forward):
 
 
 @needs_triton
-def test_lengths_are_run_time_arguments():
-    """Another T, B or first step is the same kernel."""
-    import triton  # noqa: F401
-
-    from fastrnn.kernels.gpu import backward, forward
-
-    for kernel in (forward.scan_forward, forward.single_forward, backward.scan_backward, backward.single_backward):
-        numbers = [parameter for parameter in kernel.params if not parameter.is_constexpr and len(parameter.name) == 1]
-        assert {"T", "B", "N"} <= {parameter.name for parameter in numbers if parameter.do_not_specialize} | {"y"}
+@pytest.mark.parametrize("schedule", ["single", "stepwise", "persistent"])
+@pytest.mark.parametrize("forward", [True, False])
+def test_lengths_are_run_time_arguments(forward, schedule):
+    """Another T, B, first row or range of steps is the same kernel, whether it is one or a multiple of 16 or not."""
+    case = gpu_resources.Case("sm_90", "lstm", forward, torch.float16, "ieee", 32, 64, 64, 1, False, None)
+    plan = choose(TARGETS["sm_90"][1], gpu_resources.sizes_of(case), forward, schedule)
+    scans = [launch for launch in gpu_resources.launches(replace(case, plan=plan)) if "CELL" in launch.arguments]
+    assert scans
+    for launch in scans:
+        numbers = {name for name, value in launch.arguments.items() if isinstance(value, int)}
+        free = {each.name for each in launch.kernel.params if not each.is_constexpr and each.name in numbers}
+        assert {"T", "B", "N"} <= free == {each.name for each in launch.kernel.params if each.do_not_specialize}
 
 
 @needs_triton
@@ -381,9 +393,3 @@ def test_products_outside_the_scan_follow_it_too():
         with products_in(torch.float32, precision):
             assert matmul.fp32_precision == precision
         assert matmul.fp32_precision == before
-
-
-def test_modules_do_not_meet_triton():
-    """A module on a CPU imports none of it (the import itself is test_packaging's)."""
-    assert isinstance(fastrnn.GRU(2, 3), nn.GRU) and gpu.DTYPES[0] is torch.float32
-    assert all(plan.warps for plan in plans(triton_layers.H100, Sizes(1, 1, 8, 8, 1, 3, 2, "ieee"), True))

@@ -77,7 +77,7 @@ def run_alone():
     for layer in range(2):
         w_ih, w_hh, b_ih, b_hh = ([weight] for weight in module.all_weights[layer])
         given = x if layer == 0 else y[0]
-        call = fallback.Call("gru", given, None, h0[layer : layer + 1], w_ih, w_hh, b_ih, [], False, False)
+        call = fallback.Call("gru", given, None, h0[layer : layer + 1], w_ih, b_ih, [], False, False)
         call.rows("x", given)
         call.rows("y", y[layer], 64)
         pointers = {"h0": h0[layer], "h_n": h_n[layer]}

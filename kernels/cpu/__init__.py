@@ -108,7 +108,7 @@ def describe(
     target, threads = tier.target, threads if how == "compiled" else 1
     gates, lanes = CELLS[cell].gates, target.vector_bytes // size
     columns = plan.unit_vectors(gates, target.registers) * gates
-    l2_bytes = runtime_module().l2_bytes if how == "compiled" else 1 << 20
+    l2_bytes = runtime_module().l2_bytes if how == "compiled" else plan.L2_BYTES
     words = []
     for name in ("forward", "backward")[: 1 + training]:
         forward = name == "forward"
@@ -119,7 +119,7 @@ def describe(
         _, tiles, way = plan.way_of_weights(*given)
         at_once = 1
         if layers > 1 and D == 1 and not (training or half):
-            sizes = layers, T, B, lowest, H, R, threads, l2_bytes, gates, depth, panels, width, way
+            sizes = layers, T, B, lowest, H, R, threads, l2_bytes, gates, panels, width, way
             at_once = plan.crews_of_layers(*sizes)
         crews, rows, parts = plan.schedule(
             T, T * B, B, I, H, R, D, threads // at_once, l2_bytes, gates, depth, panels, width, way, 1 if forward else 2

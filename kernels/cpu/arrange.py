@@ -178,7 +178,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             H, R, I = p.hidden_size, p.output_size, p.input_size
             panels = ceil_div(H, lanes * per_panel)
             _, _, way = way_of_weights(forward, 0, with_tiles, p.steps, p.batch, vector)
-            crews = crews_of_layers(p.layers, p.steps, p.batch, I, H, R, threads, p.l2_bytes, gates, R, panels, columns, way)
+            crews = crews_of_layers(p.layers, p.steps, p.batch, I, H, R, threads, p.l2_bytes, gates, panels, columns, way)
             if crews == 1 and p.workspace == 0:
                 return 0
             of_each = threads // crews

@@ -4,7 +4,8 @@ Entry points, for every cell, scalar type ("f32", "f64") and pass ("forward", "b
 named by `Tier.entry`:
     <entry>          void (records, rank)
     <entry>_arrange  int64 (records, threads)
-records is the address of one record of plan.FIELDS a direction. Beside these the conversions of convert.py.
+records is the address of one record of plan.FIELDS a direction, or a layer of those that run at once. Beside these the
+conversions of convert.py.
 
     python -m kernels.cpu.compile BASE TIER,TIER.. [CELL TYPE PASS]
 

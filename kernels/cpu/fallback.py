@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ..cells import CELLS
 from . import processor
-from .plan import FIELDS
+from .plan import FIELDS, L2_BYTES
 from .source import KERNELS, object_directory
 
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
 
 
 def cache_directory() -> Path:
-    """A directory of the user's own; a fresh temporary one where that cannot be had."""
+    """FASTRNN_CACHE_DIR or ~/.cache/fastrnn, where it is the user's own; a fresh temporary one where it cannot be had."""
     base = Path(os.environ.get("FASTRNN_CACHE_DIR") or Path.home() / ".cache" / "fastrnn")
     try:
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def unit(cell: str, scalar: str, which: str):
 class Call:
     """One record a direction, filled field by field as csrc/layer.cpp does, and everything they point to kept alive."""
 
-    def __init__(self, cell: str, x: Tensor, batch_sizes: Tensor | None, h0: Tensor, w_ih, w_hh, b_ih, w_hr, reverse: bool,
+    def __init__(self, cell: str, x: Tensor, batch_sizes: Tensor | None, h0: Tensor, w_ih, b_ih, w_hr, reverse: bool,
                  batch_first: bool):  # fmt: skip
         D = len(w_ih)
         self.records = np.zeros(D, [(name, np.int64) for name in FIELDS])
@@ -112,7 +112,7 @@ class Call:
             "projected": bool(w_hr),
             "half": w_ih[0].dtype == torch.bfloat16,
             "directions": D,
-            "l2_bytes": 1 << 20,
+            "l2_bytes": L2_BYTES,
         }
         for name, value in sizes.items():
             self.records[name] = value
@@ -162,7 +162,7 @@ def readable(dtype: torch.dtype, R: int, *matrices: list[Tensor]) -> tuple[list[
 def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
     D, B, R = h0.shape
     w_ih, w_hh, w_hr = readable(x.dtype, R, w_ih, w_hh, w_hr)
-    call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
+    call = Call(cell, x, batch_sizes, h0, w_ih, b_ih, w_hr, reverse, batch_first)
     H, rows = int(call.records["hidden_size"][0]), int(call.records["rows"][0])
     slots = CELLS[cell].slots + bool(w_hr)
     y = x.new_empty(*x.shape[:-1], D * R)
@@ -190,7 +190,7 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
     D, B, R = h0.shape
     matrix = w_ih[0].dtype
     w_ih, w_hh, w_hr = readable(x.dtype, R, w_ih, w_hh, w_hr)
-    call = Call(cell, x, batch_sizes, h0, w_ih, w_hh, b_ih, w_hr, reverse, batch_first)
+    call = Call(cell, x, batch_sizes, h0, w_ih, b_ih, w_hr, reverse, batch_first)
     H, G, inputs = int(call.records["hidden_size"][0]), CELLS[cell].gates, x.shape[-1]
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dh0 = x.new_empty(D, B, R)

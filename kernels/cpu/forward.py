@@ -362,10 +362,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         own_rows = z_rows + 8 * p.block_steps * p.batch  # this thread's
 
         if begins:
-            store_int(own_rows, split_row(p, member // p.unit_groups))
-            store_int(own_rows + 8, split_row(p, member // p.unit_groups + 1))
-        r0, r1 = load_int(own_rows), load_int(own_rows + 8)
-        if begins:
+            r0, r1 = split_row(p, member // p.unit_groups), split_row(p, member // p.unit_groups + 1)
+            store_int(own_rows, r0)
+            store_int(own_rows + 8, r1)
             if not p.pack:
                 pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
             for b in range(r0, r1):
@@ -375,6 +374,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             wait_crew(p, member)
             if block < 0:
                 return
+        r0, r1 = load_int(own_rows), load_int(own_rows + 8)
 
         # Pre-activations live where what is kept goes afterwards: saved, or y for a cell without slots, or a block's buffer.
         in_saved = p.save and slots > 0

@@ -68,17 +68,18 @@ SCRATCH_BYTES = ROW_BLOCK * GROUP_BYTES  # sums of a block of rows
 SPLIT_BYTES = 512 * 1024  # rows are taken apart for tiles so many bytes at a time before they meet the panels: they stay in L2
 SPLIT_ROWS = 128  # or so many rows
 TILE_UNITS = 64  # units whose columns of gate gradients are taken apart together
-FORWARD_BLOCK_BYTES = 256 * 1024  # pre-activations of a block of steps stay in the L2 of the thread that uses them,
+FORWARD_BLOCK_BYTES = 512 * 1024  # pre-activations of a block of steps: half stays in the L2 of each of two threads,
 FORWARD_BLOCK_ROWS = 256  # but for so many rows W_ih is read at least: else it comes from beyond L2 too often
 PANEL_DEPTH = 1024  # rows of a matrix that is packed to be used once, GROUP_BYTES of each: in backward, 256 KiB stay in L2
 BACKWARD_BLOCK_ROWS = 512  # rows whose gate gradients are held at once; the same for any team, so that bits are, too
 OPERAND_BYTES = 2048  # width of the panels of an operand of the weights' gradients that are packed at a time,
 OPERAND_ROWS = 512  # of so many rows
+UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
 FEW_ROWS = 8  # rows whose share of the weights' gradients is summed without packing them
 LAYER_BLOCKS = 16  # of steps, where layers run at once: a layer is a block behind the one below. Fewer where they would have
 LAYER_ROWS = 4  # less than so many rows
 LAYER_NUMBERS = 4 << 20  # of the outputs of all layers that run at once, which are there together: at most
-UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
+L2_BYTES = 1 << 20  # where the runtime does not say
 
 
 def ceil_div(a, b):
@@ -181,7 +182,7 @@ def forward_block(steps, batch, rows, input_size, preactivation_bytes):
 
     All of them, where that takes less memory than a packed W_ih, which is then packed where it is used.
     """
-    block_rows = max(FORWARD_BLOCK_ROWS, 2 * FORWARD_BLOCK_BYTES // preactivation_bytes)
+    block_rows = max(FORWARD_BLOCK_ROWS, FORWARD_BLOCK_BYTES // preactivation_bytes)
     return steps if rows <= max(input_size, block_rows) else block_length(steps, batch, block_rows)
 
 
@@ -245,7 +246,7 @@ def layer_cost(rows, input_size, depth, panels, panel_vectors, way, threads, l2_
 
 
 def crews_of_layers(
-    layers, steps, batch, input_size, hidden_size, output_size, threads, l2_bytes, gates, depth, panels, panel_vectors, way
+    layers, steps, batch, input_size, hidden_size, output_size, threads, l2_bytes, gates, panels, panel_vectors, way
 ):
     """Crews for layers on top of each other that run at once; 1 where they are faster one after the other, or would keep too
     much. input_size: of the lowest."""
@@ -257,9 +258,10 @@ def crews_of_layers(
         return 1
     block, rounds = layer_block(steps, batch, steps), ceil_div(layers, crews)  # a crew takes its layers' blocks in turn
     blocks, of_each, most = ceil_div(steps, block), worth_threads(flops, threads // crews), worth_threads(flops, threads)
-    shared = layer_cost(batch, input_size, depth, panels, panel_vectors, way, of_each, l2_bytes, rounds, block)
-    shared = max(shared, layer_cost(batch, output_size, depth, panels, panel_vectors, way, of_each, l2_bytes, rounds, block))
-    lowest = layer_cost(batch, input_size, depth, panels, panel_vectors, way, most, l2_bytes, 1, steps)
-    other = layer_cost(batch, output_size, depth, panels, panel_vectors, way, most, l2_bytes, 1, steps)
+    R = output_size
+    shared = layer_cost(batch, input_size, R, panels, panel_vectors, way, of_each, l2_bytes, rounds, block)
+    shared = max(shared, layer_cost(batch, R, R, panels, panel_vectors, way, of_each, l2_bytes, rounds, block))
+    lowest = layer_cost(batch, input_size, R, panels, panel_vectors, way, most, l2_bytes, 1, steps)
+    other = layer_cost(batch, R, R, panels, panel_vectors, way, most, l2_bytes, 1, steps)
     at_once = (blocks + layers - 1) * (rounds * block * shared + BARRIER)
     return crews if at_once < blocks * block * (lowest + (layers - 1) * other) else 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
 from numba import from_dtype, njit, types
 from numba.extending import intrinsic
 
@@ -24,14 +23,6 @@ def record_at(typing_context, address):
         return builder.inttoptr(args[0], context.get_value_type(record_type))
 
     return record_type(types.int64), codegen
-
-
-@intrinsic
-def address_of(typing_context, record):
-    def codegen(context, builder, sig, args):
-        return builder.ptrtoint(args[0], ir.IntType(64))
-
-    return types.int64(record_type), codegen
 
 
 @njit(**options)

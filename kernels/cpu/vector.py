@@ -50,8 +50,8 @@ def constant(vector: Vector, value: float):
 
 @cache
 def register_arithmetic(vector: Vector) -> None:
-    """Teach Numba + - * / and unary minus on this vector type; Python integers are constants in every lane."""
-    binary = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul", operator.truediv: "fdiv"}
+    """Teach Numba + - * on this vector type; Python integers are constants in every lane."""
+    binary = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul"}
 
     for function, opcode in binary.items():
 

@@ -74,6 +74,10 @@ class Call:
         """Steps of each row [B] and rows before each step [T], int64, on the device by one copy."""
         if batch_sizes is None:
             return self.nothing, self.nothing
+        if bool((batch_sizes.diff() > 0).any()) or int(batch_sizes[-1]) <= 0:
+            raise RuntimeError("fastrnn: batch_sizes must be positive and not increase")
+        if int(batch_sizes[0]) != self.B or int(batch_sizes.sum()) != self.N:
+            raise RuntimeError("fastrnn: batch_sizes do not fit x or the states")
         offsets = batch_sizes.cumsum(0) - batch_sizes
         lengths = self.T - torch.searchsorted(batch_sizes.flip(0), torch.arange(self.B), right=True)
         both = torch.cat((lengths, offsets))
