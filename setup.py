@@ -21,7 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-COMPILER = os.environ.get("CXX", "g++").split()
+COMPILER = os.environ.get("CXX", "").split() or ["g++"]
 PACKAGES = {
     "fastrnn": "fastrnn",
     "fastrnn.kernels": "kernels",

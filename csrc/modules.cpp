@@ -278,16 +278,19 @@ class Stack {
     return true;
   }
 
-  // False, too, where something took a parameter's place, as torch.func.functional_call does: panels know nothing of it.
+  // pack: a tuple of the panels and the parameters that they were made of. False, too, where something took the place of one, as
+  // torch.func.functional_call does: panels know nothing of it.
   bool read_pack(PyObject* pack, PyObject* attributes) {
     PyObject *parameters = find(attributes, PARAMETERS), *name, *value;
-    if (!parameters) return false;
-    for (Py_ssize_t at = 0; PyDict_Next(parameters, &at, &name, &value);)
-      if (value != Py_None && reinterpret_cast<PyObject*>(Py_TYPE(value)) != handed.parameter_type) return false;
+    if (!PyTuple_CheckExact(pack) || !parameters) return false;
+    Py_ssize_t place = 0, count = 0;
+    while (PyDict_Next(parameters, &place, &name, &value))
+      if (++count >= PyTuple_Size(pack) || PyTuple_GetItem(pack, count) != value) return false;
+    if (PyTuple_Size(pack) != count + 1) return false;
     frozen = true;
-    objects.push_back(kept(pack));
+    objects.push_back(kept(PyTuple_GetItem(pack, 0)));
     View t;
-    if (!look(pack, t) || t.dtype != Dtype::byte || t.dims != 1) return false;
+    if (!look(objects[0].get(), t) || t.dtype != Dtype::byte || t.dims != 1) return false;
     if (t.size(0) / static_cast<int64_t>(sizeof(PackHeader)) < layers) return false;
     const auto* headers = reinterpret_cast<const PackHeader*>(t.address);
     const PackHeader& first = headers[0];

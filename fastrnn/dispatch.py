@@ -140,12 +140,15 @@ def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
 
 
 def compressed(x, weights) -> bool:
-    """Are the matrices, and only they, in bfloat16, on a CPU? See `fastrnn.compress`."""
+    """Are the matrices, and only they, in bfloat16, beside x? See `fastrnn.compress`."""
     if getattr(weights[0], "dtype", None) is not torch.bfloat16 or type(x) not in _PLAIN or x.dtype is not torch.float32:
         return False
     matrices = [weight for weight in weights if type(weight) not in _PLAIN or weight.dim() == 2]
     return all(
-        type(matrix) in _PLAIN and matrix.dtype is torch.bfloat16 and matrix.is_cpu and matrix.layout is torch.strided
+        type(matrix) in _PLAIN
+        and matrix.dtype is torch.bfloat16
+        and matrix.device == x.device
+        and matrix.layout is torch.strided
         for matrix in matrices
     )
 

@@ -6,6 +6,7 @@ A frozen layer is of a class made for it, between which and its own class it cha
 from __future__ import annotations
 
 import functools
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -27,9 +28,9 @@ def freeze(model: M) -> M:
 
     Frozen layers compute with the weights they had when they were frozen. `load_state_dict` and `to` freeze them anew; after
     any other change call `freeze` again, whatever else a call then computes with is not defined. They have no gradients, and
-    refuse `train()`, input that requires one, and weights in place of their own (torch.func.functional_call). `train()` of a
-    model that holds one raises when it gets there, and leaves what came before it training: call `eval()` if you go on. Copies
-    and pickles of a frozen layer are not frozen.
+    refuse `train()`, input that requires one, and parameters in place of those they had (torch.func.functional_call, but not
+    under a compiler). `train()` of a model that holds one raises when it gets there, and leaves what came before it training:
+    call `eval()` if you go on. Copies and pickles of a frozen layer are not frozen.
 
     What the compiled CPU engine does not run is left as it is: layers on other devices or in half precision (`compress`ed
     ones, too), computed weights (parametrisations), any layer where the engine is not there or another is forced.
@@ -40,7 +41,7 @@ def freeze(model: M) -> M:
     Raises:
         RuntimeError: a layer is in training mode.
     """
-    layers = [module for module in model.modules() if isinstance(module, tuple(DROP_INS.values()))]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, tuple(DROP_INS.values()))]
     for layer in layers:
         if layer.training:
             raise RuntimeError("freeze: expected a model in evaluation mode, but a layer is training; call eval() first")
@@ -73,22 +74,26 @@ def thaw(model: M) -> M:
     return model
 
 
-def _packed(layer: Any) -> Tensor | None:
-    """The panels of a layer, or None where there cannot be any."""
+def _packed(layer: Any) -> tuple[Tensor, ...] | None:
+    """The panels of a layer, and its parameters; or None where there cannot be any."""
     if dispatch.native is None:
         return None
     mode = mode_of_cell(layer) if isinstance(layer, nn.RNNCellBase) else None
-    return dispatch.native.pack(layer.__dict__, mode, functools.partial(torch.empty, dtype=torch.uint8, device="cpu"))
+    panels = dispatch.native.pack(layer.__dict__, mode, functools.partial(torch.empty, dtype=torch.uint8, device="cpu"))
+    return None if panels is None else (panels, *layer._parameters.values())
 
 
 class _Frozen(nn.Module):
-    """What a frozen layer does otherwise. The extension (csrc/modules.cpp) finds its panels in `_fastrnn_panels`."""
+    """What a frozen layer does otherwise. The extension (csrc/modules.cpp) finds its panels in `_fastrnn_panels`, the first of
+    that tuple, before the parameters that they were made of.
+    """
 
-    _fastrnn_panels: Tensor
+    _fastrnn_panels: tuple[Tensor, ...]
     _own_class: type  # that it had before it was frozen
 
     def _long_way(self: Any, input: Any, hx: Any = None) -> Any:
-        if not all(parameter is None or isinstance(parameter, nn.Parameter) for parameter in self._parameters.values()):
+        packed = zip_longest(self._fastrnn_panels[1:], self._parameters.values())
+        if not torch.compiler.is_compiling() and any(one is not other for one, other in packed):
             raise RuntimeError(
                 f"{self._own_class.__name__} is frozen and computes with its own weights: call thaw() to give others"
             )

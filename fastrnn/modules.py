@@ -19,6 +19,7 @@ from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from fastrnn import dispatch, ops
@@ -45,26 +46,13 @@ def _rebound(function: _Function) -> _Function:
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling():
-            result = dispatch.native and dispatch.native.forward(self.__dict__, input, hx, self.recompute)
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._asks:
+            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute)
             if result is not None:
                 return result
-            if _is_symbolic(input):
-                return _leaf(self, input, hx)
         return self._long_way(input, hx)
 
     return forward
-
-
-def _is_symbolic(input: Any) -> bool:
-    """Does torch.fx trace the call symbolically?"""
-    return type(input) is not Tensor and isinstance(input, torch.fx.Proxy)
-
-
-def _leaf(module: nn.Module, input: torch.fx.Proxy, hx: Any) -> torch.fx.Proxy:
-    """The call as a node of its own in torch.fx's graph, as that makes of torch.nn's modules, which it knows by name."""
-    tracer: Any = input.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,) if hx is None else (input, hx), {})
 
 
 def _long_way(torch_class: type[nn.RNNBase]) -> Any:
@@ -103,12 +91,10 @@ def _extra_repr(self: Any) -> str:
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling():
-            result = dispatch.native and dispatch.native.cell(self.__dict__, input, hx, dispatch.mode_of_cell(self))
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native:
+            result = dispatch.native.cell(self.__dict__, input, hx, dispatch.mode_of_cell(self))
             if result is not None:
                 return result
-            if _is_symbolic(input):
-                return _leaf(self, input, hx)
         return self._long_way(input, hx)
 
     return forward
@@ -149,9 +135,9 @@ def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) ->
     """torch.nn's, which wants input and weights in one dtype; `compress` makes two of it."""
     if dispatch.compressed(input, self._flat_weights):
         input = input.to("meta", torch.bfloat16)
-    elif self.bias and not torch.is_autocast_enabled("cpu"):
+    elif self.bias and not torch._C._is_any_autocast_enabled():
         matrix, bias = self._flat_weights[0].dtype, self._flat_weights[2].dtype  # type: ignore[union-attr]
-        if matrix is torch.bfloat16 and bias is torch.float32:
+        if matrix is torch.bfloat16 and bias is torch.float32 and input.dtype is not bias:
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match compressed weights, which take {bias}. Convert input: "
                 f"input.to({bias})"
@@ -159,16 +145,10 @@ def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) ->
     nn.RNNBase.check_input(self, input, batch_sizes)
 
 
-# What torch.nn's forward asks a module for, to check its input.
-_CHECKS = frozenset(
-    ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
-     "permute_hidden")
-)  # fmt: skip
-
-
-def _asking_forward(self, input, hx=None):
-    """Of a subclass that has one of them: the way that asks."""
-    return self._long_way(input, hx)
+# What torch.nn's forward asks a module for, to check its input; and what it has for that unless a subclass has its own.
+_CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
+           "permute_hidden")  # fmt: skip
+_OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in _CHECKS} | {_check_input}
 
 
 class _Layers(_DropIn):
@@ -180,8 +160,7 @@ class _Layers(_DropIn):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A subclass with checks of its own has them asked, which the short ways do not."""
         super().__init_subclass__(**kwargs)
-        if "forward" not in cls.__dict__ and any(name in cls.__dict__ for name in _CHECKS):
-            cls.forward, cls._asks = _asking_forward, True  # type: ignore[attr-defined]
+        cls._asks = any(getattr(cls, name, None) not in _OURS for name in _CHECKS)
 
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
         """One step of a stream, without gradients: y [B, R] and the state after it.
@@ -197,7 +176,7 @@ class _Layers(_DropIn):
             ValueError: the module is bidirectional, x has not two dimensions, `out` is not made like the result, or a tensor
                 of it is not of its result's shape and dtype. Whatever else `forward` refuses, with its words.
         """
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native:
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._asks:
             result = dispatch.native.step(self.__dict__, x, state, out)
             if result is not None:
                 return result
@@ -295,11 +274,12 @@ def _admit(builder: ModuleType) -> None:
 
 
 class _TellingLoader(importlib.machinery.SourceFileLoader):
-    tell: Callable[[ModuleType], None]
+    finder: _Finder
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
-        self.tell(module)
+        self.finder.tell(module)
+        sys.meta_path.remove(self.finder)
 
 
 class _Finder:
@@ -315,12 +295,11 @@ class _Finder:
     ) -> importlib.machinery.ModuleSpec | None:
         if name != self.name:
             return None
-        sys.meta_path.remove(self)
         found = importlib.machinery.PathFinder.find_spec(name, path, target)
         if found is None or found.origin is None:
             return found
         loader = _TellingLoader(name, found.origin)
-        loader.tell = self.tell
+        loader.finder = self
         return importlib.util.spec_from_file_location(name, found.origin, loader=loader)
 
 
@@ -329,3 +308,16 @@ for _name, _tell in (("torch._dynamo.variables.builder", _admit), ("torch.utils.
         _tell(sys.modules[_name])
     else:
         sys.meta_path.insert(0, _Finder(_name, _tell))
+
+
+def _keep_whole(tracer: type[torch.fx.Tracer]) -> None:
+    """Have torch.fx make a node of each call of ours, as of torch.nn's modules, which it knows by the name of their package."""
+    is_leaf_module = tracer.is_leaf_module
+
+    def is_leaf_module_or_ours(self: torch.fx.Tracer, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__module__ == __name__ or is_leaf_module(self, m, module_qualified_name)
+
+    tracer.is_leaf_module = functools.wraps(is_leaf_module)(is_leaf_module_or_ours)  # type: ignore[method-assign]
+
+
+_keep_whole(torch.fx.Tracer)

@@ -97,15 +97,18 @@ def _meets_autograd(op, segments: bool):
     """The ops' kernel for autograd, which they meet on their own in a program of torch.export's: `Layer`, and its gradients."""
 
     def kernel(keys, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, last):
-        tensors, weights = (x, batch_sizes, h0, c0), (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
-        if dispatch.forward_mode():
-            return reference.layer_forward(*tensors, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
-        if torch.is_grad_enabled() and _requires_grad((x, h0, *weights), c0):
-            kept = Layer.apply(*tensors, cell, reverse, batch_first, last if segments else 0, len(w_ih), *weights)
+        states, options, weights = (h0, c0), (cell, reverse, batch_first), (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
+        wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *weights), c0)
+        if dispatch.forward_mode() or (wanted and torch._C._are_functorch_transforms_active()):
+            w_ih, w_hh, b_ih, b_hh, w_hr = ([w.to(x.dtype) for w in kind] for kind in (w_ih, w_hh, b_ih, b_hh, w_hr))
+            return reference.layer_forward(x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, w_hr, *options)
+        if wanted:
+            weights = tuple(weight.to(x.dtype) for weight in weights)
+            kept = Layer.apply(x, batch_sizes, *states, *options, last if segments else 0, len(w_ih), *weights)
             return kept if last else (*kept[:3], x.new_empty(0))  # last: of layer_forward, whether to save
         with torch._C._AutoDispatchBelowAutograd():
-            args = *tensors, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, last
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+            layer = x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, w_hr, *options, last
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *layer)
 
     return kernel
 
@@ -235,7 +238,11 @@ def layer(
         function = Layer if compiling or transformed else EagerLayer
         # the rules for torch.func's transforms know the gates only
         segments = 0 if transformed else checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, len(w_hr) > 0)
-        y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, len(w_ih), *weights)
+        if torch.compiler.is_exporting():  # the program holds the op, which meets autograd when it runs
+            layer = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
+            y, h_n, c_n, _ = _checkpoint_forward(*layer, segments) if segments else _forward(*layer, False)
+        else:
+            y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, len(w_ih), *weights)
     else:
         y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
     return y, h_n, c_n if cell == "lstm" else None

@@ -159,10 +159,12 @@ def test_refuses_weights_in_place_of_its_own(name):
     module = fastrnn.freeze(getattr(fastrnn, name)(3, 4).eval())
     x, own = torch.randn(5, 3), dict(module.named_parameters())
     other = {key: value.detach() * 2 for key, value in own.items()}
+    of_another = {key: nn.Parameter(value) for key, value in other.items()}
     for given in (x, x.unsqueeze(0)) if name != "GRUCell" else (x, x[0]):
         torch.func.functional_call(module, own, (given,))
-        with pytest.raises(RuntimeError, match=f"{name} is frozen and computes with its own weights: call thaw"):
-            torch.func.functional_call(module, other, (given,))
+        for weights in (other, of_another, {next(iter(own)): of_another[next(iter(own))]}):
+            with pytest.raises(RuntimeError, match=f"{name} is frozen and computes with its own weights: call thaw"):
+                torch.func.functional_call(module, weights, (given,))
     with pytest.raises(RuntimeError, match="is frozen and computes with its own weights"):
         torch.func.grad(lambda weights: tree_leaves(torch.func.functional_call(module, weights, (x,)))[0].sum())(other)
 
@@ -200,12 +202,13 @@ def test_what_cannot_be_frozen_is_left_as_it_is():
 def test_what_is_not_panels_is_not_read():
     """An attribute of that name may hold anything."""
     x = torch.randn(4, B, I)
-    for value in (False, True, 3, torch.zeros(1), torch.zeros(0), torch.zeros(200, dtype=torch.uint8)):
+    for value in (False, True, 3, torch.zeros(1), torch.zeros(0), torch.zeros(200, dtype=torch.uint8), (), (None,), (1, 2)):
         module = fastrnn.LSTM(I, H)
         expected = module(x)[0].detach()
-        module.__dict__["_fastrnn_panels"] = value
-        with torch.no_grad():
-            assert torch.equal(module(x)[0], expected)
+        for held in (value, (value, *module.parameters())):
+            module.__dict__["_fastrnn_panels"] = held
+            with torch.no_grad():
+                assert torch.equal(module(x)[0], expected)
 
 
 def test_packed_input_that_requires_gradients_is_refused():
@@ -232,7 +235,8 @@ def test_panels_are_written_whole():
     x, state = given(module, 5)
     for fill in (0x00, 0xFF):  # 0xFF everywhere is not a number
         poisoned = functools.partial(torch.full, fill_value=fill, dtype=torch.uint8)
-        module._fastrnn_panels = dispatch.native.pack(twin.__dict__, None, lambda size, make=poisoned: make((size,)))
-        assert len(module._fastrnn_panels) > 4 * sum(weight.numel() for weight in twin.parameters())
+        panels = dispatch.native.pack(twin.__dict__, None, lambda size, make=poisoned: make((size,)))
+        assert len(panels) > 4 * sum(weight.numel() for weight in twin.parameters())
+        module._fastrnn_panels = panels, *module.parameters()
         with torch.no_grad():
             assert_same_bits(module(x, state), twin(x, state))

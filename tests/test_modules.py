@@ -690,17 +690,18 @@ def test_export(name, strict):
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # recompute's mode, which is restored
+@pytest.mark.parametrize(("grad", "strict"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"recompute": True}], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_an_exported_program_trains(name, options, grad):
+def test_an_exported_program_trains(name, options, grad, strict):
     """Whether it was exported with gradients or not."""
     recompute = {"recompute": options["recompute"]} if "recompute" in options else {}
     theirs, own = taggers(name, **{key: value for key, value in options.items() if key not in recompute})
     own.rnn.recompute = bool(recompute)
     x = torch.randn(T, B, I)
     with torch.set_grad_enabled(grad):
-        program = torch.export.export(own, (x,)).module()
+        program = torch.export.export(own, (x,), strict=strict).module()
     x, y = (x.clone().requires_grad_() for _ in range(2))
     program(x).square().sum().backward()
     theirs(y).square().sum().backward()
@@ -722,7 +723,10 @@ def test_fx_keeps_the_module_whole(name):
     graphs = [torch.fx.symbolic_trace(nn.Sequential(nn.Linear(I, I), module)) for module in both(name)]
     nodes = [[(node.op, node.target) for node in graph.graph.nodes] for graph in graphs]
     assert nodes[0] == nodes[1]
-    assert_same(graphs[1](x), graphs[1].get_submodule("1")(graphs[1].get_submodule("0")(x)))
+    model = nn.Sequential(nn.Linear(I, I), both(name)[1])
+    assert_same(torch.fx.symbolic_trace(model)(x), model(x))
+    model[1].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    assert_same(torch.fx.symbolic_trace(model)(x), model(x))  # it runs once
 
 
 COUNTED = [(name, {}) for name in ("RNN", "GRU", *CELLS)]
@@ -754,14 +758,53 @@ def test_gradients_of_two_directions_share_no_memory(options):
         assert all(grad.untyped_storage().nbytes() == 4 * grad.numel() for grad in grads)
 
 
-class Asked(fastrnn.GRU):
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_torch_func_takes_an_exported_program():
+    theirs, own = taggers("GRU")
+    x = torch.randn(T, B, I)
+    program = torch.export.export(own, (x,)).module()
+    found, expected = (torch.func.grad(lambda value, model=model: model(value).sum())(x) for model in (program, theirs))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.func.jvp(program, (x,), (x,)), torch.func.jvp(own, (x,), (x,)))
+
+
+class Asking:
     def check_forward_args(self, input, hidden, batch_sizes):
         raise KeyError("asked")
 
 
+class AskingByMixin(Asking, fastrnn.GRU):
+    pass
+
+
+class AskingItself(fastrnn.GRU):
+    check_forward_args = Asking.check_forward_args
+
+    def forward(self, input, hx=None):
+        return super().forward(input, hx)
+
+
+class Silent(fastrnn.GRU):
+    def forward(self, input, hx=None):
+        return super().forward(input * 0, hx)
+
+
+class AskingAndSilent(Silent):
+    def check_input(self, input, batch_sizes):
+        assert not input.any()
+
+
 def test_a_subclass_with_checks_of_its_own_is_asked():
-    with pytest.raises(KeyError, match="asked"):
-        Asked(I, H)(torch.randn(T, B, I))
+    x = torch.randn(T, B, I)
+    for layer in (AskingByMixin(I, H), AskingItself(I, H), fastrnn.freeze(AskingItself(I, H).eval())):
+        with pytest.raises(KeyError, match="asked"):
+            layer(x)
+        with pytest.raises(KeyError, match="asked"):
+            layer.step(x[0])
+    layer = AskingAndSilent(I, H)
+    assert_same(layer(x), fastrnn.GRU.forward(layer, x * 0))
 
 
 @pytest.mark.parametrize("dropout", [-1, float("nan"), 2, "a", 0.0, 1])
