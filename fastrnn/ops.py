@@ -1,6 +1,7 @@
 """The operators: one recurrent layer forward, and its gradients, each once for every cell and device.
 
-Raw ops (no autograd; engines register them per device). They assume T >= 1, B >= 1, one dtype and one device.
+Raw ops (engines register them per device; differentiated by `layer`, or where a program calls them by `_meets_autograd`).
+They assume T >= 1, B >= 1, one dtype and one device.
 
     layer_forward -> y, h_n, c_n, saved
     layer_backward -> dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
