@@ -13,7 +13,7 @@ from contract import ROOT, TESTS
 
 COMPILER = os.environ.get("CXX", "g++").split()
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
-CORE = ("test_dispatch.py", "test_engine.py", "test_native.py", "test_ops.py", "test_robustness.py", "test_stacks.py")
+CORE = [f"tests/test_{name}.py" for name in ("dispatch", "engine", "frozen", "native", "ops", "robustness", "stacks")]
 # AddressSanitizer would write the shadow of 16 GiB; fills memory itself; holds back what is freed, which looks like a leak;
 # takes minutes over 100,000 steps.
 NOT = "not 2_31 and not by_the_allocator and not leak and not 100_000"
@@ -58,7 +58,7 @@ def test_core(sanitized, copied, tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:abort_on_error=1",  # the leaks would be Python's
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", NOT, *(f"tests/{name}" for name in CORE)]
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", NOT, *CORE]
     done = subprocess.run(
         [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
