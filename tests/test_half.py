@@ -272,6 +272,14 @@ def test_compressed_where_another_engine_runs(name, backend, monkeypatch):
             module(x.to(dtype))
 
 
+def test_compressed_on_another_device():
+    """There torch.nn's path runs, in float32."""
+    for name in ("RNN", "LSTM", "GRU"):
+        module = fastrnn.compress(getattr(fastrnn, name)(4, 6)).to("meta")
+        y, _ = module(torch.randn(5, 2, 4, device="meta"))
+        assert (y.shape, y.dtype, y.device.type) == ((5, 2, 6), torch.float32, "meta")
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated", "ignore::torch.jit.TracerWarning")
 def test_compressed_is_traced():
     module, x = fastrnn.compress(fastrnn.GRU(4, 6)), torch.randn(5, 2, 4)
