@@ -75,7 +75,7 @@ def patch() -> ExitStack:
     if not _patches:
         for torch_class in DROP_INS:
             _unpatch.callback(setattr, torch_class, "__init__", torch_class.__init__)
-            torch_class.__init__ = _then_stand_in(torch_class.__init__)  # type: ignore[method-assign]
+            torch_class.__init__ = _then_stand_in(torch_class.__init__)  # type: ignore[method-assign]  # what a patch is
     _patches += 1
     patched = ExitStack()
     patched.callback(_end_patch)

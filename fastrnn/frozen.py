@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch
-from fastrnn.dispatch import mode_of_cell
 from fastrnn.modules import DROP_INS
 
 M = TypeVar("M", bound=nn.Module)
@@ -78,7 +77,7 @@ def _packed(layer: Any) -> tuple[Tensor, ...] | None:
     """The panels of a layer, and its parameters; or None where there cannot be any."""
     if dispatch.native is None:
         return None
-    mode = mode_of_cell(layer) if isinstance(layer, nn.RNNCellBase) else None
+    mode = dispatch.mode_of_cell(layer) if isinstance(layer, nn.RNNCellBase) else None
     panels = dispatch.native.pack(layer.__dict__, mode, functools.partial(torch.empty, dtype=torch.uint8, device="cpu"))
     return None if panels is None else (panels, *layer._parameters.values())
 

@@ -136,6 +136,7 @@ def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) ->
     if dispatch.compressed(input, self._flat_weights):
         input = input.to("meta", torch.bfloat16)
     elif self.bias and not torch._C._is_any_autocast_enabled():
+        # torch's annotation lets weights be None, as they are while a module is built
         matrix, bias = self._flat_weights[0].dtype, self._flat_weights[2].dtype  # type: ignore[union-attr]
         if matrix is torch.bfloat16 and bias is torch.float32 and input.dtype is not bias:
             raise ValueError(
@@ -317,6 +318,7 @@ def _keep_whole(tracer: type[torch.fx.Tracer]) -> None:
     def is_leaf_module_or_ours(self: torch.fx.Tracer, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__module__ == __name__ or is_leaf_module(self, m, module_qualified_name)
 
+    # torch.fx asks its tracers alone, and whoever traces brings one of his own, most of which ask this one
     tracer.is_leaf_module = functools.wraps(is_leaf_module)(is_leaf_module_or_ours)  # type: ignore[method-assign]
 
 

@@ -98,18 +98,18 @@ def _meets_autograd(op, segments: bool):
     """The ops' kernel for autograd, which they meet on their own in a program of torch.export's: `Layer`, and its gradients."""
 
     def kernel(keys, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, last):
-        states, options, weights = (h0, c0), (cell, reverse, batch_first), (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
-        wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *weights), c0)
-        if dispatch.forward_mode() or (wanted and torch._C._are_functorch_transforms_active()):
-            w_ih, w_hh, b_ih, b_hh, w_hr = ([w.to(x.dtype) for w in kind] for kind in (w_ih, w_hh, b_ih, b_hh, w_hr))
-            return reference.layer_forward(x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, w_hr, *options)
-        if wanted:
-            weights = tuple(weight.to(x.dtype) for weight in weights)
-            kept = Layer.apply(x, batch_sizes, *states, *options, last if segments else 0, len(w_ih), *weights)
-            return kept if last else (*kept[:3], x.new_empty(0))  # last: of layer_forward, whether to save
-        with torch._C._AutoDispatchBelowAutograd():
-            layer = x, batch_sizes, *states, w_ih, w_hh, b_ih, b_hh, w_hr, *options, last
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *layer)
+        wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr), c0)
+        if not (wanted or dispatch.forward_mode()):
+            with torch._C._AutoDispatchBelowAutograd():
+                layer = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
+                return op.redispatch(keys & torch._C._after_autograd_keyset, *layer, last)
+        # matrices may be in bfloat16, which neither of the two takes
+        w_ih, w_hh, b_ih, b_hh, w_hr = ([w.to(x.dtype) for w in kind] for kind in (w_ih, w_hh, b_ih, b_hh, w_hr))
+        if dispatch.forward_mode() or torch._C._are_functorch_transforms_active():
+            return reference.layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+        options = cell, reverse, batch_first, last if segments else 0, len(w_ih)
+        kept = Layer.apply(x, batch_sizes, h0, c0, *options, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
+        return kept if last else (*kept[:3], x.new_empty(0))  # last: of layer_forward, whether to save
 
     return kernel
 
@@ -240,8 +240,8 @@ def layer(
         # the rules for torch.func's transforms know the gates only
         segments = 0 if transformed else checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, len(w_hr) > 0)
         if torch.compiler.is_exporting():  # the program holds the op, which meets autograd when it runs
-            layer = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
-            y, h_n, c_n, _ = _checkpoint_forward(*layer, segments) if segments else _forward(*layer, False)
+            arguments = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
+            y, h_n, c_n, _ = _checkpoint_forward(*arguments, segments) if segments else _forward(*arguments, False)
         else:
             y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, len(w_ih), *weights)
     else:
