@@ -3,6 +3,7 @@
 #   make test       the same set-up, then the tests           make test-all   with the slow ones
 #   make wheel      dist/*.whl, for every tier of processors, every Python >= 3.10 and torch >= 2.10
 #   make check      linter, formatter and type checker        make format     let the first two repair what they can
+#   make docs       the documentation as a site, in build/site
 #   make bench      every benchmark (some 25 minutes), then the figures in README.md and bench/results/
 # Another interpreter: make PYTHON=python3.12 VENV=.venv312
 # Torch comes from pip's own index; for a smaller CPU-only one, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -18,7 +19,7 @@ BENCH_ARGS ?=
 NATIVE := setup.py pyproject.toml $(sort $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.map'))
 
 .DELETE_ON_ERROR:
-.PHONY: install wheel demo test test-all bench check format clean force
+.PHONY: install wheel demo test test-all bench docs check format clean force
 
 install: $(VENV)/.built
 
@@ -66,6 +67,12 @@ bench: install
 	$(BIN)/python -m bench.roofline
 	$(BIN)/python -m bench.stream
 	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.chart
+
+# Sphinx comes with the extra `docs`. As fastrnn is installed already, pip adds what is missing and does not build it again.
+docs: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt "fastrnn[docs]"
+	$(BIN)/python -m sphinx --fresh-env --nitpicky --fail-on-warning --keep-going --quiet docs build/site
 
 check: install build/types
 	$(BIN)/ruff check .
