@@ -72,7 +72,7 @@ def chart(content: dict[str, Any]) -> bytes:
         axes.set_xticks(list(places.values()), [str(hidden) for _, hidden in places], fontsize=7)
         for place, label in labels:
             axes.annotate(label, (place, 0), (0, -20), ("data", "axes fraction"), "offset points", ha="center", va="top")
-        axes.set_xlabel("units of the layer", labelpad=16)
+        axes.set_xlabel("units of the layer", labelpad=22)
         axes.set_title(title, fontsize=11)
         axes.grid(axis="y", alpha=0.3)
     top = max(ratio for result in results for name, ratio in result.get("ratios", {}).items() if name == "torch")

@@ -6,6 +6,7 @@ import fastrnn
 
 project = "fastrnn"
 author = "the fastrnn authors"
+copyright = "2026, the fastrnn authors"
 version = release = fastrnn.__version__
 
 extensions = [
