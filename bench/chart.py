@@ -91,9 +91,9 @@ def origin(content: dict[str, Any]) -> str:
     machine, settings = content["machine"], content["settings"]
     cache = machine["caches"].get("L2", "unknown")
     return (
-        f"Each point is the time of torch.nn over the time of fastrnn: above 1x fastrnn is faster. {settings['threads']} threads "
-        f"of {machine['processor']} ({machine['torch']}, {cache} of L2 cache a core), float32, torch "
-        f"{content['versions']['torch'].split('+')[0]}, measured on {content['date'][:10]}."
+        "Each point is the time of torch.nn over the time of fastrnn, so fastrnn is faster above 1x. Measured on "
+        f"{content['date'][:10]} with {settings['threads']} threads of {machine['processor']} ({machine['torch']}, {cache} of "
+        f"L2 cache a core), in float32, with torch {content['versions']['torch'].split('+')[0]}."
     )
 
 
