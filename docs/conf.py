@@ -22,6 +22,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(~?fastrnn\.(convert|frozen)\.)?M"),
 ]
 
+napoleon_custom_sections = [("Shape", "params_style")]
 default_role = "literal"  # `name` in a docstring is code
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"

@@ -38,14 +38,17 @@ def convert(model: M, inplace: bool = True) -> M:
 def compress(model: M) -> M:
     """Hold the weight matrices of every fastrnn layer and cell in `model`, or of `model` itself, in bfloat16.
 
-    For inference on a CPU: half the memory, and half of what a step of few rows has to read. Input, states, biases, sums and
-    outputs stay float32. Each weight is rounded once, to a relative error of at most 2**-8, and that is all that changes:
-    outputs are, to the bit, those of a float32 layer over the rounded weights (but for rounding in float32: of a single step,
-    and of more than four rows on a processor with AMX). Parameters stay the objects they were; their gradients are dropped.
-    `model.float()` makes ordinary layers of them again, of the rounded weights.
+    This is for inference on a CPU. The matrices take half the memory, and a step of few sequences reads half as much. Input,
+    states, biases, sums and outputs stay float32. Each weight is rounded once, by at most 2**-8 of its value, and nothing else
+    changes: the outputs have the bits of a float32 layer with the rounded weights (but for rounding in float32 in a single
+    step, and with more than four sequences on a processor with AMX).
 
-    Layers in another dtype than float32 and computed weights (parametrisations) are left as they are. A single step (T = 1)
-    reads bfloat16 too; an odd output size and engines other than the CPU's get a float32 copy for each call.
+    Parameters stay the objects they were; their gradients are dropped. `model.float()` makes float32 layers again, with the
+    rounded weights. Layers of another dtype than float32 and computed weights (parametrizations) are left as they are. Where
+    the output size is odd, and on engines other than the CPU's, each call makes a float32 copy of the matrices.
+
+    Args:
+        model: any module.
 
     Returns:
         `model`.
