@@ -103,6 +103,9 @@ def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
 class _DropIn:
     """What the six classes share: how they present themselves to TorchScript.
 
+    Each of them, and each class that `convert` makes (see fastrnn.derived), has `_original_class`, the one it stands for, among
+    its own attributes; what is derived from them has not.
+
     Second among the bases, so that the layout is that of torch.nn's class, which `convert` needs to assign `__class__`.
     """
 
@@ -115,15 +118,15 @@ class _DropIn:
             RuntimeError: for a subclass, whose own code TorchScript would have to compile around ours.
         """
         own_class: type = type(self)
-        for torch_class, drop_in in DROP_INS.items():
-            if own_class is drop_in:
-                twin = torch_class.__new__(torch_class)
-                twin.__dict__ = self.__dict__
-                return twin
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
-            "Use torch.jit.trace, or derive the class from torch.nn for scripting."
-        )
+        original_class: Any = vars(own_class).get("_original_class")
+        if original_class is None:
+            raise RuntimeError(
+                f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
+                "Use torch.jit.trace, or derive the class from torch.nn for scripting."
+            )
+        twin = object.__new__(original_class)
+        twin.__dict__ = self.__dict__
+        return twin
 
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:
@@ -256,6 +259,8 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
 }
+for _torch_class, _drop_in in DROP_INS.items():
+    _drop_in._original_class = _torch_class  # type: ignore[assignment]
 
 
 # Dynamo stops at every instance of nn.RNN, nn.LSTM and nn.GRU unless `torch._dynamo.config.allow_rnn` is set. That is
