@@ -47,7 +47,7 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
         if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._asks:
-            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute)
+            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute is True)
             if result is not None:
                 return result
         return self._long_way(input, hx)
@@ -64,7 +64,7 @@ def _long_way(torch_class: type[nn.RNNBase]) -> Any:
         return by_torch(self, input, hx) if result is None else result
 
     def long_way(self, input, hx):
-        if self.recompute:
+        if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)
         return run(self, input, hx)
@@ -85,7 +85,7 @@ def _init(torch_class: type[nn.RNNBase]) -> Any:
 
 
 def _extra_repr(self: Any) -> str:
-    return nn.RNNBase.extra_repr(self) + ", recompute=True" * self.recompute
+    return nn.RNNBase.extra_repr(self) + ", recompute=True" * (self.recompute is True)
 
 
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
@@ -279,6 +279,14 @@ def _admit(builder: ModuleType) -> None:
     builder.VariableBuilder.wrap_module = wrap_module_or_ours
 
 
+def _match_drop_ins(match_utils: ModuleType) -> None:
+    """Have torch.ao's structured pruner match fastrnn's modules where its patterns name torch.nn's, which it compares by class."""
+    match = match_utils._match
+    match_utils._match = lambda modules, node, current: (
+        match(modules, node, current) or match(modules, node, DROP_INS.get(current))
+    )
+
+
 class _TellingLoader(importlib.machinery.SourceFileLoader):
     finder: _Finder
 
@@ -309,7 +317,11 @@ class _Finder:
         return importlib.util.spec_from_file_location(name, found.origin, loader=loader)
 
 
-for _name, _tell in (("torch._dynamo.variables.builder", _admit), ("torch.utils.flop_counter", ops.count_operations)):
+for _name, _tell in (
+    ("torch._dynamo.variables.builder", _admit),
+    ("torch.utils.flop_counter", ops.count_operations),
+    ("torch.ao.pruning._experimental.pruner.match_utils", _match_drop_ins),
+):
     if _name in sys.modules:
         _tell(sys.modules[_name])
     else:
