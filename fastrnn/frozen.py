@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch
+from fastrnn.derived import made_class
 from fastrnn.modules import DROP_INS
 
 M = TypeVar("M", bound=nn.Module)
@@ -137,11 +138,9 @@ class _Frozen(nn.Module):
         """As an ordinary layer: panels are this processor's."""
         twin = object.__new__(self._own_class)
         twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_fastrnn_panels"}
-        state = twin.__reduce_ex__(2)[2]
-        return object.__new__, (self._own_class,), state
+        return twin.__reduce_ex__(protocol)
 
 
-@functools.cache
 def _frozen_class(own_class: type) -> type:
     attributes = {"__module__": own_class.__module__, "_own_class": own_class}
-    return type(f"Frozen{own_class.__name__}", (_Frozen, own_class), attributes)
+    return made_class(f"Frozen{own_class.__name__}", (own_class,), _Frozen, attributes)

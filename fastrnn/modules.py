@@ -47,7 +47,7 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
         if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._asks:
-            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute)
+            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute is True)
             if result is not None:
                 return result
         return self._long_way(input, hx)
@@ -64,7 +64,7 @@ def _long_way(torch_class: type[nn.RNNBase]) -> Any:
         return by_torch(self, input, hx) if result is None else result
 
     def long_way(self, input, hx):
-        if self.recompute:
+        if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)
         return run(self, input, hx)
@@ -85,7 +85,7 @@ def _init(torch_class: type[nn.RNNBase]) -> Any:
 
 
 def _extra_repr(self: Any) -> str:
-    return nn.RNNBase.extra_repr(self) + ", recompute=True" * self.recompute
+    return nn.RNNBase.extra_repr(self) + ", recompute=True" * (self.recompute is True)
 
 
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
@@ -103,6 +103,9 @@ def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
 class _DropIn:
     """What the six classes share: how they present themselves to TorchScript.
 
+    Each of them, and each class that `convert` makes (see fastrnn.derived), has `_original_class`, the one it stands for, among
+    its own attributes; what is derived from them has not.
+
     Second among the bases, so that the layout is that of torch.nn's class, which `convert` needs to assign `__class__`.
     """
 
@@ -115,15 +118,15 @@ class _DropIn:
             RuntimeError: for a subclass, whose own code TorchScript would have to compile around ours.
         """
         own_class: type = type(self)
-        for torch_class, drop_in in DROP_INS.items():
-            if own_class is drop_in:
-                twin = torch_class.__new__(torch_class)
-                twin.__dict__ = self.__dict__
-                return twin
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
-            "Use torch.jit.trace, or derive the class from torch.nn for scripting."
-        )
+        original_class: Any = vars(own_class).get("_original_class")
+        if original_class is None:
+            raise RuntimeError(
+                f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
+                "Use torch.jit.trace, or derive the class from torch.nn for scripting."
+            )
+        twin = object.__new__(original_class)
+        twin.__dict__ = self.__dict__
+        return twin
 
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:
@@ -328,6 +331,8 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
 }
+for _torch_class, _drop_in in DROP_INS.items():
+    _drop_in._original_class = _torch_class  # type: ignore[assignment]
 
 
 # Dynamo stops at every instance of nn.RNN, nn.LSTM and nn.GRU unless `torch._dynamo.config.allow_rnn` is set. That is
@@ -344,6 +349,14 @@ def _admit(builder: ModuleType) -> None:
             return wrap_module(self, value)
 
     builder.VariableBuilder.wrap_module = wrap_module_or_ours
+
+
+def _match_drop_ins(match_utils: ModuleType) -> None:
+    """Have torch.ao's structured pruner match fastrnn's modules where its patterns name torch.nn's, which it compares by class."""
+    match = match_utils._match
+    match_utils._match = lambda modules, node, current: (
+        match(modules, node, current) or match(modules, node, DROP_INS.get(current))
+    )
 
 
 class _TellingLoader(importlib.machinery.SourceFileLoader):
@@ -376,7 +389,11 @@ class _Finder:
         return importlib.util.spec_from_file_location(name, found.origin, loader=loader)
 
 
-for _name, _tell in (("torch._dynamo.variables.builder", _admit), ("torch.utils.flop_counter", ops.count_operations)):
+for _name, _tell in (
+    ("torch._dynamo.variables.builder", _admit),
+    ("torch.utils.flop_counter", ops.count_operations),
+    ("torch.ao.pruning._experimental.pruner.match_utils", _match_drop_ins),
+):
     if _name in sys.modules:
         _tell(sys.modules[_name])
     else:
