@@ -1,6 +1,7 @@
 """Drop-in replacement of torch.nn's RNN, LSTM and GRU on fused engines."""
 
 from fastrnn import functional as functional
+from fastrnn import tracers as _tracers  # noqa: F401  # for what it does to torch
 from fastrnn.checkpoint import recompute as recompute
 from fastrnn.convert import compress as compress
 from fastrnn.convert import convert as convert

@@ -100,7 +100,7 @@ class _Frozen(nn.Module):
     _fastrnn_panels: tuple[Tensor, ...]
     _own_class: type  # that it had before it was frozen
 
-    def _long_way(self: Any, input: Any, hx: Any = None) -> Any:
+    def _fallback(self: Any, input: Any, hx: Any = None) -> Any:
         packed = zip_longest(self._fastrnn_panels[1:], self._parameters.values())
         if not torch.compiler.is_compiling() and any(one is not other for one, other in packed):
             raise RuntimeError(
@@ -112,7 +112,7 @@ class _Frozen(nn.Module):
             if any(getattr(value, "requires_grad", False) for value in given):
                 raise RuntimeError(f"{self._own_class.__name__} is frozen and has no gradients: call thaw() to train with it")
         with torch.no_grad():
-            return super()._long_way(input, hx)  # type: ignore[misc] # of the class that it is mixed into
+            return super()._fallback(input, hx)  # type: ignore[misc] # of the class that it is mixed into
 
     def train(self: Any, mode: bool = True) -> Any:
         if mode:

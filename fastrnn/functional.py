@@ -196,14 +196,14 @@ def _decline(*args) -> None:
 
 
 def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
-    """`module.step(x, state, out=out)` as a sequence of one step, where the short way has not taken it."""
+    """`module.step(x, state, out=out)` as a sequence of one step, where the fast path has not taken it."""
     if module.bidirectional:
         raise ValueError("step: a bidirectional module needs the whole sequence")
     if x.dim() != 2:
         raise ValueError(f"step: expected x of shape [batch, input_size], got {tuple(x.shape)}")
     time = 1 if module.batch_first else 0
     with torch.no_grad():
-        y, last = module.forward(x.unsqueeze(time), state)  # without hooks, which the short way does not know
+        y, last = module.forward(x.unsqueeze(time), state)  # without hooks, which the fast path does not know
     y = y.squeeze(time)
     if out is None:
         return y, last
@@ -253,6 +253,8 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     if not fits:
         if cell == "lstm" and batch_sizes is not None and _unchecked_by_torch(x, states, params, kinds):
             _LSTMChecks.of(params, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
+        if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
+            return call_outside_of_the_graph(fallback, args)
         return fallback(*args)
     run = ops.layer if engine in dispatch.FUSED else _reference
     x = ops.unit_stride(x)
@@ -286,6 +288,15 @@ def _stack(cell: str, fallback: Callable, args: tuple):
         if dropped and not last:
             y = F.dropout(y, dropout, True)
     return (y, torch.cat(hs)) if c0 is None else (y, torch.cat(hs), torch.cat(cs))
+
+
+def call_outside_of_the_graph(function: Callable, args: tuple):
+    """Call torch's own function from compiled code, as torch.nn's layers call it: not in the graph.
+
+    In the graph torch would decompose it into operations of each step; that is experimental (torch._dynamo.config.allow_rnn),
+    fails for some calls and kills the process for others. `tracers` makes Dynamo leave the graph here, once Dynamo is there.
+    """
+    return function(*args)
 
 
 def _unchecked_by_torch(x, states, params, kinds: int) -> bool:

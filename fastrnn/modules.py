@@ -1,28 +1,22 @@
 """RNN, LSTM, GRU and their cells: torch.nn's classes with torch.nn's own code, whose arithmetic `functional` runs.
 
-Each class derives from the one it stands for and replaces `forward`, by torch's own code object with the name
-`_VF` bound to `fastrnn.functional`. So constructors, checks, error words, initial values, state_dict, pickling,
-parametrisations and `isinstance` are torch's, of the torch that is installed. Before that code, whose checks take longer
-than a small step, the compiled engine is asked to do all in one call, which it does where nothing is out of the ordinary.
-
-Parts of torch go by the class rather than by what the module does, and are met here: TorchScript, torch.fx and Dynamo.
+Each class derives from the one it stands for and replaces `forward`. The fast path is one call of the compiled runtime, which
+takes it where nothing is out of the ordinary. The fallback is torch's own code object with the name `_VF` bound to
+`fastrnn.functional`: its checks take longer than a small step does. So constructors, checks, error words, initial values,
+state_dict, pickling, parametrisations and `isinstance` are torch's, of the torch that is installed.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from types import FunctionType, ModuleType
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
-from fastrnn import dispatch, ops
+from fastrnn import dispatch
 from fastrnn import functional as _VF
 from fastrnn.checkpoint import recompute
 
@@ -46,30 +40,43 @@ def _rebound(function: _Function) -> _Function:
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._asks:
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._has_own_checks:
             result = dispatch.native.forward(self.__dict__, input, hx, self.recompute is True)
             if result is not None:
                 return result
-        return self._long_way(input, hx)
+        return self._fallback(input, hx)
 
     return forward
 
 
-def _long_way(torch_class: type[nn.RNNBase]) -> Any:
-    """What the short way leaves."""
+def _fallback(torch_class: type[nn.RNNBase]) -> Any:
+    """Make the method that runs a call through torch.nn's own code when the fast path declined it."""
     by_torch = _rebound(torch_class.forward)
 
     def run(self, input, hx):
-        result = None if self._asks else _VF.module_forward(self, input, hx)
+        if torch.compiler.is_dynamo_compiling():
+            return run_compiled(self, input, hx)
+        result = None if self._has_own_checks else _VF.module_forward(self, input, hx)
         return by_torch(self, input, hx) if result is None else result
 
-    def long_way(self, input, hx):
+    def run_compiled(self, input, hx):
+        """torch.nn's code lists the weights anew where others stand in their place (torch.func.functional_call).
+
+        A graph would return that list, of tensors which belong to a transform and are no results.
+        """
+        weights, references = self._flat_weights, self._flat_weight_refs
+        result = by_torch(self, input, hx)
+        if self._flat_weights is not weights:
+            self._flat_weights, self._flat_weight_refs = weights, references
+        return result
+
+    def fallback(self, input, hx):
         if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)
         return run(self, input, hx)
 
-    return long_way
+    return fallback
 
 
 def _init(torch_class: type[nn.RNNBase]) -> Any:
@@ -95,13 +102,13 @@ def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
             result = dispatch.native.cell(self.__dict__, input, hx, dispatch.mode_of_cell(self))
             if result is not None:
                 return result
-        return self._long_way(input, hx)
+        return self._fallback(input, hx)
 
     return forward
 
 
 class _DropIn:
-    """What the six classes share: how they present themselves to TorchScript.
+    """What the six classes share: what TorchScript compiles in their place.
 
     Each of them, and each class that `convert` makes (see fastrnn.derived), has `_original_class`, the one it stands for, among
     its own attributes; what is derived from them has not.
@@ -110,7 +117,7 @@ class _DropIn:
     """
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles instead: torch.nn's module over the same attributes, on torch's kernels.
+        """Return what `torch.jit.script` compiles instead: torch.nn's module over the same attributes, on torch's kernels.
 
         TorchScript puts that module in place of this one: once scripted, a model has torch.nn's layers.
 
@@ -130,12 +137,12 @@ class _DropIn:
 
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:
-    """torch.nn's answer, without eight calls of nn.Module.__getattr__ where every weight is a plain parameter."""
+    """Answer as torch.nn, without eight calls of nn.Module.__getattr__ where every weight is a plain parameter."""
     return _VF.own_weights(self) is None and nn.RNNBase._weights_have_changed(self)
 
 
 def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) -> None:
-    """torch.nn's, which wants input and weights in one dtype; `compress` makes two of it."""
+    """Check as torch.nn, which wants input and weights in one dtype, what `compress` made of two."""
     if dispatch.compressed(input, self._flat_weights):
         input = input.to("meta", torch.bfloat16)
     elif self.bias and not torch._C._is_any_autocast_enabled():
@@ -149,7 +156,7 @@ def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) ->
     nn.RNNBase.check_input(self, input, batch_sizes)
 
 
-# What torch.nn's forward asks a module for, to check its input; and what it has for that unless a subclass has its own.
+# The methods that torch.nn's forward calls to check its input, and the functions that they are unless a subclass has its own.
 _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
            "permute_hidden")  # fmt: skip
 _OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in _CHECKS} | {_check_input}
@@ -159,12 +166,12 @@ class _Layers(_DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
     recompute = False
-    _asks = False
+    _has_own_checks = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A subclass with checks of its own has them asked, which the short ways do not."""
+        """Find out whether a subclass has checks of its own. The fast path would not run them."""
         super().__init_subclass__(**kwargs)
-        cls._asks = any(getattr(cls, name, None) not in _OURS for name in _CHECKS)
+        cls._has_own_checks = any(getattr(cls, name, None) not in _OURS for name in _CHECKS)
 
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.
@@ -184,7 +191,7 @@ class _Layers(_DropIn):
             ValueError: the module is bidirectional, x has not two dimensions, or `out` is not made like the result, in the
                 shapes and dtypes of its tensors. What `forward` refuses is refused in the same words.
         """
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._asks:
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._has_own_checks:
             result = dispatch.native.step(self.__dict__, x, state, out)
             if result is not None:
                 return result
@@ -212,7 +219,7 @@ class RNN(nn.RNN, _Layers):
     __init__ = _init(nn.RNN)
     extra_repr = _extra_repr
     forward = _forward(nn.RNN)
-    _long_way = _long_way(nn.RNN)
+    _fallback = _fallback(nn.RNN)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
@@ -239,7 +246,7 @@ class LSTM(nn.LSTM, _Layers):
     __init__ = _init(nn.LSTM)
     extra_repr = _extra_repr
     forward = _forward(nn.LSTM)
-    _long_way = _long_way(nn.LSTM)
+    _fallback = _fallback(nn.LSTM)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
@@ -266,7 +273,7 @@ class GRU(nn.GRU, _Layers):
     __init__ = _init(nn.GRU)
     extra_repr = _extra_repr
     forward = _forward(nn.GRU)
-    _long_way = _long_way(nn.GRU)
+    _fallback = _fallback(nn.GRU)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
@@ -285,7 +292,7 @@ class RNNCell(nn.RNNCell, _DropIn):
     """
 
     forward = _cell_forward(nn.RNNCell)
-    _long_way = _rebound(nn.RNNCell.forward)
+    _fallback = _rebound(nn.RNNCell.forward)
 
 
 class LSTMCell(nn.LSTMCell, _DropIn):
@@ -302,7 +309,7 @@ class LSTMCell(nn.LSTMCell, _DropIn):
     """
 
     forward = _cell_forward(nn.LSTMCell)
-    _long_way = _rebound(nn.LSTMCell.forward)
+    _fallback = _rebound(nn.LSTMCell.forward)
 
 
 class GRUCell(nn.GRUCell, _DropIn):
@@ -319,7 +326,7 @@ class GRUCell(nn.GRUCell, _DropIn):
     """
 
     forward = _cell_forward(nn.GRUCell)
-    _long_way = _rebound(nn.GRUCell.forward)
+    _fallback = _rebound(nn.GRUCell.forward)
 
 
 # Each class of torch.nn and the one that stands in for it.
@@ -333,82 +340,3 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
 }
 for _torch_class, _drop_in in DROP_INS.items():
     _drop_in._original_class = _torch_class  # type: ignore[assignment]
-
-
-# Dynamo stops at every instance of nn.RNN, nn.LSTM and nn.GRU unless `torch._dynamo.config.allow_rnn` is set. That is
-# global and would change stock layers too, so it is on only while Dynamo wraps one of ours. A class that hides its base
-# from Dynamo will not do: in a compiled forward `isinstance(m, (nn.LSTM, nn.GRU))` would be False, without a word.
-def _admit(builder: ModuleType) -> None:
-    """Have Dynamo accept fastrnn's modules: `wrap_module` runs with `allow_rnn` for them, as ever for all others."""
-    wrap_module = builder.VariableBuilder.wrap_module
-
-    def wrap_module_or_ours(self: Any, value: nn.Module) -> Any:
-        if not isinstance(value, (RNN, LSTM, GRU)):
-            return wrap_module(self, value)
-        with builder.config.patch(allow_rnn=True):
-            return wrap_module(self, value)
-
-    builder.VariableBuilder.wrap_module = wrap_module_or_ours
-
-
-def _match_drop_ins(match_utils: ModuleType) -> None:
-    """Have torch.ao's structured pruner match fastrnn's modules where its patterns name torch.nn's, which it compares by class."""
-    match = match_utils._match
-    match_utils._match = lambda modules, node, current: (
-        match(modules, node, current) or match(modules, node, DROP_INS.get(current))
-    )
-
-
-class _TellingLoader(importlib.machinery.SourceFileLoader):
-    finder: _Finder
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        self.finder.tell(module)
-        sys.meta_path.remove(self.finder)
-
-
-class _Finder:
-    """Waits for the import of a module, which takes half a second or more and which most programs never need; has `tell` called
-    with it, and steps aside.
-    """
-
-    def __init__(self, name: str, tell: Callable[[ModuleType], None]) -> None:
-        self.name, self.tell = name, tell
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
-            return None
-        found = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if found is None or found.origin is None:
-            return found
-        loader = _TellingLoader(name, found.origin)
-        loader.finder = self
-        return importlib.util.spec_from_file_location(name, found.origin, loader=loader)
-
-
-for _name, _tell in (
-    ("torch._dynamo.variables.builder", _admit),
-    ("torch.utils.flop_counter", ops.count_operations),
-    ("torch.ao.pruning._experimental.pruner.match_utils", _match_drop_ins),
-):
-    if _name in sys.modules:
-        _tell(sys.modules[_name])
-    else:
-        sys.meta_path.insert(0, _Finder(_name, _tell))
-
-
-def _keep_whole(tracer: type[torch.fx.Tracer]) -> None:
-    """Have torch.fx make a node of each call of ours, as of torch.nn's modules, which it knows by the name of their package."""
-    is_leaf_module = tracer.is_leaf_module
-
-    def is_leaf_module_or_ours(self: torch.fx.Tracer, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__ == __name__ or is_leaf_module(self, m, module_qualified_name)
-
-    # torch.fx asks its tracers alone, and whoever traces brings one of his own, most of which ask this one
-    tracer.is_leaf_module = functools.wraps(is_leaf_module)(is_leaf_module_or_ours)  # type: ignore[method-assign]
-
-
-_keep_whole(torch.fx.Tracer)
