@@ -65,7 +65,7 @@ def tier() -> processor.Tier:
         ImportError: FASTRNN_ISA names none that this processor runs.
         RuntimeError: this processor runs none.
     """
-    names = [tier.name for tier in processor.fitting()]
+    names = [tier.name for tier in processor.fitting() if not tier.less]
     if not names:
         raise RuntimeError(f"this processor is less than {processor.tiers()[-1].name}, the least that kernels are compiled for")
     return processor.chosen(names)
