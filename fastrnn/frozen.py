@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch
-from fastrnn.derived import made_class
+from fastrnn.derived import made_class, set_class
 from fastrnn.modules import DROP_INS
 
 M = TypeVar("M", bound=nn.Module)
@@ -55,7 +55,7 @@ def freeze(model: M) -> M:
         panels = _packed(layer)
         if panels is not None:
             own_class: Any = getattr(layer, "_own_class", type(layer))
-            layer.__class__ = _frozen_class(own_class)
+            set_class(layer, _frozen_class(own_class))
             layer._fastrnn_panels = panels
         else:  # what was packed before is not what it has now
             thaw(layer)
@@ -78,7 +78,7 @@ def thaw(model: M) -> M:
         if isinstance(module, _Frozen):
             if type(module) is not _frozen_class(module._own_class):
                 raise RuntimeError(f"thaw: {type(module).__name__} was derived from a frozen layer; undo that first")
-            module.__class__ = module._own_class
+            set_class(module, module._own_class)
             del module._fastrnn_panels
     return model
 
