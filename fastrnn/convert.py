@@ -27,8 +27,8 @@ def convert(model: M, inplace: bool = True) -> M:
 
     A module of a class derived from torch.nn's, `class Own(nn.LSTM)`, becomes one that is both an Own and a fastrnn.LSTM: Own's
     methods and attributes hold, and `super().forward(x)` in them reaches fastrnn's forward. Own itself does not change. Where
-    Own's code computes without torch.nn's forward, or names it (`nn.LSTM.forward(self, x)`), that code runs as it is. Parametrized
-    modules (torch.nn.utils.parametrize) are converted in the same way and stay parametrized.
+    Own's code computes without torch.nn's forward, or names it (`nn.LSTM.forward(self, x)`), that code runs as it is.
+    Parametrized modules (torch.nn.utils.parametrize) are converted in the same way and stay parametrized.
 
     Args:
         model: any module.
@@ -47,10 +47,10 @@ def convert(model: M, inplace: bool = True) -> M:
 def revert(model: M) -> M:
     """Turn every fastrnn layer and cell in `model`, or `model` itself, into torch.nn's, as it was before `convert`.
 
-    For code that goes by the exact class of a module, and to save a model for programs without fastrnn. Modules and Parameters
-    stay the very objects they were. A module gets the class that it had: torch.nn's, or the one derived from it. A fastrnn.LSTM
-    that was built as one becomes an nn.LSTM, too. Frozen layers are thawed first; weights that `compress` made bfloat16 stay so,
-    unless `model.float()` is called before. Modules of classes derived from fastrnn's own are left as they are.
+    For code that goes by the exact class of a module, and to pickle a model for programs without fastrnn. Modules and
+    Parameters stay the very objects they were. A module gets the class that it had: torch.nn's, or the one derived from it.
+    A fastrnn.LSTM that was built as one becomes an nn.LSTM, too. Frozen layers are thawed first. Weights that `compress` made
+    bfloat16 stay so: call `model.float()` before. Modules of classes derived from fastrnn's own are left as they are.
 
     Returns:
         `model`.
@@ -107,8 +107,8 @@ def patch() -> ExitStack:
     global _patches
     _patches += 1
     for base in _BASES:
-        if base.__init__ not in _laid:
-            base.__init__ = _then_convert(base.__init__)  # type: ignore[method-assign]  # what a patch is
+        if not _is_ours(vars(base)["__init__"]):
+            base.__init__ = _then_convert(vars(base)["__init__"])  # type: ignore[method-assign]  # what a patch is
     patched = ExitStack()
     patched.callback(_end_patch)
     return patched
@@ -116,7 +116,7 @@ def patch() -> ExitStack:
 
 _BASES: tuple[type[nn.Module], ...] = (nn.RNNBase, nn.RNNCellBase)  # whose constructors those of the six classes call
 _patches = 0  # those that have not ended
-_laid: weakref.WeakSet[Callable[..., None]] = weakref.WeakSet()  # constructors that are ours
+_laid: weakref.WeakSet[Callable[..., None]] = weakref.WeakSet()  # the constructors that patches put over those
 
 
 def _end_patch() -> None:
@@ -125,14 +125,20 @@ def _end_patch() -> None:
     _patches -= 1
     if not _patches:
         for base in _BASES:
-            if base.__init__ in _laid:
-                base.__init__ = base.__init__.__wrapped__  # type: ignore[method-assign]
+            own = vars(base)["__init__"]
+            if _is_ours(own):
+                base.__init__ = own.__wrapped__  # type: ignore[method-assign]
 
 
-def _then_convert(init: Callable[..., None]) -> Callable[..., None]:
+def _is_ours(init: Any) -> bool:
+    """By identity: a wrapper of another library may say that it equals what it wraps."""
+    return any(init is own for own in _laid)
+
+
+def _then_convert(init: Any) -> Callable[..., None]:
     @functools.wraps(init)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
+        init.__get__(self, type(self))(*args, **kwargs)  # which another library may have made something else than a function
         if _patches:
             set_class(self, converted_class(type(self)))
 

@@ -55,6 +55,7 @@ def made_class(name: str, bases: tuple[type, ...], mixin: type, attributes: dict
     The interpreter keeps it as a subclass of the first base for as long as it is in use.
     """
     with _making:
+        made: type
         for made in type.__subclasses__(bases[0]):
             if vars(made).get("_mixin") is mixin:
                 return made
@@ -67,8 +68,8 @@ def made_class(name: str, bases: tuple[type, ...], mixin: type, attributes: dict
 class _MixinFirst(type):
     """The metaclass of a made class: methods are looked up in the class, in its mixin, and then in its bases.
 
-    A mixin before the bases would be the first base itself. That one decides about the layout of objects, and Python changes the
-    class of an object only to one of the same layout: that of a class which begins with abc.ABC, say, is another than nn.Module's.
+    A mixin before the bases would be the first base itself. The first base decides about the layout of objects, and Python
+    changes the class of an object only to one of the same layout. A class that begins with abc.ABC has another than nn.Module.
     """
 
     def mro(cls) -> list[type]:
@@ -109,7 +110,7 @@ def _build(build: Any, *arguments: Any) -> Any:
 
 
 def _is_parametrized(cls: type) -> bool:
-    """Is it a class that torch.nn.utils.parametrize made for one module? That module goes back to the first base of its class."""
+    """Is it a class that torch.nn.utils.parametrize made for one module? The module goes back to the first base later."""
     return getattr(vars(cls).get("__getstate__"), "__module__", None) == parametrize.__name__
 
 
