@@ -116,7 +116,9 @@ def test_sums_of_opposite_infinities(cell, dtype):
         sample.x[0, row, 0], sample.states[0][0, row, 0] = largest, state
     theirs, mine = run(stock, case, sample), run(ours, case, sample)
     for name in ("output", "h_n", "dx", "dh0"):
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=f"{name} is not torch.nn's")
+        torch.testing.assert_close(
+            mine[name], theirs[name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=f"{name} is not torch.nn's"
+        )
 
 
 def gate_values(library, gate: str, a: torch.Tensor) -> torch.Tensor:
