@@ -111,7 +111,7 @@ def elementary(V: Vector, target: Target) -> dict[str, Any]:
 
     def emit_tanh(builder, x):
         # u / (1 + u), u = (e^2x - 1) / 2 = 2^n (e^r - 1) / 2 + (2^n - 1) / 2: near zero n is 0, and nothing cancels.
-        # Single: from 13 ln 2 on 1 is the nearest number. There u is 2^25 and a little, and the quotient 1 whatever the estimate.
+        # Single: from 13 ln 2 on 1 is nearest. There u is 2^25 and a little, and the quotient 1 whatever the estimate.
         high = 9.010913848876953 if single else 20.0
         x = at_most(builder, at_least(builder, x, -high), high)
         n, r = reduced(builder, x, 2)
