@@ -83,7 +83,7 @@ class Case:
 
     def __str__(self) -> str:
         """The fields that differ from their defaults: a test's id, and enough to build the case again."""
-        default = Case()
+        default = type(self)()
         fields = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
         return " ".join([self.cell] + [f"{name}={value}" for name, value in fields.items() if name != "cell"])
 
