@@ -73,7 +73,7 @@ build/torch-%/.tools: constraints.txt
 # The tests, run where there is no fastrnn but the wheel's.
 test-wheel: $(if $(WHEEL),,wheel) build/torch-$(TORCH)/.tools
 	rm -rf build/wheel-tests && mkdir build/wheel-tests
-	cp -r tests bench examples docs pyproject.toml build/wheel-tests
+	cp -r $(filter-out build dist fastrnn kernels setup.py,$(wildcard *)) build/wheel-tests
 	ln -s .. build/wheel-tests/build
 	build/torch-$(TORCH)/bin/python -m pip uninstall --quiet --yes fastrnn
 	build/torch-$(TORCH)/bin/python -m pip install --quiet -c build/torch-$(TORCH)/constraints.txt \

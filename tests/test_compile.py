@@ -118,7 +118,6 @@ def test_initial_states_and_unbatched_input():
     assert_compiles(gru, torch.randn(T, I))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor's own
 def test_inductor():
     module = nn.Sequential(nn.Linear(I, I), fastrnn.GRU(I, H))
     x = torch.randn(T, B, I)

@@ -760,7 +760,6 @@ def test_gradients_of_two_directions_share_no_memory(options):
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_torch_func_takes_an_exported_program():
     theirs, own = taggers("GRU")
     x = torch.randn(T, B, I)

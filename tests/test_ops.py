@@ -30,8 +30,7 @@ some += [NAMES.index(name) for name in ("gru-two_directions", "lstm-packed_two-p
 some_layers = pytest.mark.parametrize(("cell", "form"), [LAYERS[i] for i in some], ids=[NAMES[i] for i in some])
 
 pytestmark = [
-    # torch's own: forward mode, at its first use, and Dynamo, at every autograd.Function
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    # torch's own: Dynamo, at every autograd.Function
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 

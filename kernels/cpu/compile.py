@@ -14,6 +14,7 @@ writes one unit to BASE/kernels-*/. In a process of its own: Numba is made to do
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,7 @@ def emit(name: str, function, returns: types.Type, tier: Tier) -> bytes:
 
 def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
     """Compile a unit's functions and write them, each whole or not at all, whoever else does the same."""
+    gc.disable()  # it would look at all that Numba knows again and again, a fifth of the time
     cell, scalar, which = unit
     name = tier.entry(*unit)
     if unit in CONVERSIONS:
@@ -129,6 +131,8 @@ def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
         partial = directory / f"{point}.{os.getpid()}"
         partial.write_bytes(emit(point, function, returns, tier))
         partial.replace(directory / f"{point}.o")
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":
