@@ -53,7 +53,7 @@ from torch.autograd import Function
 from torch.nn import Parameter
 
 from fastrnn import checkpoint, dispatch
-from fastrnn.kernels import gpu, reference
+from fastrnn.kernels import gpu, gradients, reference
 from fastrnn.kernels.cells import CELLS
 
 Kinds: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -340,7 +340,8 @@ class Layer(Function):
         if not compiling and (dispatch.forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n)):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options)
         elif not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
-            grads = LayerBackward.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
+            function = LayerBackward if torch._C._are_functorch_transforms_active() else EagerLayerBackward
+            grads = function.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
         else:
             grads = LayerBackward.forward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
         dx, dh0, dc0, *joined = grads
@@ -480,29 +481,27 @@ class LayerBackward(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.options = inputs[9:17]
-        # not y and saved: they are functions of the rest, and their share of the gradient is taken through it
-        ctx.save_for_backward(*inputs[:7], *inputs[17:])
+        ctx.save_for_backward(*inputs[:9], *inputs[17:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *grads):
-        dy, dh_n, dc_n, x, batch_sizes, h0, c0, *weights = ctx.saved_tensors
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * (17 + len(weights))
-        inputs = dy, dh_n, dc_n, x, h0, c0, *weights
-        here = [index for index, tensor in enumerate(inputs) if tensor is not None]
-
-        def gradients(*tensors):
-            full = dict(zip(here, tensors, strict=True))
-            dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
-            return _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, ctx.options)
-
-        outputs, pull = torch.func.vjp(gradients, *(inputs[index] for index in here))[:2]
-        pairs = zip(grads, outputs, strict=True)
-        pulled = pull(tuple(torch.zeros_like(out) if grad is None else grad for grad, out in pairs))
-        full = dict(zip(here, pulled, strict=True))
-        dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
-        return dy, dh_n, dc_n, x, None, h0, c0, *(None,) * 10, *weights
+        cell, reverse, batch_first, segments, directions, *needs = ctx.options
+        grads = [grad if need else None for grad, need in zip(grads, (needs[0], needs[1], needs[1], *(needs[2],) * 5))]
+        layer = x, batch_sizes, h0, c0, *_kinds(weights, directions)
+        # y and saved are functions of the rest, and their share of a third derivative is taken through it
+        if torch.is_grad_enabled():
+            y, _, _, saved = reference.layer_forward(*layer, cell, reverse, batch_first, True)
+        elif segments:
+            y, _, _, saved = _forward(*layer, cell, reverse, batch_first, True)
+        need_dx, need_dw = ctx.needs_input_grad[3], any(ctx.needs_input_grad[17:])
+        dy, dh_n, dc_n, dx, dh0, dc0, dw = gradients.layer_double_backward(
+            grads, dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw
+        )
+        return dy, dh_n, dc_n, dx, None, dh0, dc0, *(None,) * 10, *(dw or [None] * len(weights))
 
     @staticmethod
     def vmap(
@@ -527,12 +526,24 @@ class LayerBackward(Function):
         return (dx, dh0, dc0, *empty), (x_dim, h_dim, c_dim, *(None,) * 5)
 
 
+class EagerLayerBackward(Function):
+    """`LayerBackward` where no transform is active, as `EagerLayer` is to `Layer`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = LayerBackward.forward(*inputs)
+        LayerBackward.setup_context(ctx, inputs, output)
+        return output
+
+    backward = LayerBackward.backward
+
+
 def _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options):
     """What layer_backward returns, as plain operations on the layer's inputs."""
     cell, reverse, batch_first, _, directions, *needs = options
     inputs = x, batch_sizes, h0, c0, *_kinds(weights, directions)
     y, _, _, saved = reference.layer_forward(*inputs, cell, reverse, batch_first, True)
-    return reference.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, *needs)
+    return gradients.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, *needs)
 
 
 def _kinds(weights: Sequence[Tensor], directions: int) -> Kinds:
