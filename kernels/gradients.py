@@ -75,7 +75,8 @@ class Change(NamedTuple):
 class Gradients(NamedTuple):
     """Gradients of what a block's steps compute, or how they change."""
 
-    a: Tensor  # [N, Q, H], of the pre-activations and of p
+    input: Tensor  # [N, G * H], of the input products, gates in torch's order
+    hidden: Tensor  # [N, G * H], of the hidden products
     h: Tensor  # [N, R], of the state after each step
     out: Tensor  # [N, H]
     c: Tensor | None  # [N, 1, H], of the cell state after each step but for what reaches it through the step's h
@@ -84,49 +85,45 @@ class Gradients(NamedTuple):
 class Block:
     """Some consecutive steps of one direction of a layer, near the states that they went through."""
 
-    def __init__(self, cell: Cell, weights: Inputs, sizes: list[int], reverse: bool, x, h, p, saved) -> None:
-        self.cell, self.weights, self.sizes, self.x, self.h, self.p = cell, weights, sizes, x, h, p
-        self.order = order_of(len(sizes), reverse)
-        self.slots = saved[: max(cell.slots, 1)]
-        self.out = saved[-1]
-        if cell.carry == "cell":
-            units = torch.eye(2, dtype=h.dtype, device=h.device).reshape(2, 2, 1, 1)
-            grads = _PLAIN[cell.name](units[0], units[1], *self.slots, p)
-        else:
-            grads = _PLAIN[cell.name](h.new_ones(1, 1, 1), None, *self.slots, p)
-        self.slopes = torch.stack(grads, 2) if len(grads) > 1 else grads[0].unsqueeze(2)
+    def __init__(self, cell: Cell, weights: Inputs, sizes: list[int], order: range, units: Tensor, x, h, p, saved) -> None:
+        self.cell, self.weights, self.sizes, self.order, self.x, self.h, self.p = cell, weights, sizes, order, x, h, p
+        self.slots, self.out = saved[: max(cell.slots, 1)], saved[-1]
+        d_out, *d_c = units.unbind()
+        grads = _BACKWARD[cell.name](d_out, d_c[0] if d_c else None, *self.slots, p)
+        self.slopes = torch.stack(grads, 2) if len(grads) > 1 else grads[0].unsqueeze(2)  # [S, N, Q, H]
 
     def push(self, x: Tensor | None, v: Inputs, h: Tensor, c: Tensor | None) -> tuple[Change, Tensor, Tensor | None]:
         """How all changes where the inputs change by v, x and the states by those given; the states then."""
-        cell, w_hh, w_hr, n = self.cell, self.weights.w_hh.T, self.weights.w_hr, len(self.h)
-        P, G, H = cell.preactivations, cell.gates, len(self.weights.w_hh) // cell.gates
-        zeros = self.h.new_zeros(1, G * H)
-        from_x = total(product(x, self.weights.w_ih.T), product(self.x, v.w_ih, True), v.b_ih)
+        cell, weights, sizes, n = self.cell, self.weights, self.sizes, self.x.shape[0]
+        w_hh, w_hr, B, H = weights.w_hh.T, weights.w_hr, h.shape[0], self.out.shape[-1]
+        P, G = cell.preactivations, cell.gates
+        from_x = total(product(x, weights.w_ih.T), product(self.x, v.w_ih, True), v.b_ih)
         from_h = total(product(self.h, v.w_hh, True), v.b_hh)
         direct = None
         if cell.hidden:
+            zeros = h.new_zeros(1, G * H)
             from_x, from_h = (zeros if a is None else a for a in (from_x, from_h))
             known = list(preactivations(cell, from_x.expand(n, -1), from_h.expand(n, -1)))
             direct = total(*(self.slopes[:, :, k] * a for k, a in enumerate(known[: cell.hidden])))
-            direct = direct.split(self.sizes, 1)
-            a_hidden = torch.cat(known[cell.hidden :], -1).split(self.sizes)
+            direct = direct.split(sizes, 1)
+            a_hidden = torch.cat(known[cell.hidden :], -1).split(sizes)
         else:
             a = total(from_x, from_h)
-            a_hidden = (zeros if a is None else a).expand(n, -1).split(self.sizes)
-        slopes = self.slopes[:, :, cell.hidden : P].flatten(2).split(self.sizes, 1)
-        carried = self.slopes[:, :, P].split(self.sizes, 1) if cell.carry else None
-        from_out = None if w_hr is None or v.w_hr is None else (self.out @ v.w_hr.T).split(self.sizes)
-        T = len(self.sizes)
+            a_hidden = (h.new_zeros(1, G * H) if a is None else a).expand(n, -1).split(sizes)
+        slopes = self.slopes[:, :, cell.hidden : P].flatten(2).split(sizes, 1)
+        carried = self.slopes[:, :, P].split(sizes, 1) if cell.carry else None
+        from_out = None if w_hr is None or v.w_hr is None else (self.out @ v.w_hr.T).split(sizes)
+        T = len(sizes)
         a_s, h_s, p_s, out_s, y_s = ([None] * T for _ in range(5))
         for t in self.order:
-            b = self.sizes[t]
-            h_s[t] = first(b, h)
+            b = sizes[t]
+            h_s[t] = h if b == B else h.narrow(0, 0, b)
             a_s[t] = torch.addmm(a_hidden[t], h_s[t], w_hh)
             result = slopes[t] * a_s[t]
             if G > 1:
                 result = result.view(-1, b, G, H).sum(2)
             if carried is not None:
-                p_s[t] = h_s[t] if c is None else first(b, c)
+                p_s[t] = h_s[t] if c is None else c if b == B else c.narrow(0, 0, b)
                 result = torch.addcmul(result, carried[t], p_s[t])
             if direct is not None:
                 result = result + direct[t]
@@ -136,26 +133,26 @@ class Block:
                 y_s[t] = out_s[t] @ w_hr.T
                 if from_out is not None:
                     y_s[t] = y_s[t] + from_out[t]
-            h = replace(h, y_s[t])
+            h = y_s[t] if b == B else replace(h, y_s[t])
             if rest:
-                c = replace(c, rest[0])
-        hiddens = torch.cat(a_s).view(-1, G, H)
+                c = rest[0] if b == B else replace(c, rest[0])
+        hiddens = joined(a_s).view(n, G, H)
         a = torch.cat((torch.stack(known[: cell.hidden], 1), hiddens), 1) if cell.hidden else hiddens
-        y = torch.cat(y_s)
-        out = y if w_hr is None else torch.cat(out_s)
-        return Change(x, a, torch.cat(h_s), torch.cat(p_s) if cell.carry else None, out, y), h, c
+        y = joined(y_s)
+        out = y if w_hr is None else joined(out_s)
+        return Change(x, a, joined(h_s), joined(p_s) if cell.carry else None, out, y), h, c
 
     def pull(self, dy, dh, dc, more_a=None, more_h=None, more_out=None) -> tuple[Gradients, Tensor, Tensor | None]:
         """Gradients of all from those of the outputs, and of ..."""
-        cell, w_hh, w_hr = self.cell, self.weights.w_hh, self.weights.w_hr
+        cell, w_hh, w_hr, sizes, B = self.cell, self.weights.w_hh, self.weights.w_hr, self.sizes, dh.shape[0]
         P = cell.preactivations
-        dys, more_a, more_h, more_out = (None if m is None else m.split(self.sizes) for m in (dy, more_a, more_h, more_out))
-        slopes = [each.split(self.sizes) for each in self.slopes.unbind()]
-        T = len(self.sizes)
+        dys, more_a, more_h, more_out = (None if m is None else m.split(sizes) for m in (dy, more_a, more_h, more_out))
+        slopes = [each.split(sizes) for each in self.slopes.unbind()]
+        T = len(sizes)
         a_s, h_s, out_s, c_s = ([None] * T for _ in range(4))
         for t in reversed(self.order):
-            b = self.sizes[t]
-            d_h = first(b, dh)
+            b = sizes[t]
+            d_h = dh if b == B else dh.narrow(0, 0, b)
             if dys is not None:
                 d_h = d_h + dys[t]
             d_out = d_h
@@ -165,113 +162,137 @@ class Block:
                     d_out = d_out + more_out[t]
             unit = d_out.unsqueeze(1)
             da = slopes[0][t] * unit if more_a is None else torch.addcmul(more_a[t], slopes[0][t], unit)
-            d_hidden = da
             if dc is not None:
-                c_s[t] = first(b, dc)
+                c_s[t] = dc if b == B else dc.narrow(0, 0, b)
                 da = torch.addcmul(da, slopes[1][t], c_s[t])
-                dc = replace(dc, da.narrow(1, P, 1))
+                dc = da.narrow(1, P, 1) if b == B else replace(dc, da.narrow(1, P, 1))
             d_before = (da.narrow(1, cell.hidden, cell.gates) if cell.carry else da).reshape(b, -1) @ w_hh
             if cell.carry == "hidden":
                 d_before = d_before + da[:, P]
             if more_h is not None:
                 d_before = d_before + more_h[t]
-            dh = replace(dh, d_before)
+            dh = d_before if b == B else replace(dh, d_before)
             a_s[t], h_s[t], out_s[t] = da, d_h, d_out
-        h = torch.cat(h_s)
-        out = h if w_hr is None else torch.cat(out_s)
-        return Gradients(torch.cat(a_s), h, out, None if dc is None else torch.cat(c_s)), dh, dc
+        h = joined(h_s)
+        out = h if w_hr is None else joined(out_s)
+        a = joined(a_s)
+        hidden = a[:, cell.hidden : P].reshape(a.shape[0], -1)
+        inputs = torch.cat([a[:, cell.input.index(gate)] for gate in range(cell.gates)], -1) if cell.hidden else hidden
+        return Gradients(inputs, hidden, h, out, None if dc is None else joined(c_s)), dh, dc
 
     def bend(self, grads: Gradients, v: Inputs, change: Change, dh, dc) -> tuple[Gradients, Tensor, Tensor | None]:
         """How `grads` change, where the layer's outputs have the same gradients but its inputs change by v."""
-        weights = self.weights
-        values = preactivations(
-            self.cell, affine(self.x, weights.w_ih, weights.b_ih), affine(self.h, weights.w_hh, weights.b_hh)
-        )
-        a = map(Dual, values, change.a.unbind(1))
+        kept_arguments, kept_calls = _KEPT[self.cell.name]
+        a = [Dual(None if k is None else self.slots[k], da) for k, da in zip(kept_arguments, change.a.unbind(1))]
         p = None if change.p is None else Dual(self.p, change.p)
-        h, *slots = _FORWARD[self.cell.name](*a, p)
+        values = iter(kept_calls)
+
+        def elementary(function, derivative):
+            def call(a):
+                k = next(values)
+                value = function(a.value) if k is None else self.slots[k]
+                return Dual(value, lambda: derivative(a.change, value))
+            return call
+
+        forward = bind(self.cell.forward, sigmoid=elementary(torch.sigmoid, _sigmoid_backward), tanh=elementary(lambda a: None, _tanh_backward), relu=elementary(torch.relu, lambda d, h: where_positive(h, d)))
+        slots = [Dual(value, lambda slot=slot: slot.change) for value, slot in zip(self.slots, (lambda h, *s: s or (h,))(*forward(*a, p)))]
         d_c = None if grads.c is None else Dual(grads.c.squeeze(1))
-        results = _BACKWARD[self.cell.name](Dual(grads.out), d_c, *(slots or [h]), p)
-        more_a = torch.stack([torch.zeros_like(grads.out) if r.change is None else r.change for r in results], 1)
-        more_h = product(self.of_hidden(grads), v.w_hh)
-        more_out = product(grads.h, v.w_hr)
-        return self.pull(None, dh, dc, more_a, more_h, more_out)
-
-    def of_hidden(self, grads: Gradients) -> Tensor:
-        """[N, G * H]: gradients of the hidden products, in torch's gate order."""
-        return grads.a[:, self.cell.hidden : self.cell.preactivations].reshape(len(grads.a), -1)
-
-    def of_input(self, grads: Gradients) -> Tensor:
-        """[N, G * H]: gradients of the input products, in torch's gate order."""
-        if not self.cell.hidden:
-            return self.of_hidden(grads)
-        return torch.cat([grads.a[:, self.cell.input.index(gate)] for gate in range(self.cell.gates)], -1)
+        results = _DUAL_BACKWARD[self.cell.name](Dual(grads.out), d_c, *slots, p)
+        more_a = [torch.zeros_like(grads.out) if r.change is None else r.change for r in results]
+        more_a = torch.stack(more_a, 1) if len(more_a) > 1 else more_a[0].unsqueeze(1)
+        return self.pull(None, dh, dc, more_a, product(grads.hidden, v.w_hh), product(grads.h, v.w_hr))
 
     def of_weights(self, grads: Gradients, x: Tensor | None, h: Tensor | None, out: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of w_ih, w_hh and w_hr, from what they are multiplied with."""
         w_hr = None if self.weights.w_hr is None else product(grads.h.T, out)
-        return product(self.of_input(grads).T, x), product(self.of_hidden(grads).T, h), None, None, w_hr
+        return product(grads.input.T, x), product(grads.hidden.T, h), None, None, w_hr
 
     def of_biases(self, grads: Gradients) -> tuple[Tensor | None, Tensor | None]:
         if self.weights.b_ih is None:
             return (None,) * 5
-        return None, None, self.of_input(grads).sum(0), self.of_hidden(grads).sum(0), None
+        d_input = grads.input.sum(0)
+        return None, None, d_input, d_input if grads.hidden is grads.input else grads.hidden.sum(0), None
 
 
 class Dual:
-    """A number and how it changes, None for not at all: what a cell's arithmetic takes to differentiate itself."""
+    """A number and how it changes, None for not at all, each worked out where it is asked for: a cell's arithmetic differentiates itself."""
 
-    __slots__ = "change", "value"
+    __slots__ = "_change", "_value"
 
-    def __init__(self, value: Tensor, change: Tensor | None = None) -> None:
-        self.value, self.change = value, change
+    def __init__(self, value, change=None) -> None:
+        self._value, self._change = value, change
+
+    @property
+    def value(self) -> Tensor:
+        if callable(self._value):
+            self._value = self._value()
+        return self._value
+
+    @property
+    def change(self) -> Tensor | None:
+        if callable(self._change):
+            self._change = self._change()
+        return self._change
 
     def __add__(self, other: Dual) -> Dual:
-        return Dual(self.value + other.value, total(self.change, other.change))
+        return Dual(lambda: self.value + other.value, lambda: total(self.change, other.change))
 
     def __sub__(self, other: Dual) -> Dual:
-        change = total(self.change, None if other.change is None else -other.change)
-        return Dual(self.value - other.value, change)
+        return Dual(lambda: self.value - other.value, lambda: self.change - other.change)
 
     def __rsub__(self, other: int) -> Dual:
-        return Dual(torch.rsub(self.value, other), None if self.change is None else -self.change)
+        return Dual(lambda: torch.rsub(self.value, other), lambda: None if self.change is None else -self.change)
 
     def __mul__(self, other: Dual) -> Dual:
+        return Dual(lambda: self.value * other.value, lambda: self._product(other))
+
+    def _product(self, other):
         if self.change is None:
-            change = None if other.change is None else self.value * other.change
-        elif other.change is None:
-            change = self.change * other.value
-        else:
-            change = torch.addcmul(self.change * other.value, self.value, other.change)
-        return Dual(self.value * other.value, change)
+            return None if other.change is None else self.value * other.change
+        if other.change is None:
+            return self.change * other.value
+        return torch.addcmul(self.change * other.value, self.value, other.change)
 
 
-def _dual_sigmoid(a: Dual) -> Dual:
-    s = torch.sigmoid(a.value)
-    return Dual(s, torch.ops.aten.sigmoid_backward(a.change, s))
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
+_tanh_backward = torch.ops.aten.tanh_backward.default
 
 
 def _dual_tanh(a: Dual) -> Dual:
     t = torch.tanh(a.value)
-    return Dual(t, torch.ops.aten.tanh_backward(a.change, t))
-
-
-def _dual_relu(a: Dual) -> Dual:
-    return Dual(torch.relu(a.value), where_positive(a.value, a.change))
+    return Dual(t, lambda: _tanh_backward(a.change, t))
 
 
 def _dual_where_positive(h: Dual, dh: Dual) -> Dual:
-    return Dual(where_positive(h.value, dh.value), None if dh.change is None else where_positive(h.value, dh.change))
+    return Dual(lambda: where_positive(h.value, dh.value), lambda: None if dh.change is None else where_positive(h.value, dh.change))
 
 
-_DUAL = {"sigmoid": _dual_sigmoid, "tanh": _dual_tanh, "relu": _dual_relu, "where_positive": _dual_where_positive}
-_FORWARD = {name: bind(cell.forward, **_DUAL) for name, cell in CELLS.items()}
-_BACKWARD = {name: bind(cell.backward, **_DUAL) for name, cell in CELLS.items()}
-_PLAIN = {name: bind(cell.backward, **NAMES) for name, cell in CELLS.items()}
+def _kept(cell: Cell):
+    """Of the pre-activations, and of each call of an elementary function in the cell's forward function: the slot that is its value."""
+    calls: list = []
+
+    class Symbol:
+        def __add__(self, other):
+            return Symbol()
+        __sub__ = __mul__ = __rsub__ = __add__
+
+    def call(a):
+        calls.append(Symbol())
+        return calls[-1]
+
+    a = [Symbol() for _ in range(cell.preactivations)]
+    h, *slots = bind(cell.forward, sigmoid=call, tanh=call, relu=call)(*a, Symbol())
+    places = {id(slot): k for k, slot in enumerate(slots or [h])}
+    return [places.get(id(each)) for each in a], [places.get(id(each)) for each in calls]
 
 
-def _backward(name, *args):
-    return _PLAIN[name](*args)
+_KEPT = {name: _kept(cell) for name, cell in CELLS.items()}
+_DUAL_BACKWARD = {name: bind(cell.backward, tanh=_dual_tanh, where_positive=_dual_where_positive) for name, cell in CELLS.items()}
+_BACKWARD = {name: bind(cell.backward, **NAMES) for name, cell in CELLS.items()}
+
+
+def joined(steps: list[Tensor]) -> Tensor:
+    return torch.cat(steps) if len(steps) > 1 else steps[0]
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
@@ -299,6 +320,12 @@ def blocks_of(sizes: list[int], hidden: int) -> list[list[int]]:
 
 def states_before(sizes, order, after: Tensor, state: Tensor) -> Tensor:
     """State of the rows of each step before it, [N, ...], from those after it and the first one [B, ...]."""
+    B = sizes[0]
+    if len(sizes) == 1:
+        return state if state.shape[0] == sizes[0] else first(sizes[0], state)
+    if sizes[-1] == B:
+        n = B * (len(sizes) - 1)
+        return torch.cat((state, after.narrow(0, 0, n)) if order.step > 0 else (after.narrow(0, B, n), state))
     steps, before = after.split(sizes), [state] * len(sizes)
     for t in order:
         before[t] = first(sizes[t], state)
@@ -323,8 +350,11 @@ class Direction:
         parts = blocks_of(sizes, hidden)
         self.rows = [sum(part) for part in parts]
         args = zip(*(self.split(each) for each in (rows.of(x), h, p, slots)))
+        units = torch.eye(2, dtype=h.dtype, device=h.device) if kind.carry == "cell" else h.new_ones(1)
+        units = units.reshape(-1, len(units), 1, 1)
         self.blocks = [
-            Block(kind, self.weights, part, reverse, x, h, p, slots.split(hidden, -1)) for part, (x, h, p, slots) in zip(parts, args)
+            Block(kind, self.weights, part, order_of(len(part), reverse), units, x, h, p, slots.split(hidden, -1))
+            for part, (x, h, p, slots) in zip(parts, args)
         ]
         self.order = order_of(len(parts), reverse)
 
@@ -352,11 +382,11 @@ def layer_backward(
             block = direction.blocks[k]
             grads, dh, dc = block.pull(dys[k], dh, dc)
             if need_dx:
-                dx[k] = block.of_input(grads) @ block.weights.w_ih
+                dx[k] = grads.input @ block.weights.w_ih
             if need_dw:
                 dw = list(map(total, dw, block.of_weights(grads, block.x, block.h, block.out), block.of_biases(grads)))
         if need_dx:
-            dxs.append(torch.cat(dx))
+            dxs.append(joined(dx))
         dh0s.append(dh)
         dc0s.append(None if dc is None else dc.squeeze(1))
         dws.append(dw)
@@ -384,7 +414,7 @@ def layer_double_backward(
         changes = [None] * len(vxs)
         for k in direction.order:
             changes[k], h, c = direction.blocks[k].push(vxs[k], v, h, c)
-        ys.append(torch.cat([change.y for change in changes]))
+        ys.append(joined([change.y for change in changes]))
         h_ns.append(h)
         c_ns.append(c)
         dh, dc = zeros_or(at(dh_n, d), h0[d]), zeros_or(at(dc_n, d), at(c0, d))
@@ -396,19 +426,19 @@ def layer_double_backward(
             grads, dh, dc = block.pull(dys[k], dh, dc)
             bent, dhb, dcb = block.bend(grads, v, change, dhb, dcb)
             if need_dx:
-                dx[k] = total(block.of_input(bent) @ block.weights.w_ih, product(block.of_input(grads), v.w_ih))
+                dx[k] = total(bent.input @ block.weights.w_ih, product(grads.input, v.w_ih))
             if need_dw:
                 one = block.of_weights(bent, block.x, block.h, block.out)
                 two = block.of_weights(grads, change.x, change.h, change.out)
                 dw = list(map(total, dw, one, two, block.of_biases(bent)))
         if need_dx:
-            dxs.append(torch.cat(dx))
+            dxs.append(joined(dx))
         dh0s.append(dhb)
         dc0s.append(None if dcb is None else dcb.squeeze(1))
         dws.append(dw)
     stacked = c0 is not None
     return (
-        None if dy is None else rows.join(torch.cat(ys, -1)),
+        None if dy is None else rows.join(ys[0] if D == 1 else torch.cat(ys, -1)),
         None if dh_n is None else torch.stack(h_ns),
         None if dc_n is None else torch.stack(c_ns),
         rows.join(total(*dxs)) if need_dx else None,
