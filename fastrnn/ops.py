@@ -61,7 +61,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
 from fastrnn import checkpoint, dispatch
-from fastrnn.kernels import gpu, reference
+from fastrnn.kernels import gpu, gradients, reference
 from fastrnn.kernels.cells import CELLS
 
 Kinds: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -548,8 +548,7 @@ class LayerBackward(_SingleLevelFunction):
         cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw, *weights
     ):  # fmt: skip
         ctx.options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
-        # not y and saved: they are functions of the rest, and their share of the gradient is taken through it
-        ctx.save_for_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, *weights)
+        ctx.save_for_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights)
         ctx.set_materialize_grads(False)
         layer = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
         with _outer_levels():
@@ -559,23 +558,22 @@ class LayerBackward(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx, *grads):
-        dy, dh_n, dc_n, x, batch_sizes, h0, c0, *weights = ctx.saved_tensors
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * (17 + len(weights))
-        inputs = dy, dh_n, dc_n, x, h0, c0, *weights
-        here = [index for index, tensor in enumerate(inputs) if tensor is not None]
-
-        def gradients(*tensors):
-            full = dict(zip(here, tensors, strict=True))
-            dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
-            return _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, ctx.options)
-
-        outputs, pull = torch.func.vjp(gradients, *(inputs[index] for index in here))[:2]
-        pairs = zip(grads, outputs, strict=True)
-        pulled = pull(tuple(torch.zeros_like(out) if grad is None else grad for grad, out in pairs))
-        full = dict(zip(here, pulled, strict=True))
-        dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
-        return dy, dh_n, dc_n, x, None, h0, c0, *(None,) * 10, *weights
+        cell, reverse, batch_first, segments, directions, *needs = ctx.options
+        grads = [grad if need else None for grad, need in zip(grads, (needs[0], needs[1], needs[1], *(needs[2],) * 5))]
+        layer = x, batch_sizes, h0, c0, *_kinds(weights, directions)
+        # y and saved are functions of the rest, and their share of a third derivative is taken through it
+        if torch.is_grad_enabled():
+            y, _, _, saved = reference.layer_forward(*layer, cell, reverse, batch_first, True)
+        elif segments:
+            y, _, _, saved = _forward(*layer, cell, reverse, batch_first, True)
+        need_dx, need_dw = ctx.needs_input_grad[3], any(ctx.needs_input_grad[17:])
+        dy, dh_n, dc_n, dx, dh0, dc0, dw = gradients.layer_double_backward(
+            grads, dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw
+        )
+        return dy, dh_n, dc_n, dx, None, dh0, dc0, *(None,) * 10, *(dw or [None] * len(weights))
 
 
 def _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options):
@@ -583,7 +581,7 @@ def _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options):
     cell, reverse, batch_first, _, directions, *needs = options
     inputs = x, batch_sizes, h0, c0, *_kinds(weights, directions)
     y, _, _, saved = reference.layer_forward(*inputs, cell, reverse, batch_first, True)
-    return reference.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, *needs)
+    return gradients.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, *needs)
 
 
 def _kinds(weights: Sequence[Tensor], directions: int) -> Kinds:
