@@ -132,7 +132,9 @@ def test_the_widest_tier_runs_by_itself():
 def test_an_impossible_fastrnn_isa_is_an_import_error(name):
     with pytest.raises(AssertionError) as failed:
         python(USED, FASTRNN_ISA=name)
-    message = f"ImportError: FASTRNN_ISA={name!r}: expected one of {', '.join(tiers())}, which this processor runs; kernels were"
+    message = (
+        f"ImportError: FASTRNN_ISA={name!r}: expected one of {', '.join(tiers())}, which this processor runs; kernels were"
+    )
     assert message in str(failed.value) and "install fastrnn again, here or with FASTRNN_TIERS=all" in str(failed.value)
 
 
