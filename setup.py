@@ -132,6 +132,11 @@ class BuildEngine(build_ext):
     """Compile kernels and runtime into one shared library, `fastrnn/kernels/cpu/_runtime`."""
 
     def build_extension(self, extension) -> None:
+        if sys.platform != "linux":  # the runtime's memory calls, its linker's options and the look of its symbols are Linux's
+            warnings.warn(
+                f"fastrnn: built without compiled kernels: they are for Linux, and this is {sys.platform}", stacklevel=1
+            )
+            return
         try:
             import numba  # noqa: F401
             import torch  # noqa: F401
