@@ -38,7 +38,8 @@ namespace {
 constexpr int64_t CONVERTED = 1 << 15;  // numbers that a thread converts in less time than another takes to wake
 
 void convert(Conversion kernel, const View& from, const View& to) {
-  torch::stable::parallel_for(0, from.numel(), CONVERTED, [&](int64_t begin, int64_t end) {
+  const int64_t count = from.numel(), most = count > CONVERTED ? team_limit().threads() : 1;
+  torch::stable::parallel_for(0, count, std::max(CONVERTED, (count + most - 1) / most), [&](int64_t begin, int64_t end) {
     const int64_t source = from.address + begin * bytes_of(from.dtype), out = to.address + begin * bytes_of(to.dtype);
     const std::array<int64_t, 3> job{source, out, end - begin};
     kernel(reinterpret_cast<int64_t>(job.data()), 0);
@@ -133,17 +134,18 @@ const Unit& Call::unit(bool forward) const {
   return tier->units[index];
 }
 
-void Call::run(bool forward) { run(unit(forward), records.data(), 2, patience(forward)); }
+void Call::run(bool forward) { run(unit(forward), records.data(), 2, patience(forward), team_limit().threads()); }
 
-bool Call::runs_at_once(int64_t layers) const {
-  const int64_t threads = torch::stable::get_num_threads();
-  if (layers == 1 || directions_ > 1 || records[0].steps == 1 || threads == 1) return false;
+int64_t Call::threads_at_once(int64_t layers) const {
+  if (layers == 1 || directions_ > 1 || records[0].steps == 1) return 0;
+  const int64_t threads = team_limit().threads();
+  if (threads == 1) return 0;
   std::vector<Record> sizes(static_cast<size_t>(layers), records[0]);
   for (Record& r : sizes) r.layers = layers;  // the lowest one's own sizes will do: the others' inputs are known from them
-  return unit(true).arrange(reinterpret_cast<int64_t>(sizes.data()), threads) > 0;
+  return unit(true).arrange(reinterpret_cast<int64_t>(sizes.data()), threads) > 0 ? threads : 0;
 }
 
-void Call::run_at_once(const std::vector<Call>& layers) {
+void Call::run_at_once(const std::vector<Call>& layers, int64_t threads) {
   std::vector<Record> own;
   std::chrono::nanoseconds patience{0};
   for (const Call& call : layers) {
@@ -151,13 +153,14 @@ void Call::run_at_once(const std::vector<Call>& layers) {
     own.back().layers = static_cast<int64_t>(layers.size());
     patience += call.patience(true);
   }
-  run(layers[0].unit(true), own.data(), static_cast<int64_t>(own.size()), patience);
+  run(layers[0].unit(true), own.data(), static_cast<int64_t>(own.size()), patience, threads);
 }
 
-void Call::run(const Unit& kernel, Record* records, int64_t count, std::chrono::nanoseconds patience) {
+void Call::run(const Unit& kernel, Record* records, int64_t count, std::chrono::nanoseconds patience, int64_t most) {
+  const Running running;
   const auto at = reinterpret_cast<int64_t>(records);
   const auto each = [&](const auto& set) { std::for_each(records, records + count, set); };
-  const int64_t most = torch::stable::get_num_threads(), bytes = kernel.arrange(at, most);
+  const int64_t bytes = kernel.arrange(at, most);
   STD_TORCH_CHECK(bytes > 0, "fastrnn: layers that were to run at once would rather not");
   const Workspace workspace(bytes);
   each([&](Record& r) { r.workspace = workspace.begin; });

@@ -92,10 +92,10 @@ class Call {
 
   void run(bool forward);
 
-  // Whether forward of `layers` layers on top of each other, of which this is the lowest, is faster at once than one after the
-  // other; and that, for those of which this is true.
-  bool runs_at_once(int64_t layers) const;
-  static void run_at_once(const std::vector<Call>& layers);
+  // Threads for forward of `layers` layers on top of each other at once, of which this is the lowest; 0 where they are faster one
+  // after the other. And that, for those of which this says so.
+  int64_t threads_at_once(int64_t layers) const;
+  static void run_at_once(const std::vector<Call>& layers, int64_t threads);
 
   int64_t operations(bool forward) const;
 
@@ -106,7 +106,7 @@ class Call {
 
  private:
   const Unit& unit(bool forward) const;
-  static void run(const Unit& kernel, Record* records, int64_t count, std::chrono::nanoseconds patience);
+  static void run(const Unit& kernel, Record* records, int64_t count, std::chrono::nanoseconds patience, int64_t most);
   std::chrono::nanoseconds patience(bool forward) const;
 
   Dtype dtype_;

@@ -124,7 +124,7 @@ class Stack {
     std::vector<torch::stable::Tensor> between;  // and what goes from layer to layer
     std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
     std::unique_ptr<char[]> many_zeros;
-    bool at_once = false;
+    int64_t at_once = 0;  // threads of those
     for (int64_t layer = 0; layer < layers; ++layer) {
       const LayerSizes own{*cell, dtype, directions, input.size(-1), hidden_size, output_size, bias, projected, half};
       Call call(own, input, layout, false);
@@ -148,7 +148,7 @@ class Stack {
         output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), dtype};
       }
       call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
-      if (layer == 0) at_once = !half && call.runs_at_once(layers);
+      if (layer == 0 && !half) at_once = call.threads_at_once(layers);
       if (at_once) {
         calls.push_back(std::move(call));
       } else {
@@ -159,7 +159,7 @@ class Stack {
       if (layer < layers - 1) between.push_back(std::move(made));
       input = output;
     }
-    if (at_once) Call::run_at_once(calls);
+    if (at_once) Call::run_at_once(calls, at_once);
   }
 
   Dtype given_dtype() const { return all_half ? Dtype::bf16 : dtype; }

@@ -4,6 +4,7 @@
 
 #include "ops.h"
 #include "python.h"
+#include "team.h"
 
 namespace fastrnn {
 
@@ -69,6 +70,24 @@ PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
   Py_RETURN_NONE;
 }
 
+// threads() -> what limits a call's team now: the threads it may use, those that torch is set to, the CPUs that affinity and quota
+// allow, other calls that run, and threads to use because more lost time. See TeamLimit.
+PyObject* threads(PyObject*, PyObject*) {
+  const TeamLimit limit = team_limit();
+  return Py_BuildValue("LLLdLL", static_cast<long long>(limit.threads()), static_cast<long long>(limit.set),
+                       static_cast<long long>(limit.cpus.allowed), limit.cpus.quota, static_cast<long long>(limit.running),
+                       static_cast<long long>(limit.fewer));
+}
+
+// cpu_quota(root) -> CPUs' worth of time that control groups grant. root: where /proc and /sys are looked for.
+PyObject* quota(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    const char* root = PyUnicode_AsUTF8AndSize(args[0], nullptr);
+    if (!root) throw PythonError();
+    return owned(PyFloat_FromDouble(cpu_quota(root)));
+  });
+}
+
 // With as many arguments as it wants.
 template <Function* Own, Py_ssize_t Wanted>
 PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -90,7 +109,7 @@ PyMODINIT_FUNC PyInit__runtime() {
       method<forward, 4>("forward"), method<step, 4>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
       method<prepare, 6>("prepare"), method<watch, 1>("watch"), method<differentiate, 6>("differentiate"),
-      {"tiers", tiers, METH_NOARGS, nullptr}, {}};
+      method<quota, 1>("cpu_quota"), {"tiers", tiers, METH_NOARGS, nullptr}, {"threads", threads, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   if (!make_keys()) return nullptr;
   PyObject* module = PyModule_Create(&definition);

@@ -1,8 +1,22 @@
 #include "team.h"
 
+#include <algorithm>
+#include <limits>
 #include <thread>
+#include <vector>
+
+#include <pthread.h>
+#include <time.h>
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <torch/csrc/stable/ops.h>
+
+#include "team_size.h"
 
 #ifdef __GLIBC__
 // libstdc++ leaves out atomics while this is true. It is glibc's own from 2.32 on; torch's wheels want 2.28.
@@ -12,6 +26,29 @@ char __libc_single_threaded = 0;
 
 namespace fastrnn {
 namespace {
+
+constexpr int64_t MICROSECOND = 1000, SECOND = 1'000'000'000;  // in nanoseconds, as all times here
+constexpr int64_t SPIN = 100 * MICROSECOND;                    // longer than a thread takes to wake
+constexpr int64_t SHORT_CALL = 1000 * MICROSECOND;             // more than a short call takes
+constexpr int64_t FOREVER = std::numeric_limits<int64_t>::max();
+constexpr int64_t CLOSED = int64_t{1} << 32;  // set in `arrivals` once the team's size is settled
+
+int64_t read_clock(clockid_t clock) {
+  timespec time;
+  clock_gettime(clock, &time);
+  return time.tv_sec * SECOND + time.tv_nsec;
+}
+
+int64_t now() { return read_clock(CLOCK_MONOTONIC); }
+
+// Some milliseconds behind, in a quarter of the time.
+int64_t about_now() {
+#ifdef CLOCK_MONOTONIC_COARSE
+  return read_clock(CLOCK_MONOTONIC_COARSE);
+#else
+  return now();
+#endif
+}
 
 void pause() {
 #if defined(__x86_64__)
@@ -31,9 +68,73 @@ void spin_until(const Done& done) {
   while (!done()) std::this_thread::yield();
 }
 
-constexpr int64_t CLOSED = int64_t{1} << 32;  // set in `arrivals` once the team's size is settled
+// A number that threads add to, and that others wait for: they spin, then sleep, so that whoever is late finds a CPU.
+class Signal {
+ public:
+  void add(int32_t amount) {
+    value_.fetch_add(amount);
+#ifdef __linux__
+    if (sleepers_.load() > 0) syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
+#endif
+  }
+
+  // Until it is at least `wanted`, or so many nanoseconds are over.
+  void wait(int32_t wanted, int64_t patience) {
+    const auto done = [&] { return value_.load(std::memory_order_acquire) >= wanted; };
+    if (done()) return;
+    const int64_t start = now();
+    for (int64_t waited = 0; !done() && waited < patience; waited = now() - start) {
+      if (waited < SPIN)
+        pause();
+      else
+        sleep(wanted, patience - waited);
+    }
+  }
+
+ private:
+  void sleep([[maybe_unused]] int32_t wanted, [[maybe_unused]] int64_t most) {
+#ifdef __linux__
+    const timespec time{static_cast<time_t>(most / SECOND), static_cast<long>(most % SECOND)};
+    sleepers_.fetch_add(1);  // before the look at the value, as `add` looks here after it has changed that
+    if (const int32_t seen = value_.load(); seen < wanted)
+      syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, seen, &time, nullptr, 0);
+    sleepers_.fetch_sub(1);
+#else
+    std::this_thread::yield();
+#endif
+  }
+
+  std::atomic<int32_t> value_{0}, sleepers_{0};
+};
+
+thread_local TeamSize team_size;
+
+std::atomic<int64_t> running{0};
+// A child has the thread that forked alone: the calls of others will never end there.
+[[maybe_unused]] const int forks = pthread_atfork(nullptr, nullptr, [] { running.store(0); });
 
 }  // namespace
+
+int64_t TeamLimit::threads() const {
+  const int64_t most = std::min({set, cpus.threads(), fewer});
+  return running > 0 ? std::max<int64_t>(1, std::min(most, cpus.threads() / (running + 1))) : most;
+}
+
+TeamLimit team_limit() {
+  const int64_t set = torch::stable::get_num_threads();
+  if (set <= 1) return {1, {1, 1}, 0, 1};
+  static thread_local Cpus cpus;
+  static thread_local int64_t known_until;
+  const int64_t time = about_now();
+  if (time >= known_until) {
+    cpus = usable_cpus();
+    known_until = time + SECOND;
+  }
+  return {set, cpus, running.load(std::memory_order_relaxed), team_size.of(set, time)};
+}
+
+Running::Running() { running.fetch_add(1, std::memory_order_relaxed); }
+Running::~Running() { running.fetch_sub(1, std::memory_order_relaxed); }
 
 void wait_at(int64_t arrivals, int64_t member, int64_t size) {
   auto* of = reinterpret_cast<Arrivals*>(arrivals);
@@ -47,22 +148,47 @@ void wait_at(int64_t arrivals, int64_t member, int64_t size) {
 
 void run_team(int64_t threads, std::chrono::nanoseconds patience, const std::function<void(int64_t)>& gathered,
               const std::function<void(int64_t)>& work) {
-  std::atomic<int64_t> arrivals{0}, shares{0};
-  std::atomic<bool> ready{false};
+  struct Member {
+    int64_t done = 0, preempted = 0;  // when its work was, and for how long of it others ran
+  };
+  std::vector<Member> members(threads);
+  std::atomic<int64_t> arrivals{0};
+  Signal shares, ready;
+  int64_t size = 0, met = 0;
+  // A thread's own clock takes a system call, which only a long call can spare.
+  const bool long_call = patience.count() > 2 * SPIN;
+  const int64_t called = now();
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const int64_t rank = arrivals.fetch_add(1, std::memory_order_acq_rel);
     if (rank & CLOSED) return;  // too late: the others have shared out the work
-    shares.fetch_add(end - begin, std::memory_order_acq_rel);
+    shares.add(static_cast<int32_t>(end - begin));
     if (rank == 0) {
-      const auto start = std::chrono::steady_clock::now();
-      while (shares.load(std::memory_order_acquire) < threads && std::chrono::steady_clock::now() - start < patience) pause();
-      gathered(arrivals.fetch_or(CLOSED, std::memory_order_acq_rel));
-      ready.store(true, std::memory_order_release);
+      shares.wait(static_cast<int32_t>(threads), patience.count());
+      size = arrivals.fetch_or(CLOSED, std::memory_order_acq_rel);
+      gathered(size);
+      met = now();
+      ready.add(1);
     } else {
-      spin_until([&] { return ready.load(std::memory_order_acquire); });
+      ready.wait(1, FOREVER);
     }
+    Member& own = members[rank];
+    const int64_t own_time = long_call ? read_clock(CLOCK_THREAD_CPUTIME_ID) : 0;
     work(rank);
+    own.done = now();
+    if (long_call) own.preempted = own.done - met - (read_clock(CLOCK_THREAD_CPUTIME_ID) - own_time);
   });
+
+  const int64_t ended = now();
+  int64_t done = 0, preempted = 0, away = threads - size;
+  for (const Member& member : members) {
+    done = std::max(done, member.done);
+    preempted = std::max(preempted, member.preempted);
+    away += member.preempted > SPIN;
+  }
+  const auto beyond = [](int64_t time, int64_t usual) { return std::max<int64_t>(0, time - usual); };
+  const int64_t waited = long_call ? beyond(preempted, SPIN) : beyond(done - met, SHORT_CALL);
+  const int64_t lost = beyond(met - called, SPIN) + waited + beyond(ended - done, SPIN);
+  team_size.note(threads, size, away, ended - called, lost, ended);
 }
 
 }  // namespace fastrnn

@@ -1,10 +1,12 @@
-// The threads of one call: torch's own, met at barriers that live no longer than the call.
+// The threads of one call: how many it may use, and torch's own, met at barriers that live no longer than the call.
 #pragma once
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
+
+#include "cpus.h"
 
 namespace fastrnn {
 
@@ -21,9 +23,29 @@ static_assert(sizeof(Arrivals) == 128);
 // then gives up the processor at every look, so that more threads than processors slow down and do not stall. For the kernels.
 void wait_at(int64_t arrivals, int64_t member, int64_t size);
 
+// What limits the team of a call that this thread makes now.
+struct TeamLimit {
+  int64_t set;      // threads that torch is set to
+  Cpus cpus;        // that the process may use, looked up each second
+  int64_t running;  // calls of other threads, which share the CPUs with this one
+  int64_t fewer;    // threads to use because more lost time in earlier calls of this thread; `set` where they did not
+
+  int64_t threads() const;
+};
+TeamLimit team_limit();
+
+// A call is running as long as this lives.
+class Running {
+ public:
+  Running();
+  ~Running();
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
+};
+
 // Run work(rank) on up to `threads` of torch's threads, for rank 0 .. size-1. `gathered(size)` runs first, on one of them,
 // once it is known how many came: a nested call gets one, a busy machine fewer than asked for. The first to come waits for
-// the others for at most `patience`, then goes on without them.
+// the others for at most `patience`, then goes on without them. What was lost by waiting counts for this thread's next calls.
 void run_team(int64_t threads, std::chrono::nanoseconds patience, const std::function<void(int64_t)>& gathered,
               const std::function<void(int64_t)>& work);
 

@@ -1,0 +1,38 @@
+// How many threads the next calls use, by what earlier ones lost because a thread was not there: it ran late, or had to let
+// others run. A neighbour that keeps a core busy makes a team wait, at every barrier, for the thread that has to share it.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace fastrnn {
+
+class TeamSize {
+ public:
+  // Threads to use of `most`, at a time in nanoseconds.
+  int64_t of(int64_t most, int64_t now) const { return now < until_ ? std::min(most, fewer_) : most; }
+
+  // A call that wanted `threads` and got `size` took `total` nanoseconds until `now`, and lost so many of them, because `away`
+  // threads were not there all the time. What it lost counts against what its last thread gained: a team that is worth it in
+  // spite of losses stays as it is.
+  void note(int64_t threads, int64_t size, int64_t away, int64_t total, int64_t lost, int64_t now) {
+    const int64_t gained = size < threads ? 0 : (total - lost) * 3 / 4 / (threads - 1);
+    balance_ = std::max(-CREDIT, balance_ + lost - gained);
+    if (balance_ < DEBT) return;
+    const bool again = now < until_ + time_;
+    fewer_ = again && threads <= fewer_ ? threads / 2 : threads - std::clamp<int64_t>(away, 1, threads - 1);
+    time_ = again ? std::min(2 * time_, LONGEST) : SHORTEST;
+    until_ = now + time_;
+    balance_ = 0;
+  }
+
+ private:
+  static constexpr int64_t MS = 1'000'000;
+  static constexpr int64_t CREDIT = 40 * MS;  // what a team has gained and may lose: more than a quota of 1.5 takes at once
+  static constexpr int64_t DEBT = MS / 2;
+  static constexpr int64_t SHORTEST = 10 * MS, LONGEST = 800 * MS;  // of a smaller team
+
+  int64_t balance_ = -CREDIT / 4, fewer_ = 0, time_ = 0, until_ = 0;
+};
+
+}  // namespace fastrnn
