@@ -107,26 +107,22 @@ def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
     return forward
 
 
-class _DropIn:
+class DropIn:
     """What the six classes share: what TorchScript compiles in their place.
 
     Second among the bases, so that the layout is that of torch.nn's class, which `convert` needs to assign `__class__`.
     """
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Return what `torch.jit.script` compiles instead: torch.nn's module over the same attributes, on torch's kernels.
-
-        TorchScript puts that module in place of this one: once scripted, a model has torch.nn's layers.
+    def _class_for_torchscript(self) -> type[nn.Module]:
+        """Return the class that TorchScript compiles in place of this module's: torch.nn's.
 
         Raises:
             RuntimeError: for a subclass, whose own code TorchScript would have to compile around ours.
         """
-        own_class: type = type(self)
+        own_class: type = getattr(self, "_own_class", type(self))  # _own_class: of a frozen layer, before it was frozen
         for torch_class, drop_in in DROP_INS.items():
             if own_class is drop_in:
-                twin = torch_class.__new__(torch_class)
-                twin.__dict__ = self.__dict__
-                return twin
+                return torch_class
         raise RuntimeError(
             f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
             "Use torch.jit.trace, or derive the class from torch.nn for scripting."
@@ -159,7 +155,7 @@ _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expect
 _OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in _CHECKS} | {_check_input}
 
 
-class _Layers(_DropIn):
+class _Layers(DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
     recompute = False
@@ -233,21 +229,21 @@ class GRU(nn.GRU, _Layers):
     check_input = _check_input
 
 
-class RNNCell(nn.RNNCell, _DropIn):
+class RNNCell(nn.RNNCell, DropIn):
     """`torch.nn.RNNCell`, arguments and behaviour, on fastrnn's engines."""
 
     forward = _cell_forward(nn.RNNCell)
     _fallback = _rebound(nn.RNNCell.forward)
 
 
-class LSTMCell(nn.LSTMCell, _DropIn):
+class LSTMCell(nn.LSTMCell, DropIn):
     """`torch.nn.LSTMCell`, arguments and behaviour, on fastrnn's engines."""
 
     forward = _cell_forward(nn.LSTMCell)
     _fallback = _rebound(nn.LSTMCell.forward)
 
 
-class GRUCell(nn.GRUCell, _DropIn):
+class GRUCell(nn.GRUCell, DropIn):
     """`torch.nn.GRUCell`, arguments and behaviour, on fastrnn's engines."""
 
     forward = _cell_forward(nn.GRUCell)
