@@ -40,7 +40,10 @@ def _rebound(function: _Function) -> _Function:
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._has_own_checks:
+        if torch.compiler.is_dynamo_compiling():
+            if not _VF.runs_in_graph(self, input, hx):
+                return _VF.call_outside_of_the_graph(forward, (self, input, hx))
+        elif dispatch.native and not self._has_own_checks:
             result = dispatch.native.forward(self.__dict__, input, hx, self.recompute)
             if result is not None:
                 return result

@@ -192,9 +192,7 @@ def _map_backward(
     dh_n, dc_n, h0, c0 = (_fold(t, in_dims[k], 1, V) for k, t in ((1, dh_n), (2, dc_n), (5, h0), (6, c0)))
     saved = saved.expand(V, *saved.shape) if in_dims[13] is None else saved.movedim(in_dims[13], 0)
     saved = saved.unflatten(2, (x.shape[1 - at], h0.shape[1] // V)).movedim(0, 2).flatten(1, 3)
-    dx, dh0, dc0, *empty = _backward_op(
-        dy, dh_n, dc_n, unit_stride(x), None, h0, c0, *weights, y.contiguous(), saved, *options
-    )
+    dx, dh0, dc0, *empty = _backward_op(dy, dh_n, dc_n, unit_stride(x), None, h0, c0, *weights, y.contiguous(), saved, *options)
     dx, x_dim = (_unfold(dx, at, V), at) if need_dx else (dx, None)
     dh0, h_dim = (_unfold(dh0, 1, V), 1) if need_dh0 else (dh0, None)
     dc0, c_dim = (dc0, None) if c0 is None or not need_dh0 else (_unfold(dc0, 1, V), 1)
@@ -449,7 +447,7 @@ class Layer(_SingleLevelFunction):
 
 
 def _saving_forward(inputs: tuple) -> tuple:
-    """y, h_n, c_n, saved of `Layer`'s inputs, and maybe more: by the runtime, past the dispatcher, where nobody would see the call there."""
+    """Return y, h_n, c_n, saved of `Layer`'s inputs, and maybe more; by the runtime where nobody watches the dispatcher."""
     output = dispatch.native and dispatch.native.layer_forward(inputs)
     if output:
         return output
@@ -460,7 +458,7 @@ def _saving_forward(inputs: tuple) -> tuple:
 
 
 def _native_backward(ctx, dy, dh_n, dc_n, saved_tensors):
-    """Layer.gradients in the same way, or None where the dispatcher, or autograd, is to see the call."""
+    """Return what Layer.gradients does, in the same way; None where the dispatcher, or autograd, is to see the call."""
     if not dispatch.native or torch.compiler.is_compiling() or _vmapped_the_old_way(dy, dh_n, dc_n):
         return None
     return dispatch.native.layer_backward((dy, dh_n, dc_n), saved_tensors, ctx.options, ctx.needs_input_grad)

@@ -117,11 +117,13 @@ def _of_torchs_classes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, own_class, attributes in before:
             module.__class__ = own_class
+            for name in module.__dict__.keys() - attributes.keys():  # TorchScript leaves its own
+                del module.__dict__[name]
             module.__dict__.update(attributes)
 
 
 def _compile_as_torchs(create_script_module: Callable[..., Any]) -> Callable[..., Any]:
-    """Have TorchScript compile torch.nn's code for our modules. Ours it cannot: it finds a method's overloads by its class's file."""
+    """Have TorchScript compile torch.nn's code for our modules: it wants a method's overloads in the file of the class."""
 
     @functools.wraps(create_script_module)
     def create(nn_module: nn.Module, stubs_fn: Any, share_types: bool = True, is_tracing: bool = False) -> Any:
