@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch, ops
 from fastrnn.kernels import reference
@@ -254,7 +255,7 @@ def _stack(cell: str, fallback: Callable, args: tuple):
         if cell == "lstm" and batch_sizes is not None and _unchecked_by_torch(x, states, params, kinds):
             _LSTMChecks.of(params, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
         if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
-            return call_outside_of_the_graph(fallback, args)
+            return call_outside_of_the_graph(fallback, args)  # such as wrong shapes, for which torch has words
         return fallback(*args)
     run = ops.layer if engine in dispatch.FUSED else _reference
     x = ops.unit_stride(x)
@@ -290,8 +291,17 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     return (y, torch.cat(hs)) if c0 is None else (y, torch.cat(hs), torch.cat(cs))
 
 
+def runs_in_graph(module: Any, input: Any, hx: Any) -> bool:
+    """Does an engine take `module(input, hx)`, which Dynamo traces, or did the user let torch's own layers be traced?"""
+    if torch._dynamo.config.allow_rnn:
+        return True
+    x, batch_sizes = (input[0], input[1]) if isinstance(input, PackedSequence) else (input, None)
+    states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+    return dispatch.choose(x, batch_sizes, states, module._flat_weights) != "torch"
+
+
 def call_outside_of_the_graph(function: Callable, args: tuple):
-    """Call torch's own function from compiled code, as torch.nn's layers call it: not in the graph.
+    """Call from compiled code what ends in a function of torch's own such as torch.lstm, as torch.nn's layers do.
 
     In the graph torch would decompose it into operations of each step; that is experimental (torch._dynamo.config.allow_rnn),
     fails for some calls and kills the process for others. `tracers` makes Dynamo leave the graph here, once Dynamo is there.

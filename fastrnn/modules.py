@@ -40,7 +40,10 @@ def _rebound(function: _Function) -> _Function:
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._has_own_checks:
+        if torch.compiler.is_dynamo_compiling():
+            if not _VF.runs_in_graph(self, input, hx):
+                return _VF.call_outside_of_the_graph(forward, (self, input, hx))
+        elif dispatch.native and not self._has_own_checks:
             result = dispatch.native.forward(self.__dict__, input, hx, self.recompute is True)
             if result is not None:
                 return result
@@ -107,7 +110,7 @@ def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
     return forward
 
 
-class _DropIn:
+class DropIn:
     """What the six classes share: what TorchScript compiles in their place.
 
     Each of them, and each class that `convert` makes (see fastrnn.derived), has `_original_class`, the one it stands for, among
@@ -116,24 +119,20 @@ class _DropIn:
     Second among the bases, so that the layout is that of torch.nn's class, which `convert` needs to assign `__class__`.
     """
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Return what `torch.jit.script` compiles instead: torch.nn's module over the same attributes, on torch's kernels.
-
-        TorchScript puts that module in place of this one: once scripted, a model has torch.nn's layers.
+    def _class_for_torchscript(self) -> type[nn.Module]:
+        """Return the class that TorchScript compiles in place of this module's: the one that it stands for.
 
         Raises:
             RuntimeError: for a subclass, whose own code TorchScript would have to compile around ours.
         """
-        own_class: type = type(self)
-        original_class: Any = vars(own_class).get("_original_class")
+        own_class: type = getattr(self, "_own_class", type(self))  # _own_class: of a frozen layer, before it was frozen
+        original_class: type[nn.Module] | None = vars(own_class).get("_original_class")
         if original_class is None:
             raise RuntimeError(
                 f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
                 "Use torch.jit.trace, or derive the class from torch.nn for scripting."
             )
-        twin = object.__new__(original_class)
-        twin.__dict__ = self.__dict__
-        return twin
+        return original_class
 
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:
@@ -162,7 +161,7 @@ _CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expect
 _OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in _CHECKS} | {_check_input}
 
 
-class _Layers(_DropIn):
+class _Layers(DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
     recompute = False
@@ -278,7 +277,7 @@ class GRU(nn.GRU, _Layers):
     check_input = _check_input
 
 
-class RNNCell(nn.RNNCell, _DropIn):
+class RNNCell(nn.RNNCell, DropIn):
     """Run one step of an RNN: torch.nn.RNNCell on fastrnn's engines.
 
     Arguments, parameters, initial values, checks and error messages are torch.nn's.
@@ -295,7 +294,7 @@ class RNNCell(nn.RNNCell, _DropIn):
     _fallback = _rebound(nn.RNNCell.forward)
 
 
-class LSTMCell(nn.LSTMCell, _DropIn):
+class LSTMCell(nn.LSTMCell, DropIn):
     """Run one step of an LSTM: torch.nn.LSTMCell on fastrnn's engines.
 
     Arguments, parameters, initial values, checks and error messages are torch.nn's.
@@ -312,7 +311,7 @@ class LSTMCell(nn.LSTMCell, _DropIn):
     _fallback = _rebound(nn.LSTMCell.forward)
 
 
-class GRUCell(nn.GRUCell, _DropIn):
+class GRUCell(nn.GRUCell, DropIn):
     """Run one step of a GRU: torch.nn.GRUCell on fastrnn's engines.
 
     Arguments, parameters, initial values, checks and error messages are torch.nn's.

@@ -447,7 +447,7 @@ class Layer(_SingleLevelFunction):
 
 
 def _saving_forward(inputs: tuple) -> tuple:
-    """y, h_n, c_n, saved of `Layer`'s inputs, and maybe more: by the runtime, past the dispatcher, where nobody would see the call there."""
+    """Return y, h_n, c_n, saved of `Layer`'s inputs, and maybe more; by the runtime where nobody watches the dispatcher."""
     output = dispatch.native and dispatch.native.layer_forward(inputs)
     if output:
         return output
@@ -458,7 +458,7 @@ def _saving_forward(inputs: tuple) -> tuple:
 
 
 def _native_backward(ctx, dy, dh_n, dc_n, saved_tensors):
-    """Layer.gradients in the same way, or None where the dispatcher, or autograd, is to see the call."""
+    """Return what Layer.gradients does, in the same way; None where the dispatcher, or autograd, is to see the call."""
     if not dispatch.native or torch.compiler.is_compiling() or _vmapped_the_old_way(dy, dh_n, dc_n):
         return None
     return dispatch.native.layer_backward((dy, dh_n, dc_n), saved_tensors, ctx.options, ctx.needs_input_grad)

@@ -1,7 +1,8 @@
 """Make the parts of torch that go by a module's class, or by an operator's name, know fastrnn's.
 
-These are Dynamo (torch.compile), inductor, torch.fx, the FLOP counter and torch.ao's pruner. What each needs is done when torch imports that part:
-Dynamo alone takes half a second or more to import, and most programs never need it.
+These are Dynamo (torch.compile), inductor, the FLOP counter, torch.ao's pruner, torch.fx and TorchScript. What a part needs
+that torch has not imported yet is done when it does: Dynamo alone takes half a second or more to import, and most programs never
+need it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import functools
 import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.fx
 from torch import nn
+from torch.jit import _recursive
 
 from fastrnn import functional, modules, ops
+from fastrnn.derived import set_class
 
 
 def _prepare_dynamo(dynamo: ModuleType) -> None:
@@ -108,3 +113,39 @@ def _keep_whole(tracer: type[torch.fx.Tracer]) -> None:
 
 
 _keep_whole(torch.fx.Tracer)
+
+
+@contextmanager
+def _of_torchs_classes(model: nn.Module) -> Iterator[None]:
+    """Give every module of ours in `model` torch.nn's class, and its attributes alone, for a while."""
+    ours = {module: module._class_for_torchscript() for module in model.modules() if isinstance(module, modules.DropIn)}
+    before = [(module, module.__class__, module.__dict__.copy()) for module in ours]
+    try:
+        for module, torch_class in ours.items():
+            module.__dict__.pop("_fastrnn_panels", None)
+            set_class(module, torch_class)
+        yield
+    finally:
+        for module, own_class, attributes in before:
+            set_class(module, own_class)
+            for name in module.__dict__.keys() - attributes.keys():  # TorchScript leaves its own
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+
+
+def _compile_as_torchs(create_script_module: Callable[..., Any]) -> Callable[..., Any]:
+    """Have TorchScript compile torch.nn's code for our modules: it wants a method's overloads in the file of the class."""
+
+    @functools.wraps(create_script_module)
+    def create(nn_module: nn.Module, stubs_fn: Any, share_types: bool = True, is_tracing: bool = False) -> Any:
+        if is_tracing:  # which runs the modules
+            return create_script_module(nn_module, stubs_fn, share_types, is_tracing)
+        with _of_torchs_classes(nn_module):
+            return create_script_module(nn_module, stubs_fn, share_types, is_tracing)
+
+    return create
+
+
+# Not by the method `__prepare_scriptable__`: torch.jit.script leaves what it returns in the model that was compiled, so that
+# this would run torch.nn's layers from then on, and ScriptModule does not call it.
+_recursive.create_script_module = _compile_as_torchs(_recursive.create_script_module)
