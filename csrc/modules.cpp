@@ -106,7 +106,7 @@ class Stack {
     const int64_t projection = number(attributes, PROJ_SIZE);
     if (flag(attributes, BIAS) != bias || (projection > 0) != projected || number(attributes, INPUT_SIZE) != input_size) return false;
     if (number(attributes, HIDDEN_SIZE) != hidden_size || (projected && projection != output_size)) return false;
-    return !has_overrides(attributes, imported.of_layer, pack != nullptr, names);
+    return !has_overrides(attributes, imported.of_layer, (pack != nullptr) + compressed, names);
   }
 
   // Whether it takes input and states of these shapes; they are of one kind, and states are contiguous.
@@ -236,7 +236,7 @@ class Stack {
   Layout layout = Layout::batch;
   int64_t layers = 1, directions = 1, batch = 0, input_size = 0, hidden_size = 0, output_size = 0;
   bool batch_first = false, frozen = false;
-  bool half = false, all_half = false;  // matrices in bfloat16; all else, too
+  bool half = false, compressed = false, all_half = false;  // matrices in bfloat16, nothing else; all, too
 
  private:
   bool read_cell(PyObject* attributes, PyObject* torch_class, bool frozen_too) {
@@ -290,7 +290,8 @@ class Stack {
     for (size_t i = 0; i < objects.size(); ++i)
       if (!look(objects[i].get(), weights[i], true) || !weights[i].is_contiguous()) return false;
     half = weights[0].dtype == Dtype::bf16;
-    all_half = half && find(attributes, COMPRESSED) != Py_True;
+    compressed = half && find(attributes, COMPRESSED) == Py_True;
+    all_half = half && !compressed;
     return understand();
   }
 
