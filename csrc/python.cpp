@@ -32,40 +32,36 @@ PyObject* tiers(PyObject*, PyObject*) {
   });
 }
 
-// prepare(tier, DLPack's table, torch.Tensor, torch.nn.Parameter, torch.empty_like, torch.autograd.graph.increment_version):
-// register the ops, which run that tier's kernels.
-// Not when this library is opened: it may turn out to hold nothing for this processor.
+// prepare(tier, a tensor, a parameter, torch.empty_like, torch.autograd.graph.increment_version): register the ops, which run that
+// tier's kernels. Not when this library is opened: it may turn out to hold nothing for this processor.
 PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     const char* name = PyUnicode_AsUTF8AndSize(args[0], nullptr);
     if (!name) throw PythonError();
     tier = std::find_if(std::begin(TIERS), std::end(TIERS), [&](const Tier& t) { return t.name == name; });
-    handed.exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(args[1], "dlpack_exchange_api"));
-    if (!handed.exchange) throw PythonError();
-    if (handed.exchange->header.version.major != DLPACK_MAJOR_VERSION)
-      throw std::runtime_error("fastrnn: DLPack of another version");
-    handed.tensor_type = kept(args[2]).release();
-    handed.parameter_type = kept(args[3]).release();
-    handed.empty_like = kept(args[4]).release();
-    handed.increment_version = kept(args[5]).release();
+    find_torch_tensor(args[1], args[2]);
+    imported.tensor_type = kept(reinterpret_cast<PyObject*>(Py_TYPE(args[1]))).release();
+    imported.parameter_type = kept(reinterpret_cast<PyObject*>(Py_TYPE(args[2]))).release();
+    imported.empty_like = kept(args[3]).release();
+    imported.increment_version = kept(args[4]).release();
     register_ops();
     return nullptr;
   });
 }
 
-// watch(functions): the short way is open from now on, and closed where one of these says something true.
+// watch(functions): the fast path is open from now on, but to calls at which one of these returns something true.
 PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     if (!PyTuple_Check(args[0])) throw std::runtime_error("fastrnn: watch wants a tuple");
-    handed.watchers = kept(args[0]).release();
+    imported.watchers = kept(args[0]).release();
     return nullptr;
   });
 }
 
 // differentiate(fastrnn.ops.apply_eagerly, apply_half, apply_cell, fastrnn.checkpoint.is_on, torch.cat, any tensor in float32)
 PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
-  PyObject** const places[] = {&handed.apply,           &handed.apply_half, &handed.apply_cell,
-                               &handed.recompute_is_on, &handed.cat,        &handed.float32_pattern};
+  PyObject** const places[] = {&imported.apply,           &imported.apply_half, &imported.apply_cell,
+                               &imported.recompute_is_on, &imported.cat,        &imported.float32_pattern};
   for (size_t i = 0; i < std::size(places); ++i) *places[i] = kept(args[i]).release();
   Py_RETURN_NONE;
 }
@@ -88,6 +84,17 @@ PyObject* quota(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
+// expect(names, made, names, made): see Imported::Overrides, of a layer and of a cell.
+PyObject* expect(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    for (const auto& [at, overrides] : {std::pair(0, &imported.of_layer), std::pair(2, &imported.of_cell)}) {
+      if (!PyTuple_Check(args[at])) throw std::runtime_error("fastrnn: expect wants tuples of names");
+      *overrides = {kept(args[at]).release(), PyLong_AsSsize_t(args[at + 1])};
+    }
+    return nullptr;
+  });
+}
+
 // With as many arguments as it wants.
 template <Function* Own, Py_ssize_t Wanted>
 PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -106,10 +113,11 @@ PyMethodDef method(const char* name) {
 PyMODINIT_FUNC PyInit__runtime() {
   using namespace fastrnn;
   static PyMethodDef methods[] = {
-      method<forward, 4>("forward"), method<step, 4>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
+      method<forward, 5>("forward"), method<step, 5>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
-      method<prepare, 6>("prepare"), method<watch, 1>("watch"), method<differentiate, 6>("differentiate"),
-      method<quota, 1>("cpu_quota"), {"tiers", tiers, METH_NOARGS, nullptr}, {"threads", threads, METH_NOARGS, nullptr}, {}};
+      method<check_memory, 1>("check_memory"), method<prepare, 5>("prepare"), method<watch, 1>("watch"),
+      method<differentiate, 6>("differentiate"), method<expect, 4>("expect"), method<quota, 1>("cpu_quota"),
+      {"tiers", tiers, METH_NOARGS, nullptr}, {"threads", threads, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   if (!make_keys()) return nullptr;
   PyObject* module = PyModule_Create(&definition);

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastrnn.derived import converted_class, original_class, set_class
 from fastrnn.frozen import thaw
-from fastrnn.modules import DROP_INS
+from fastrnn.modules import DROP_INS, mark_compressed
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -72,8 +72,11 @@ def compress(model: M) -> M:
     step, and with more than four sequences on a processor with AMX).
 
     Parameters stay the objects they were; their gradients are dropped. `model.float()` makes float32 layers again, with the
-    rounded weights. Layers of another dtype than float32 and computed weights (parametrizations) are left as they are. Where
-    the output size is odd, and on engines other than the CPU's, each call makes a float32 copy of the matrices.
+    rounded weights, and any other conversion makes ordinary layers of that dtype. Copies, pickles and state dicts of a compressed
+    layer say that it is one (a state dict beside its keys, for `load_state_dict(..., assign=True)`). Frozen layers are thawed,
+    and `freeze` leaves compressed ones as they are. Layers of another dtype than float32 and those with computed weights
+    (parametrizations) are not touched. Where the output size is odd, and on engines other than the CPU's, each call makes a
+    float32 copy of the matrices.
 
     Args:
         model: any module.
@@ -82,12 +85,21 @@ def compress(model: M) -> M:
         `model`.
     """
     for module in model.modules():
-        if isinstance(module, tuple(DROP_INS.values())):
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.dim() == 2 and parameter.dtype is torch.float32:
+        if isinstance(module, tuple(DROP_INS.values())) and _is_in_float32(module):
+            for parameter in thaw(module)._parameters.values():
+                if parameter is not None and parameter.dim() == 2:
                     parameter.grad = None
                     parameter.data = parameter.data.bfloat16()
+            mark_compressed(module, True)
     return model
+
+
+def _is_in_float32(layer: Any) -> bool:
+    """Are all weights of a layer its own parameters, in float32?"""
+    of_cell = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+    names = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else of_cell
+    weights = layer._parameters.values()
+    return layer._parameters.keys() >= set(names) and all(weight is None or weight.dtype is torch.float32 for weight in weights)
 
 
 def patch() -> ExitStack:

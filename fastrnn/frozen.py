@@ -85,10 +85,12 @@ def thaw(model: M) -> M:
 
 def _packed(layer: Any) -> tuple[Tensor, ...] | None:
     """The panels of a layer, and its parameters; or None where there cannot be any."""
-    if dispatch.native is None:
+    if dispatch.native is None or layer._fast_path is None:
         return None
-    mode = dispatch.mode_of_cell(layer) if isinstance(layer, nn.RNNCellBase) else None
-    panels = dispatch.native.pack(layer.__dict__, mode, functools.partial(torch.empty, dtype=torch.uint8, device="cpu"))
+    if isinstance(layer, nn.RNNBase):
+        layer._update_flat_weights()  # the list of its weights, as each call does: others may have taken their place for a while
+    allocate = functools.partial(torch.empty, dtype=torch.uint8, device="cpu")
+    panels = dispatch.native.pack(layer.__dict__, layer._fast_path, allocate)
     return None if panels is None else (panels, *layer._parameters.values())
 
 

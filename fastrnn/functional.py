@@ -79,7 +79,8 @@ def layer(
     w_ih, w_hh, b_ih, b_hh, w_hr = (list(weights) for weights in (w_ih, w_hh, b_ih, b_hh, w_hr))
     _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_first)
     states = (h0,) if c0 is None else (h0, c0)
-    engine = dispatch.choose(x, batch_sizes, states, [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr])
+    weights = [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr]
+    engine = dispatch.choose(x, batch_sizes, states, weights, compressed=True)  # if they are
     run = ops.layer if engine in dispatch.FUSED else _reference
     return run(ops.unit_stride(x), batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
 
@@ -161,13 +162,58 @@ def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
     return _cell("rnn_relu", _VF.rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
+class Compressed:
+    """The functions that torch.nn's code calls, for layers that `fastrnn.compress` made: their matrices are in bfloat16.
+
+    Everywhere else such matrices beside input in float32 are what torch takes them for, a mistake.
+    """
+
+    @staticmethod
+    def lstm(*args):
+        return _stack("lstm", _VF.lstm, args, compressed=True)
+
+    @staticmethod
+    def gru(*args):
+        return _stack("gru", _VF.gru, args, compressed=True)
+
+    @staticmethod
+    def rnn_tanh(*args):
+        return _stack("rnn_tanh", _VF.rnn_tanh, args, compressed=True)
+
+    @staticmethod
+    def rnn_relu(*args):
+        return _stack("rnn_relu", _VF.rnn_relu, args, compressed=True)
+
+    @staticmethod
+    def lstm_cell(*args):
+        return _cell("lstm", _VF.lstm_cell, *args, compressed=True)
+
+    @staticmethod
+    def gru_cell(*args):
+        return _cell("gru", _VF.gru_cell, *args, compressed=True)
+
+    @staticmethod
+    def rnn_tanh_cell(*args):
+        return _cell("rnn_tanh", _VF.rnn_tanh_cell, *args, compressed=True)
+
+    @staticmethod
+    def rnn_relu_cell(*args):
+        return _cell("rnn_relu", _VF.rnn_relu_cell, *args, compressed=True)
+
+
+# The methods that torch.nn's forward of a layer calls.
+METHODS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
+           "permute_hidden", "_update_flat_weights", "_weights_have_changed", "_init_flat_weights")  # fmt: skip
+
+
 def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
     """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3:
         return None
-    cell, lstm, weights = dispatch.BY_MODE[module.mode], module.mode == "LSTM", own_weights(module)
-    if weights is None:
+    weights = own_weights(module)
+    if weights is None or not _attributes_agree(module, x, weights):
         return None
+    cell, lstm = dispatch.BY_MODE[dispatch.mode_of(module)], isinstance(module, nn.LSTM)
     num_layers, bidirectional, batch_first = module.num_layers, module.bidirectional, module.batch_first
     if hx is None:
         depth, batch = num_layers * (1 + bidirectional), x.size(0 if batch_first else 1)
@@ -175,8 +221,24 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
         if lstm:
             hx = hx, x.new_zeros(depth, batch, module.hidden_size)
     dropped = module.dropout, module.training
-    done = _stack(cell, _decline, (x, hx, weights, module.bias, num_layers, *dropped, bidirectional, batch_first))
+    args = x, hx, weights, module.bias, num_layers, *dropped, bidirectional, batch_first
+    done = _stack(cell, _decline, args, compressed=module._fastrnn_compressed)  # type: ignore[arg-type]
     return done and (done[0], done[1:] if lstm else done[1])
+
+
+def _attributes_agree(module: nn.RNNBase, x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Do the attributes of a module say of its weights what these are? torch.nn goes by the attributes, and checks these."""
+    if not module.__dict__.keys().isdisjoint(METHODS) or len(weights) < 2:
+        return False
+    mode = dispatch.mode_of(module)
+    sizes = module.input_size, module.hidden_size, module.proj_size, module.num_layers
+    flags = module.bias, module.batch_first, module.bidirectional, module.training
+    if mode not in dispatch.BY_MODE or (isinstance(module, nn.RNN) and not mode.startswith("RNN")):
+        return False
+    if any(type(size) is not int for size in sizes) or any(type(flag) is not bool for flag in flags):
+        return False
+    rows = CELLS[dispatch.BY_MODE[mode]].gates * module.hidden_size
+    return x.shape[-1] == module.input_size and weights[1].shape == (rows, module.proj_size or module.hidden_size)
 
 
 def own_weights(module: Any) -> list[Tensor] | None:
@@ -208,7 +270,7 @@ def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | No
     y = y.squeeze(time)
     if out is None:
         return y, last
-    lstm = module.mode == "LSTM"
+    lstm = isinstance(module, nn.LSTM)
     results = (y, *last) if lstm else (y, last)
     try:
         into_y, after = out
@@ -222,23 +284,30 @@ def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | No
             raise ValueError(
                 f"step: out's {name} must be {value.dtype} of shape {tuple(value.shape)}, got {into.dtype} {tuple(into.shape)}"
             )
+    dispatch.check_memory(*places)
     for into, value in zip(places, results, strict=True):
         into.copy_(value)
     return out
 
 
-def _stack(cell: str, fallback: Callable, args: tuple):
-    """Layers on top of each other; `fallback` is torch's own function of the same arguments."""
+def _stack(cell: str, fallback: Callable, args: tuple, compressed: bool = False):
+    """Run layers on top of each other; `fallback` is torch's own function of the same arguments.
+
+    compressed: they are those of a layer that `fastrnn.compress` made.
+    """
     if len(args) != 9:
         return fallback(*args)
-    if isinstance(args[3], bool):
+    if not isinstance(args[3], (list, tuple)):
         x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
         batch_sizes = None
     else:
         x, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional = args
         batch_first = False
     states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
-    engine = dispatch.choose(x, batch_sizes, states, params)
+    typed = isinstance(num_layers, int) and num_layers > 0 and isinstance(params, (list, tuple)) and len(params) > 1
+    if not typed or not all(isinstance(flag, bool) for flag in (has_biases, train, bidirectional, batch_first)):
+        return fallback(*args)
+    engine = dispatch.choose(x, batch_sizes, states, params, compressed)
     directions = 2 if bidirectional else 1
     kinds = len(params) // (num_layers * directions)  # weights of a layer and direction
     fits = engine != "torch" and _fits(
@@ -247,7 +316,7 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     if fits and engine == "triton":
         fits = not dispatch.leaves_to_cudnn(cell, x, batch_sizes, params[1], num_layers, directions, batch_first)
     fits = fits and isinstance(dropout, (int, float)) and (not train or 0 <= dropout <= 1)  # else torch has words for it
-    if not (fits and engine in dispatch.FUSED) and dispatch.compressed(x, params):
+    if compressed and not (fits and engine in dispatch.FUSED) and dispatch.has_compressed(x, params):
         params = [param.float() for param in params]
         at = 2 if batch_sizes is None else 3
         args = *args[:at], params, *args[at + 1 :]
@@ -335,18 +404,20 @@ class _LSTMChecks(SimpleNamespace):
         )
 
 
-def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
-    """One step of one layer; `fallback` is torch's own function of the same arguments."""
+def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih=None, b_hh=None, compressed: bool = False):
+    """Run one step of one layer, with `fallback` and `compressed` as in `_stack`."""
     states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
     has_biases = b_ih is not None or b_hh is not None
     params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
-    engine = dispatch.choose(x, None, states, params)
+    engine = dispatch.choose(x, None, states, params, compressed)
     if engine == "triton" and dispatch.may_leave():
         engine = "torch"  # one step costs less than a launch from Python
     fits = engine != "torch" and _fits_cell(cell, x, states, params)
-    if not (fits and engine in dispatch.FUSED) and dispatch.compressed(x, params):
+    if compressed and not (fits and engine in dispatch.FUSED) and dispatch.has_compressed(x, params):
         w_ih, w_hh = w_ih.float(), w_hh.float()
     if not fits:
+        if cell == "lstm" and isinstance(states[0], Tensor) and states[0].dim() > 2:  # torch would read what is not there
+            raise ValueError(f"LSTMCell: Expected hx[0] to have as many dimensions as input, got {tuple(states[0].shape)}")
         return fallback(x, hx, w_ih, w_hh, b_ih, b_hh)
     h, c = states if cell == "lstm" else (*states, None)
     biases: tuple[list, list] = ([b_ih], [b_hh]) if has_biases else ([], [])

@@ -9,7 +9,7 @@ state_dict, pickling, parametrisations and `isinstance` are torch's, of the torc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any, TypeVar
 
@@ -25,13 +25,18 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _rebound(function: _Function) -> _Function:
-    """`function`, its code unchanged, with globals looked up in this module, where `_VF` is `fastrnn.functional`."""
+def _rebound(function: _Function, functions: Any = _VF) -> _Function:
+    """`function`, its code unchanged, with globals looked up in this module, and its `_VF` the given functions."""
     assert isinstance(function, FunctionType)
     for name in function.__code__.co_names:
         if name in function.__globals__:
             globals().setdefault(name, function.__globals__[name])
-    own = FunctionType(function.__code__, globals(), function.__name__, function.__defaults__, function.__closure__)
+    names = globals()
+    if functions is not _VF:
+        names = names | {"_VF": functions}
+        del names["__name__"]  # for Dynamo, which looks globals up in the module of this name
+    own = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    own.__module__ = __name__
     own.__kwdefaults__, own.__annotations__ = function.__kwdefaults__, function.__annotations__
     own.__qualname__ = function.__qualname__
     return own  # type: ignore[return-value]
@@ -43,8 +48,8 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
         if torch.compiler.is_dynamo_compiling():
             if not _VF.runs_in_graph(self, input, hx):
                 return _VF.call_outside_of_the_graph(forward, (self, input, hx))
-        elif dispatch.native and not self._has_own_checks:
-            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute is True)
+        elif dispatch.native and (kind := self._fast_path):
+            result = dispatch.native.forward(self.__dict__, kind, input, hx, self.recompute is True)
             if result is not None:
                 return result
         return self._fallback(input, hx)
@@ -54,12 +59,12 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
 
 def _fallback(torch_class: type[nn.RNNBase]) -> Any:
     """Make the method that runs a call through torch.nn's own code when the fast path declined it."""
-    by_torch = _rebound(torch_class.forward)
+    by_torch = _by_torch(torch_class)
 
     def run(self, input, hx):
         if torch.compiler.is_dynamo_compiling():
             return run_compiled(self, input, hx)
-        result = None if self._has_own_checks else _VF.module_forward(self, input, hx)
+        result = _VF.module_forward(self, input, hx) if self._fast_path else None
         return by_torch(self, input, hx) if result is None else result
 
     def run_compiled(self, input, hx):
@@ -82,6 +87,16 @@ def _fallback(torch_class: type[nn.RNNBase]) -> Any:
     return fallback
 
 
+def _by_torch(torch_class: type[nn.RNNBase | nn.RNNCellBase]) -> Any:
+    """Make the function that runs torch.nn's code over our functions: those for compressed layers where this is one."""
+    usual, compressed = _rebound(torch_class.forward), _rebound(torch_class.forward, _VF.Compressed)
+
+    def by_torch(self, input, hx=None):
+        return (compressed if self._fastrnn_compressed else usual)(self, input, hx)
+
+    return by_torch
+
+
 def _init(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.__init__)
     def __init__(self, *args, recompute=False, **kwargs):
@@ -101,8 +116,8 @@ def _extra_repr(self: Any) -> str:
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native:
-            result = dispatch.native.cell(self.__dict__, input, hx, dispatch.mode_of_cell(self))
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fast_path):
+            result = dispatch.native.cell(self.__dict__, kind, input, hx)
             if result is not None:
                 return result
         return self._fallback(input, hx)
@@ -110,14 +125,51 @@ def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
     return forward
 
 
+# What torch.nn's forward reads of a module, of a layer and of a cell.
+_ATTRIBUTES = ("mode", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional",
+               "training", "nonlinearity", "_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_parameters")  # fmt: skip
+_WEIGHTS = "weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"  # and more letters, in layers
+
+
 class DropIn:
-    """What the six classes share: what TorchScript compiles in their place.
+    """What the six classes share: how they know what they hold, and what TorchScript compiles in their place.
 
     Each of them, and each class that `convert` makes (see fastrnn.derived), has `_original_class`, the one it stands for, among
     its own attributes; what is derived from them has not.
 
     Second among the bases, so that the layout is that of torch.nn's class, which `convert` needs to assign `__class__`.
     """
+
+    # The class of torch.nn, by name, as whose module the fast path takes one of this class; None where it does not.
+    _fast_path: str | None
+    _fastrnn_compressed = False  # whether `compress` made the matrices bfloat16, beside input and biases in float32
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        kinds = nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell
+        names = [kind.__name__ for kind in kinds if issubclass(cls, kind)]
+        cls._fast_path = names[0] if names and not _overrides(cls) else None
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        """Apply as torch.nn. What is converted to another dtype is not compressed any more, be it bfloat16."""
+        super()._apply(fn, recurse)  # type: ignore[misc] # nn.Module's, which follows
+        if self._fastrnn_compressed:
+            kept = fn(torch.empty(0, dtype=torch.float32)).dtype is torch.float32
+            mark_compressed(self, kept and are_compressed(self._parameters.values()))
+        return self
+
+    def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save as torch.nn, with a mark beside the version. The keys are torch.nn's."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc] # nn.Module's
+        if self._fastrnn_compressed and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["fastrnn_compressed"] = True
+
+    def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        """Load as torch.nn. With assign=True a layer gets the saved tensors, and so may become compressed, or not be it."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc] # nn.Module's
+        marked = self._fastrnn_compressed or local_metadata.get("fastrnn_compressed", False)
+        if marked and local_metadata.get("assign_to_params_buffers", False):
+            mark_compressed(self, are_compressed(self._parameters.values()))
 
     def _class_for_torchscript(self) -> type[nn.Module]:
         """Return the class that TorchScript compiles in place of this module's: the one that it stands for.
@@ -142,35 +194,59 @@ def _weights_have_changed(self: nn.RNNBase) -> bool:
 
 def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) -> None:
     """Check as torch.nn, which wants input and weights in one dtype, what `compress` made of two."""
-    if dispatch.compressed(input, self._flat_weights):
-        input = input.to("meta", torch.bfloat16)
-    elif self.bias and not torch._C._is_any_autocast_enabled():
-        # torch's annotation lets weights be None, as they are while a module is built
-        matrix, bias = self._flat_weights[0].dtype, self._flat_weights[2].dtype  # type: ignore[union-attr]
-        if matrix is torch.bfloat16 and bias is torch.float32 and input.dtype is not bias:
+    if self._fastrnn_compressed:  # type: ignore[truthy-function] # _DropIn's
+        if dispatch.has_compressed(input, self._flat_weights):
+            input = input.to("meta", torch.bfloat16)
+        elif are_compressed(self._flat_weights) and not torch._C._is_any_autocast_enabled():
             raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match compressed weights, which take {bias}. Convert input: "
-                f"input.to({bias})"
+                f"RNN input dtype ({input.dtype}) does not match compressed weights, which take torch.float32. Convert input: "
+                "input.to(torch.float32)"
             )
     nn.RNNBase.check_input(self, input, batch_sizes)
 
 
-# The methods that torch.nn's forward calls to check its input, and the functions that they are unless a subclass has its own.
-_CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
-           "permute_hidden")  # fmt: skip
-_OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in _CHECKS} | {_check_input}
+def are_compressed(weights: Iterable[Tensor | None]) -> bool:
+    """Are the matrices among a layer's weights in bfloat16, and its biases in float32?"""
+    present = [weight for weight in weights if weight is not None]
+    return all(weight.dtype is (torch.bfloat16 if weight.dim() == 2 else torch.float32) for weight in present)
+
+
+def mark_compressed(module: nn.Module, compressed: bool) -> None:
+    """Note in a layer whether it is compressed. One that is not has torch.nn's attributes and no more."""
+    module.__dict__.pop("_fastrnn_compressed", None)
+    if compressed:
+        module.__dict__["_fastrnn_compressed"] = True
+
+
+_OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in _VF.METHODS} | {
+    _check_input,
+    _weights_have_changed,
+}
+
+
+def _overrides(cls: type) -> bool:
+    """Does a class derived from ours replace a method that torch.nn's forward calls, or an attribute that it reads?
+
+    The fast path calls no method, and reads attributes where torch.nn's constructor puts them: in the module's own dictionary.
+    There a property, or another descriptor that can be set, comes first; a weight comes after any attribute of the class.
+    """
+    if cls.__getattribute__ is not object.__getattribute__ or cls.__getattr__ is not nn.Module.__getattr__:  # type: ignore[attr-defined]
+        return True
+    if issubclass(cls, nn.RNNBase) and any(getattr(cls, name, None) not in _OURS for name in _VF.METHODS):
+        return True
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        found = dict(vars(base)) | found
+    replaced = [found[name] for name in _ATTRIBUTES if name in found]
+    return any(hasattr(type(value), "__set__") or hasattr(type(value), "__delete__") for value in replaced) or any(
+        name.startswith(_WEIGHTS) for name in found
+    )
 
 
 class _Layers(DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
     recompute = False
-    _has_own_checks = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Find out whether a subclass has checks of its own. The fast path would not run them."""
-        super().__init_subclass__(**kwargs)
-        cls._has_own_checks = any(getattr(cls, name, None) not in _OURS for name in _CHECKS)
 
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.
@@ -190,8 +266,8 @@ class _Layers(DropIn):
             ValueError: the module is bidirectional, x has not two dimensions, or `out` is not made like the result, in the
                 shapes and dtypes of its tensors. What `forward` refuses is refused in the same words.
         """
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._has_own_checks:
-            result = dispatch.native.step(self.__dict__, x, state, out)
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fast_path):
+            result = dispatch.native.step(self.__dict__, kind, x, state, out)
             if result is not None:
                 return result
         return _VF.module_step(self, x, state, out)
@@ -291,7 +367,7 @@ class RNNCell(nn.RNNCell, DropIn):
     """
 
     forward = _cell_forward(nn.RNNCell)
-    _fallback = _rebound(nn.RNNCell.forward)
+    _fallback = _by_torch(nn.RNNCell)
 
 
 class LSTMCell(nn.LSTMCell, DropIn):
@@ -308,7 +384,7 @@ class LSTMCell(nn.LSTMCell, DropIn):
     """
 
     forward = _cell_forward(nn.LSTMCell)
-    _fallback = _rebound(nn.LSTMCell.forward)
+    _fallback = _by_torch(nn.LSTMCell)
 
 
 class GRUCell(nn.GRUCell, DropIn):
@@ -325,7 +401,7 @@ class GRUCell(nn.GRUCell, DropIn):
     """
 
     forward = _cell_forward(nn.GRUCell)
-    _fallback = _rebound(nn.GRUCell.forward)
+    _fallback = _by_torch(nn.GRUCell)
 
 
 # Each class of torch.nn and the one that stands in for it.
@@ -339,3 +415,6 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
 }
 for _torch_class, _drop_in in DROP_INS.items():
     _drop_in._original_class = _torch_class  # type: ignore[attr-defined] # DROP_INS says no more than nn.Module
+if dispatch.native:  # attributes that a constructor makes: nn.Module's, and its class's own but for an RNNCell's nonlinearity
+    _made = len(nn.Module().__dict__)
+    dispatch.native.expect(_VF.METHODS, _made + 13, _WEIGHTS, _made + 3)

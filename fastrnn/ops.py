@@ -46,9 +46,11 @@ functionalize, nested in any order and compiled or not, need no rule beyond thes
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TypeAlias
 
@@ -403,15 +405,13 @@ class Layer(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, *inputs):
         y, h_n, c_n, saved = _saving_forward(inputs)[:4]
-        ctx.options = inputs[4:9]
-        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[9:])
-        ctx.set_materialize_grads(False)
+        _keep(ctx, inputs, y, saved)
         ctx.mark_non_differentiable(*((saved,) if c_n is None or c_n.dim() > 1 else (c_n, saved)))
         return y, h_n, c_n, saved
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _):
-        return Layer.gradients(ctx, dy, dh_n, dc_n, ctx.saved_tensors)
+        return Layer.gradients(ctx, dy, dh_n, dc_n, _kept(ctx))
 
     @staticmethod
     def gradients(ctx, dy, dh_n, dc_n, saved_tensors):
@@ -426,6 +426,8 @@ class Layer(_SingleLevelFunction):
         need_dx, _, *states = ctx.needs_input_grad[:4]
         need_dh0, need_dw = any(states), any(ctx.needs_input_grad[9:])
         needs = need_dx, need_dh0, need_dw
+        if torch.is_grad_enabled() or dispatch.forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n):
+            _check_unwatched(ctx)
         if _vmapped_the_old_way(dy, dh_n, dc_n):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, (*ctx.options, *needs))
         else:
@@ -455,6 +457,87 @@ def _saving_forward(inputs: tuple) -> tuple:
     layer = x, batch_sizes, h0, c0, *_kinds(weights, directions), cell, reverse, batch_first
     with _outer_levels():
         return _checkpoint_forward(*layer, segments) if segments else _forward(*layer, True)
+
+
+def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor) -> None:
+    """Keep for backward the inputs of a Function here, y and saved: what `_kept` returns, in this order.
+
+    autograd watches what it saves: backward raises if that has been changed in place. What backward does not need may be changed,
+    as in torch.nn. It is kept apart, for a second derivative, which does need it.
+    """
+    x, batch_sizes, h0, c0, cell, _, batch_first, segments, directions, *weights = inputs
+    ctx.options = inputs[4:9]
+    ctx.set_materialize_grads(False)
+    tensors = x, batch_sizes, h0, c0, y, saved, *weights
+    if segments or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        ctx.unwatched, ctx.order = (), None
+        return ctx.save_for_backward(*tensors)
+    steps = 1 if x.dim() == 2 and batch_sizes is None else len(x if batch_sizes is None else batch_sizes)
+    steps = x.shape[1] if x.dim() == 3 and batch_first else steps
+    unneeded = _unneeded(ctx.needs_input_grad, cell, directions, steps == 1)
+    if unneeded and unneeded[0] < 6:
+        # An input that is no leaf may become a function of the output, in place, and a reference from here would be a cycle.
+        unneeded = tuple(index for index in unneeded if index >= 6 or tensors[index].is_leaf)
+        tensors = tuple(
+            tensor.detach() if index in unneeded and index < 6 and not tensor.requires_grad else tensor
+            for index, tensor in enumerate(tensors)
+        )
+    watched, unwatched, ctx.order = _selectors(unneeded, len(tensors))
+    ctx.save_for_backward(*watched(tensors))
+    ctx.unwatched = unwatched(tensors)
+    ctx.versions = [tensor._version for tensor in ctx.unwatched]
+
+
+@functools.cache
+def _unneeded(needs: tuple[bool, ...], cell: str, directions: int, one_step: bool) -> tuple[int, ...]:
+    """Which of x, batch_sizes, h0, c0, y, saved, *weights layer_backward does not need, where `needs` are asked for.
+
+    For cells that read the state itself, GRU's, h0 is always needed.
+    """
+    needs_x, _, needs_h0, _ = needs[:4]
+    w_ih, w_hh, *biases = (range(6 + k * directions, 6 + (k + 1) * directions) for k in range((len(needs) - 9) // directions))
+    unneeded: list[int] = []
+    if not any(needs[index + 3] for index in w_ih):
+        unneeded += [0]
+    if not any(needs[index + 3] for index in w_hh) and cell != "gru":
+        unneeded += [2]
+    if not needs_x:
+        unneeded += w_ih
+    if one_step and not needs_h0:
+        unneeded += w_hh
+    if len(biases) > 1:  # one alone is W_hr
+        unneeded += [*biases[0], *biases[1]]
+    return tuple(unneeded)
+
+
+@functools.cache
+def _selectors(unneeded: tuple[int, ...], count: int) -> tuple[Callable, Callable, Callable]:
+    """Functions that take the others and these out of a tuple of `count`, and that put the two together again."""
+    others = [index for index in range(count) if index not in unneeded]
+    order = sorted(range(count), key=[*others, *unneeded].__getitem__)
+    return _selector(others), _selector(unneeded), _selector(order)
+
+
+def _selector(indices: Sequence[int]) -> Callable[[tuple], tuple]:
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda items: tuple(items[index] for index in indices)
+
+
+def _kept(ctx) -> tuple:
+    """What `_keep` kept."""
+    return ctx.saved_tensors if ctx.order is None else ctx.order(ctx.saved_tensors + ctx.unwatched)
+
+
+def _check_unwatched(ctx) -> None:
+    """Raise autograd's error where something has been changed that only a second derivative needs."""
+    for tensor, version in zip(ctx.unwatched, ctx.versions if ctx.unwatched else (), strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead. "
+                "It is needed because the gradient is itself differentiated (create_graph=True)."
+            )
 
 
 def _native_backward(ctx, dy, dh_n, dc_n, saved_tensors):
@@ -492,18 +575,17 @@ class HalfLayer(_SingleLevelFunction):
             x, h0, c0, flat = _all_but_matrices(x, h0, c0, inputs[9:])
             wide_y, h_n, c_n, saved, *_ = _saving_forward((x, batch_sizes, h0, c0, *inputs[4:9], *flat))
             y, h_n, c_n = _to(wide_y, dtype), _to(h_n, dtype), None if c0 is None else _to(c_n, dtype)
-        ctx.options = inputs[4:9]
-        ctx.save_for_backward(*inputs[:4], wide_y, saved, *inputs[9:])
-        ctx.set_materialize_grads(False)
+        _keep(ctx, inputs, wide_y, saved)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
-        saved_tensors = ctx.saved_tensors
-        found = _native_backward(ctx, dy, dh_n, dc_n, saved_tensors)
+        kept = _kept(ctx)
+        found = _native_backward(ctx, dy, dh_n, dc_n, kept)
         if found is not None:
             return found
-        x, batch_sizes, h0, c0, y, saved, *weights = saved_tensors
+        dispatch.check_memory(dy, dh_n, dc_n, *kept)
+        x, batch_sizes, h0, c0, y, saved, *weights = kept
         dtypes = x.dtype, None, h0.dtype, h0.dtype, *(None,) * 5, *[weight.dtype for weight in weights]
         plain = not (dispatch.forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         if not plain or _vmapped_the_old_way(dy, dh_n, dc_n):
@@ -523,18 +605,16 @@ class CellLayer(_SingleLevelFunction):
             y, h, c, saved = _saving_forward((*map(_unsqueezed, inputs[:4]), *inputs[4:]))
             output = y[0], h[0].clone(), c[0].clone() if len(c) else None, saved  # of a view torch would forbid changes
         y, h, c, saved, *_ = output
-        ctx.options = inputs[4:9]
-        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[9:])
-        ctx.set_materialize_grads(False)
+        _keep(ctx, inputs, y, saved)
         return (h,) if inputs[3] is None else (h, c)
 
     @staticmethod
     def backward(ctx, dh, dc=None):
-        saved_tensors = ctx.saved_tensors
-        found = _native_backward(ctx, dh, None, dc, saved_tensors)
+        kept = _kept(ctx)
+        found = _native_backward(ctx, dh, None, dc, kept)
         if found is None:
-            dh, dc, *tensors = map(_unsqueezed, (dh, dc, *saved_tensors[:5]))
-            found = Layer.gradients(ctx, dh, None, dc, (*tensors, *saved_tensors[5:]))
+            dh, dc, *tensors = map(_unsqueezed, (dh, dc, *kept[:5]))
+            found = Layer.gradients(ctx, dh, None, dc, (*tensors, *kept[5:]))
             found = *(None if grad is None else grad.squeeze(0) for grad in found[:4]), *found[4:]
         return found
 

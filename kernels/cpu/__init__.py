@@ -46,9 +46,9 @@ def _load_extension() -> Tier | str:
     if not names:
         return f"the compiled extension holds kernels for {held}, and this processor runs none of these: {OTHER_TIERS}"
     tier = processor.chosen(names, f"; kernels were compiled for {held}. For others, {OTHER_TIERS}")
-    table = torch.Tensor.__dlpack_c_exchange_api__
+    samples = torch.empty(1, device="cpu"), torch.nn.Parameter(torch.empty(1, device="cpu"))
     functions = torch.empty_like, torch.autograd.graph.increment_version
-    runtime_module().prepare(tier.name, table, torch.Tensor, torch.nn.Parameter, *functions)
+    runtime_module().prepare(tier.name, *samples, *functions)
     return tier
 
 
