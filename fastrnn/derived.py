@@ -31,7 +31,7 @@ def converted_class(cls: type) -> type:
             if _is_parametrized(cls):
                 return _with_base(cls, converted_class(cls.__bases__[0]))
             names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-            return made_class(cls.__name__, (cls, drop_in), _Converted, names | {"_original_class": cls})
+            return made_class(cls.__name__, (cls, drop_in), _Converted, names | {"_fastrnn_original": cls})
     return cls
 
 
@@ -40,7 +40,7 @@ def original_class(cls: type) -> type:
     if _is_parametrized(cls):
         base = original_class(cls.__bases__[0])
         return cls if base is cls.__bases__[0] else _with_base(cls, base)
-    return vars(cls).get("_original_class", cls)
+    return vars(cls).get("_fastrnn_original", cls)
 
 
 def set_class(module: nn.Module, cls: type) -> None:
@@ -57,12 +57,12 @@ def made_class(name: str, bases: tuple[type, ...], mixin: type, attributes: dict
     with _making:
         made: type
         for made in type.__subclasses__(bases[0]):
-            if vars(made).get("_mixin") is mixin:
+            if vars(made).get("_fastrnn_mixin") is mixin:
                 return made
         metaclass = type(bases[0])
         if not issubclass(metaclass, _MixinFirst):
             metaclass = _MixinFirst if metaclass is type else type(metaclass.__name__, (_MixinFirst, metaclass), {})
-        return _make(metaclass, name, bases, attributes | {"_mixin": mixin})
+        return _make(metaclass, name, bases, attributes | {"_fastrnn_mixin": mixin})
 
 
 class _MixinFirst(type):
@@ -74,7 +74,7 @@ class _MixinFirst(type):
 
     def mro(cls) -> list[type]:
         order = super().mro()
-        return [cls, vars(cls)["_mixin"], *order[1:]] if "_mixin" in vars(cls) else order
+        return [cls, vars(cls)["_fastrnn_mixin"], *order[1:]] if "_fastrnn_mixin" in vars(cls) else order
 
 
 def _make(metaclass: Any, name: str, bases: tuple[type, ...], attributes: dict[str, Any]) -> type:
@@ -86,7 +86,7 @@ def _make(metaclass: Any, name: str, bases: tuple[type, ...], attributes: dict[s
 class _Converted(nn.Module):
     """The mixin of a class made for a derived one."""
 
-    _original_class: type  # the derived class
+    _fastrnn_original: type  # the derived class
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Call fastrnn's hook and not the derived class's, which is meant for classes that somebody wrote."""
@@ -99,7 +99,7 @@ class _Converted(nn.Module):
         if isinstance(reduced, str):
             return reduced
         build, arguments, *rest = reduced
-        call = [self._original_class if value is type(self) else value for value in (build, *arguments)]
+        call = [self._fastrnn_original if value is type(self) else value for value in (build, *arguments)]
         return _build, tuple(call), *rest
 
 

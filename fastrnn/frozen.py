@@ -54,7 +54,7 @@ def freeze(model: M) -> M:
     for layer in layers:
         panels = _packed(layer)
         if panels is not None:
-            own_class: Any = getattr(layer, "_own_class", type(layer))
+            own_class: Any = getattr(layer, "_fastrnn_own_class", type(layer))
             set_class(layer, _frozen_class(own_class))
             layer._fastrnn_panels = panels
         else:  # what was packed before is not what it has now
@@ -76,21 +76,21 @@ def thaw(model: M) -> M:
     """
     for module in list(model.modules()):
         if isinstance(module, _Frozen):
-            if type(module) is not _frozen_class(module._own_class):
+            if type(module) is not _frozen_class(module._fastrnn_own_class):
                 raise RuntimeError(f"thaw: {type(module).__name__} was derived from a frozen layer; undo that first")
-            set_class(module, module._own_class)
+            set_class(module, module._fastrnn_own_class)
             del module._fastrnn_panels
     return model
 
 
 def _packed(layer: Any) -> tuple[Tensor, ...] | None:
     """The panels of a layer, and its parameters; or None where there cannot be any."""
-    if dispatch.native is None or layer._fast_path is None:
+    if dispatch.native is None or layer._fastrnn_fast_path is None:
         return None
     if isinstance(layer, nn.RNNBase):
         layer._update_flat_weights()  # the list of its weights, as each call does: others may have taken their place for a while
     allocate = functools.partial(torch.empty, dtype=torch.uint8, device="cpu")
-    panels = dispatch.native.pack(layer.__dict__, layer._fast_path, allocate)
+    panels = dispatch.native.pack(layer.__dict__, layer._fastrnn_fast_path, allocate)
     return None if panels is None else (panels, *layer._parameters.values())
 
 
@@ -100,25 +100,27 @@ class _Frozen(nn.Module):
     """
 
     _fastrnn_panels: tuple[Tensor, ...]
-    _own_class: type  # that it had before it was frozen
+    _fastrnn_own_class: type  # that it had before it was frozen
 
-    def _fallback(self: Any, input: Any, hx: Any = None) -> Any:
+    def _fastrnn_fallback(self: Any, input: Any, hx: Any = None) -> Any:
         packed = zip_longest(self._fastrnn_panels[1:], self._parameters.values())
         if not torch.compiler.is_compiling() and any(one is not other for one, other in packed):
             raise RuntimeError(
-                f"{self._own_class.__name__} is frozen and computes with its own weights: call thaw() to give others"
+                f"{self._fastrnn_own_class.__name__} is frozen and computes with its own weights: call thaw() to give others"
             )
         if torch.is_grad_enabled():
             x = input[0] if isinstance(input, PackedSequence) else input
             given = (x, *hx) if isinstance(hx, (tuple, list)) else (x, hx)
             if any(getattr(value, "requires_grad", False) for value in given):
-                raise RuntimeError(f"{self._own_class.__name__} is frozen and has no gradients: call thaw() to train with it")
+                raise RuntimeError(
+                    f"{self._fastrnn_own_class.__name__} is frozen and has no gradients: call thaw() to train with it"
+                )
         with torch.no_grad():
-            return super()._fallback(input, hx)  # type: ignore[misc] # of the class that it is mixed into
+            return super()._fastrnn_fallback(input, hx)  # type: ignore[misc] # of the class that it is mixed into
 
     def train(self: Any, mode: bool = True) -> Any:
         if mode:
-            raise RuntimeError(f"{self._own_class.__name__} is frozen: call thaw() before train()")
+            raise RuntimeError(f"{self._fastrnn_own_class.__name__} is frozen: call thaw() before train()")
         return super().train(mode)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
@@ -138,11 +140,11 @@ class _Frozen(nn.Module):
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """As an ordinary layer: panels are this processor's."""
-        twin = object.__new__(self._own_class)
+        twin = object.__new__(self._fastrnn_own_class)
         twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_fastrnn_panels"}
         return twin.__reduce_ex__(protocol)
 
 
 def _frozen_class(own_class: type) -> type:
-    attributes = {"__module__": own_class.__module__, "_own_class": own_class}
+    attributes = {"__module__": own_class.__module__, "_fastrnn_own_class": own_class}
     return made_class(f"Frozen{own_class.__name__}", (own_class,), _Frozen, attributes)

@@ -48,11 +48,11 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
         if torch.compiler.is_dynamo_compiling():
             if not _VF.runs_in_graph(self, input, hx):
                 return _VF.call_outside_of_the_graph(forward, (self, input, hx))
-        elif dispatch.native and (kind := self._fast_path):
+        elif dispatch.native and (kind := self._fastrnn_fast_path):
             result = dispatch.native.forward(self.__dict__, kind, input, hx, self.recompute is True)
             if result is not None:
                 return result
-        return self._fallback(input, hx)
+        return self._fastrnn_fallback(input, hx)
 
     return forward
 
@@ -64,7 +64,7 @@ def _fallback(torch_class: type[nn.RNNBase]) -> Any:
     def run(self, input, hx):
         if torch.compiler.is_dynamo_compiling():
             return run_compiled(self, input, hx)
-        result = _VF.module_forward(self, input, hx) if self._fast_path else None
+        result = _VF.module_forward(self, input, hx) if self._fastrnn_fast_path else None
         return by_torch(self, input, hx) if result is None else result
 
     def run_compiled(self, input, hx):
@@ -116,11 +116,11 @@ def _extra_repr(self: Any) -> str:
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fast_path):
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
             result = dispatch.native.cell(self.__dict__, kind, input, hx)
             if result is not None:
                 return result
-        return self._fallback(input, hx)
+        return self._fastrnn_fallback(input, hx)
 
     return forward
 
@@ -134,21 +134,22 @@ _WEIGHTS = "weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"  # and mo
 class DropIn:
     """What the six classes share: how they know what they hold, and what TorchScript compiles in their place.
 
-    Each of them, and each class that `convert` makes (see fastrnn.derived), has `_original_class`, the one it stands for, among
-    its own attributes; what is derived from them has not.
+    Each of them, and each class that `convert` makes (see fastrnn.derived), has `_fastrnn_original`, the class it stands for,
+    among its own attributes; what is derived from them has not. Names that our code looks up in a module begin with
+    `_fastrnn_`: a class derived from torch.nn's, which comes before ours, may have any other.
 
     Second among the bases, so that the layout is that of torch.nn's class, which `convert` needs to assign `__class__`.
     """
 
     # The class of torch.nn, by name, as whose module the fast path takes one of this class; None where it does not.
-    _fast_path: str | None
+    _fastrnn_fast_path: str | None
     _fastrnn_compressed = False  # whether `compress` made the matrices bfloat16, beside input and biases in float32
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         kinds = nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell
         names = [kind.__name__ for kind in kinds if issubclass(cls, kind)]
-        cls._fast_path = names[0] if names and not _overrides(cls) else None
+        cls._fastrnn_fast_path = names[0] if names and not _overrides(cls) else None
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         """Apply as torch.nn. What is converted to another dtype is not compressed any more, be it bfloat16."""
@@ -177,8 +178,8 @@ class DropIn:
         Raises:
             RuntimeError: for a subclass, whose own code TorchScript would have to compile around ours.
         """
-        own_class: type = getattr(self, "_own_class", type(self))  # _own_class: of a frozen layer, before it was frozen
-        original_class: type[nn.Module] | None = vars(own_class).get("_original_class")
+        own_class: type = getattr(self, "_fastrnn_own_class", type(self))  # which a frozen layer had before
+        original_class: type[nn.Module] | None = vars(own_class).get("_fastrnn_original")
         if original_class is None:
             raise RuntimeError(
                 f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
@@ -266,7 +267,7 @@ class _Layers(DropIn):
             ValueError: the module is bidirectional, x has not two dimensions, or `out` is not made like the result, in the
                 shapes and dtypes of its tensors. What `forward` refuses is refused in the same words.
         """
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fast_path):
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
             result = dispatch.native.step(self.__dict__, kind, x, state, out)
             if result is not None:
                 return result
@@ -294,7 +295,7 @@ class RNN(nn.RNN, _Layers):
     __init__ = _init(nn.RNN)
     extra_repr = _extra_repr
     forward = _forward(nn.RNN)
-    _fallback = _fallback(nn.RNN)
+    _fastrnn_fallback = _fallback(nn.RNN)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
@@ -321,7 +322,7 @@ class LSTM(nn.LSTM, _Layers):
     __init__ = _init(nn.LSTM)
     extra_repr = _extra_repr
     forward = _forward(nn.LSTM)
-    _fallback = _fallback(nn.LSTM)
+    _fastrnn_fallback = _fallback(nn.LSTM)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
@@ -348,7 +349,7 @@ class GRU(nn.GRU, _Layers):
     __init__ = _init(nn.GRU)
     extra_repr = _extra_repr
     forward = _forward(nn.GRU)
-    _fallback = _fallback(nn.GRU)
+    _fastrnn_fallback = _fallback(nn.GRU)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
@@ -367,7 +368,7 @@ class RNNCell(nn.RNNCell, DropIn):
     """
 
     forward = _cell_forward(nn.RNNCell)
-    _fallback = _by_torch(nn.RNNCell)
+    _fastrnn_fallback = _by_torch(nn.RNNCell)
 
 
 class LSTMCell(nn.LSTMCell, DropIn):
@@ -384,7 +385,7 @@ class LSTMCell(nn.LSTMCell, DropIn):
     """
 
     forward = _cell_forward(nn.LSTMCell)
-    _fallback = _by_torch(nn.LSTMCell)
+    _fastrnn_fallback = _by_torch(nn.LSTMCell)
 
 
 class GRUCell(nn.GRUCell, DropIn):
@@ -401,7 +402,7 @@ class GRUCell(nn.GRUCell, DropIn):
     """
 
     forward = _cell_forward(nn.GRUCell)
-    _fallback = _by_torch(nn.GRUCell)
+    _fastrnn_fallback = _by_torch(nn.GRUCell)
 
 
 # Each class of torch.nn and the one that stands in for it.
@@ -414,7 +415,7 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: GRUCell,
 }
 for _torch_class, _drop_in in DROP_INS.items():
-    _drop_in._original_class = _torch_class  # type: ignore[attr-defined] # DROP_INS says no more than nn.Module
+    _drop_in._fastrnn_original = _torch_class  # type: ignore[attr-defined] # DROP_INS says no more than nn.Module
 if dispatch.native:  # attributes that a constructor makes: nn.Module's, and its class's own but for an RNNCell's nonlinearity
     _made = len(nn.Module().__dict__)
     dispatch.native.expect(_VF.METHODS, _made + 13, _WEIGHTS, _made + 3)
