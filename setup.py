@@ -128,28 +128,28 @@ def check_object(path: Path) -> None:
             raise RuntimeError(f"{path.name} shows {symbol}: only {path.stem} may leave it")
 
 
+def missing() -> str | None:
+    """What stands in the way of compiling, if anything does."""
+    if sys.platform != "linux":
+        return f"the C++ runtime is for Linux, and this is {sys.platform}"
+    try:
+        import numba  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "no Python.h (a package such as python3-dev)"
+    return None if shutil.which(COMPILER[0]) else f"no C++ compiler {COMPILER[0]}"
+
+
 class BuildEngine(build_ext):
     """Compile kernels and runtime into one shared library, `fastrnn/kernels/cpu/_runtime`."""
 
     def build_extension(self, extension) -> None:
-        if sys.platform != "linux":  # the runtime's memory calls, its linker's options and the look of its symbols are Linux's
-            warnings.warn(
-                f"fastrnn: built without compiled kernels: they are for Linux, and this is {sys.platform}", stacklevel=1
-            )
-            return
-        try:
-            import numba  # noqa: F401
-            import torch  # noqa: F401
-        except ImportError as missing:
-            warnings.warn(f"fastrnn: built without compiled kernels: {missing}", stacklevel=1)
-            return
-        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-            warnings.warn("fastrnn: built without compiled kernels: no Python.h (a package such as python3-dev)", stacklevel=1)
-            return
-        if shutil.which(COMPILER[0]) is None:
-            warnings.warn(f"fastrnn: built without compiled kernels: no C++ compiler {COMPILER[0]}", stacklevel=1)
-            return
-        self.build_engine(Path(self.get_ext_fullpath(extension.name)))
+        if reason := missing():
+            warnings.warn(f"fastrnn: built without compiled kernels: {reason}", stacklevel=1)
+        else:
+            self.build_engine(Path(self.get_ext_fullpath(extension.name)))
 
     def build_engine(self, target: Path) -> None:
         compiled, tiers = engine("cpu.compile"), chosen_tiers()
@@ -162,8 +162,7 @@ class BuildEngine(build_ext):
 
         runtime = [runtime_job(path) for path in (*sorted((ROOT / "csrc").glob("*.cpp")), generated / "built_from.cpp")]
         kernels = [kernel_job(tier, unit) for tier in tiers for unit in compiled.units_of(tier)]
-        say(f"compiling for {', '.join(tier.name for tier in tiers)}; FASTRNN_TIERS=all is for every processor")
-        compile_missing([*runtime, *kernels])
+        compile_missing([*runtime, *kernels], tiers)
         for job in kernels:
             for path in job.objects:
                 check_object(path)
@@ -210,7 +209,7 @@ def runtime_job(path: Path) -> Job:
     return Job(path.name, [built], subprocess.run, ([*command, "-c", str(path), "-o", str(partial(built))],))
 
 
-def compile_missing(jobs: list[Job]) -> None:
+def compile_missing(jobs: list[Job], tiers) -> None:
     """Run the jobs whose objects are not there yet, on all cores, and tell how far that is.
 
     Raises:
@@ -219,8 +218,8 @@ def compile_missing(jobs: list[Job]) -> None:
     jobs = [job for job in jobs if not all(path.exists() for path in job.objects)]
     if not jobs:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(8, cores, len(jobs))  # at most eight: each holds several hundred megabytes
+    workers = min(8, len(os.sched_getaffinity(0)), len(jobs))  # at most eight: each holds several hundred megabytes
+    say(f"compiling for {', '.join(tier.name for tier in tiers)}, {workers} at once (FASTRNN_TIERS=all is for every processor)")
     progress = Progress(len(jobs))
     # In order, so that a process meets the same helper functions of the kernels again.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
