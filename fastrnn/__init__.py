@@ -6,6 +6,7 @@ from fastrnn.checkpoint import recompute as recompute
 from fastrnn.convert import compress as compress
 from fastrnn.convert import convert as convert
 from fastrnn.convert import patch as patch
+from fastrnn.convert import revert as revert
 from fastrnn.dispatch import explain as explain
 from fastrnn.frozen import freeze as freeze
 from fastrnn.frozen import thaw as thaw
@@ -31,6 +32,7 @@ __all__ = [
     "functional",
     "patch",
     "recompute",
+    "revert",
     "thaw",
 ]
 __version__ = "0.1.0"

@@ -213,9 +213,10 @@ _WHY_NOT = {"cpu": why_not_cpu, "triton": why_not_triton, "reference": why_not_r
 class Explanation:
     """What `explain` found; prints itself.
 
-    engine:   the engine that would run the call.
-    declined: every other engine and why it would not.
-    schedule: what the engine says it would do, a line per layer.
+    Attributes:
+        engine: the engine that would run the call.
+        declined: why each other engine would not run it, by name.
+        schedule: what the engine says it would do, a line for each layer.
     """
 
     engine: str
@@ -232,12 +233,17 @@ class Explanation:
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Explanation:
-    """Which engine would run `module(input, hx)`, why each other would not, and how it would run; computes nothing.
+    """Say which engine would run `module(input, hx)`, why each other engine would not, and how; nothing is computed.
 
-    module: an RNN, LSTM, GRU or one of the cells, of fastrnn or of torch.nn (what fastrnn would do with it).
-    input, hx: of a call that the module takes; what it would refuse is not looked for.
-    TypeError: module is none of these. ValueError: input has too few dimensions, or too many.
-    RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
+    Args:
+        module: an RNN, LSTM, GRU or one of the cells. For a torch.nn module, the answer is what fastrnn would do with it.
+        input: the call's input. An input that the module would refuse is not looked for.
+        hx: the call's initial state, or None.
+
+    Raises:
+        TypeError: module is none of these.
+        ValueError: input has too few dimensions, or too many.
+        RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
     """
     if not isinstance(module, (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCellBase)):
         raise TypeError(f"module: expected a recurrent layer or cell, got {type(module).__name__}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch
+from fastrnn.derived import made_class
 from fastrnn.modules import DROP_INS
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,17 +23,23 @@ M = TypeVar("M", bound=nn.Module)
 def freeze(model: M) -> M:
     """Pack the weights of every fastrnn layer and cell in `model`, or of `model` itself, once, for serving on a CPU.
 
-    A call then reads panels that lie ready, where it would pack them itself: short sequences and single steps gain most, and a
-    step gets the very bits that it has in a longer sequence. The panels take as much memory as the weights, which stay.
+    An ordinary layer packs its weights in each call. Short sequences and single steps gain most from a frozen one, and a single
+    step gets the same bits as in a longer sequence. The packed weights take as much memory as the weights, which stay.
 
-    Frozen layers compute with the weights they had when they were frozen. `load_state_dict` and `to` freeze them anew; after
-    any other change call `freeze` again, whatever else a call then computes with is not defined. They have no gradients, and
-    refuse `train()`, input that requires one, and parameters in place of those they had (torch.func.functional_call, but not
-    under a compiler). `train()` of a model that holds one raises when it gets there, and leaves what came before it training:
-    call `eval()` if you go on. Copies and pickles of a frozen layer are not frozen.
+    A frozen layer is of a class of its own, such as FrozenLSTM, which is derived from the layer's class. It computes with the
+    weights that it had when it was frozen. `load_state_dict` and `to` freeze it anew. After any other change of the weights,
+    call `freeze` again; until then it is not defined which weights a call uses. Copies and pickles of a frozen layer are
+    ordinary layers.
 
-    What the compiled CPU engine does not run is left as it is: layers on other devices or in half precision (`compress`ed
-    ones, too), computed weights (parametrisations), any layer where the engine is not there or another is forced.
+    A frozen layer raises a RuntimeError for `train()`, for input that requires a gradient, and for parameters that replace its
+    own (as torch.func.functional_call does; not under a compiler). If a model holds a frozen layer, `model.train()` raises when
+    it reaches it and leaves the modules before it in training mode, so call `model.eval()` afterwards.
+
+    Layers that the compiled CPU engine does not run are left as they are: layers on other devices, in half precision or
+    compressed, layers with computed weights (parametrizations), and all layers where another engine is forced.
+
+    Args:
+        model: any module, in evaluation mode.
 
     Returns:
         `model`.
@@ -56,13 +63,16 @@ def freeze(model: M) -> M:
 
 
 def thaw(model: M) -> M:
-    """Make ordinary layers of all that are frozen in `model`, or of `model` itself: they read their weights at each call.
+    """Turn every frozen layer in `model`, or `model` itself, into an ordinary layer, which reads its weights in each call.
+
+    Args:
+        model: any module.
 
     Returns:
         `model`.
 
     Raises:
-        RuntimeError: a class was derived from that of a frozen layer, as a parametrisation of it does.
+        RuntimeError: a layer's class was derived from a frozen layer's class, as parametrizing a frozen layer does.
     """
     for module in list(model.modules()):
         if isinstance(module, _Frozen):
@@ -128,11 +138,9 @@ class _Frozen(nn.Module):
         """As an ordinary layer: panels are this processor's."""
         twin = object.__new__(self._own_class)
         twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_fastrnn_panels"}
-        state = twin.__reduce_ex__(2)[2]
-        return object.__new__, (self._own_class,), state
+        return twin.__reduce_ex__(protocol)
 
 
-@functools.cache
 def _frozen_class(own_class: type) -> type:
     attributes = {"__module__": own_class.__module__, "_own_class": own_class}
-    return type(f"Frozen{own_class.__name__}", (_Frozen, own_class), attributes)
+    return made_class(f"Frozen{own_class.__name__}", (own_class,), _Frozen, attributes)

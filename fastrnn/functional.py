@@ -1,8 +1,10 @@
 """Recurrent layers as functions.
 
-`layer` is one layer in full: one or two directions, dense or packed, either layout, projection, every cell.
-`lstm`, `gru`, `rnn_tanh`, `rnn_relu` and their `_cell` forms stack layers; they take the arguments of their namesakes
-in torch._VF (torch.lstm and so on) and return the same. What no engine takes, and what torch refuses, goes there.
+`layer` runs one layer in full: one or two directions, dense or packed, either layout, projection, every cell.
+
+`lstm`, `gru`, `rnn_tanh` and `rnn_relu` run layers on top of each other, and their `_cell` forms run one step. They take the
+arguments of their namesakes in torch (torch.lstm and so on) and return the same. A call that no engine takes, or that torch
+would refuse, runs torch's function.
 """
 
 from __future__ import annotations
@@ -48,23 +50,31 @@ def layer(
     reverse: bool = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One recurrent layer, differentiable to any order. Where the fused engines decline, the reference runs.
+    """Run one recurrent layer, differentiable to any order. Where the fused engines decline, the reference runs.
 
-    Letters: T steps, B rows, I input size, H hidden size, G gates (1, lstm 4, gru 3), R the projected size or H,
-    D directions, the length of every weight sequence, 1 or 2. Direction 1 runs opposite to direction 0.
+    Letters: T steps, B sequences, N steps of all sequences together, I input size, H hidden size, G gates (1, lstm 4, gru 3), R
+    the projected size or H, D directions, 1 or 2: the length of every weight sequence. Direction 1 runs opposite to direction
+    0.
 
-    x:           [T, B, I], [B, T, I] with batch_first, or the data [N, I] of a PackedSequence with
-    batch_sizes: its batch_sizes, int64 [T] on the CPU.
-    h0:          [D, B, R]
-    c0:          [D, B, H], for "lstm" and only there.
-    cell:        "rnn_tanh", "rnn_relu", "lstm" or "gru".
-    w_ih, w_hh:  [G * H, I] and [G * H, R], one a direction, gates in torch.nn's order.
-    b_ih, b_hh:  [G * H] each, both or neither.
-    w_hr:        [R, H], the projection, or none.
-    reverse:     direction 0 runs from the last step to the first.
+    Args:
+        x: [T, B, I], or [B, T, I] with batch_first, or the data [N, I] of a PackedSequence.
+        h0: [D, B, R]
+        c0: [D, B, H], for "lstm" and only there.
+        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        w_ih: [G * H, I] for each direction, gates in torch.nn's order.
+        w_hh: [G * H, R] for each direction.
+        b_ih: [G * H] for each direction, or nothing.
+        b_hh: as b_ih; both or neither.
+        w_hr: [R, H] for each direction, the projection, or nothing.
+        batch_sizes: of a PackedSequence, int64 [T] on the CPU.
+        reverse: direction 0 runs from the last step to the first.
+        batch_first: x is [B, T, I], and so is y.
 
-    Returns y like x with D * R features, h_n [D, B, R], and c_n [D, B, H] for "lstm", None otherwise.
-    ValueError: a shape or a combination above does not hold; the message names the argument.
+    Returns:
+        y like x with D * R features, h_n [D, B, R], and c_n [D, B, H] for "lstm", None otherwise.
+
+    Raises:
+        ValueError: a shape or a combination above does not hold; the message names the argument.
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = (list(weights) for weights in (w_ih, w_hh, b_ih, b_hh, w_hr))
     _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_first)
@@ -75,49 +85,79 @@ def layer(
 
 
 def lstm(*args):
-    """torch.lstm: y, h_n, c_n of stacked LSTM layers.
+    """Run LSTM layers on top of each other, as torch.lstm does.
 
-    dense:  (input, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    packed: (data, batch_sizes, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional)
+    The arguments are, for dense and for packed input::
 
-    params: each layer's and direction's w_ih, w_hh, b_ih, b_hh, w_hr, those that are there, in this order.
-    h0 [L * D, B, R], c0 [L * D, B, H] for L layers and D directions. Errors are torch's.
+        input, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional, batch_first
+        data, batch_sizes, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional
+
+    input is [T, B, I], or [B, T, I] with batch_first; data is [N, I]. h0 is [L * D, B, R] and c0 is [L * D, B, H], for L layers
+    and D directions. params lists the w_ih, w_hh, b_ih, b_hh and w_hr of each layer and direction, those that are there, in
+    this order.
+
+    Returns:
+        y [T, B, D * R] or in the layout of the input, h_n as h0, and c_n as c0.
+
+    Raises:
+        RuntimeError: what torch.lstm refuses, in its words.
     """
     return _stack("lstm", _VF.lstm, args)
 
 
 def gru(*args):
-    """torch.gru: y, h_n of stacked GRU layers. Arguments as `lstm` takes them, h0 [L * D, B, H] in the pair's place."""
+    """Run GRU layers on top of each other, as torch.gru does.
+
+    Arguments, results and errors are those of `lstm`, with h0 [L * D, B, H] in place of the pair, and without c_n.
+    """
     return _stack("gru", _VF.gru, args)
 
 
 def rnn_tanh(*args):
-    """torch.rnn_tanh: y, h_n of stacked RNN layers. Arguments as `gru` takes them."""
+    """Run RNN layers with tanh on top of each other, as torch.rnn_tanh does.
+
+    Arguments, results and errors are those of `lstm`, with h0 [L * D, B, H] in place of the pair, and without c_n.
+    """
     return _stack("rnn_tanh", _VF.rnn_tanh, args)
 
 
 def rnn_relu(*args):
-    """torch.rnn_relu: y, h_n of stacked RNN layers. Arguments as `gru` takes them."""
+    """Run RNN layers with relu on top of each other, as torch.rnn_relu does.
+
+    Arguments, results and errors are those of `lstm`, with h0 [L * D, B, H] in place of the pair, and without c_n.
+    """
     return _stack("rnn_relu", _VF.rnn_relu, args)
 
 
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
-    """torch.lstm_cell: one step. input [B, I], hx (h, c) [B, H] each -> (h, c) [B, H] each. Errors are torch's."""
+    """Run one step of an LSTM, as torch.lstm_cell does.
+
+    input is [B, I], and hx is (h, c), each [B, H]. The result is (h, c) after the step. Errors are torch's.
+    """
     return _cell("lstm", _VF.lstm_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
-    """torch.gru_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
+    """Run one step of a GRU, as torch.gru_cell does.
+
+    input is [B, I], and hx is h [B, H]. The result is h after the step. Errors are torch's.
+    """
     return _cell("gru", _VF.gru_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
-    """torch.rnn_tanh_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
+    """Run one step of an RNN with tanh, as torch.rnn_tanh_cell does.
+
+    input is [B, I], and hx is h [B, H]. The result is h after the step. Errors are torch's.
+    """
     return _cell("rnn_tanh", _VF.rnn_tanh_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
-    """torch.rnn_relu_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
+    """Run one step of an RNN with relu, as torch.rnn_relu_cell does.
+
+    input is [B, I], and hx is h [B, H]. The result is h after the step. Errors are torch's.
+    """
     return _cell("rnn_relu", _VF.rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 

@@ -44,7 +44,7 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
             if not _VF.runs_in_graph(self, input, hx):
                 return _VF.call_outside_of_the_graph(forward, (self, input, hx))
         elif dispatch.native and not self._has_own_checks:
-            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute)
+            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute is True)
             if result is not None:
                 return result
         return self._fallback(input, hx)
@@ -74,7 +74,7 @@ def _fallback(torch_class: type[nn.RNNBase]) -> Any:
         return result
 
     def fallback(self, input, hx):
-        if self.recompute:
+        if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)
         return run(self, input, hx)
@@ -95,7 +95,7 @@ def _init(torch_class: type[nn.RNNBase]) -> Any:
 
 
 def _extra_repr(self: Any) -> str:
-    return nn.RNNBase.extra_repr(self) + ", recompute=True" * self.recompute
+    return nn.RNNBase.extra_repr(self) + ", recompute=True" * (self.recompute is True)
 
 
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
@@ -111,25 +111,13 @@ def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
 
 
 class DropIn:
-    """What the six classes share: what TorchScript compiles in their place.
+    """Mark the six classes, and with them all that are derived from them.
+
+    Each of the six, and each class that `convert` makes (see fastrnn.derived), has `_original_class`, the one it stands for,
+    among its own attributes; what is derived from them has not.
 
     Second among the bases, so that the layout is that of torch.nn's class, which `convert` needs to assign `__class__`.
     """
-
-    def _class_for_torchscript(self) -> type[nn.Module]:
-        """Return the class that TorchScript compiles in place of this module's: torch.nn's.
-
-        Raises:
-            RuntimeError: for a subclass, whose own code TorchScript would have to compile around ours.
-        """
-        own_class: type = getattr(self, "_own_class", type(self))  # _own_class: of a frozen layer, before it was frozen
-        for torch_class, drop_in in DROP_INS.items():
-            if own_class is drop_in:
-                return torch_class
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
-            "Use torch.jit.trace, or derive the class from torch.nn for scripting."
-        )
 
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:
@@ -170,18 +158,22 @@ class _Layers(DropIn):
         cls._has_own_checks = any(getattr(cls, name, None) not in _OURS for name in _CHECKS)
 
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
-        """One step of a stream, without gradients: y [B, R] and the state after it.
+        """Run one step of a stream, without gradients.
 
-        x:     [B, I], the step's input.
-        state: as `forward` takes and returns it: h [L, B, R], for LSTM (h, c) with c [L, B, H]; zeros if None.
-        out:   (y, state) to write instead of new tensors, for a loop that allocates nothing; its state may be `state` itself.
+        The result differs from that of a longer sequence by rounding, because a step reads the weights in another order. Hooks
+        of the module do not run.
 
-        Numbers differ from those of a longer sequence by rounding: a step reads the weights in another order. Hooks of the
-        module do not run.
+        Args:
+            x: [B, I], the step's input.
+            state: as `forward` takes and returns it: h [L, B, R], for LSTM the pair (h, c) with c [L, B, H]. None means zeros.
+            out: (y, state) to write into instead of new tensors, for a loop that allocates nothing. Its state may be `state`.
+
+        Returns:
+            y [B, R], and the state after the step.
 
         Raises:
-            ValueError: the module is bidirectional, x has not two dimensions, `out` is not made like the result, or a tensor
-                of it is not of its result's shape and dtype. Whatever else `forward` refuses, with its words.
+            ValueError: the module is bidirectional, x has not two dimensions, or `out` is not made like the result, in the
+                shapes and dtypes of its tensors. What `forward` refuses is refused in the same words.
         """
         if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._has_own_checks:
             result = dispatch.native.step(self.__dict__, x, state, out)
@@ -191,9 +183,21 @@ class _Layers(DropIn):
 
 
 class RNN(nn.RNN, _Layers):
-    """`torch.nn.RNN`, arguments and behaviour, on fastrnn's engines; and `step`, for streams.
+    """Run an RNN over sequences: torch.nn.RNN on fastrnn's engines.
 
-    recompute: keyword only, bool; the attribute may be changed later. Without effect: the output is all that is kept.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Args:
+        recompute: keyword only. It has no effect here, as an RNN keeps its output and nothing else.
+
+    Shape:
+        input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
+        h_0: [L * D, B, H]; zeros where it is missing.
+        output: as input, with D * H features.
+        h_n: as h_0, the state after the last step.
+
+    For T steps, B sequences, I input size, H hidden size, L layers, D directions. Without a batch, states have no
+    B. The call raises what torch.nn.RNN raises, in its words.
     """
 
     __init__ = _init(nn.RNN)
@@ -205,9 +209,22 @@ class RNN(nn.RNN, _Layers):
 
 
 class LSTM(nn.LSTM, _Layers):
-    """`torch.nn.LSTM`, arguments and behaviour, on fastrnn's engines; and `step`, for streams.
+    """Run an LSTM over sequences: torch.nn.LSTM on fastrnn's engines.
 
-    recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Args:
+        recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
+            `fastrnn.recompute`. The attribute may be changed later.
+
+    Shape:
+        input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
+        h_0: [L * D, B, R], and c_0: [L * D, B, H], as a pair (h_0, c_0); zeros where it is missing.
+        output: as input, with D * R features.
+        h_n and c_n: as h_0 and c_0, the states after the last step.
+
+    For T steps, B sequences, I input size, H hidden size, R proj_size or H, L layers, D directions. Without a batch, states
+    have no B. The call raises what torch.nn.LSTM raises, in its words.
     """
 
     __init__ = _init(nn.LSTM)
@@ -219,9 +236,22 @@ class LSTM(nn.LSTM, _Layers):
 
 
 class GRU(nn.GRU, _Layers):
-    """`torch.nn.GRU`, arguments and behaviour, on fastrnn's engines; and `step`, for streams.
+    """Run a GRU over sequences: torch.nn.GRU on fastrnn's engines.
 
-    recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Args:
+        recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
+            `fastrnn.recompute`. The attribute may be changed later.
+
+    Shape:
+        input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
+        h_0: [L * D, B, H]; zeros where it is missing.
+        output: as input, with D * H features.
+        h_n: as h_0, the state after the last step.
+
+    For T steps, B sequences, I input size, H hidden size, L layers, D directions. Without a batch, states have no
+    B. The call raises what torch.nn.GRU raises, in its words.
     """
 
     __init__ = _init(nn.GRU)
@@ -233,21 +263,51 @@ class GRU(nn.GRU, _Layers):
 
 
 class RNNCell(nn.RNNCell, DropIn):
-    """`torch.nn.RNNCell`, arguments and behaviour, on fastrnn's engines."""
+    """Run one step of an RNN: torch.nn.RNNCell on fastrnn's engines.
+
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Shape:
+        input: [B, I], or [I] without a batch.
+        h: [B, H]; zeros where it is missing.
+        output: h, as the state before the step.
+
+    For B sequences, I input size, H hidden size. The call raises what torch.nn.RNNCell raises, in its words.
+    """
 
     forward = _cell_forward(nn.RNNCell)
     _fallback = _rebound(nn.RNNCell.forward)
 
 
 class LSTMCell(nn.LSTMCell, DropIn):
-    """`torch.nn.LSTMCell`, arguments and behaviour, on fastrnn's engines."""
+    """Run one step of an LSTM: torch.nn.LSTMCell on fastrnn's engines.
+
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Shape:
+        input: [B, I], or [I] without a batch.
+        (h, c): two tensors [B, H]; zeros where they are missing.
+        output: (h, c), as the states before the step.
+
+    For B sequences, I input size, H hidden size. The call raises what torch.nn.LSTMCell raises, in its words.
+    """
 
     forward = _cell_forward(nn.LSTMCell)
     _fallback = _rebound(nn.LSTMCell.forward)
 
 
 class GRUCell(nn.GRUCell, DropIn):
-    """`torch.nn.GRUCell`, arguments and behaviour, on fastrnn's engines."""
+    """Run one step of a GRU: torch.nn.GRUCell on fastrnn's engines.
+
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Shape:
+        input: [B, I], or [I] without a batch.
+        h: [B, H]; zeros where it is missing.
+        output: h, as the state before the step.
+
+    For B sequences, I input size, H hidden size. The call raises what torch.nn.GRUCell raises, in its words.
+    """
 
     forward = _cell_forward(nn.GRUCell)
     _fallback = _rebound(nn.GRUCell.forward)
@@ -262,3 +322,5 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
 }
+for _torch_class, _drop_in in DROP_INS.items():
+    _drop_in._original_class = _torch_class  # type: ignore[assignment]

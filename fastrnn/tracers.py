@@ -1,7 +1,8 @@
 """Make the parts of torch that go by a module's class, or by an operator's name, know fastrnn's.
 
-These are Dynamo (torch.compile), inductor, the FLOP counter, torch.fx and TorchScript. What a part needs that torch has not
-imported yet is done when it does: Dynamo alone takes half a second or more to import, and most programs never need it.
+These are Dynamo (torch.compile), inductor, the FLOP counter, torch.ao's pruner, torch.fx and TorchScript. What a part needs
+that torch has not imported yet is done when it does: Dynamo alone takes half a second or more to import, and most programs
+never need it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from torch.jit import _recursive
 
 from fastrnn import functional, modules, ops
+from fastrnn.derived import original_class, set_class
 
 
 def _prepare_dynamo(dynamo: ModuleType) -> None:
@@ -48,6 +50,14 @@ def _prepare_inductor(lowering: ModuleType) -> None:
     """Have inductor call our operators as they are, as it does where `implicit_fallbacks` is on."""
     for op in ops.OPERATORS:
         lowering.make_fallback(op)
+
+
+def _prepare_pruner(match_utils: ModuleType) -> None:
+    """Have torch.ao's structured pruner match our layers where its patterns name torch.nn's, which it compares by class."""
+    match = match_utils._match
+    match_utils._match = lambda found, node, current: (
+        match(found, node, current) or match(found, node, modules.DROP_INS.get(current))
+    )
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -83,6 +93,7 @@ for _name, _prepare in (
     ("torch._dynamo", _prepare_dynamo),
     ("torch._inductor.lowering", _prepare_inductor),
     ("torch.utils.flop_counter", ops.count_operations),
+    ("torch.ao.pruning._experimental.pruner.match_utils", _prepare_pruner),
 ):
     if _name in sys.modules:
         _prepare(sys.modules[_name])
@@ -106,17 +117,27 @@ _keep_whole(torch.fx.Tracer)
 
 @contextmanager
 def _of_torchs_classes(model: nn.Module) -> Iterator[None]:
-    """Give every module of ours in `model` torch.nn's class, and its attributes alone, for a while."""
-    ours = {module: module._class_for_torchscript() for module in model.modules() if isinstance(module, modules.DropIn)}
-    before = [(module, module.__class__, module.__dict__.copy()) for module in ours]
+    """Give every module of ours in `model` the class that it stands for, and the attributes of that class alone, for a while.
+
+    Raises:
+        RuntimeError: for a subclass of ours, whose own code TorchScript would have to compile around ours.
+    """
+    before = [(m, type(m), m.__dict__.copy()) for m in model.modules() if isinstance(m, modules.DropIn)]
+    classes = [original_class(getattr(own_class, "_own_class", own_class)) for _, own_class, _ in before]
+    for torch_class in classes:
+        if issubclass(torch_class, modules.DropIn):
+            raise RuntimeError(
+                f"torch.jit.script cannot compile {torch_class.__qualname__}, a subclass of a fastrnn module. "
+                "Use torch.jit.trace, or derive the class from torch.nn for scripting."
+            )
     try:
-        for module, torch_class in ours.items():
-            module.__dict__.pop("_fastrnn_panels", None)
-            module.__class__ = torch_class
+        for (module, _, _), torch_class in zip(before, classes, strict=True):
+            module.__dict__.pop("_fastrnn_panels", None)  # of a frozen layer
+            set_class(module, torch_class)
         yield
     finally:
         for module, own_class, attributes in before:
-            module.__class__ = own_class
+            set_class(module, own_class)
             for name in module.__dict__.keys() - attributes.keys():  # TorchScript leaves its own
                 del module.__dict__[name]
             module.__dict__.update(attributes)

@@ -13,7 +13,8 @@ from torch import nn
 import fastrnn
 from bench import half, memory, record, report, roofline, run, stream, timing
 from bench.grid import GRID, Case, Point, cases
-from bench.subjects import Subject, difference, onnx_model
+from bench.subjects import Subject, onnx_model
+from fastrnn.timing import difference
 
 FEW = Point("few", 1, 64, 100)
 STEP = Point("apart", 1, 64, 1)
