@@ -132,7 +132,7 @@ _WEIGHTS = "weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"  # and mo
 
 
 class DropIn:
-    """What the six classes share: how they know what they hold, and what TorchScript compiles in their place.
+    """What the six classes share: how they know what they hold.
 
     Each of them, and each class that `convert` makes (see fastrnn.derived), has `_fastrnn_original`, the class it stands for,
     among its own attributes; what is derived from them has not. Names that our code looks up in a module begin with
@@ -171,21 +171,6 @@ class DropIn:
         marked = self._fastrnn_compressed or local_metadata.get("fastrnn_compressed", False)
         if marked and local_metadata.get("assign_to_params_buffers", False):
             mark_compressed(self, are_compressed(self._parameters.values()))
-
-    def _class_for_torchscript(self) -> type[nn.Module]:
-        """Return the class that TorchScript compiles in place of this module's: the one that it stands for.
-
-        Raises:
-            RuntimeError: for a subclass, whose own code TorchScript would have to compile around ours.
-        """
-        own_class: type = getattr(self, "_fastrnn_own_class", type(self))  # which a frozen layer had before
-        original_class: type[nn.Module] | None = vars(own_class).get("_fastrnn_original")
-        if original_class is None:
-            raise RuntimeError(
-                f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
-                "Use torch.jit.trace, or derive the class from torch.nn for scripting."
-            )
-        return original_class
 
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:

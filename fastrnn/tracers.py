@@ -1,8 +1,8 @@
 """Make the parts of torch that go by a module's class, or by an operator's name, know fastrnn's.
 
 These are Dynamo (torch.compile), inductor, the FLOP counter, torch.ao's pruner, torch.fx and TorchScript. What a part needs
-that torch has not imported yet is done when it does: Dynamo alone takes half a second or more to import, and most programs never
-need it.
+that torch has not imported yet is done when it does: Dynamo alone takes half a second or more to import, and most programs
+never need it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from torch.jit import _recursive
 
 from fastrnn import functional, modules, ops
-from fastrnn.derived import set_class
+from fastrnn.derived import original_class, set_class
 
 
 def _prepare_dynamo(dynamo: ModuleType) -> None:
@@ -117,12 +117,22 @@ _keep_whole(torch.fx.Tracer)
 
 @contextmanager
 def _of_torchs_classes(model: nn.Module) -> Iterator[None]:
-    """Give every module of ours in `model` torch.nn's class, and its attributes alone, for a while."""
-    ours = {module: module._class_for_torchscript() for module in model.modules() if isinstance(module, modules.DropIn)}
-    before = [(module, module.__class__, module.__dict__.copy()) for module in ours]
+    """Give every module of ours in `model` the class that it stands for, and the attributes of that class alone, for a while.
+
+    Raises:
+        RuntimeError: for a subclass of ours, whose own code TorchScript would have to compile around ours.
+    """
+    before = [(m, type(m), m.__dict__.copy()) for m in model.modules() if isinstance(m, modules.DropIn)]
+    classes = [original_class(getattr(own_class, "_fastrnn_own_class", own_class)) for _, own_class, _ in before]
+    for torch_class in classes:
+        if issubclass(torch_class, modules.DropIn):
+            raise RuntimeError(
+                f"torch.jit.script cannot compile {torch_class.__qualname__}, a subclass of a fastrnn module. "
+                "Use torch.jit.trace, or derive the class from torch.nn for scripting."
+            )
     try:
-        for module, torch_class in ours.items():
-            module.__dict__.pop("_fastrnn_panels", None)
+        for (module, _, _), torch_class in zip(before, classes, strict=True):
+            module.__dict__.pop("_fastrnn_panels", None)  # of a frozen layer
             set_class(module, torch_class)
         yield
     finally:
