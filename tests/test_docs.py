@@ -84,6 +84,21 @@ def test_what_the_readme_shows_is_what_compare_prints():
     assert [re.sub(figures, "#", line) for line in shown] == [re.sub(figures, "#", line) for line in said]
 
 
+def test_messages_in_troubleshooting_are_those_of_the_code():
+    """Each that is quoted there, but for two of torch's; `...` stands for what a message fills in."""
+    torchs = "one of the variables needed for gradient computation", "We failed to resolve"
+    files = [path for folder in ("fastrnn", "kernels", "csrc") for path in (ROOT / folder).glob("**/*.*")]
+    # without what joins the parts of a string over lines
+    code = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h")))
+    lines = re.findall(r"^\*\*(.+?)\*\*", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [message for line in lines for message in re.findall(r'"([^"]+)"', line)]
+    assert len(quoted) > 10
+    for message in quoted:
+        if not message.startswith(torchs):
+            for part in filter(None, (part.strip() for part in message.split("..."))):
+                assert part in code, message
+
+
 PUBLIC = {f"fastrnn.{name}" for name in fastrnn.__all__}
 PUBLIC |= {f"fastrnn.functional.{name}" for name in fastrnn.functional.__all__}
 PUBLIC |= {f"fastrnn.{name}.step" for name in ("RNN", "LSTM", "GRU")}
