@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_info_says_why_an_engine_does_not_run():
     run = "import runpy, sys; sys.argv = ['fastrnn', 'info']; runpy.run_module('fastrnn', run_name='__main__')"
     code = f"try:\n    {run}\nexcept SystemExit as ended:\n    assert ended.code == 0"
     assert re.search(r"engine, cpu +torch, because FASTRNN_BACKEND says so", python(code, FASTRNN_BACKEND="torch"))
+
+
+@pytest.mark.skipif(command.cpu.load()[0] != "compiled", reason="the compiled runtime reads quotas")
+@pytest.mark.parametrize(("quota", "words"), [(float("inf"), "there is no quota"), (1.5, "a quota grants it the time of 1.5")])
+def test_info_names_the_quota(monkeypatch, capsys, quota, words):
+    runtime = command.cpu.runtime_module()
+    assert runtime.cpu_quota("") > 0
+    given = SimpleNamespace(cpu_quota=lambda root: quota, tiers=runtime.tiers)
+    monkeypatch.setattr(command.cpu, "runtime_module", lambda: given)
+    assert words in printed(capsys, "info")
 
 
 def test_info_says_why_torch_runs(monkeypatch, capsys):
