@@ -215,7 +215,8 @@ def compare(
     any time is taken. In training that holds for all gradients, too.
 
     Args:
-        module: a layer of torch.nn or of fastrnn, or a model with such layers. It returns a tensor or a packed sequence, alone or
+        module: a layer of torch.nn or of fastrnn, or a model with such layers. It returns a tensor or a packed sequence, alone
+        or
             first.
         input: the first argument of the call, on the device and in the dtype that are to be timed.
         more: further arguments of the call, such as an initial state.
