@@ -216,8 +216,7 @@ def compare(
 
     Args:
         module: a layer of torch.nn or of fastrnn, or a model with such layers. It returns a tensor or a packed sequence, alone
-        or
-            first.
+            or first.
         input: the first argument of the call, on the device and in the dtype that are to be timed.
         more: further arguments of the call, such as an initial state.
         train: time forward and backward; else only forward, without gradients, in evaluation mode.
