@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import sys
@@ -97,7 +98,7 @@ def info() -> list[tuple[str, str]]:
         ("triton", _version("triton") or "not installed; the GPU engine needs it"),
         ("numba", _version("numba") or "not installed; it is needed only where no compiled kernels fit the processor"),
         ("processor", machine.processor() + f" ({caches})" * bool(caches)),
-        ("CPUs", f"{machine.cpus()} of {os.cpu_count()} may be used by this process"),
+        ("CPUs", f"{machine.cpus()} of {os.cpu_count()} may be used by this process{_quota()}"),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"),
         ("engine, cpu", _cpu_engine()),
     ]
@@ -116,6 +117,14 @@ def _version(package: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
+
+
+def _quota() -> str:
+    """The quota of the process's control group, as the runtime reads it; nothing where there is no runtime to ask."""
+    if dispatch.unavailable or cpu.load()[0] != "compiled":
+        return ""
+    quota = cpu.runtime_module().cpu_quota("")
+    return ", and there is no quota" if math.isinf(quota) else f", and a quota grants it the time of {quota:g}"
 
 
 def _cpu_engine() -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn.convert import convert
+from fastrnn.convert import convert, revert
 
 LEAST = 0.01  # seconds that a repeat takes at least
 FEWEST = 5  # repeats, however slow
@@ -215,7 +215,8 @@ def compare(
     any time is taken. In training that holds for all gradients, too.
 
     Args:
-        module: a layer of torch.nn, or a model of such layers, that returns a tensor or a packed sequence, alone or first.
+        module: a layer of torch.nn or of fastrnn, or a model with such layers. It returns a tensor or a packed sequence, alone
+            or first.
         input: the first argument of the call, on the device and in the dtype that are to be timed.
         more: further arguments of the call, such as an initial state.
         train: time forward and backward; else only forward, without gradients, in evaluation mode.
@@ -226,11 +227,9 @@ def compare(
         ValueError: `module` holds no layer that fastrnn has.
         RuntimeError: the two libraries' results differ by more than rounding explains.
     """
-    stock, own = copy.deepcopy(module), convert(module, inplace=False)
+    stock, own = revert(copy.deepcopy(module)), convert(copy.deepcopy(module))
     if not any(type(one) is not type(other) for one, other in zip(stock.modules(), own.modules(), strict=True)):
-        raise ValueError(
-            f"module: expected a torch.nn RNN, LSTM, GRU or cell, or a model with one, got {type(module).__name__}"
-        )
+        raise ValueError(f"module: expected a layer that fastrnn has, or a model with one, got {type(module).__name__}")
     mode = "train" if train else "infer"
     with torch.no_grad():
         y, _ = Subject(stock, input, "infer", torch.empty(0), *more).call()

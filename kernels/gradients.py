@@ -192,10 +192,19 @@ class Block:
                 k = next(values)
                 value = function(a.value) if k is None else self.slots[k]
                 return Dual(value, lambda: derivative(a.change, value))
+
             return call
 
-        forward = bind(self.cell.forward, sigmoid=elementary(torch.sigmoid, _sigmoid_backward), tanh=elementary(lambda a: None, _tanh_backward), relu=elementary(torch.relu, lambda d, h: where_positive(h, d)))
-        slots = [Dual(value, lambda slot=slot: slot.change) for value, slot in zip(self.slots, (lambda h, *s: s or (h,))(*forward(*a, p)))]
+        forward = bind(
+            self.cell.forward,
+            sigmoid=elementary(torch.sigmoid, _sigmoid_backward),
+            tanh=elementary(lambda a: None, _tanh_backward),
+            relu=elementary(torch.relu, lambda d, h: where_positive(h, d)),
+        )
+        slots = [
+            Dual(value, lambda slot=slot: slot.change)
+            for value, slot in zip(self.slots, (lambda h, *s: s or (h,))(*forward(*a, p)))
+        ]
         d_c = None if grads.c is None else Dual(grads.c.squeeze(1))
         results = _DUAL_BACKWARD[self.cell.name](Dual(grads.out), d_c, *slots, p)
         more_a = [torch.zeros_like(grads.out) if r.change is None else r.change for r in results]
@@ -264,7 +273,9 @@ def _dual_tanh(a: Dual) -> Dual:
 
 
 def _dual_where_positive(h: Dual, dh: Dual) -> Dual:
-    return Dual(lambda: where_positive(h.value, dh.value), lambda: None if dh.change is None else where_positive(h.value, dh.change))
+    return Dual(
+        lambda: where_positive(h.value, dh.value), lambda: None if dh.change is None else where_positive(h.value, dh.change)
+    )
 
 
 def _kept(cell: Cell):
@@ -274,6 +285,7 @@ def _kept(cell: Cell):
     class Symbol:
         def __add__(self, other):
             return Symbol()
+
         __sub__ = __mul__ = __rsub__ = __add__
 
     def call(a):
@@ -287,7 +299,9 @@ def _kept(cell: Cell):
 
 
 _KEPT = {name: _kept(cell) for name, cell in CELLS.items()}
-_DUAL_BACKWARD = {name: bind(cell.backward, tanh=_dual_tanh, where_positive=_dual_where_positive) for name, cell in CELLS.items()}
+_DUAL_BACKWARD = {
+    name: bind(cell.backward, tanh=_dual_tanh, where_positive=_dual_where_positive) for name, cell in CELLS.items()
+}
 _BACKWARD = {name: bind(cell.backward, **NAMES) for name, cell in CELLS.items()}
 
 
@@ -310,6 +324,7 @@ def product(a: Tensor | None, b: Tensor | None, transposed: bool = False) -> Ten
 
 
 import os
+
 BLOCK = int(os.environ.get("BLOCK", 16384))  # numbers of a block of steps, per slot
 
 
@@ -367,8 +382,26 @@ def zeros_or(state, like):
 
 
 def layer_backward(
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell,
-    reverse=False, batch_first=False, need_dx=True, need_dh0=True, need_dw=True,
+    dy,
+    dh_n,
+    dc_n,
+    x,
+    batch_sizes,
+    h0,
+    c0,
+    w_ih,
+    w_hh,
+    b_ih,
+    b_hh,
+    w_hr,
+    y,
+    saved,
+    cell,
+    reverse=False,
+    batch_first=False,
+    need_dx=True,
+    need_dh0=True,
+    need_dw=True,
 ):
     rows, D, empty = Rows(x, batch_sizes, batch_first), len(w_ih), x.new_empty(0)
     dxs, dh0s, dc0s, dws = [], [], [], []
@@ -399,7 +432,26 @@ def layer_backward(
 
 
 def layer_double_backward(
-    v, dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse, batch_first, need_dx, need_dw
+    v,
+    dy,
+    dh_n,
+    dc_n,
+    x,
+    batch_sizes,
+    h0,
+    c0,
+    w_ih,
+    w_hh,
+    b_ih,
+    b_hh,
+    w_hr,
+    y,
+    saved,
+    cell,
+    reverse,
+    batch_first,
+    need_dx,
+    need_dw,
 ):
     rows, D = Rows(x, batch_sizes, batch_first), len(w_ih)
     vx, vh0, vc0, *vw = v

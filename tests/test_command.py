@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_info_says_why_an_engine_does_not_run():
     run = "import runpy, sys; sys.argv = ['fastrnn', 'info']; runpy.run_module('fastrnn', run_name='__main__')"
     code = f"try:\n    {run}\nexcept SystemExit as ended:\n    assert ended.code == 0"
     assert re.search(r"engine, cpu +torch, because FASTRNN_BACKEND says so", python(code, FASTRNN_BACKEND="torch"))
+
+
+@pytest.mark.skipif(command.cpu.load()[0] != "compiled", reason="the compiled runtime reads quotas")
+@pytest.mark.parametrize(("quota", "words"), [(float("inf"), "there is no quota"), (1.5, "a quota grants it the time of 1.5")])
+def test_info_names_the_quota(monkeypatch, capsys, quota, words):
+    runtime = command.cpu.runtime_module()
+    assert runtime.cpu_quota("") > 0
+    given = SimpleNamespace(cpu_quota=lambda root: quota, tiers=runtime.tiers)
+    monkeypatch.setattr(command.cpu, "runtime_module", lambda: given)
+    assert words in printed(capsys, "info")
 
 
 def test_info_says_why_torch_runs(monkeypatch, capsys):
@@ -147,8 +158,8 @@ def test_compare_takes_packed_sequences_and_states():
 def test_compare_finds_a_wrong_gradient(monkeypatch):
     """fastrnn's copy gets other weights in one place, which only one gradient shows."""
 
-    def broken(module, inplace):
-        own = fastrnn.convert(module, inplace=inplace)
+    def broken(module):
+        own = fastrnn.convert(module)
         own.bias_ih_l0.register_hook(lambda gradient: 1.1 * gradient)
         return own
 
@@ -158,10 +169,14 @@ def test_compare_finds_a_wrong_gradient(monkeypatch):
 
 
 def test_compare_refuses_a_module_without_recurrent_layers():
-    with pytest.raises(
-        ValueError, match=r"^module: expected a torch.nn RNN, LSTM, GRU or cell, or a model with one, got Linear"
-    ):
+    with pytest.raises(ValueError, match=r"^module: expected a layer that fastrnn has, or a model with one, got Linear$"):
         timing.compare(nn.Linear(2, 3), torch.zeros(1, 2))
+
+
+def test_compare_takes_a_model_that_was_converted():
+    layer, x = fastrnn.GRU(3, 4), torch.zeros(5, 2, 3)
+    assert timing.compare(layer, x, seconds=0.01).error < 1e-5
+    assert type(layer) is fastrnn.GRU
 
 
 def test_the_package_does_not_import_the_command():
