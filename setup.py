@@ -1,20 +1,27 @@
 """Build the CPU engine: Numba compiles the kernels to object files, g++ links them with the runtime in csrc/.
 
-Static metadata is in pyproject.toml. Kernels are compiled for every tier of processors (kernels/cpu/processor.py), or for
-those that the environment variable FASTRNN_TIERS lists ("x86-64-v3,x86-64-v4"). Objects are kept under build/ by a hash of what
-shaped them, so that an unchanged kernel is not compiled again. Without numba, llvmlite or a C++ compiler the package installs
-without the extension and compiles the kernels at run time instead. CXX and CXXFLAGS are the compiler's, as everywhere.
+Static metadata is in pyproject.toml. Kernels are compiled for the tier of processors (kernels/cpu/processor.py) that this one
+belongs to. The environment variable FASTRNN_TIERS names others: "all", or a list such as "x86-64-v3,x86-64-v4". Kernels and
+C++ files are compiled in parallel, and kept under build/ by a hash of what shaped them, so that what has not changed is not
+compiled again. Without numba, llvmlite or a C++ compiler the package installs without the extension and compiles the kernels at
+run time instead. CXX and CXXFLAGS are the compiler's, as everywhere.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -39,18 +46,19 @@ def engine(module: str):
 
 
 def chosen_tiers():
-    """The tiers to compile for.
+    """The tiers to compile for, widest first, each with the one whose code it shares.
 
     Raises:
-        RuntimeError: FASTRNN_TIERS lists none, or one that is not of this architecture.
+        RuntimeError: FASTRNN_TIERS names one that is not of this architecture.
     """
-    tiers = engine("cpu.processor").tiers()
-    known = [tier.name for tier in tiers if not tier.less]
-    listed = os.environ.get("FASTRNN_TIERS")
-    names = known if listed is None else listed.split(",")
-    if not names or not set(names) <= set(known):
-        raise RuntimeError(f"FASTRNN_TIERS={listed!r}: expected some of {','.join(known)}")
-    return [tier for tier in tiers if (tier.less or tier).name in names]
+    processor = engine("cpu.processor")
+    tiers = processor.tiers()
+    listed = os.environ.get("FASTRNN_TIERS") or (processor.fitting() or tiers)[0].name
+    names = [tier.name for tier in tiers] if listed == "all" else listed.split(",")
+    if not {*names} <= {tier.name for tier in tiers}:
+        raise RuntimeError(f"FASTRNN_TIERS={listed!r}: expected all, or some of {','.join(tier.name for tier in tiers)}")
+    chosen = [tier for tier in tiers if tier.name in names]
+    return [tier for tier in tiers if tier in chosen or any(tier == other.less for other in chosen)]
 
 
 def kernels_header(tiers, units, conversions, cells, fields) -> str:
@@ -120,70 +128,156 @@ def check_object(path: Path) -> None:
             raise RuntimeError(f"{path.name} shows {symbol}: only {path.stem} may leave it")
 
 
+def missing() -> str | None:
+    """What stands in the way of compiling, if anything does."""
+    if sys.platform != "linux":
+        return f"the C++ runtime is for Linux, and this is {sys.platform}"
+    try:
+        import numba  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "no Python.h (a package such as python3-dev)"
+    return None if shutil.which(COMPILER[0]) else f"no C++ compiler {COMPILER[0]}"
+
+
 class BuildEngine(build_ext):
     """Compile kernels and runtime into one shared library, `fastrnn/kernels/cpu/_runtime`."""
 
     def build_extension(self, extension) -> None:
-        try:
-            import numba  # noqa: F401
-            import torch  # noqa: F401
-        except ImportError as missing:
-            warnings.warn(f"fastrnn: built without compiled kernels: {missing}", stacklevel=1)
-            return
-        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-            warnings.warn("fastrnn: built without compiled kernels: no Python.h (a package such as python3-dev)", stacklevel=1)
-            return
-        if shutil.which(COMPILER[0]) is None:
-            warnings.warn(f"fastrnn: built without compiled kernels: no C++ compiler {COMPILER[0]}", stacklevel=1)
-            return
-        self.build_engine(Path(self.get_ext_fullpath(extension.name)))
+        if reason := missing():
+            warnings.warn(f"fastrnn: built without compiled kernels: {reason}", stacklevel=1)
+        else:
+            self.build_engine(Path(self.get_ext_fullpath(extension.name)))
 
     def build_engine(self, target: Path) -> None:
-        import torch
-
-        source, compiled = engine("cpu.source"), engine("cpu.compile")
-        tiers, build = chosen_tiers(), ROOT / "build"
-        names = ",".join(tier.name for tier in tiers)
-        subprocess.run([sys.executable, "-m", "kernels.cpu.compile", str(build), names], cwd=ROOT, check=True)
-        objects = [
-            source.object_directory(build, tier.name) / f"{name}.o"
-            for tier in tiers
-            for unit in (*compiled.UNITS, *compiled.CONVERSIONS)
-            if tier.owner(*unit[1:]) == tier
-            for name in tier.entries(unit)
-        ]
-        for path in objects:
-            check_object(path)
-
-        generated = build / "generated"
-        generated.mkdir(exist_ok=True)
+        compiled, tiers = engine("cpu.compile"), chosen_tiers()
+        generated = ROOT / "build" / "generated"
+        generated.mkdir(parents=True, exist_ok=True)
         header = kernels_header(tiers, compiled.UNITS, compiled.CONVERSIONS, engine("cells").CELLS, engine("cpu.plan").FIELDS)
         (generated / "kernels.h").write_text(header)
-        exports = ROOT / "csrc" / "exports.map"
-        torch_root = Path(torch.__path__[0])
+        function = f'const char* built_from() {{ return "{engine("cpu.source").source_hash()}"; }}'
+        (generated / "built_from.cpp").write_text(f"namespace fastrnn {{\n{function}\n}}\n")
+
+        runtime = [runtime_job(path) for path in (*sorted((ROOT / "csrc").glob("*.cpp")), generated / "built_from.cpp")]
+        kernels = [kernel_job(tier, unit) for tier in tiers for unit in compiled.units_of(tier)]
+        compile_missing([*runtime, *kernels], tiers)
+        for job in kernels:
+            for path in job.objects:
+                check_object(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        command = [
-            *COMPILER,
-            *os.environ.get("CXXFLAGS", "").split(),
-            *["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-fvisibility=hidden", "-fvisibility-inlines-hidden"],
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            f"-fmacro-prefix-map={ROOT}/=",  # error messages name files, not where they were built
-            f'-DFASTRNN_BUILT_FROM="{source.source_hash()}"',
-            *[f"-I{path}" for path in (ROOT / "csrc", generated, torch_root / "include")],
-            f"-I{torch_root / 'include/torch/csrc/api/include'}",
-            f"-I{sysconfig.get_path('include')}",
-            *sorted(str(path) for path in (ROOT / "csrc").glob("*.cpp")),
-            *map(str, objects),
-            *["-o", str(target), f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"],
-            f"-Wl,--version-script={exports}",
-        ]
-        subprocess.run(command, check=True)
+        objects = [str(path) for job in (*runtime, *kernels) for path in job.objects]
+        libraries = [f"-L{torch_root() / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        exports = f"-Wl,--version-script={ROOT / 'csrc' / 'exports.map'}"
+        subprocess.run([*compiler(), "-shared", *objects, "-o", str(target), *libraries, exports], check=True)
 
 
-setup(
-    packages=list(PACKAGES),
-    package_dir=PACKAGES,
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # torch's stable ABI and Python's limited API: one serves all
-    ext_modules=[Extension(RUNTIME, sources=[], py_limited_api=True)],
-    cmdclass={"build_ext": BuildEngine},
-)
+@dataclass
+class Job:
+    """Objects to compile, by a function that a process of its own can import."""
+
+    words: str
+    objects: list[Path]
+    function: Callable
+    arguments: tuple
+
+
+def kernel_job(tier, unit: tuple[str, str, str]) -> Job:
+    directory = engine("cpu.source").object_directory(ROOT / "build", tier.name)
+    objects = [directory / f"{name}.o" for name in tier.entries(unit)]
+    return Job(f"{' '.join(unit)} for {tier.name}", objects, engine("cpu.compile").write_unit, (directory, tier, unit))
+
+
+def runtime_job(path: Path) -> Job:
+    """A C++ file, whose object is named by a hash of the command, its compiler and all that the file may include."""
+    generated, include = ROOT / "build" / "generated", torch_root() / "include"
+    folders = ROOT / "csrc", generated, include, include / "torch/csrc/api/include", sysconfig.get_path("include")
+    command = [
+        *compiler(),
+        *["-std=c++20", "-O2", "-fPIC", "-Wall", "-fvisibility=hidden", "-fvisibility-inlines-hidden"],
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-fmacro-prefix-map={ROOT}/=",  # error messages name files, not where they were built
+        *[f"-I{folder}" for folder in folders],
+    ]
+    version = subprocess.run([*COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256("\0".join([*command, version, (torch_root() / "version.py").read_text()]).encode())
+    for read in (path, *sorted((ROOT / "csrc").glob("*.h")), generated / "kernels.h"):
+        digest.update(read.read_bytes())
+    built = ROOT / "build" / "runtime" / f"{path.stem}-{digest.hexdigest()[:16]}.o"
+    built.parent.mkdir(exist_ok=True)
+    return Job(path.name, [built], subprocess.run, ([*command, "-c", str(path), "-o", str(partial(built))],))
+
+
+def compile_missing(jobs: list[Job], tiers) -> None:
+    """Run the jobs whose objects are not there yet, on all cores, and tell how far that is.
+
+    Raises:
+        CalledProcessError: a C++ file does not compile; its compiler's words are on stderr.
+    """
+    jobs = [job for job in jobs if not all(path.exists() for path in job.objects)]
+    if not jobs:
+        return
+    workers = min(8, len(os.sched_getaffinity(0)), len(jobs))  # at most eight: each holds several hundred megabytes
+    say(f"compiling for {', '.join(tier.name for tier in tiers)}, {workers} at once (FASTRNN_TIERS=all is for every processor)")
+    progress = Progress(len(jobs))
+    # In order, so that a process meets the same helper functions of the kernels again.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(job.function, *job.arguments): job for job in jobs}
+        try:
+            for done in as_completed(running):
+                if (compiled := done.result()) is not None:
+                    compiled.check_returncode()
+                    (built,) = running[done].objects
+                    partial(built).replace(built)
+                progress.advance(running[done].words)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class Progress:
+    """Tells how many jobs are done: on a terminal in one line that advances, elsewhere in a line each."""
+
+    WIDTH = 30
+
+    def __init__(self, total: int):
+        self.done, self.total, self.start = 0, total, time.monotonic()
+
+    def advance(self, words: str) -> None:
+        self.done += 1
+        where = f"{self.done:{len(str(self.total))}} of {self.total}, {time.monotonic() - self.start:3.0f} s"
+        if not sys.stdout.isatty():
+            return say(f"{where}: {words}")
+        filled = self.WIDTH * self.done // self.total
+        end = "\n" if self.done == self.total else ""
+        print(f"\r\x1b[K[{'#' * filled}{'-' * (self.WIDTH - filled)}] {where}: {words}", end=end, flush=True)
+
+
+def say(words: str) -> None:
+    print(f"fastrnn: {words}", flush=True)
+
+
+def compiler() -> list[str]:
+    return [*COMPILER, *os.environ.get("CXXFLAGS", "").split()]
+
+
+def partial(path: Path) -> Path:
+    """Where an object is written before it is whole."""
+    return path.with_suffix(f".{os.getpid()}")
+
+
+def torch_root() -> Path:
+    import torch
+
+    return Path(torch.__path__[0])
+
+
+if __name__ == "__main__":  # not in the processes that compile
+    setup(
+        packages=list(PACKAGES),
+        package_dir=PACKAGES,
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},  # torch's stable ABI and Python's limited API: one serves all
+        ext_modules=[Extension(RUNTIME, sources=[], py_limited_api=True)],
+        cmdclass={"build_ext": BuildEngine},
+    )

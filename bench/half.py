@@ -15,10 +15,11 @@ from rich.console import Console
 import fastrnn
 from bench import record, timing
 from bench.grid import Case, cases
-from bench.subjects import Runner, Subject, difference
+from bench.subjects import Subject
+from fastrnn.timing import TOLERANCES, Runner, difference
 
 POINTS = r"^(few .* B1 T50|middle .* B32 T50|large .* B32 T25|apart .* T1 H256)"
-TOLERANCE = 0.05  # relative L2 to float32: bfloat16 rounds to 1/256, torch.nn at every operation
+TOLERANCE = TOLERANCES[torch.bfloat16]
 DEFAULT_OUTPUT = record.RESULTS / "half.json"
 
 

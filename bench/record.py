@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fastrnn import machine as host
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "triton", "numba", "numpy", "onnx", "onnxruntime", "openvino")
@@ -18,10 +20,6 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "onnx", "onnxruntime", "openvin
 
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _read(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""
 
 
 def _version(package: str) -> str | None:
@@ -42,17 +40,11 @@ def one_tree() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, caches and system, as Linux tells them; elsewhere what Python knows."""
-    lines = _read(Path("/proc/cpuinfo")).splitlines()
-    described = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    caches = {}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        kind = _read(index / "type")
-        caches[f"L{_read(index / 'level')}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = _read(index / "size")
+    """Describe the processor, its caches, how many CPUs may be used, and the system."""
     return {
-        "processor": described[0] if described else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "caches": caches,
+        "processor": host.processor(),
+        "cores": host.cpus(),
+        "caches": host.caches(),
         "system": platform.platform(),
     }
 

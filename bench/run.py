@@ -19,18 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fastrnn
 from bench import record
 from bench.grid import Case, cases
-from bench.subjects import PEERS, Runner, Subject, difference
-from bench.timing import interleave
+from bench.subjects import PEERS, Subject
+from bench.timing import Runner, interleave
+from fastrnn.timing import TOLERANCES, difference, differences
 
-TOLERANCE = 1e-4  # relative L2, float32 against float32: only a wrong result passes it
+TOLERANCE = TOLERANCES[torch.float32]
 DEFAULT_OUTPUT = record.RESULTS / "grid.json"
 
 
 def wrong(subject: Subject, truth: Subject) -> list[str]:
     """What the subject computes otherwise than the truth."""
-    results, expected = subject.results(), truth.results()
-    differences = {name: difference(results[name], value) for name, value in expected.items()}
-    return [f"{name} differs by {value:.2g}" for name, value in differences.items() if not value <= TOLERANCE]
+    return [f"{name} differs by {value:.2g}" for name, value in differences(subject, truth).items() if not value <= TOLERANCE]
 
 
 def padded(case: Case) -> Case:

@@ -17,7 +17,8 @@ from torch import Tensor
 import fastrnn
 from bench import record, timing
 from bench.grid import CELLS, Case, Point
-from bench.subjects import Runner, Subject, difference, onnxruntime
+from bench.subjects import Subject, onnxruntime
+from fastrnn.timing import Runner, difference
 
 HIDDEN = (64, 128, 256)
 TOLERANCE = 1e-5  # relative L2, float32

@@ -11,74 +11,27 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bench.grid import Case
+from fastrnn import timing
+from fastrnn.timing import Runner
 
-Runner = Callable[[int], object]  # runs the work that many times
 ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}  # ONNX's gates (iofc, zrh) in torch's order (ifgo, rzn)
 
 
-class Subject:
+class Subject(timing.Subject):
     """A module of `library` (torch.nn, fastrnn), with weights and data that depend on the case and the seed alone."""
+
+    module: nn.RNNBase
 
     def __init__(self, case: Case, library: ModuleType, seed: int = 0):
         point = case.point
         torch.manual_seed(seed)
         sizes = {"num_layers": point.layers, "bidirectional": point.directions == 2}
-        self.module: nn.RNNBase = getattr(library, case.cell.upper())(point.input_size, point.hidden, **sizes)
+        module: nn.RNNBase = getattr(library, case.cell.upper())(point.input_size, point.hidden, **sizes)
         lengths = torch.tensor(point.lengths())
         batch_sizes = (lengths > torch.arange(point.steps)[:, None]).sum(1)  # [T]
         rows = (int(lengths.sum()),) if point.packed else (point.steps, point.batch)
-        self.x = torch.randn(*rows, point.input_size, requires_grad=case.mode == "train")
-        self.dy = torch.randn(*rows, point.hidden * point.directions)
-        self.input = PackedSequence(self.x, batch_sizes) if point.packed else self.x
-        self.mode = case.mode
-        self.module.train(case.mode == "train")
-
-    def call(self) -> tuple[Tensor, Any]:
-        """(y, the final states), y without its packing."""
-        output, states = self.module(self.input)
-        return (output.data if isinstance(output, PackedSequence) else output), states
-
-    def drop_gradients(self) -> None:
-        """As an optimizer's zero_grad does."""
-        self.x.grad = None
-        for parameter in self.module.parameters():
-            parameter.grad = None
-
-    def step(self) -> tuple[Tensor, Any]:
-        """Forward, and backward from a given gradient to the input and all parameters."""
-        self.drop_gradients()
-        y, states = self.call()
-        y.backward(self.dy)
-        return y, states
-
-    def run(self, loops: int) -> None:
-        """Train or infer, as the case says, `loops` times."""
-        if self.mode == "train":
-            for _ in range(loops):
-                self.step()
-        else:
-            with torch.inference_mode():
-                for _ in range(loops):
-                    self.call()
-
-    def results(self) -> dict[str, Tensor]:
-        """Everything that a run yields, by name."""
-        if self.mode == "infer":
-            with torch.inference_mode():
-                y, states = self.call()
-        else:
-            y, states = self.step()
-        found = {"y": y, **dict(zip(("h_n", "c_n"), states if isinstance(states, tuple) else (states,), strict=False))}
-        if self.mode == "train":
-            named = {"x": self.x, **dict(self.module.named_parameters())}
-            found |= {f"grad {name}": leaf.grad for name, leaf in named.items() if leaf.grad is not None}
-        return {name: value.detach() for name, value in found.items()}
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    """Relative L2 distance of `a` from `b`; absolute where b is zero, as the gradient of w_hh after one step is."""
-    distance, length = float((a.double() - b.double()).norm()), float(b.double().norm())
-    return distance / length if length else distance
+        x, dy = torch.randn(*rows, point.input_size), torch.randn(*rows, point.hidden * point.directions)
+        super().__init__(module, PackedSequence(x, batch_sizes) if point.packed else x, case.mode, dy)
 
 
 def onnx_model(module: nn.RNNBase, steps: int, batch: int) -> bytes:

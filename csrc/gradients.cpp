@@ -1,32 +1,36 @@
-// A layer's autograd.Function, see fastrnn/ops.py: the raw ops past the dispatcher. None means: not taken.
+// The fast path of a layer's autograd.Function, see fastrnn/ops.py: the raw ops past the dispatcher. None means that it declines.
 #include <array>
 #include <iterator>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "python.h"
+#include "tensors.h"
 
 namespace fastrnn {
 namespace {
 
 // What layer_forward and layer_backward have in common. Numbers in bfloat16 but for matrices are widened first, where there are
-// few; the ops are told in float32.
+// few: the ops get float32.
 class LayerArguments {
  public:
   // Two runs of a tuple: x, batch_sizes, h0, c0, and each kind of weights, of all directions. False where that is not what a
   // kernel reads.
-  bool tensors(PyObject* tuple, Py_ssize_t weights_at) {
+  bool tensors(PyObject* tuple, Py_ssize_t weights_at, const Reads& reads) {
     const Py_ssize_t count = PyTuple_Size(tuple) - weights_at, kinds = count / directions;
     Views* const by_kind[] = {&layer.w_ih, &layer.w_hh, kinds > 3 ? &layer.b_ih : &layer.w_hr, &layer.b_hh, &layer.w_hr};
     if (kinds < 2 || kinds > 5 || count != kinds * directions) return false;
-    results.like(handed.float32_pattern, FLOAT32);
+    results.like(imported.float32_pattern, FLOAT32);
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* object = PyTuple_GetItem(tuple, weights_at + i);
       View& seen = by_kind[i / directions]->emplace_back();
-      const bool matrix = kinds < 4 || i / directions < 2 || i / directions > 3;
-      if (matrix ? !whole(object, seen) : !numbers(object, seen, bias)) return false;
+      const Py_ssize_t kind = i / directions;
+      const bool matrix = kinds < 4 || kind < 2 || kind > 3;
+      const bool read = kind == 0 ? reads.w_ih : kind == 1 ? reads.w_hh : matrix || reads.biases;
+      if (matrix ? !whole(object, seen, !read) : !numbers(object, seen, bias, true, !read)) return false;
     }
-    return numbers(PyTuple_GetItem(tuple, 0), layer.x, x, false) && maybe(PyTuple_GetItem(tuple, 1), layer.batch_sizes) &&
+    return numbers(PyTuple_GetItem(tuple, 0), layer.x, x, false, !reads.x) &&
+           maybe(PyTuple_GetItem(tuple, 1), layer.batch_sizes) &&
            numbers(PyTuple_GetItem(tuple, 2), layer.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), layer.c0, c);
   }
   // Five of a tuple: cell, reverse, batch_first, segments, directions. False in recompute mode.
@@ -41,20 +45,20 @@ class LayerArguments {
     if (PyErr_Occurred()) throw PythonError();
     return layer.cell && !segments && directions > 0;
   }
-  bool whole(PyObject* object, View& seen) {
-    if (!look(object, seen, true)) return false;
+  bool whole(PyObject* object, View& seen, bool unread = false) {
+    if (!look(object, seen, true, unread)) return false;
     results.like(object, seen);
     return seen.is_contiguous();
   }
   bool maybe(PyObject* object, View& seen) { return object == Py_None || whole(object, seen); }
   // dtype: what it was before it was widened.
-  bool numbers(PyObject* object, View& seen, Dtype& dtype, bool contiguous = true) {
-    if (!look(object, seen, true)) return false;
+  bool numbers(PyObject* object, View& seen, Dtype& dtype, bool contiguous = true, bool unread = false) {
+    if (!look(object, seen, true, unread)) return false;
     results.like(object, seen);
     dtype = seen.dtype;
     if (dtype != Dtype::bf16) return (dtype == Dtype::f32 || dtype == Dtype::f64) && (!contiguous || seen.is_contiguous());
     if (!seen.is_contiguous() || seen.numel() > FEW) return false;
-    seen = wide.of(seen);
+    seen = unread ? wide.like(seen) : wide.of(seen);
     return true;
   }
   bool maybe_numbers(PyObject* object, View& seen, Dtype& dtype) { return object == Py_None || numbers(object, seen, dtype); }
@@ -84,7 +88,7 @@ class MadeResults {
       const bool half = dtype == Dtype::f32 && dtypes_[result] == Dtype::bf16;
       View seen;
       made[direction][result] = own_.results.make(sizes, half ? Dtype::bf16 : dtype, seen);
-      if (seen.numel() * bytes_of(dtype) >= MAPPED_BYTES) throw NotTaken();  // the op has better memory for them
+      if (seen.numel() * bytes_of(dtype) >= MAPPED_BYTES) throw Declined();  // the op has better memory for them
       if (!half) return seen;
       View wide;
       if (result == wide_result_)
@@ -115,12 +119,12 @@ class MadeResults {
 }  // namespace
 
 // layer_forward(arguments of fastrnn.ops.Layer) -> its results, None for those that are not there, and y before it was rounded,
-// or None. Of a call that nobody watches, or None.
+// or None. Declines a call that is watched.
 PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     LayerArguments own;
-    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < 9 || somebody_watches()) return nullptr;
-    if (!own.options(args[0], 4) || !own.tensors(args[0], 9)) return nullptr;
+    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < 9 || is_watched()) return nullptr;
+    if (!own.options(args[0], 4) || !own.tensors(args[0], 9, Reads())) return nullptr;
     MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Dtype::f32}, Y);
     results.run(forward_call(own.layer, true, results.make()), true);
     auto& made = results.made[0];
@@ -130,23 +134,27 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// layer_backward((dy, dh_n, dc_n), what `Layer` has saved, its options, its needs_input_grad) -> the gradients of its inputs,
-// of a call that nobody watches or differentiates, or None.
+// layer_backward((dy, dh_n, dc_n), what `Layer` has saved, its options, its needs_input_grad) -> the gradients of its inputs.
+// Declines a call that is watched or differentiated.
 PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *outer = args[0], *tensors = args[1], *options = args[2], *needs = args[3];
     LayerArguments own;
     const Py_ssize_t inputs = PyTuple_Size(needs), weights = inputs - 9;
     if (PyErr_Occurred()) throw PythonError();
-    if (aoti_torch_grad_mode_is_enabled() || somebody_watches() || weights < 2) return nullptr;
+    if (aoti_torch_grad_mode_is_enabled() || is_watched() || weights < 2) return nullptr;
     if (PyTuple_Size(outer) != 3 || PyTuple_Size(tensors) != 6 + weights || PyTuple_Size(options) != 5) return nullptr;
-    if (!own.options(options, 0) || !own.tensors(tensors, 6)) return nullptr;
+    if (!own.options(options, 0)) return nullptr;
     const auto needed = [&](Py_ssize_t input) { return PyTuple_GetItem(needs, input) == Py_True; };
     Gradients gradients{};
     gradients.need_dx = needed(0);
     gradients.need_dh0 = needed(2) || needed(3);
     for (Py_ssize_t i = 9; i < inputs; ++i) gradients.need_dw |= needed(i);
-    View y, saved;
+    View x, y, saved;
+    if (!look(PyTuple_GetItem(tensors, 0), x, true, true)) return nullptr;
+    if (!own.maybe(PyTuple_GetItem(tensors, 1), own.layer.batch_sizes)) return nullptr;
+    own.layer.x = x;
+    if (!own.tensors(tensors, 6, Reads(own.layer, gradients))) return nullptr;
     Dtype any;
     if (!own.numbers(PyTuple_GetItem(tensors, 4), y, any, false)) return nullptr;
     if (!own.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;

@@ -55,13 +55,15 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, 
     : cell(sizes.cell), dtype_(sizes.dtype), layout_(layout), directions_(sizes.directions), records{} {
   STD_TORCH_CHECK(directions_ == 1 || directions_ == 2, "fastrnn: expected one or two directions, got ", directions_);
   STD_TORCH_CHECK(dtype_ == Dtype::f32 || dtype_ == Dtype::f64, "fastrnn: the CPU engine takes float32 and float64");
-  const bool packed = layout == Layout::packed, dense = layout == Layout::time_batch || layout == Layout::batch_time;
+  const bool packed = layout == Layout::packed, dense = is_dense(layout);
   STD_TORCH_CHECK(x.dims == (dense ? 3 : 2), "fastrnn: x has ", x.dims, " dimensions");
   Record& r = records[0];
   r.steps = dense ? x.size(layout == Layout::batch_time ? 1 : 0) : steps;
   STD_TORCH_CHECK(r.steps > 0, "fastrnn: expected at least one step");
   r.batch = packed ? batch_sizes[0] : x.size(layout == Layout::time_batch ? 1 : 0);
   STD_TORCH_CHECK(r.batch > 0, "fastrnn: expected at least one row");
+  STD_TORCH_CHECK(sizes.input_size > 0 && sizes.hidden_size > 0 && sizes.output_size > 0,
+                  "fastrnn: expected at least one feature and one unit");
   r.rows = packed ? x.size(0) : product({r.steps, r.batch});
   r.input_size = sizes.input_size;
   r.output_size = sizes.output_size;
@@ -113,8 +115,13 @@ void Call::states(const View& given, int64_t Record::*field, int64_t numbers_a_d
 }
 
 void Call::rows(const View& given, int64_t Record::*field, int64_t Record::*step, int64_t Record::*row, int64_t width) {
-  const int64_t dims = layout_ == Layout::time_batch || layout_ == Layout::batch_time ? 3 : 2;
-  STD_TORCH_CHECK(given.dims == dims && given.dtype == dtype_, "fastrnn: a sequence's layout or dtype does not fit x");
+  const Record& r = records[0];
+  const bool dense = is_dense(layout_);
+  STD_TORCH_CHECK(given.dims == (dense ? 3 : 2) && given.dtype == dtype_, "fastrnn: a sequence's layout or dtype does not fit x");
+  const int64_t outer = layout_ == Layout::time_batch ? r.steps : layout_ == Layout::packed ? r.rows : r.batch;
+  const bool fits = given.size(0) == outer && (!dense || given.size(1) == (layout_ == Layout::time_batch ? r.batch : r.steps));
+  STD_TORCH_CHECK(fits && given.size(-1) == (width ? directions_ * width : r.input_size),
+                  "fastrnn: a sequence's shape does not fit x or the layer");
   for (int64_t d = 0; d < directions_; ++d) {
     records[d].*field = given.address + d * width * bytes_of(dtype_);
     records[d].*step = given.stride(layout_ == Layout::batch_time ? 1 : 0) * bytes_of(dtype_);
@@ -213,6 +220,13 @@ void give(Call& call, const Views& given, int64_t Record::*field, int64_t height
   for (size_t d = 0; d < given.size(); ++d) call.weight(static_cast<int64_t>(d), given[d], field, height, width);
 }
 
+Layout layout_of(const Layer& layer) {
+  return layer.batch_sizes.dims ? Layout::packed
+         : layer.x.dims == 2    ? Layout::batch
+         : layer.batch_first    ? Layout::batch_time
+                                : Layout::time_batch;
+}
+
 // What both ops have, but for biases, which backward only counts.
 Call call_of(const Layer& layer) {
   STD_TORCH_CHECK(!layer.w_ih.empty() && !layer.w_hh.empty() && layer.w_hh[0].dims == 2,
@@ -229,11 +243,8 @@ Call call_of(const Layer& layer) {
                          !layer.b_ih.empty(),
                          !layer.w_hr.empty(),
                          w_hh.dtype == Dtype::bf16};
-  const Layout layout = batch_sizes.dims    ? Layout::packed
-                        : layer.x.dims == 2 ? Layout::batch
-                        : layer.batch_first ? Layout::batch_time
-                                            : Layout::time_batch;
-  Call call(sizes, layer.x, layout, layer.reverse, reinterpret_cast<const int64_t*>(batch_sizes.address), batch_sizes.numel());
+  Call call(sizes, layer.x, layout_of(layer), layer.reverse, reinterpret_cast<const int64_t*>(batch_sizes.address),
+            batch_sizes.numel());
   const Record& r = call.records[0];
   const int64_t gate_rows = call.cell.gates * r.hidden_size;
   give(call, layer.w_ih, &Record::w_ih, gate_rows, r.input_size);
@@ -251,6 +262,13 @@ std::vector<int64_t> sizes_of(const View& t) { return {t.sizes, t.sizes + t.dims
 int64_t saved_width(const Call& call) { return (call.cell.slots + call.records[0].projected) * call.records[0].hidden_size; }
 
 }  // namespace
+
+Reads::Reads(const Layer& layer, const Gradients& gradients) : x(gradients.need_dw), w_ih(gradients.need_dx), biases(false) {
+  const Layout layout = layout_of(layer);
+  const bool one_step = layout == Layout::batch || (layout == Layout::packed && layer.batch_sizes.numel() == 1) ||
+                        (is_dense(layout) && layer.x.dims == 3 && layer.x.size(layer.batch_first ? 1 : 0) == 1);
+  w_hh = gradients.need_dh0 || !one_step;
+}
 
 Call forward_call(const Layer& layer, bool save, const Make& make) {
   Call call = call_of(layer);

@@ -58,6 +58,7 @@ void round(const View& wide, const View& out);
 
 // The axes of a sequence before its features.
 enum class Layout { time_batch, batch_time, packed, batch };  // batch: one step
+inline bool is_dense(Layout layout) { return layout == Layout::time_batch || layout == Layout::batch_time; }
 
 struct LayerSizes {
   const Cell& cell;
@@ -84,7 +85,7 @@ class Call {
   // A tensor with a leading axis for directions, or for those of `layers` layers, of which this is the one with index `layer`.
   void states(const View& given, int64_t Record::*field, int64_t numbers_a_direction, int64_t layer = 0, int64_t layers = 1);
 
-  // A sequence in x's layout; direction d starts d * width numbers into a row.
+  // A sequence in x's layout; direction d starts d * width numbers into a row, which has those of all directions; 0: of x's own.
   void rows(const View& given, int64_t Record::*field, int64_t Record::*step, int64_t Record::*row, int64_t width);
 
   // A place for states that nobody asks for.
@@ -131,6 +132,14 @@ struct Layer {
 struct Gradients {
   View dy, dh_n, dc_n;
   bool need_dx, need_dh0, need_dw;
+};
+
+// Which of its inputs a call reads: all of them in forward. The memory of others may have been freed.
+struct Reads {
+  Reads() = default;
+  Reads(const Layer& layer, const Gradients& gradients);  // layer: x and batch_sizes are known
+
+  bool x = true, w_ih = true, w_hh = true, biases = true;
 };
 
 // Their results, in order.

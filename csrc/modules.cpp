@@ -1,7 +1,7 @@
-// The short way of a module's call. One function takes its attributes and its input, checks all there is to check, and walks
-// the layers; the dispatcher, which takes longer than a small step does, is not asked. With gradients it applies an
-// autograd.Function to each layer. None means: not taken. Whoever called goes the long way then, which has torch's words for
-// what is wrong.
+// The fast path of a module's call. One function reads the module's attributes and its input, checks all there is to check, and
+// walks the layers, past torch's dispatcher, which takes longer than a small step does. With gradients it applies an
+// autograd.Function to each layer. None means that it declines the call: the fallback in Python runs, which has torch's words
+// for what is wrong.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -14,21 +14,42 @@
 namespace fastrnn {
 namespace {
 
-// An attribute in the instance's dictionary, borrowed; null where it is not there, or is not the module's own any more.
-PyObject* find(PyObject* attributes, PyObject* key) {
-  PyObject* found = PyDict_GetItemWithError(attributes, key);
+// What is in a dictionary, borrowed; null where it is not there, or None.
+PyObject* find(PyObject* dictionary, PyObject* key) {
+  PyObject* found = PyDict_GetItemWithError(dictionary, key);
   if (!found && PyErr_Occurred()) throw PythonError();
   return found == Py_None ? nullptr : found;
 }
-PyObject* find(PyObject* attributes, Key key) { return find(attributes, keys[key]); }
+PyObject* find(PyObject* dictionary, Key key) { return find(dictionary, keys[key]); }
 
-// One that a module has, unless somebody made something else of it, such as a property.
-bool is_true(PyObject* attributes, Key key) {
+// An attribute that torch.nn's constructor made a bool, or an int. It may have been replaced since, by anything.
+bool flag(PyObject* attributes, Key key) {
   PyObject* found = find(attributes, key);
-  if (!found) throw NotTaken();
-  const int truth = PyObject_IsTrue(found);
-  if (truth < 0) throw PythonError();
-  return truth;
+  if (found != Py_True && found != Py_False) throw Declined();
+  return found == Py_True;
+}
+int64_t number(PyObject* attributes, Key key) {
+  PyObject* found = find(attributes, key);
+  if (!found || !PyLong_CheckExact(found)) throw Declined();
+  const int64_t value = PyLong_AsLongLong(found);
+  if (value == -1 && PyErr_Occurred()) PyErr_Clear();  // of more than 64 bits: as wrong as -1
+  return value;
+}
+
+bool equals(PyObject* text, const char* expected) {
+  return PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, expected) == 0;
+}
+
+// Whether an attribute of the module stands in the place of something that its class has. more: attributes that are known to be
+// there beyond those that the constructor makes; weights: a list of further names.
+bool has_overrides(PyObject* attributes, const Imported::Overrides& overrides, Py_ssize_t more, PyObject* weights = nullptr) {
+  if (PyDict_Size(attributes) == overrides.made + more) return false;
+  if (!overrides.names) return true;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(overrides.names); ++i)
+    if (find(attributes, PyTuple_GetItem(overrides.names, i))) return true;
+  for (Py_ssize_t i = 0; weights && i < PyList_Size(weights); ++i)
+    if (find(attributes, PyList_GetItem(weights, i))) return true;
+  return false;
 }
 
 // How a layer's frozen weights begin; a line for each of these, then the panels. See fastrnn.freeze.
@@ -65,34 +86,31 @@ struct States {
 // Layers on top of each other, as a module holds them, without dropout.
 class Stack {
  public:
-  // Of a module (RNN, LSTM, GRU), or a cell; false where its weights are not its parameters any more, or not of one kind.
-  bool read(PyObject* attributes, const char* mode, bool frozen_too = true) {
-    if (mode) return read_cell(attributes, mode, frozen_too);
-    PyObject* own_mode = find(attributes, MODE);
-    PyObject* number = find(attributes, NUM_LAYERS);
-    if (!own_mode || !number || !set_cell(own_mode)) return false;
-    layers = PyLong_AsLong(number);
-    if (layers == -1 && PyErr_Occurred()) throw PythonError();
+  // Of a module, whose class stands for this one of torch.nn; false where its attributes do not agree with its weights, or where
+  // these are not its parameters any more, or not of one kind.
+  bool read(PyObject* attributes, PyObject* torch_class, bool frozen_too = true) {
+    const bool is_lstm = equals(torch_class, "LSTM"), is_gru = !is_lstm && equals(torch_class, "GRU");
+    if (!is_lstm && !is_gru && !equals(torch_class, "RNN")) return read_cell(attributes, torch_class, frozen_too);
+    PyObject* mode = is_lstm || is_gru ? torch_class : find(attributes, MODE);
+    cell = find_cell([&](const Cell& c) { return mode && equals(mode, c.mode); });
+    if (!cell || (cell->gates > 1) != (is_lstm || is_gru)) return false;
+    layers = number(attributes, NUM_LAYERS);
     if (layers < 1) return false;
-    directions = 1 + is_true(attributes, BIDIRECTIONAL);
-    batch_first = is_true(attributes, BATCH_FIRST);
-    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack, attributes);
-    PyObject *flat = find(attributes, FLAT_WEIGHTS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
-    PyObject* parameters = find(attributes, PARAMETERS);
-    if (!flat || !names || !parameters || !PyList_Check(flat) || !PyList_Check(names)) return false;
-    const Py_ssize_t count = PyList_Size(flat);
-    if (PyList_Size(names) != count || count == 0 || count % (layers * directions)) return false;
-    for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject* weight = PyList_GetItem(flat, i);
-      if (weight != find(parameters, PyList_GetItem(names, i))) return false;
-      objects.push_back(kept(weight));
-    }
-    return look_at_weights();
+    directions = 1 + flag(attributes, BIDIRECTIONAL);
+    batch_first = flag(attributes, BATCH_FIRST);
+    if (drops(attributes)) return false;
+    PyObject *parameters = find(attributes, PARAMETERS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
+    if (!parameters || !names || !PyList_Check(names)) return false;
+    PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
+    if (!(pack ? read_pack(pack, parameters) : read_weights(attributes, parameters, names))) return false;
+    const int64_t projection = number(attributes, PROJ_SIZE);
+    if (flag(attributes, BIAS) != bias || (projection > 0) != projected || number(attributes, INPUT_SIZE) != input_size) return false;
+    if (number(attributes, HIDDEN_SIZE) != hidden_size || (projected && projection != output_size)) return false;
+    return !has_overrides(attributes, imported.of_layer, (pack != nullptr) + compressed, names);
   }
 
   // Whether it takes input and states of these shapes; they are of one kind, and states are contiguous.
   bool takes(const View& x, Layout of, const View* h0, const View* c0, int64_t state_dims) {
-    if (half && !bias) all_half = x.dtype == Dtype::bf16;
     if (x.dtype != given_dtype() || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != input_size) return false;
     if (x.numel() == 0 || (all_half && !x.is_contiguous())) return false;
     layout = of;
@@ -179,9 +197,9 @@ class Stack {
     int64_t total = sizeof(PackHeader) * layers;
     for (int64_t layer = 0; layer < layers; ++layer) total += directions * bytes.emplace_back(pack_layer(layer, {}));
     Owned tensor = owned(PyObject_CallFunction(allocate, "L", static_cast<long long>(total)));
-    DLTensor t;
-    if (!tensor || handed.exchange->dltensor_from_py_object_no_sync(tensor.get(), &t) != 0) throw PythonError();
-    auto* headers = static_cast<PackHeader*>(t.data);
+    View t;
+    if (!tensor || !look(tensor.get(), t) || t.dtype != Dtype::byte || t.numel() != total) throw PythonError();
+    auto* headers = reinterpret_cast<PackHeader*>(t.address);
     int64_t at = reinterpret_cast<int64_t>(headers + layers);
     for (int64_t layer = 0; layer < layers; ++layer) {
       headers[layer] = {tier - TIERS, cell - CELLS, layers, directions, layer ? directions * output_size : input_size,
@@ -218,34 +236,62 @@ class Stack {
   Layout layout = Layout::batch;
   int64_t layers = 1, directions = 1, batch = 0, input_size = 0, hidden_size = 0, output_size = 0;
   bool batch_first = false, frozen = false;
-  bool half = false, all_half = false;  // matrices in bfloat16; all else, too
+  bool half = false, compressed = false, all_half = false;  // matrices in bfloat16, nothing else; all, too
 
  private:
-  bool set_cell(PyObject* mode) {
-    if (!PyUnicode_Check(mode)) return false;
-    cell = find_cell([&](const Cell& c) { return PyUnicode_CompareWithASCIIString(mode, c.mode) == 0; });
-    return cell;
-  }
-
-  bool read_cell(PyObject* attributes, const char* mode, bool frozen_too) {
+  bool read_cell(PyObject* attributes, PyObject* torch_class, bool frozen_too) {
+    const char* mode = equals(torch_class, "LSTMCell") ? "LSTM" : equals(torch_class, "GRUCell") ? "GRU" : nullptr;
+    if (!mode) {
+      PyObject* nonlinearity = find(attributes, NONLINEARITY);
+      if (!nonlinearity || !equals(torch_class, "RNNCell")) return false;
+      mode = equals(nonlinearity, "tanh") ? "RNN_TANH" : equals(nonlinearity, "relu") ? "RNN_RELU" : "";
+    }
     cell = find_cell([&](const Cell& c) { return std::strcmp(mode, c.mode) == 0; });
-    if (!cell) return false;
-    if (PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr) return read_pack(pack, attributes);
     PyObject* parameters = find(attributes, PARAMETERS);
-    if (!parameters) return false;
+    if (!cell || !parameters) return false;
+    PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
+    const bool of_rnn = cell->gates == 1;  // which has a nonlinearity
+    if (has_overrides(attributes, imported.of_cell, of_rnn + (pack != nullptr))) return false;
+    if (pack) return read_pack(pack, parameters);
     for (const Key key : {WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH}) {
       PyObject* weight = find(parameters, key);
       if (!weight && (key == BIAS_IH || key == BIAS_HH) && PyDict_Contains(parameters, keys[key]) == 1) continue;
       if (!weight) return false;
       objects.push_back(kept(weight));
     }
-    return look_at_weights();
+    return look_at_weights(attributes);
   }
 
-  bool look_at_weights() {
+  // Of a layer: a flat list, whose members torch.nn's forward finds there and not among the parameters.
+  bool read_weights(PyObject* attributes, PyObject* parameters, PyObject* names) {
+    PyObject* flat = find(attributes, FLAT_WEIGHTS);
+    if (!flat || !PyList_Check(flat)) return false;
+    const Py_ssize_t count = PyList_Size(flat);
+    if (PyList_Size(names) != count || count == 0 || count % (layers * directions)) return false;
+    Py_ssize_t place = 0;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      PyObject *weight = PyList_GetItem(flat, i), *name = PyList_GetItem(names, i), *key, *parameter;
+      const bool in_order = PyDict_Next(parameters, &place, &key, &parameter) && key == name;
+      if (weight != (in_order ? parameter : find(parameters, name))) return false;
+      objects.push_back(kept(weight));
+    }
+    return look_at_weights(attributes);
+  }
+
+  // Whether dropout is drawn.
+  bool drops(PyObject* attributes) const {
+    PyObject* probability = find(attributes, DROPOUT);
+    if (!probability || !(PyFloat_CheckExact(probability) || PyLong_CheckExact(probability))) throw Declined();
+    return flag(attributes, TRAINING) && layers > 1 && PyFloat_AsDouble(probability) != 0;
+  }
+
+  bool look_at_weights(PyObject* attributes) {
     weights.resize(objects.size());
     for (size_t i = 0; i < objects.size(); ++i)
       if (!look(objects[i].get(), weights[i], true) || !weights[i].is_contiguous()) return false;
+    half = weights[0].dtype == Dtype::bf16;
+    compressed = half && find(attributes, COMPRESSED) == Py_True;
+    all_half = half && !compressed;
     return understand();
   }
 
@@ -257,12 +303,11 @@ class Stack {
     projected = kinds % 2;
     if (weights[0].dims != 2 || weights[1].dims != 2 || (projected && !cell->has_cell_state)) return false;
     const int64_t gate_rows = weights[1].size(0);
+    if (gate_rows == 0) return false;
     input_size = weights[0].size(1);
     output_size = weights[1].size(1);
     hidden_size = gate_rows / cell->gates;
     if (hidden_size * cell->gates != gate_rows || (!projected && output_size != hidden_size)) return false;
-    half = weights[0].dtype == Dtype::bf16;
-    all_half = half && (!bias || weights[2].dtype == Dtype::bf16);
     dtype = half ? Dtype::f32 : weights[0].dtype;
     if (dtype == Dtype::other || (half && output_size % 2)) return false;
     const auto is = [&](const View& w, int64_t height, int64_t width = 0) {
@@ -280,9 +325,9 @@ class Stack {
 
   // pack: a tuple of the panels and the parameters that they were made of. False, too, where something took the place of one, as
   // torch.func.functional_call does: panels know nothing of it.
-  bool read_pack(PyObject* pack, PyObject* attributes) {
-    PyObject *parameters = find(attributes, PARAMETERS), *name, *value;
-    if (!PyTuple_CheckExact(pack) || !parameters) return false;
+  bool read_pack(PyObject* pack, PyObject* parameters) {
+    PyObject *name, *value;
+    if (!PyTuple_CheckExact(pack)) return false;
     Py_ssize_t place = 0, count = 0;
     while (PyDict_Next(parameters, &place, &name, &value))
       if (++count >= PyTuple_Size(pack) || PyTuple_GetItem(pack, count) != value) return false;
@@ -385,12 +430,6 @@ bool mixes(const View& x, const States& before, const View& y, const States& aft
          overlap(after.c, before.h) || other(after.h, before.h) || other(after.c, before.c);
 }
 
-bool drops(PyObject* attributes) {
-  PyObject* probability = find(attributes, DROPOUT);
-  if (!probability || !(PyFloat_Check(probability) || PyLong_Check(probability))) throw NotTaken();
-  return is_true(attributes, TRAINING) && is_true(attributes, DROPOUT);
-}
-
 // (y, h), or (y, (h, c)).
 Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
   if (!c) return owned(PyTuple_Pack(2, y.get(), h.get()));
@@ -399,7 +438,7 @@ Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
 }
 
 bool recompute_is_on() {
-  const Owned mode = owned(PyObject_CallNoArgs(handed.recompute_is_on));
+  const Owned mode = owned(PyObject_CallNoArgs(imported.recompute_is_on));
   if (!mode) throw PythonError();
   return mode.get() == Py_True;
 }
@@ -458,7 +497,7 @@ Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, cons
       else
         states[i] = owned(PyObject_CallMethod(before.objects[i].get(), "narrow", "iLL", 0, layer * D, D));
     }
-    PyObject* function = stack.half ? handed.apply_half : handed.apply;
+    PyObject* function = stack.half ? imported.apply_half : imported.apply;
     const Owned results = differentiated(function, stack, layer, y.get(), std::move(states));
     y = kept(PyTuple_GetItem(results.get(), 0));
     for (size_t i = 0; i < kinds; ++i) last[i].push_back(kept(PyTuple_GetItem(results.get(), static_cast<Py_ssize_t>(i + 1))));
@@ -468,7 +507,7 @@ Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, cons
     if (stack.layers == 1)
       joined[i] = std::move(last[i][0]);
     else
-      joined[i] = owned(PyObject_CallFunctionObjArgs(handed.cat, tuple_of(std::move(last[i])).get(), nullptr));
+      joined[i] = owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(std::move(last[i])).get(), nullptr));
     if (!joined[i]) throw PythonError();
   }
   return with_state(y, joined[0], joined[1]);
@@ -476,21 +515,20 @@ Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, cons
 
 }  // namespace
 
-// forward(module.__dict__, x, hx, module.recompute) -> (y, state) of batched dense input, or None.
+// forward(module.__dict__, torch.nn's class by name, x, hx, module.recompute) -> (y, state) of batched dense input, or None.
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
-    PyObject *attributes = args[0], *x_object = args[1];
+    PyObject *attributes = args[0], *x_object = args[2];
     Stack stack;
     View x;
     States before;
-    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, nullptr)) return nullptr;
-    if (stack.layers > 1 && drops(attributes)) return nullptr;
+    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
+    if (!before.read(args[3], pair) || is_watched()) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
     if (differentiates(stack, x_object, before)) {
-      if (stack.frozen || args[3] != Py_False || recompute_is_on()) return nullptr;
-      // Layers below the first that is differentiated keep nothing: the long way asks each.
+      if (stack.frozen || args[4] != Py_False || recompute_is_on()) return nullptr;
+      // Layers below the first that is differentiated keep nothing: the fallback asks each.
       if (stack.layers > 1 && !lowest_differentiates(stack, x_object, before)) return nullptr;
       return differentiated(stack, x_object, x, before);
     }
@@ -505,17 +543,16 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// step(module.__dict__, x, state, out) -> (y, state), which are out's if it is given, or None. Without gradients, whoever asks.
+// step(module.__dict__, torch.nn's class by name, x, state, out) -> (y, state), which are out's if it is given, or None. Without gradients, whoever asks.
 PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
-    PyObject *attributes = args[0], *x_object = args[1], *out = args[3];
+    PyObject *attributes = args[0], *x_object = args[2], *out = args[4];
     Stack stack;
     View x, y, h_n, c_n;
     States before, after;
-    if (!look(x_object, x) || !stack.read(attributes, nullptr) || stack.directions != 1) return nullptr;
-    if (stack.layers > 1 && drops(attributes)) return nullptr;
+    if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.directions != 1) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
+    if (!before.read(args[3], pair) || is_watched()) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
     const int64_t B = stack.batch, R = stack.output_size;
     if (out != Py_None) {
@@ -529,7 +566,7 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (!written) throw PythonError();
       run(stack, x, before, y, after.h, after.c_or_none);
       // So that autograd notices if one of them was kept for a backward pass.
-      if (!owned(PyObject_CallFunctionObjArgs(handed.increment_version, written.get(), nullptr))) throw PythonError();
+      if (!owned(PyObject_CallFunctionObjArgs(imported.increment_version, written.get(), nullptr))) throw PythonError();
       return kept(out);
     }
     Results results = like(x_object, x, before);
@@ -540,25 +577,25 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// cell(module.__dict__, x, hx, mode) -> h, or (h, c), of a batch, or None. mode: as RNN, LSTM and GRU have it.
+// cell(module.__dict__, torch.nn's class by name, x, hx) -> h, or (h, c), of a batch, or None.
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
-    PyObject *attributes = args[0], *x_object = args[1];
-    const char* mode = PyUnicode_AsUTF8AndSize(args[3], nullptr);
-    if (!mode) throw PythonError();
+    PyObject *attributes = args[0], *x_object = args[2];
     Stack stack;
     View x, h, c;
     States before;
-    if (!look(x_object, x) || !stack.read(attributes, mode)) return nullptr;
+    if (!look(x_object, x) || !stack.read(attributes, args[1])) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[2], pair) || somebody_watches()) return nullptr;
+    if (!before.read(args[3], pair) || is_watched()) return nullptr;
+    // torch.nn makes absent states of the size that the module says it has
+    if (!before.h_or_none && number(attributes, HIDDEN_SIZE) != stack.hidden_size) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;
     if (differentiates(stack, x_object, before)) {
       if (stack.frozen || stack.half || recompute_is_on()) return nullptr;
       std::array<Owned, 2> states;
       if (!before.h_or_none) states = zero_states(stack, x_object, x, {stack.batch});
       for (size_t i = 0; before.h_or_none && i < 1U + pair; ++i) states[i] = kept(before.objects[i].get());
-      Owned results = differentiated(handed.apply_cell, stack, 0, x_object, std::move(states));
+      Owned results = differentiated(imported.apply_cell, stack, 0, x_object, std::move(states));
       return pair ? std::move(results) : kept(PyTuple_GetItem(results.get(), 0));
     }
     Results results = like(x_object, x, before);
@@ -569,12 +606,12 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// pack(module.__dict__, mode or None, allocate) -> the weights as packed panels in allocate(bytes), or None where it can't.
+// pack(module.__dict__, torch.nn's class by name, allocate) -> the weights as packed panels in allocate(bytes), or None where it
+// can't.
 PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
-    const char* mode = args[1] == Py_None ? nullptr : PyUnicode_AsUTF8AndSize(args[1], nullptr);
     Stack stack;
-    if (!stack.read(args[0], mode, false) || stack.half) return nullptr;
+    if (!stack.read(args[0], args[1], false) || stack.half) return nullptr;
     return stack.pack(args[2]);
   });
 }

@@ -3,18 +3,71 @@
 #include <algorithm>
 #include <cstring>
 #include <utility>
+#include <vector>
+
+#include "tensors.h"
+
+// torch's, which its C functions lack; null where this torch has no such function.
+namespace at {
+class Tensor;
+namespace native {
+[[gnu::weak, gnu::visibility("default")]] bool is_neg(const Tensor&);
+}
+}  // namespace at
 
 namespace fastrnn {
 
-Handed handed;
+Imported imported;
 PyObject* keys[KEYS];
+
+namespace {
+
+Py_ssize_t place = 0;  // of the pointer to torch's tensor in Python's; 0 where it is not known
+
+const void* pointer_at(PyObject* object, Py_ssize_t at) {
+  const void* found;
+  std::memcpy(&found, reinterpret_cast<const char*>(object) + at, sizeof found);
+  return found;
+}
+
+const void* pointer_by_attribute(PyObject* tensor) {
+  const Owned number = owned(PyObject_GetAttr(tensor, keys[CDATA]));
+  if (!number) throw PythonError();
+  return PyLong_AsVoidPtr(number.get());
+}
+
+// An at::Tensor, which is one pointer to what it shares with its copies; that of a tensor of Python's.
+class TorchTensor {
+ public:
+  explicit TorchTensor(PyObject* object) : pointer_(place ? pointer_at(object, place) : pointer_by_attribute(object)) {}
+  AtenTensorHandle handle() const { return reinterpret_cast<AtenTensorHandle>(const_cast<const void**>(&pointer_)); }
+  const at::Tensor& tensor() const { return *reinterpret_cast<const at::Tensor*>(&pointer_); }
+
+ private:
+  const void* pointer_;
+};
+
+bool is_plain(PyObject* object, bool maybe_parameter = true) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == imported.tensor_type || (maybe_parameter && type == imported.parameter_type);
+}
+
+// The imaginary part of a conjugate, for one, holds its numbers negated.
+bool is_negated(PyObject* object, const TorchTensor& tensor) {
+  if (at::native::is_neg) return at::native::is_neg(tensor.tensor());
+  const Owned answer = owned(PyObject_CallMethodObjArgs(object, keys[IS_NEG], nullptr));
+  if (!answer) throw PythonError();
+  return answer.get() != Py_False;
+}
+
+}  // namespace
 
 bool make_keys() {
   // clang-format off
   static const char* const KEY_NAMES[KEYS] = {
-    "mode", "num_layers", "bidirectional", "batch_first", "dropout", "training", "_flat_weights", "_flat_weights_names",
-    "_parameters", "_fastrnn_panels", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty",
-    "is_neg", "requires_grad"
+    "mode", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "bidirectional", "batch_first", "dropout",
+    "training", "nonlinearity", "_flat_weights", "_flat_weights_names", "_parameters", "_fastrnn_panels", "_fastrnn_compressed",
+    "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "is_neg", "requires_grad", "_cdata"
   };
   // clang-format on
   for (size_t i = 0; i < KEYS; ++i)
@@ -22,40 +75,43 @@ bool make_keys() {
   return true;
 }
 
-bool look(PyObject* object, View& seen, bool maybe_parameter) {
-  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  if (type != handed.tensor_type && !(maybe_parameter && type == handed.parameter_type)) return false;
-  DLTensor t;
-  if (handed.exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {  // such as a sparse one
-    PyErr_Clear();
-    return false;
+void find_torch_tensor(PyObject* tensor, PyObject* parameter) {
+  std::vector<Py_ssize_t> places[2];
+  PyObject* const samples[] = {tensor, parameter};
+  for (size_t i = 0; i < 2; ++i) {
+    const Owned size = owned(PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(samples[i])), "__basicsize__"));
+    const auto bytes = size ? PyLong_AsSsize_t(size.get()) : -1;
+    if (bytes < 0) throw PythonError();
+    for (Py_ssize_t at = sizeof(PyObject); at + static_cast<Py_ssize_t>(sizeof(void*)) <= bytes; at += sizeof(void*))
+      if (pointer_at(samples[i], at) == pointer_by_attribute(samples[i])) places[i].push_back(at);
   }
-  if (t.device.device_type != kDLCPU || t.dtype.lanes != 1 || t.ndim < 1 || t.strides[t.ndim - 1] != 1) return false;
-  seen.address = reinterpret_cast<int64_t>(t.data) + static_cast<int64_t>(t.byte_offset);
-  seen.dims = t.ndim;
-  seen.sizes = t.shape;
-  seen.strides = t.strides;
-  if (t.dtype.code == kDLFloat && t.dtype.bits == 32) seen.dtype = Dtype::f32;
-  if (t.dtype.code == kDLFloat && t.dtype.bits == 64) seen.dtype = Dtype::f64;
-  if (t.dtype.code == kDLBfloat) seen.dtype = Dtype::bf16;
-  if (t.dtype.code == kDLUInt && t.dtype.bits == 8) seen.dtype = Dtype::byte;
-  if (t.dtype.code == kDLInt && t.dtype.bits == 64) seen.dtype = Dtype::i64;
-  const int64_t numbers = seen.numel();
-  if (!t.data && numbers) return false;
-  // The imaginary part of a conjugate holds its numbers negated, and DLPack does not say so. It has gaps, or one number.
-  bool whole = numbers != 1;
-  for (int64_t axis = seen.dims - 1, expected = 1; axis >= 0; expected *= seen.sizes[axis], --axis)
-    whole = whole && seen.strides[axis] == expected;
-  if (whole) return true;
-  const Owned negated = owned(PyObject_CallMethodObjArgs(object, keys[IS_NEG], nullptr));
-  if (!negated) throw PythonError();
-  return negated.get() == Py_False;
+  if (places[0].size() == 1 && places[0] == places[1]) place = places[0][0];
 }
 
-bool somebody_watches() {
-  if (!handed.watchers) return true;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(handed.watchers); ++i) {
-    const Owned answer = owned(PyObject_CallNoArgs(PyTuple_GetItem(handed.watchers, i)));
+bool look(PyObject* object, View& seen, bool maybe_parameter, bool unread) {
+  if (!is_plain(object, maybe_parameter)) return false;
+  const TorchTensor tensor(object);
+  if (!see(tensor.handle(), seen) || seen.dtype == Dtype::other || seen.dims < 1 || seen.stride(-1) != 1) return false;
+  return (unread || in_memory(tensor.handle(), seen)) && !is_negated(object, tensor);
+}
+
+PyObject* check_memory(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    for (Py_ssize_t i = 0; i < PyTuple_Size(args[0]); ++i) {
+      PyObject* object = PyTuple_GetItem(args[0], i);
+      if (!is_plain(object)) continue;
+      const TorchTensor tensor(object);
+      View seen;
+      if (see(tensor.handle(), seen)) check_in_memory(tensor.handle(), seen);
+    }
+    return nullptr;
+  });
+}
+
+bool is_watched() {
+  if (!imported.watchers) return true;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(imported.watchers); ++i) {
+    const Owned answer = owned(PyObject_CallNoArgs(PyTuple_GetItem(imported.watchers, i)));
     if (!answer) throw PythonError();
     const int truth = PyObject_IsTrue(answer.get());
     if (truth < 0) throw PythonError();
@@ -87,7 +143,7 @@ Owned Results::make(const std::vector<int64_t>& sizes, Dtype dtype, View& seen) 
     if (pattern.dtype != dtype) continue;
     of_dtype = object;
     if (pattern.is_contiguous() && std::equal(sizes.begin(), sizes.end(), pattern.sizes, pattern.sizes + pattern.dims))
-      made = owned(PyObject_CallFunctionObjArgs(handed.empty_like, object, nullptr));
+      made = owned(PyObject_CallFunctionObjArgs(imported.empty_like, object, nullptr));
   }
   if (!made && of_dtype) {
     const Owned shape = owned(PyTuple_New(static_cast<Py_ssize_t>(sizes.size())));

@@ -16,6 +16,7 @@
 
 #include "layer.h"
 #include "memory.h"
+#include "tensors.h"
 
 namespace fastrnn {
 namespace {
@@ -24,20 +25,11 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
-View view(const Tensor& t) {
+// unread: its memory need not be there.
+View view(const Tensor& t, bool unread = false) {
   View seen;
-  seen.address = reinterpret_cast<int64_t>(t.data_ptr());
-  seen.dims = t.dim();
-  seen.sizes = t.sizes().data();
-  seen.strides = t.strides().data();
-  if (t.is_cpu()) {
-    int32_t code;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-    if (code == aoti_torch_dtype_float32()) seen.dtype = Dtype::f32;
-    if (code == aoti_torch_dtype_float64()) seen.dtype = Dtype::f64;
-    if (code == aoti_torch_dtype_bfloat16()) seen.dtype = Dtype::bf16;
-    if (code == aoti_torch_dtype_int64()) seen.dtype = Dtype::i64;
-  }
+  STD_TORCH_CHECK(see(t.get(), seen), "fastrnn: expected tensors with strides");
+  if (!unread) check_in_memory(t.get(), seen);
   return seen;
 }
 
@@ -47,32 +39,52 @@ int32_t code_of(Dtype dtype) {
                                 : aoti_torch_dtype_float32();
 }
 
-// Tensors as views: copies, where the kernels need what is contiguous, live as long as this.
+// Tensors as views: copies, where the kernels need what is contiguous, live as long as this. read: whether they read it at all.
 class Copies {
  public:
-  View contiguous(const Tensor& t) { return view(t.is_contiguous() ? t : copies_.emplace_front(torch::stable::contiguous(t))); }
+  View contiguous(const Tensor& t, bool read = true) {
+    const View seen = view(t, !read);
+    return !read || seen.is_contiguous() ? seen : view(copies_.emplace_front(torch::stable::contiguous(t)));
+  }
   View contiguous(const MaybeTensor& t) { return t ? contiguous(*t) : View(); }
-  View rows(const Tensor& t) { return t.stride(-1) == 1 ? view(t) : contiguous(t); }
-  Views all(const Tensors& given) {
+  View rows(const Tensor& t, bool read = true) {
+    const View seen = view(t, !read);
+    return !read || (seen.dims > 0 && seen.stride(-1) == 1) ? seen : contiguous(t);
+  }
+  Views all(const Tensors& given, bool read = true) {
     Views seen;
-    for (const Tensor& t : given) seen.push_back(contiguous(t));
+    for (const Tensor& t : given) seen.push_back(contiguous(t, read));
     return seen;
   }
   View zeros_like(const Tensor& t) {
     copies_.push_front(torch::stable::empty_like(t));
     torch::stable::zero_(copies_.front());
-    return view(copies_.front());
+    return rows(copies_.front());
   }
 
+  // gradients: which of them are asked for, in backward.
   Layer layer(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0, const Tensors& w_ih,
               const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, const std::string& name,
-              bool reverse, bool batch_first) {
-    const Cell* cell = find_cell([&](const Cell& c) { return name == c.name; });
-    STD_TORCH_CHECK(cell, "fastrnn: unknown cell '", name, "'");
+              bool reverse, bool batch_first, const Gradients* gradients = nullptr) {
+    Layer seen{};
+    seen.cell = find_cell([&](const Cell& c) { return name == c.name; });
+    STD_TORCH_CHECK(seen.cell, "fastrnn: unknown cell '", name, "'");
     STD_TORCH_CHECK(batch_sizes || x.dim() == 3, "fastrnn: x has ", x.dim(), " dimensions");
     STD_TORCH_CHECK(!batch_sizes || batch_sizes->dim() == 1, "fastrnn: expected batch_sizes of int64 [T] on the CPU");
-    return {cell,      rows(x),   contiguous(batch_sizes), contiguous(h0), contiguous(c0), all(w_ih),
-            all(w_hh), all(b_ih), all(b_hh),               all(w_hr),      reverse,        batch_first};
+    seen.reverse = reverse;
+    seen.batch_first = batch_first;
+    seen.x = view(x, true);
+    seen.batch_sizes = contiguous(batch_sizes);
+    const Reads reads = gradients ? Reads(seen, *gradients) : Reads();
+    seen.x = rows(x, reads.x);
+    seen.h0 = contiguous(h0);
+    seen.c0 = contiguous(c0);
+    seen.w_ih = all(w_ih, reads.w_ih);
+    seen.w_hh = all(w_hh, reads.w_hh);
+    seen.b_ih = all(b_ih, reads.biases);
+    seen.b_hh = all(b_hh, reads.biases);
+    seen.w_hr = all(w_hr);
+    return seen;
   }
 
  private:
@@ -123,9 +135,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     bool need_dx, bool need_dh0, bool need_dw) {
   Copies copies;
   Outputs<BACKWARD_RESULTS> results(w_ih.size());
-  const Layer layer = copies.layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first);
   const View outer = dy ? copies.rows(*dy) : copies.zeros_like(y);
   const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), need_dx, need_dh0, need_dw};
+  const Layer layer =
+      copies.layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, &gradients);
   backward_call(layer, gradients, copies.rows(y), copies.contiguous(saved), results.make()).run(false);
   const auto take = [&](size_t result) { return results.take(result, layer.x.dtype); };
   return {take(DX), take(DH0), take(DC0), take(DW_IH), take(DW_HH), take(DB_IH), take(DB_HH), take(DW_HR)};

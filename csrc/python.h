@@ -1,5 +1,5 @@
-// What the functions for Python have in common: references, tensors as Python has them, seen through DLPack's exchange table,
-// and results. Python's limited API, so that one binary serves all versions.
+// What the functions for Python have in common: references, tensors as Python has them, and results. Python's limited API, so
+// that one binary serves all versions.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -13,12 +13,6 @@
 #include <stdexcept>
 #include <utility>
 #include <vector>
-
-// Plain C, of DLPack and not of torch: but torch's copy stops whoever asks for its stable ABI.
-#pragma push_macro("TORCH_TARGET_VERSION")
-#undef TORCH_TARGET_VERSION
-#include <ATen/dlpack.h>
-#pragma pop_macro("TORCH_TARGET_VERSION")
 
 #include "layer.h"
 #include "memory.h"
@@ -37,30 +31,40 @@ inline Owned kept(PyObject* object) {
 }
 
 struct PythonError {};  // Python has its exception already
-struct NotTaken {};     // the call goes the long way
+struct Declined {};     // the fast path does not take the call: the fallback in Python does
 
-// What Python hands over when it loads the module. See `prepare`, `watch` and `differentiate` in python.cpp.
-struct Handed {
-  const DLPackExchangeAPI* exchange;
+// Python's objects that the functions use. See `prepare`, `watch`, `differentiate` and `expect` in python.cpp.
+struct Imported {
   PyObject *tensor_type, *parameter_type, *empty_like, *increment_version;
-  PyObject* watchers;  // a tuple of functions: where one says so, somebody looks at the call from outside
+  PyObject* watchers;  // a tuple of functions: where one returns something true, somebody watches the call from outside
   PyObject *apply, *apply_half, *apply_cell, *recompute_is_on, *cat, *float32_pattern;
+  // Of a layer, and of a cell: a tuple of the names that may stand among a module's attributes in the place of what its class has,
+  // and how many attributes its constructor makes, none of which has such a name.
+  struct Overrides {
+    PyObject* names;
+    Py_ssize_t made;
+  } of_layer, of_cell;
 };
-extern Handed handed;
+extern Imported imported;
 
 // clang-format off
 enum Key : size_t {
-  MODE, NUM_LAYERS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, PANELS,
-  WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH, NEW_EMPTY, IS_NEG, REQUIRES_GRAD, KEYS
+  MODE, INPUT_SIZE, HIDDEN_SIZE, PROJ_SIZE, NUM_LAYERS, BIAS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, NONLINEARITY,
+  FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, PANELS, COMPRESSED, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH,
+  NEW_EMPTY, IS_NEG, REQUIRES_GRAD, CDATA, KEYS
 };
 // clang-format on
 extern PyObject* keys[KEYS];
 bool make_keys();  // false with an exception of Python's
 
-// True where a plain dense tensor of the CPU is seen, whose last axis has its numbers next to each other.
-bool look(PyObject* object, View& seen, bool maybe_parameter = false);
+// Find out where Python's tensors hold torch's own, from one tensor and one parameter.
+void find_torch_tensor(PyObject* tensor, PyObject* parameter);
 
-bool somebody_watches();
+// True where a plain dense tensor of the CPU is seen: its last axis has its numbers next to each other, all lie in memory, and
+// none is to be read negated. unread: its memory need not be there.
+bool look(PyObject* object, View& seen, bool maybe_parameter = false, bool unread = false);
+
+bool is_watched();
 bool wants_gradient(PyObject* tensor);  // false where there is none
 
 // None in the place of what is not there.
@@ -130,7 +134,7 @@ PyObject* answer(const Body& body) {
     if (Owned result = body()) return result.release();
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
-  } catch (const NotTaken&) {
+  } catch (const Declined&) {
     Py_RETURN_NONE;
   } catch (const PythonError&) {
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, "fastrnn: a tensor could not be made");
@@ -145,6 +149,6 @@ PyObject* answer(const Body& body) {
 // The functions for Python that take a module, and those that take a layer.
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
 Function forward, step, cell, pack;
-Function layer_forward, layer_backward;
+Function layer_forward, layer_backward, check_memory;
 
 }  // namespace fastrnn

@@ -1,10 +1,12 @@
 """Drop-in replacement of torch.nn's RNN, LSTM and GRU on fused engines."""
 
 from fastrnn import functional as functional
+from fastrnn import tracers as _tracers  # noqa: F401  # for what it does to torch
 from fastrnn.checkpoint import recompute as recompute
 from fastrnn.convert import compress as compress
 from fastrnn.convert import convert as convert
 from fastrnn.convert import patch as patch
+from fastrnn.convert import revert as revert
 from fastrnn.dispatch import explain as explain
 from fastrnn.frozen import freeze as freeze
 from fastrnn.frozen import thaw as thaw
@@ -30,6 +32,7 @@ __all__ = [
     "functional",
     "patch",
     "recompute",
+    "revert",
     "thaw",
 ]
 __version__ = "0.1.0"

@@ -34,16 +34,20 @@ _mode = _Mode()
 
 @contextmanager
 def recompute(enabled: bool = True) -> Iterator[None]:
-    """Layers that run inside the block keep less for their backward pass, and take longer over it.
+    """Have the layers that run inside the block keep less for their backward pass, which then takes longer.
+
+    ::
 
         with fastrnn.recompute():
             output, state = lstm(x)
         output.sum().backward()
 
-    They keep their output and, LSTM's, some of the cell states, in place of every gate of every step; backward computes
-    the gates again. Outputs are the same to the last bit (but in bfloat16 with AMX), gradients to rounding. RNN keeps only its
-    output anyway. Modules made with `recompute=True` do it always. The mode is the thread's own. Under torch.func, in forward
-    mode and where torch.nn's own path runs it changes nothing.
+    The layers keep their output, and an LSTM some of its cell states, in place of every gate of every step. Backward computes
+    the gates again. Outputs have the same bits as without it (except in bfloat16 with AMX), and gradients differ by rounding.
+    An RNN keeps only its output anyway. Layers that were made with `recompute=True` always run in this way.
+
+    The mode holds for the thread that entered the block. It has no effect under torch.func, in forward mode, and where
+    torch.nn's own code runs.
 
     Args:
         enabled: False ends the effect of an outer block.

@@ -34,15 +34,15 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-forced = os.environ.get("FASTRNN_BACKEND")
+forced = os.environ.get("FASTRNN_BACKEND") or None  # an empty variable is no choice
 
 FUSED = frozenset(("cpu", "triton"))  # engines behind the raw ops
-native: Any = None  # the short way of a call, csrc/modules.cpp, where there is one
+native: Any = None  # the compiled runtime with the fast path of a call, csrc/modules.cpp, where there is one
 _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 HALF = frozenset((torch.float16, torch.bfloat16))
 _AUTOCAST = HALF | {torch.float32}  # what autocast casts
 _CPU_DTYPES = (*cpu.DTYPES, *sorted(HALF, key=str))
-# Where one of these says so, somebody looks at a call from outside, who would not see one that the short way takes.
+# Where one of these returns something true, somebody watches calls from outside, who would not see those on the fast path.
 _WATCHERS = (
     torch._C._get_tracing_state,
     torch._C._are_functorch_transforms_active,
@@ -56,11 +56,13 @@ BY_MODE = {cell.mode: cell.name for cell in CELLS.values()}  # names of cells by
 unavailable: str | None = "its operators are not registered yet"  # or None
 
 
-def mode_of_cell(cell: Any) -> str:
-    """What RNN, LSTM and GRU have as `mode`."""
-    if isinstance(cell, nn.LSTMCell):
+def mode_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
+    """Return which cell torch.nn's forward of this module runs, a key of BY_MODE unless an attribute is wrong."""
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)):
         return "LSTM"
-    return "GRU" if isinstance(cell, nn.GRUCell) else f"RNN_{cell.nonlinearity}".upper()
+    if isinstance(module, (nn.GRU, nn.GRUCell)):
+        return "GRU"
+    return module.mode if isinstance(module, nn.RNNBase) else f"RNN_{module.nonlinearity}".upper()  # type: ignore[return-value]
 
 
 def watched() -> bool:
@@ -82,19 +84,41 @@ def load() -> None:
         warnings.warn(f"torch.nn's own path runs, fastrnn's CPU engine cannot: {error}", RuntimeWarning, stacklevel=2)
 
 
-def choose(x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor]) -> str:
-    """Name of the engine that runs this call.
+def choose(
+    x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor], compressed: bool = False
+) -> str:
+    """Return the name of the engine that runs this call. compressed: the weights are those of a layer that was compressed.
 
-    RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
+    Raises:
+        RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call; or the CPU engine would read memory that
+            is not there.
     """
-    if forced is None:
-        engine = "triton" if getattr(x, "is_cuda", False) else "cpu"
-        return "torch" if _WHY_NOT[engine](x, batch_sizes, states, weights) else engine
-    if forced not in _WHY_NOT:
+    engine = forced or ("triton" if getattr(x, "is_cuda", False) else "cpu")
+    if engine not in _WHY_NOT:
         raise RuntimeError(f"FASTRNN_BACKEND={forced}: no such engine, expected one of {', '.join(_WHY_NOT)}")
-    if reason := _WHY_NOT[forced](x, batch_sizes, states, weights):
-        raise RuntimeError(f"FASTRNN_BACKEND={forced}: the engine cannot run this call: {reason}")
-    return forced
+    if reason := why_not(engine, x, batch_sizes, states, weights, compressed):
+        if forced:
+            raise RuntimeError(f"FASTRNN_BACKEND={forced}: the engine cannot run this call: {reason}")
+        return "torch"
+    if engine == "cpu":
+        check_memory(x, batch_sizes, *states, *weights)
+    return engine
+
+
+def why_not(engine: str, x, batch_sizes, states, weights, compressed: bool) -> str | None:
+    """Say why an engine declines a call; None where it takes it. The CPU engine reads compressed matrices as they are."""
+    if compressed and engine == "cpu" and has_compressed(x, weights) and not torch.is_autocast_enabled("cpu"):
+        weights = [weight for weight in weights if weight.dim() != 2]
+    return _WHY_NOT[engine](x, batch_sizes, states, weights)
+
+
+def check_memory(*tensors: Tensor | None) -> None:
+    """Raise what torch.nn raises where a tensor's storage has been freed, or made smaller than its sizes and strides say.
+
+    The compiled runtime checks that itself. This is for what Python does with the tensors before they get there.
+    """
+    if native and not torch.compiler.is_compiling():
+        native.check_memory(tensors)
 
 
 def leaves_to_cudnn(cell: str, x: Tensor, batch_sizes, w_hh: Tensor, layers: int, directions: int, batch_first: bool) -> bool:
@@ -134,22 +158,19 @@ def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
     """Why the compiled CPU engine declines a call, or None where it takes it, half precision through float32."""
     mixed = torch.is_autocast_enabled("cpu")
     dtypes = _AUTOCAST if mixed else _CPU_DTYPES
-    if compressed(x, weights) and not mixed:
-        weights = [weight for weight in weights if weight.dim() != 2]
     return _why_not_fused(x, batch_sizes, states, weights, "cpu", dtypes, mixed) or unavailable
 
 
-def compressed(x, weights) -> bool:
-    """Are the matrices, and only they, in bfloat16, beside x? See `fastrnn.compress`."""
+def has_compressed(x, weights) -> bool:
+    """Are x and its weights of the dtypes that `fastrnn.compress` makes: matrices in bfloat16, all else in float32?"""
     if getattr(weights[0], "dtype", None) is not torch.bfloat16 or type(x) not in _PLAIN or x.dtype is not torch.float32:
         return False
-    matrices = [weight for weight in weights if type(weight) not in _PLAIN or weight.dim() == 2]
     return all(
-        type(matrix) in _PLAIN
-        and matrix.dtype is torch.bfloat16
-        and matrix.device == x.device
-        and matrix.layout is torch.strided
-        for matrix in matrices
+        type(weight) in _PLAIN
+        and weight.dtype is (torch.bfloat16 if weight.dim() == 2 else torch.float32)
+        and weight.device == x.device
+        and weight.layout is torch.strided
+        for weight in weights
     )
 
 
@@ -185,6 +206,8 @@ def _why_not_fused(
         return "nested tensor"
     if 0 in x.shape:
         return f"empty input {tuple(x.shape)}"
+    if weights and 0 in weights[-1].shape:  # whose rows are units, or its columns
+        return "no hidden units"
     if batch_sizes is not None and not batch_sizes.is_cpu:
         return f"batch_sizes on {batch_sizes.device}"
     if torch.compiler.is_compiling():
@@ -199,7 +222,9 @@ def why_not_reference(x, batch_sizes, states, weights) -> str | None:
     """Why the reference loop declines a call, or None."""
     if any(not isinstance(tensor, Tensor) for tensor in (x, *states, *weights)):
         return "an argument is not a tensor"
-    return f"empty input {tuple(x.shape)}" if 0 in x.shape else None
+    if 0 in x.shape:
+        return f"empty input {tuple(x.shape)}"
+    return "no hidden units" if weights and 0 in weights[-1].shape else None
 
 
 def why_not_torch(x, batch_sizes, states, weights) -> None:
@@ -213,10 +238,11 @@ _WHY_NOT = {"cpu": why_not_cpu, "triton": why_not_triton, "reference": why_not_r
 class Explanation:
     """What `explain` found; prints itself.
 
-    engine:   the engine that would run the call.
-    declined: every other engine and why it would not.
-    schedule: what the engine says it would do, a line per layer.
-    threads:  of the CPU engine, how many it would use at most, and what limits them.
+    Attributes:
+        engine: the engine that would run the call.
+        declined: why each other engine would not run it, by name.
+        schedule: what the engine says it would do, a line for each layer.
+        threads: how many the CPU engine would use at most, and what limits them.
     """
 
     engine: str
@@ -235,12 +261,17 @@ class Explanation:
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Explanation:
-    """Which engine would run `module(input, hx)`, why each other would not, and how it would run; computes nothing.
+    """Say which engine would run `module(input, hx)`, why each other engine would not, and how; nothing is computed.
 
-    module: an RNN, LSTM, GRU or one of the cells, of fastrnn or of torch.nn (what fastrnn would do with it).
-    input, hx: of a call that the module takes; what it would refuse is not looked for.
-    TypeError: module is none of these. ValueError: input has too few dimensions, or too many.
-    RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
+    Args:
+        module: an RNN, LSTM, GRU or one of the cells. For a torch.nn module, the answer is what fastrnn would do with it.
+        input: the call's input. An input that the module would refuse is not looked for.
+        hx: the call's initial state, or None.
+
+    Raises:
+        TypeError: module is none of these.
+        ValueError: input has too few dimensions, or too many.
+        RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
     """
     if not isinstance(module, (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCellBase)):
         raise TypeError(f"module: expected a recurrent layer or cell, got {type(module).__name__}")
@@ -250,12 +281,12 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
         raise ValueError(f"input: expected {dims[0]} or {dims[1]} dimensions, got {x.dim()}")
     states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     weights = [parameter for parameter in _weights(module) if parameter is not None]
-    call = x, batch_sizes, states, weights
+    call = x, batch_sizes, states, weights, getattr(module, "_fastrnn_compressed", False)
     engine = choose(*call)
     if left := engine == "triton" and _left_to_cudnn(module, x, batch_sizes, weights[1]):
         engine = "torch"
     idle = f"{engine} is forced" if forced else f"{engine} takes the call"
-    declined = {name: why_not(*call) or idle for name, why_not in _WHY_NOT.items() if name != engine}
+    declined = {name: why_not(name, *call) or idle for name in _WHY_NOT if name != engine}
     if left:
         declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"
     if engine != "reference":
@@ -270,7 +301,7 @@ def _left_to_cudnn(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, w_h
     if not isinstance(module, nn.RNNBase):
         return may_leave()  # a cell's one step
     layers, directions = module.num_layers, 1 + module.bidirectional
-    return leaves_to_cudnn(BY_MODE[module.mode], x, batch_sizes, w_hh, layers, directions, module.batch_first)
+    return leaves_to_cudnn(BY_MODE[mode_of(module)], x, batch_sizes, w_hh, layers, directions, module.batch_first)
 
 
 def _weights(module: Any) -> list[Tensor | None]:
@@ -293,7 +324,7 @@ def _schedule(
 
     if not isinstance(module, nn.RNNBase):
         rows = x.shape[0] if x.dim() == 2 else 1
-        return (describe(BY_MODE[mode_of_cell(module)], 1, rows, I, H, 1),)
+        return (describe(BY_MODE[mode_of(module)], 1, rows, I, H, 1),)
     T, B = _steps_and_rows(x, batch_sizes, module.batch_first)
     R, D = module.proj_size or H, 1 + module.bidirectional
     sizes = [I] + [D * R] * (module.num_layers - 1)
@@ -302,4 +333,4 @@ def _schedule(
     plain = plain and not (module.training and module.dropout > 0) and all(state.is_contiguous() for state in states)
     plain = plain and all(name in module._parameters for name in module._flat_weights_names)
     layers = module.num_layers if plain else 1
-    return tuple(describe(BY_MODE[module.mode], T, B, size, R, D, layers) for size in sizes)
+    return tuple(describe(BY_MODE[mode_of(module)], T, B, size, R, D, layers) for size in sizes)

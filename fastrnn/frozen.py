@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch
+from fastrnn.derived import made_class, set_class
 from fastrnn.modules import DROP_INS
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,17 +23,23 @@ M = TypeVar("M", bound=nn.Module)
 def freeze(model: M) -> M:
     """Pack the weights of every fastrnn layer and cell in `model`, or of `model` itself, once, for serving on a CPU.
 
-    A call then reads panels that lie ready, where it would pack them itself: short sequences and single steps gain most, and a
-    step gets the very bits that it has in a longer sequence. The panels take as much memory as the weights, which stay.
+    An ordinary layer packs its weights in each call. Short sequences and single steps gain most from a frozen one, and a single
+    step gets the same bits as in a longer sequence. The packed weights take as much memory as the weights, which stay.
 
-    Frozen layers compute with the weights they had when they were frozen. `load_state_dict` and `to` freeze them anew; after
-    any other change call `freeze` again, whatever else a call then computes with is not defined. They have no gradients, and
-    refuse `train()`, input that requires one, and parameters in place of those they had (torch.func.functional_call, but not
-    under a compiler). `train()` of a model that holds one raises when it gets there, and leaves what came before it training:
-    call `eval()` if you go on. Copies and pickles of a frozen layer are not frozen.
+    A frozen layer is of a class of its own, such as FrozenLSTM, which is derived from the layer's class. It computes with the
+    weights that it had when it was frozen. `load_state_dict` and `to` freeze it anew. After any other change of the weights,
+    call `freeze` again; until then it is not defined which weights a call uses. Copies and pickles of a frozen layer are
+    ordinary layers.
 
-    What the compiled CPU engine does not run is left as it is: layers on other devices or in half precision (`compress`ed
-    ones, too), computed weights (parametrisations), any layer where the engine is not there or another is forced.
+    A frozen layer raises a RuntimeError for `train()`, for input that requires a gradient, and for parameters that replace its
+    own (as torch.func.functional_call does; not under a compiler). If a model holds a frozen layer, `model.train()` raises when
+    it reaches it and leaves the modules before it in training mode, so call `model.eval()` afterwards.
+
+    Layers that the compiled CPU engine does not run are left as they are: layers on other devices, in half precision or
+    compressed, layers with computed weights (parametrizations), and all layers where another engine is forced.
+
+    Args:
+        model: any module, in evaluation mode.
 
     Returns:
         `model`.
@@ -47,8 +54,8 @@ def freeze(model: M) -> M:
     for layer in layers:
         panels = _packed(layer)
         if panels is not None:
-            own_class: Any = getattr(layer, "_own_class", type(layer))
-            layer.__class__ = _frozen_class(own_class)
+            own_class: Any = getattr(layer, "_fastrnn_own_class", type(layer))
+            set_class(layer, _frozen_class(own_class))
             layer._fastrnn_panels = panels
         else:  # what was packed before is not what it has now
             thaw(layer)
@@ -56,29 +63,34 @@ def freeze(model: M) -> M:
 
 
 def thaw(model: M) -> M:
-    """Make ordinary layers of all that are frozen in `model`, or of `model` itself: they read their weights at each call.
+    """Turn every frozen layer in `model`, or `model` itself, into an ordinary layer, which reads its weights in each call.
+
+    Args:
+        model: any module.
 
     Returns:
         `model`.
 
     Raises:
-        RuntimeError: a class was derived from that of a frozen layer, as a parametrisation of it does.
+        RuntimeError: a layer's class was derived from a frozen layer's class, as parametrizing a frozen layer does.
     """
     for module in list(model.modules()):
         if isinstance(module, _Frozen):
-            if type(module) is not _frozen_class(module._own_class):
+            if type(module) is not _frozen_class(module._fastrnn_own_class):
                 raise RuntimeError(f"thaw: {type(module).__name__} was derived from a frozen layer; undo that first")
-            module.__class__ = module._own_class
+            set_class(module, module._fastrnn_own_class)
             del module._fastrnn_panels
     return model
 
 
 def _packed(layer: Any) -> tuple[Tensor, ...] | None:
     """The panels of a layer, and its parameters; or None where there cannot be any."""
-    if dispatch.native is None:
+    if dispatch.native is None or layer._fastrnn_fast_path is None:
         return None
-    mode = dispatch.mode_of_cell(layer) if isinstance(layer, nn.RNNCellBase) else None
-    panels = dispatch.native.pack(layer.__dict__, mode, functools.partial(torch.empty, dtype=torch.uint8, device="cpu"))
+    if isinstance(layer, nn.RNNBase):
+        layer._update_flat_weights()  # the list of its weights, as each call does: others may have taken their place for a while
+    allocate = functools.partial(torch.empty, dtype=torch.uint8, device="cpu")
+    panels = dispatch.native.pack(layer.__dict__, layer._fastrnn_fast_path, allocate)
     return None if panels is None else (panels, *layer._parameters.values())
 
 
@@ -88,25 +100,27 @@ class _Frozen(nn.Module):
     """
 
     _fastrnn_panels: tuple[Tensor, ...]
-    _own_class: type  # that it had before it was frozen
+    _fastrnn_own_class: type  # that it had before it was frozen
 
-    def _long_way(self: Any, input: Any, hx: Any = None) -> Any:
+    def _fastrnn_fallback(self: Any, input: Any, hx: Any = None) -> Any:
         packed = zip_longest(self._fastrnn_panels[1:], self._parameters.values())
         if not torch.compiler.is_compiling() and any(one is not other for one, other in packed):
             raise RuntimeError(
-                f"{self._own_class.__name__} is frozen and computes with its own weights: call thaw() to give others"
+                f"{self._fastrnn_own_class.__name__} is frozen and computes with its own weights: call thaw() to give others"
             )
         if torch.is_grad_enabled():
             x = input[0] if isinstance(input, PackedSequence) else input
             given = (x, *hx) if isinstance(hx, (tuple, list)) else (x, hx)
             if any(getattr(value, "requires_grad", False) for value in given):
-                raise RuntimeError(f"{self._own_class.__name__} is frozen and has no gradients: call thaw() to train with it")
+                raise RuntimeError(
+                    f"{self._fastrnn_own_class.__name__} is frozen and has no gradients: call thaw() to train with it"
+                )
         with torch.no_grad():
-            return super()._long_way(input, hx)  # type: ignore[misc] # of the class that it is mixed into
+            return super()._fastrnn_fallback(input, hx)  # type: ignore[misc] # of the class that it is mixed into
 
     def train(self: Any, mode: bool = True) -> Any:
         if mode:
-            raise RuntimeError(f"{self._own_class.__name__} is frozen: call thaw() before train()")
+            raise RuntimeError(f"{self._fastrnn_own_class.__name__} is frozen: call thaw() before train()")
         return super().train(mode)
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
@@ -126,13 +140,11 @@ class _Frozen(nn.Module):
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """As an ordinary layer: panels are this processor's."""
-        twin = object.__new__(self._own_class)
+        twin = object.__new__(self._fastrnn_own_class)
         twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_fastrnn_panels"}
-        state = twin.__reduce_ex__(2)[2]
-        return object.__new__, (self._own_class,), state
+        return twin.__reduce_ex__(protocol)
 
 
-@functools.cache
 def _frozen_class(own_class: type) -> type:
-    attributes = {"__module__": own_class.__module__, "_own_class": own_class}
-    return type(f"Frozen{own_class.__name__}", (_Frozen, own_class), attributes)
+    attributes = {"__module__": own_class.__module__, "_fastrnn_own_class": own_class}
+    return made_class(f"Frozen{own_class.__name__}", (own_class,), _Frozen, attributes)

@@ -1,8 +1,10 @@
 """Recurrent layers as functions.
 
-`layer` is one layer in full: one or two directions, dense or packed, either layout, projection, every cell.
-`lstm`, `gru`, `rnn_tanh`, `rnn_relu` and their `_cell` forms stack layers; they take the arguments of their namesakes
-in torch._VF (torch.lstm and so on) and return the same. What no engine takes, and what torch refuses, goes there.
+`layer` runs one layer in full: one or two directions, dense or packed, either layout, projection, every cell.
+
+`lstm`, `gru`, `rnn_tanh` and `rnn_relu` run layers on top of each other, and their `_cell` forms run one step. They take the
+arguments of their namesakes in torch (torch.lstm and so on) and return the same. A call that no engine takes, or that torch
+would refuse, runs torch's function.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch, ops
 from fastrnn.kernels import reference
@@ -47,86 +50,170 @@ def layer(
     reverse: bool = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One recurrent layer, differentiable to any order. Where the fused engines decline, the reference runs.
+    """Run one recurrent layer, differentiable to any order. Where the fused engines decline, the reference runs.
 
-    Letters: T steps, B rows, I input size, H hidden size, G gates (1, lstm 4, gru 3), R the projected size or H,
-    D directions, the length of every weight sequence, 1 or 2. Direction 1 runs opposite to direction 0.
+    Letters: T steps, B sequences, N steps of all sequences together, I input size, H hidden size, G gates (1, lstm 4, gru 3), R
+    the projected size or H, D directions, 1 or 2: the length of every weight sequence. Direction 1 runs opposite to direction
+    0.
 
-    x:           [T, B, I], [B, T, I] with batch_first, or the data [N, I] of a PackedSequence with
-    batch_sizes: its batch_sizes, int64 [T] on the CPU.
-    h0:          [D, B, R]
-    c0:          [D, B, H], for "lstm" and only there.
-    cell:        "rnn_tanh", "rnn_relu", "lstm" or "gru".
-    w_ih, w_hh:  [G * H, I] and [G * H, R], one a direction, gates in torch.nn's order.
-    b_ih, b_hh:  [G * H] each, both or neither.
-    w_hr:        [R, H], the projection, or none.
-    reverse:     direction 0 runs from the last step to the first.
+    Args:
+        x: [T, B, I], or [B, T, I] with batch_first, or the data [N, I] of a PackedSequence.
+        h0: [D, B, R]
+        c0: [D, B, H], for "lstm" and only there.
+        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        w_ih: [G * H, I] for each direction, gates in torch.nn's order.
+        w_hh: [G * H, R] for each direction.
+        b_ih: [G * H] for each direction, or nothing.
+        b_hh: as b_ih; both or neither.
+        w_hr: [R, H] for each direction, the projection, or nothing.
+        batch_sizes: of a PackedSequence, int64 [T] on the CPU.
+        reverse: direction 0 runs from the last step to the first.
+        batch_first: x is [B, T, I], and so is y.
 
-    Returns y like x with D * R features, h_n [D, B, R], and c_n [D, B, H] for "lstm", None otherwise.
-    ValueError: a shape or a combination above does not hold; the message names the argument.
+    Returns:
+        y like x with D * R features, h_n [D, B, R], and c_n [D, B, H] for "lstm", None otherwise.
+
+    Raises:
+        ValueError: a shape or a combination above does not hold; the message names the argument.
     """
     w_ih, w_hh, b_ih, b_hh, w_hr = (list(weights) for weights in (w_ih, w_hh, b_ih, b_hh, w_hr))
     _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_first)
     states = (h0,) if c0 is None else (h0, c0)
-    engine = dispatch.choose(x, batch_sizes, states, [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr])
+    weights = [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr]
+    engine = dispatch.choose(x, batch_sizes, states, weights, compressed=True)  # if they are
     run = ops.layer if engine in dispatch.FUSED else _reference
     return run(ops.unit_stride(x), batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
 
 
 def lstm(*args):
-    """torch.lstm: y, h_n, c_n of stacked LSTM layers.
+    """Run LSTM layers on top of each other, as torch.lstm does.
 
-    dense:  (input, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
-    packed: (data, batch_sizes, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional)
+    The arguments are, for dense and for packed input::
 
-    params: each layer's and direction's w_ih, w_hh, b_ih, b_hh, w_hr, those that are there, in this order.
-    h0 [L * D, B, R], c0 [L * D, B, H] for L layers and D directions. Errors are torch's.
+        input, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional, batch_first
+        data, batch_sizes, (h0, c0), params, has_biases, num_layers, dropout, train, bidirectional
+
+    input is [T, B, I], or [B, T, I] with batch_first; data is [N, I]. h0 is [L * D, B, R] and c0 is [L * D, B, H], for L layers
+    and D directions. params lists the w_ih, w_hh, b_ih, b_hh and w_hr of each layer and direction, those that are there, in
+    this order.
+
+    Returns:
+        y [T, B, D * R] or in the layout of the input, h_n as h0, and c_n as c0.
+
+    Raises:
+        RuntimeError: what torch.lstm refuses, in its words.
     """
     return _stack("lstm", _VF.lstm, args)
 
 
 def gru(*args):
-    """torch.gru: y, h_n of stacked GRU layers. Arguments as `lstm` takes them, h0 [L * D, B, H] in the pair's place."""
+    """Run GRU layers on top of each other, as torch.gru does.
+
+    Arguments, results and errors are those of `lstm`, with h0 [L * D, B, H] in place of the pair, and without c_n.
+    """
     return _stack("gru", _VF.gru, args)
 
 
 def rnn_tanh(*args):
-    """torch.rnn_tanh: y, h_n of stacked RNN layers. Arguments as `gru` takes them."""
+    """Run RNN layers with tanh on top of each other, as torch.rnn_tanh does.
+
+    Arguments, results and errors are those of `lstm`, with h0 [L * D, B, H] in place of the pair, and without c_n.
+    """
     return _stack("rnn_tanh", _VF.rnn_tanh, args)
 
 
 def rnn_relu(*args):
-    """torch.rnn_relu: y, h_n of stacked RNN layers. Arguments as `gru` takes them."""
+    """Run RNN layers with relu on top of each other, as torch.rnn_relu does.
+
+    Arguments, results and errors are those of `lstm`, with h0 [L * D, B, H] in place of the pair, and without c_n.
+    """
     return _stack("rnn_relu", _VF.rnn_relu, args)
 
 
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
-    """torch.lstm_cell: one step. input [B, I], hx (h, c) [B, H] each -> (h, c) [B, H] each. Errors are torch's."""
+    """Run one step of an LSTM, as torch.lstm_cell does.
+
+    input is [B, I], and hx is (h, c), each [B, H]. The result is (h, c) after the step. Errors are torch's.
+    """
     return _cell("lstm", _VF.lstm_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
-    """torch.gru_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
+    """Run one step of a GRU, as torch.gru_cell does.
+
+    input is [B, I], and hx is h [B, H]. The result is h after the step. Errors are torch's.
+    """
     return _cell("gru", _VF.gru_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
-    """torch.rnn_tanh_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
+    """Run one step of an RNN with tanh, as torch.rnn_tanh_cell does.
+
+    input is [B, I], and hx is h [B, H]. The result is h after the step. Errors are torch's.
+    """
     return _cell("rnn_tanh", _VF.rnn_tanh_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
-    """torch.rnn_relu_cell: one step. input [B, I], hx [B, H] -> h [B, H]. Errors are torch's."""
+    """Run one step of an RNN with relu, as torch.rnn_relu_cell does.
+
+    input is [B, I], and hx is h [B, H]. The result is h after the step. Errors are torch's.
+    """
     return _cell("rnn_relu", _VF.rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+
+
+class Compressed:
+    """The functions that torch.nn's code calls, for layers that `fastrnn.compress` made: their matrices are in bfloat16.
+
+    Everywhere else such matrices beside input in float32 are what torch takes them for, a mistake.
+    """
+
+    @staticmethod
+    def lstm(*args):
+        return _stack("lstm", _VF.lstm, args, compressed=True)
+
+    @staticmethod
+    def gru(*args):
+        return _stack("gru", _VF.gru, args, compressed=True)
+
+    @staticmethod
+    def rnn_tanh(*args):
+        return _stack("rnn_tanh", _VF.rnn_tanh, args, compressed=True)
+
+    @staticmethod
+    def rnn_relu(*args):
+        return _stack("rnn_relu", _VF.rnn_relu, args, compressed=True)
+
+    @staticmethod
+    def lstm_cell(*args):
+        return _cell("lstm", _VF.lstm_cell, *args, compressed=True)
+
+    @staticmethod
+    def gru_cell(*args):
+        return _cell("gru", _VF.gru_cell, *args, compressed=True)
+
+    @staticmethod
+    def rnn_tanh_cell(*args):
+        return _cell("rnn_tanh", _VF.rnn_tanh_cell, *args, compressed=True)
+
+    @staticmethod
+    def rnn_relu_cell(*args):
+        return _cell("rnn_relu", _VF.rnn_relu_cell, *args, compressed=True)
+
+
+# The methods that torch.nn's forward of a layer calls.
+METHODS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
+           "permute_hidden", "_update_flat_weights", "_weights_have_changed", "_init_flat_weights")  # fmt: skip
 
 
 def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
     """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3:
         return None
-    cell, lstm, weights = dispatch.BY_MODE[module.mode], module.mode == "LSTM", own_weights(module)
-    if weights is None:
+    weights = own_weights(module)
+    if weights is None or not _attributes_agree(module, x, weights):
         return None
+    cell, lstm = dispatch.BY_MODE[dispatch.mode_of(module)], isinstance(module, nn.LSTM)
     num_layers, bidirectional, batch_first = module.num_layers, module.bidirectional, module.batch_first
     if hx is None:
         depth, batch = num_layers * (1 + bidirectional), x.size(0 if batch_first else 1)
@@ -134,8 +221,24 @@ def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] 
         if lstm:
             hx = hx, x.new_zeros(depth, batch, module.hidden_size)
     dropped = module.dropout, module.training
-    done = _stack(cell, _decline, (x, hx, weights, module.bias, num_layers, *dropped, bidirectional, batch_first))
+    args = x, hx, weights, module.bias, num_layers, *dropped, bidirectional, batch_first
+    done = _stack(cell, _decline, args, compressed=module._fastrnn_compressed)  # type: ignore[arg-type]
     return done and (done[0], done[1:] if lstm else done[1])
+
+
+def _attributes_agree(module: nn.RNNBase, x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Do the attributes of a module say of its weights what these are? torch.nn goes by the attributes, and checks these."""
+    if not module.__dict__.keys().isdisjoint(METHODS) or len(weights) < 2:
+        return False
+    mode = dispatch.mode_of(module)
+    sizes = module.input_size, module.hidden_size, module.proj_size, module.num_layers
+    flags = module.bias, module.batch_first, module.bidirectional, module.training
+    if mode not in dispatch.BY_MODE or (isinstance(module, nn.RNN) and not mode.startswith("RNN")):
+        return False
+    if any(type(size) is not int for size in sizes) or any(type(flag) is not bool for flag in flags):
+        return False
+    rows = CELLS[dispatch.BY_MODE[mode]].gates * module.hidden_size
+    return x.shape[-1] == module.input_size and weights[1].shape == (rows, module.proj_size or module.hidden_size)
 
 
 def own_weights(module: Any) -> list[Tensor] | None:
@@ -156,18 +259,18 @@ def _decline(*args) -> None:
 
 
 def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
-    """`module.step(x, state, out=out)` as a sequence of one step, where the short way has not taken it."""
+    """`module.step(x, state, out=out)` as a sequence of one step, where the fast path has not taken it."""
     if module.bidirectional:
         raise ValueError("step: a bidirectional module needs the whole sequence")
     if x.dim() != 2:
         raise ValueError(f"step: expected x of shape [batch, input_size], got {tuple(x.shape)}")
     time = 1 if module.batch_first else 0
     with torch.no_grad():
-        y, last = module.forward(x.unsqueeze(time), state)  # without hooks, which the short way does not know
+        y, last = module.forward(x.unsqueeze(time), state)  # without hooks, which the fast path does not know
     y = y.squeeze(time)
     if out is None:
         return y, last
-    lstm = module.mode == "LSTM"
+    lstm = isinstance(module, nn.LSTM)
     results = (y, *last) if lstm else (y, last)
     try:
         into_y, after = out
@@ -181,23 +284,30 @@ def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | No
             raise ValueError(
                 f"step: out's {name} must be {value.dtype} of shape {tuple(value.shape)}, got {into.dtype} {tuple(into.shape)}"
             )
+    dispatch.check_memory(*places)
     for into, value in zip(places, results, strict=True):
         into.copy_(value)
     return out
 
 
-def _stack(cell: str, fallback: Callable, args: tuple):
-    """Layers on top of each other; `fallback` is torch's own function of the same arguments."""
+def _stack(cell: str, fallback: Callable, args: tuple, compressed: bool = False):
+    """Run layers on top of each other; `fallback` is torch's own function of the same arguments.
+
+    compressed: they are those of a layer that `fastrnn.compress` made.
+    """
     if len(args) != 9:
         return fallback(*args)
-    if isinstance(args[3], bool):
+    if not isinstance(args[3], (list, tuple)):
         x, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first = args
         batch_sizes = None
     else:
         x, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional = args
         batch_first = False
     states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
-    engine = dispatch.choose(x, batch_sizes, states, params)
+    typed = isinstance(num_layers, int) and num_layers > 0 and isinstance(params, (list, tuple)) and len(params) > 1
+    if not typed or not all(isinstance(flag, bool) for flag in (has_biases, train, bidirectional, batch_first)):
+        return fallback(*args)
+    engine = dispatch.choose(x, batch_sizes, states, params, compressed)
     directions = 2 if bidirectional else 1
     kinds = len(params) // (num_layers * directions)  # weights of a layer and direction
     fits = engine != "torch" and _fits(
@@ -206,13 +316,15 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     if fits and engine == "triton":
         fits = not dispatch.leaves_to_cudnn(cell, x, batch_sizes, params[1], num_layers, directions, batch_first)
     fits = fits and isinstance(dropout, (int, float)) and (not train or 0 <= dropout <= 1)  # else torch has words for it
-    if not (fits and engine in dispatch.FUSED) and dispatch.compressed(x, params):
+    if compressed and not (fits and engine in dispatch.FUSED) and dispatch.has_compressed(x, params):
         params = [param.float() for param in params]
         at = 2 if batch_sizes is None else 3
         args = *args[:at], params, *args[at + 1 :]
     if not fits:
         if cell == "lstm" and batch_sizes is not None and _unchecked_by_torch(x, states, params, kinds):
             _LSTMChecks.of(params, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
+        if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
+            return call_outside_of_the_graph(fallback, args)  # such as wrong shapes, for which torch has words
         return fallback(*args)
     run = ops.layer if engine in dispatch.FUSED else _reference
     x = ops.unit_stride(x)
@@ -248,6 +360,24 @@ def _stack(cell: str, fallback: Callable, args: tuple):
     return (y, torch.cat(hs)) if c0 is None else (y, torch.cat(hs), torch.cat(cs))
 
 
+def runs_in_graph(module: Any, input: Any, hx: Any) -> bool:
+    """Does an engine take `module(input, hx)`, which Dynamo traces, or did the user let torch's own layers be traced?"""
+    if torch._dynamo.config.allow_rnn:
+        return True
+    x, batch_sizes = (input[0], input[1]) if isinstance(input, PackedSequence) else (input, None)
+    states = () if hx is None else hx if isinstance(hx, (tuple, list)) else (hx,)
+    return dispatch.choose(x, batch_sizes, states, module._flat_weights) != "torch"
+
+
+def call_outside_of_the_graph(function: Callable, args: tuple):
+    """Call from compiled code what ends in a function of torch's own such as torch.lstm, as torch.nn's layers do.
+
+    In the graph torch would decompose it into operations of each step; that is experimental (torch._dynamo.config.allow_rnn),
+    fails for some calls and kills the process for others. `tracers` makes Dynamo leave the graph here, once Dynamo is there.
+    """
+    return function(*args)
+
+
 def _unchecked_by_torch(x, states, params, kinds: int) -> bool:
     """Would torch hand these tensors to oneDNN as they are? Its other path fails in an operation, with words of its own."""
     if len(states) != 2 or kinds in (3, 5) or params[0].dtype is torch.float64:
@@ -274,18 +404,20 @@ class _LSTMChecks(SimpleNamespace):
         )
 
 
-def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih, b_hh):
-    """One step of one layer; `fallback` is torch's own function of the same arguments."""
+def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih=None, b_hh=None, compressed: bool = False):
+    """Run one step of one layer, with `fallback` and `compressed` as in `_stack`."""
     states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
     has_biases = b_ih is not None or b_hh is not None
     params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
-    engine = dispatch.choose(x, None, states, params)
+    engine = dispatch.choose(x, None, states, params, compressed)
     if engine == "triton" and dispatch.may_leave():
         engine = "torch"  # one step costs less than a launch from Python
     fits = engine != "torch" and _fits_cell(cell, x, states, params)
-    if not (fits and engine in dispatch.FUSED) and dispatch.compressed(x, params):
+    if compressed and not (fits and engine in dispatch.FUSED) and dispatch.has_compressed(x, params):
         w_ih, w_hh = w_ih.float(), w_hh.float()
     if not fits:
+        if cell == "lstm" and isinstance(states[0], Tensor) and states[0].dim() > 2:  # torch would read what is not there
+            raise ValueError(f"LSTMCell: Expected hx[0] to have as many dimensions as input, got {tuple(states[0].shape)}")
         return fallback(x, hx, w_ih, w_hh, b_ih, b_hh)
     h, c = states if cell == "lstm" else (*states, None)
     biases: tuple[list, list] = ([b_ih], [b_hh]) if has_biases else ([], [])

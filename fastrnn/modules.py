@@ -1,28 +1,22 @@
 """RNN, LSTM, GRU and their cells: torch.nn's classes with torch.nn's own code, whose arithmetic `functional` runs.
 
-Each class derives from the one it stands for and replaces `forward`, by torch's own code object with the name
-`_VF` bound to `fastrnn.functional`. So constructors, checks, error words, initial values, state_dict, pickling,
-parametrisations and `isinstance` are torch's, of the torch that is installed. Before that code, whose checks take longer
-than a small step, the compiled engine is asked to do all in one call, which it does where nothing is out of the ordinary.
-
-Parts of torch go by the class rather than by what the module does, and are met here: TorchScript, torch.fx and Dynamo.
+Each class derives from the one it stands for and replaces `forward`. The fast path is one call of the compiled runtime, which
+takes it where nothing is out of the ordinary. The fallback is torch's own code object with the name `_VF` bound to
+`fastrnn.functional`: its checks take longer than a small step does. So constructors, checks, error words, initial values,
+state_dict, pickling, parametrisations and `isinstance` are torch's, of the torch that is installed.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
-from types import FunctionType, ModuleType
+from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-import torch.fx
 from torch import Tensor, nn
 
-from fastrnn import dispatch, ops
+from fastrnn import dispatch
 from fastrnn import functional as _VF
 from fastrnn.checkpoint import recompute
 
@@ -31,13 +25,18 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _rebound(function: _Function) -> _Function:
-    """`function`, its code unchanged, with globals looked up in this module, where `_VF` is `fastrnn.functional`."""
+def _rebound(function: _Function, functions: Any = _VF) -> _Function:
+    """`function`, its code unchanged, with globals looked up in this module, and its `_VF` the given functions."""
     assert isinstance(function, FunctionType)
     for name in function.__code__.co_names:
         if name in function.__globals__:
             globals().setdefault(name, function.__globals__[name])
-    own = FunctionType(function.__code__, globals(), function.__name__, function.__defaults__, function.__closure__)
+    names = globals()
+    if functions is not _VF:
+        names = names | {"_VF": functions}
+        del names["__name__"]  # for Dynamo, which looks globals up in the module of this name
+    own = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    own.__module__ = __name__
     own.__kwdefaults__, own.__annotations__ = function.__kwdefaults__, function.__annotations__
     own.__qualname__ = function.__qualname__
     return own  # type: ignore[return-value]
@@ -46,30 +45,56 @@ def _rebound(function: _Function) -> _Function:
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._asks:
-            result = dispatch.native.forward(self.__dict__, input, hx, self.recompute)
+        if torch.compiler.is_dynamo_compiling():
+            if not _VF.runs_in_graph(self, input, hx):
+                return _VF.call_outside_of_the_graph(forward, (self, input, hx))
+        elif dispatch.native and (kind := self._fastrnn_fast_path):
+            result = dispatch.native.forward(self.__dict__, kind, input, hx, self.recompute is True)
             if result is not None:
                 return result
-        return self._long_way(input, hx)
+        return self._fastrnn_fallback(input, hx)
 
     return forward
 
 
-def _long_way(torch_class: type[nn.RNNBase]) -> Any:
-    """What the short way leaves."""
-    by_torch = _rebound(torch_class.forward)
+def _fallback(torch_class: type[nn.RNNBase]) -> Any:
+    """Make the method that runs a call through torch.nn's own code when the fast path declined it."""
+    by_torch = _by_torch(torch_class)
 
     def run(self, input, hx):
-        result = None if self._asks else _VF.module_forward(self, input, hx)
+        if torch.compiler.is_dynamo_compiling():
+            return run_compiled(self, input, hx)
+        result = _VF.module_forward(self, input, hx) if self._fastrnn_fast_path else None
         return by_torch(self, input, hx) if result is None else result
 
-    def long_way(self, input, hx):
-        if self.recompute:
+    def run_compiled(self, input, hx):
+        """torch.nn's code lists the weights anew where others stand in their place (torch.func.functional_call).
+
+        A graph would return that list, of tensors which belong to a transform and are no results.
+        """
+        weights, references = self._flat_weights, self._flat_weight_refs
+        result = by_torch(self, input, hx)
+        if self._flat_weights is not weights:
+            self._flat_weights, self._flat_weight_refs = weights, references
+        return result
+
+    def fallback(self, input, hx):
+        if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)
         return run(self, input, hx)
 
-    return long_way
+    return fallback
+
+
+def _by_torch(torch_class: type[nn.RNNBase | nn.RNNCellBase]) -> Any:
+    """Make the function that runs torch.nn's code over our functions: those for compressed layers where this is one."""
+    usual, compressed = _rebound(torch_class.forward), _rebound(torch_class.forward, _VF.Compressed)
+
+    def by_torch(self, input, hx=None):
+        return (compressed if self._fastrnn_compressed else usual)(self, input, hx)
+
+    return by_torch
 
 
 def _init(torch_class: type[nn.RNNBase]) -> Any:
@@ -85,166 +110,284 @@ def _init(torch_class: type[nn.RNNBase]) -> Any:
 
 
 def _extra_repr(self: Any) -> str:
-    return nn.RNNBase.extra_repr(self) + ", recompute=True" * self.recompute
+    return nn.RNNBase.extra_repr(self) + ", recompute=True" * (self.recompute is True)
 
 
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native:
-            result = dispatch.native.cell(self.__dict__, input, hx, dispatch.mode_of_cell(self))
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
+            result = dispatch.native.cell(self.__dict__, kind, input, hx)
             if result is not None:
                 return result
-        return self._long_way(input, hx)
+        return self._fastrnn_fallback(input, hx)
 
     return forward
 
 
-class _DropIn:
-    """What the six classes share: how they present themselves to TorchScript.
+# What torch.nn's forward reads of a module, of a layer and of a cell.
+_ATTRIBUTES = ("mode", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional",
+               "training", "nonlinearity", "_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_parameters")  # fmt: skip
+_WEIGHTS = "weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"  # and more letters, in layers
+
+
+class DropIn:
+    """What the six classes share: how they know what they hold.
+
+    Each of them, and each class that `convert` makes (see fastrnn.derived), has `_fastrnn_original`, the class it stands for,
+    among its own attributes; what is derived from them has not. Names that our code looks up in a module begin with
+    `_fastrnn_`: a class derived from torch.nn's, which comes before ours, may have any other.
 
     Second among the bases, so that the layout is that of torch.nn's class, which `convert` needs to assign `__class__`.
     """
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles instead: torch.nn's module over the same attributes, on torch's kernels.
+    # The class of torch.nn, by name, as whose module the fast path takes one of this class; None where it does not.
+    _fastrnn_fast_path: str | None
+    _fastrnn_compressed = False  # whether `compress` made the matrices bfloat16, beside input and biases in float32
 
-        TorchScript puts that module in place of this one: once scripted, a model has torch.nn's layers.
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        kinds = nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell
+        names = [kind.__name__ for kind in kinds if issubclass(cls, kind)]
+        cls._fastrnn_fast_path = names[0] if names and not _overrides(cls) else None
 
-        Raises:
-            RuntimeError: for a subclass, whose own code TorchScript would have to compile around ours.
-        """
-        own_class: type = type(self)
-        for torch_class, drop_in in DROP_INS.items():
-            if own_class is drop_in:
-                twin = torch_class.__new__(torch_class)
-                twin.__dict__ = self.__dict__
-                return twin
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {own_class.__qualname__}, a subclass of a fastrnn module. "
-            "Use torch.jit.trace, or derive the class from torch.nn for scripting."
-        )
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        """Apply as torch.nn. What is converted to another dtype is not compressed any more, be it bfloat16."""
+        super()._apply(fn, recurse)  # type: ignore[misc] # nn.Module's, which follows
+        if self._fastrnn_compressed:
+            kept = fn(torch.empty(0, dtype=torch.float32)).dtype is torch.float32
+            mark_compressed(self, kept and are_compressed(self._parameters.values()))
+        return self
+
+    def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save as torch.nn, with a mark beside the version. The keys are torch.nn's."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc] # nn.Module's
+        if self._fastrnn_compressed and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["fastrnn_compressed"] = True
+
+    def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        """Load as torch.nn. With assign=True a layer gets the saved tensors, and so may become compressed, or not be it."""
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc] # nn.Module's
+        marked = self._fastrnn_compressed or local_metadata.get("fastrnn_compressed", False)
+        if marked and local_metadata.get("assign_to_params_buffers", False):
+            mark_compressed(self, are_compressed(self._parameters.values()))
 
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:
-    """torch.nn's answer, without eight calls of nn.Module.__getattr__ where every weight is a plain parameter."""
+    """Answer as torch.nn, without eight calls of nn.Module.__getattr__ where every weight is a plain parameter."""
     return _VF.own_weights(self) is None and nn.RNNBase._weights_have_changed(self)
 
 
 def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) -> None:
-    """torch.nn's, which wants input and weights in one dtype; `compress` makes two of it."""
-    if dispatch.compressed(input, self._flat_weights):
-        input = input.to("meta", torch.bfloat16)
-    elif self.bias and not torch._C._is_any_autocast_enabled():
-        # torch's annotation lets weights be None, as they are while a module is built
-        matrix, bias = self._flat_weights[0].dtype, self._flat_weights[2].dtype  # type: ignore[union-attr]
-        if matrix is torch.bfloat16 and bias is torch.float32 and input.dtype is not bias:
+    """Check as torch.nn, which wants input and weights in one dtype, what `compress` made of two."""
+    if self._fastrnn_compressed:  # type: ignore[truthy-function] # _DropIn's
+        if dispatch.has_compressed(input, self._flat_weights):
+            input = input.to("meta", torch.bfloat16)
+        elif are_compressed(self._flat_weights) and not torch._C._is_any_autocast_enabled():
             raise ValueError(
-                f"RNN input dtype ({input.dtype}) does not match compressed weights, which take {bias}. Convert input: "
-                f"input.to({bias})"
+                f"RNN input dtype ({input.dtype}) does not match compressed weights, which take torch.float32. Convert input: "
+                "input.to(torch.float32)"
             )
     nn.RNNBase.check_input(self, input, batch_sizes)
 
 
-# What torch.nn's forward asks a module for, to check its input; and what it has for that unless a subclass has its own.
-_CHECKS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
-           "permute_hidden")  # fmt: skip
-_OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in _CHECKS} | {_check_input}
+def are_compressed(weights: Iterable[Tensor | None]) -> bool:
+    """Are the matrices among a layer's weights in bfloat16, and its biases in float32?"""
+    present = [weight for weight in weights if weight is not None]
+    return all(weight.dtype is (torch.bfloat16 if weight.dim() == 2 else torch.float32) for weight in present)
 
 
-class _Layers(_DropIn):
+def mark_compressed(module: nn.Module, compressed: bool) -> None:
+    """Note in a layer whether it is compressed. One that is not has torch.nn's attributes and no more."""
+    module.__dict__.pop("_fastrnn_compressed", None)
+    if compressed:
+        module.__dict__["_fastrnn_compressed"] = True
+
+
+_OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in _VF.METHODS} | {
+    _check_input,
+    _weights_have_changed,
+}
+
+
+def _overrides(cls: type) -> bool:
+    """Does a class derived from ours replace a method that torch.nn's forward calls, or an attribute that it reads?
+
+    The fast path calls no method, and reads attributes where torch.nn's constructor puts them: in the module's own dictionary.
+    There a property, or another descriptor that can be set, comes first; a weight comes after any attribute of the class.
+    """
+    if cls.__getattribute__ is not object.__getattribute__ or cls.__getattr__ is not nn.Module.__getattr__:  # type: ignore[attr-defined]
+        return True
+    if issubclass(cls, nn.RNNBase) and any(getattr(cls, name, None) not in _OURS for name in _VF.METHODS):
+        return True
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        found = dict(vars(base)) | found
+    replaced = [found[name] for name in _ATTRIBUTES if name in found]
+    return any(hasattr(type(value), "__set__") or hasattr(type(value), "__delete__") for value in replaced) or any(
+        name.startswith(_WEIGHTS) for name in found
+    )
+
+
+class _Layers(DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
     recompute = False
-    _asks = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A subclass with checks of its own has them asked, which the short ways do not."""
-        super().__init_subclass__(**kwargs)
-        cls._asks = any(getattr(cls, name, None) not in _OURS for name in _CHECKS)
 
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
-        """One step of a stream, without gradients: y [B, R] and the state after it.
+        """Run one step of a stream, without gradients.
 
-        x:     [B, I], the step's input.
-        state: as `forward` takes and returns it: h [L, B, R], for LSTM (h, c) with c [L, B, H]; zeros if None.
-        out:   (y, state) to write instead of new tensors, for a loop that allocates nothing; its state may be `state` itself.
+        The result differs from that of a longer sequence by rounding, because a step reads the weights in another order. Hooks
+        of the module do not run.
 
-        Numbers differ from those of a longer sequence by rounding: a step reads the weights in another order. Hooks of the
-        module do not run.
+        Args:
+            x: [B, I], the step's input.
+            state: as `forward` takes and returns it: h [L, B, R], for LSTM the pair (h, c) with c [L, B, H]. None means zeros.
+            out: (y, state) to write into instead of new tensors, for a loop that allocates nothing. Its state may be `state`.
+
+        Returns:
+            y [B, R], and the state after the step.
 
         Raises:
-            ValueError: the module is bidirectional, x has not two dimensions, `out` is not made like the result, or a tensor
-                of it is not of its result's shape and dtype. Whatever else `forward` refuses, with its words.
+            ValueError: the module is bidirectional, x has not two dimensions, or `out` is not made like the result, in the
+                shapes and dtypes of its tensors. What `forward` refuses is refused in the same words.
         """
-        if not torch.compiler.is_dynamo_compiling() and dispatch.native and not self._asks:
-            result = dispatch.native.step(self.__dict__, x, state, out)
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
+            result = dispatch.native.step(self.__dict__, kind, x, state, out)
             if result is not None:
                 return result
         return _VF.module_step(self, x, state, out)
 
 
 class RNN(nn.RNN, _Layers):
-    """`torch.nn.RNN`, arguments and behaviour, on fastrnn's engines; and `step`, for streams.
+    """Run an RNN over sequences: torch.nn.RNN on fastrnn's engines.
 
-    recompute: keyword only, bool; the attribute may be changed later. Without effect: the output is all that is kept.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Args:
+        recompute: keyword only. It has no effect here, as an RNN keeps its output and nothing else.
+
+    Shape:
+        input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
+        h_0: [L * D, B, H]; zeros where it is missing.
+        output: as input, with D * H features.
+        h_n: as h_0, the state after the last step.
+
+    For T steps, B sequences, I input size, H hidden size, L layers, D directions. Without a batch, states have no
+    B. The call raises what torch.nn.RNN raises, in its words.
     """
 
     __init__ = _init(nn.RNN)
     extra_repr = _extra_repr
     forward = _forward(nn.RNN)
-    _long_way = _long_way(nn.RNN)
+    _fastrnn_fallback = _fallback(nn.RNN)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
 
 class LSTM(nn.LSTM, _Layers):
-    """`torch.nn.LSTM`, arguments and behaviour, on fastrnn's engines; and `step`, for streams.
+    """Run an LSTM over sequences: torch.nn.LSTM on fastrnn's engines.
 
-    recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Args:
+        recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
+            `fastrnn.recompute`. The attribute may be changed later.
+
+    Shape:
+        input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
+        h_0: [L * D, B, R], and c_0: [L * D, B, H], as a pair (h_0, c_0); zeros where it is missing.
+        output: as input, with D * R features.
+        h_n and c_n: as h_0 and c_0, the states after the last step.
+
+    For T steps, B sequences, I input size, H hidden size, R proj_size or H, L layers, D directions. Without a batch, states
+    have no B. The call raises what torch.nn.LSTM raises, in its words.
     """
 
     __init__ = _init(nn.LSTM)
     extra_repr = _extra_repr
     forward = _forward(nn.LSTM)
-    _long_way = _long_way(nn.LSTM)
+    _fastrnn_fallback = _fallback(nn.LSTM)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
 
 class GRU(nn.GRU, _Layers):
-    """`torch.nn.GRU`, arguments and behaviour, on fastrnn's engines; and `step`, for streams.
+    """Run a GRU over sequences: torch.nn.GRU on fastrnn's engines.
 
-    recompute: keyword only, bool; the attribute may be changed later. As in `fastrnn.recompute`, always.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Args:
+        recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
+            `fastrnn.recompute`. The attribute may be changed later.
+
+    Shape:
+        input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
+        h_0: [L * D, B, H]; zeros where it is missing.
+        output: as input, with D * H features.
+        h_n: as h_0, the state after the last step.
+
+    For T steps, B sequences, I input size, H hidden size, L layers, D directions. Without a batch, states have no
+    B. The call raises what torch.nn.GRU raises, in its words.
     """
 
     __init__ = _init(nn.GRU)
     extra_repr = _extra_repr
     forward = _forward(nn.GRU)
-    _long_way = _long_way(nn.GRU)
+    _fastrnn_fallback = _fallback(nn.GRU)
     _weights_have_changed = _weights_have_changed
     check_input = _check_input
 
 
-class RNNCell(nn.RNNCell, _DropIn):
-    """`torch.nn.RNNCell`, arguments and behaviour, on fastrnn's engines."""
+class RNNCell(nn.RNNCell, DropIn):
+    """Run one step of an RNN: torch.nn.RNNCell on fastrnn's engines.
+
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Shape:
+        input: [B, I], or [I] without a batch.
+        h: [B, H]; zeros where it is missing.
+        output: h, as the state before the step.
+
+    For B sequences, I input size, H hidden size. The call raises what torch.nn.RNNCell raises, in its words.
+    """
 
     forward = _cell_forward(nn.RNNCell)
-    _long_way = _rebound(nn.RNNCell.forward)
+    _fastrnn_fallback = _by_torch(nn.RNNCell)
 
 
-class LSTMCell(nn.LSTMCell, _DropIn):
-    """`torch.nn.LSTMCell`, arguments and behaviour, on fastrnn's engines."""
+class LSTMCell(nn.LSTMCell, DropIn):
+    """Run one step of an LSTM: torch.nn.LSTMCell on fastrnn's engines.
+
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Shape:
+        input: [B, I], or [I] without a batch.
+        (h, c): two tensors [B, H]; zeros where they are missing.
+        output: (h, c), as the states before the step.
+
+    For B sequences, I input size, H hidden size. The call raises what torch.nn.LSTMCell raises, in its words.
+    """
 
     forward = _cell_forward(nn.LSTMCell)
-    _long_way = _rebound(nn.LSTMCell.forward)
+    _fastrnn_fallback = _by_torch(nn.LSTMCell)
 
 
-class GRUCell(nn.GRUCell, _DropIn):
-    """`torch.nn.GRUCell`, arguments and behaviour, on fastrnn's engines."""
+class GRUCell(nn.GRUCell, DropIn):
+    """Run one step of a GRU: torch.nn.GRUCell on fastrnn's engines.
+
+    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+
+    Shape:
+        input: [B, I], or [I] without a batch.
+        h: [B, H]; zeros where it is missing.
+        output: h, as the state before the step.
+
+    For B sequences, I input size, H hidden size. The call raises what torch.nn.GRUCell raises, in its words.
+    """
 
     forward = _cell_forward(nn.GRUCell)
-    _long_way = _rebound(nn.GRUCell.forward)
+    _fastrnn_fallback = _by_torch(nn.GRUCell)
 
 
 # Each class of torch.nn and the one that stands in for it.
@@ -256,70 +399,8 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: LSTMCell,
     nn.GRUCell: GRUCell,
 }
-
-
-# Dynamo stops at every instance of nn.RNN, nn.LSTM and nn.GRU unless `torch._dynamo.config.allow_rnn` is set. That is
-# global and would change stock layers too, so it is on only while Dynamo wraps one of ours. A class that hides its base
-# from Dynamo will not do: in a compiled forward `isinstance(m, (nn.LSTM, nn.GRU))` would be False, without a word.
-def _admit(builder: ModuleType) -> None:
-    """Have Dynamo accept fastrnn's modules: `wrap_module` runs with `allow_rnn` for them, as ever for all others."""
-    wrap_module = builder.VariableBuilder.wrap_module
-
-    def wrap_module_or_ours(self: Any, value: nn.Module) -> Any:
-        if not isinstance(value, (RNN, LSTM, GRU)):
-            return wrap_module(self, value)
-        with builder.config.patch(allow_rnn=True):
-            return wrap_module(self, value)
-
-    builder.VariableBuilder.wrap_module = wrap_module_or_ours
-
-
-class _TellingLoader(importlib.machinery.SourceFileLoader):
-    finder: _Finder
-
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        self.finder.tell(module)
-        sys.meta_path.remove(self.finder)
-
-
-class _Finder:
-    """Waits for the import of a module, which takes half a second or more and which most programs never need; has `tell` called
-    with it, and steps aside.
-    """
-
-    def __init__(self, name: str, tell: Callable[[ModuleType], None]) -> None:
-        self.name, self.tell = name, tell
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
-            return None
-        found = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if found is None or found.origin is None:
-            return found
-        loader = _TellingLoader(name, found.origin)
-        loader.finder = self
-        return importlib.util.spec_from_file_location(name, found.origin, loader=loader)
-
-
-for _name, _tell in (("torch._dynamo.variables.builder", _admit), ("torch.utils.flop_counter", ops.count_operations)):
-    if _name in sys.modules:
-        _tell(sys.modules[_name])
-    else:
-        sys.meta_path.insert(0, _Finder(_name, _tell))
-
-
-def _keep_whole(tracer: type[torch.fx.Tracer]) -> None:
-    """Have torch.fx make a node of each call of ours, as of torch.nn's modules, which it knows by the name of their package."""
-    is_leaf_module = tracer.is_leaf_module
-
-    def is_leaf_module_or_ours(self: torch.fx.Tracer, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__ == __name__ or is_leaf_module(self, m, module_qualified_name)
-
-    # torch.fx asks its tracers alone, and whoever traces brings one of his own, most of which ask this one
-    tracer.is_leaf_module = functools.wraps(is_leaf_module)(is_leaf_module_or_ours)  # type: ignore[method-assign]
-
-
-_keep_whole(torch.fx.Tracer)
+for _torch_class, _drop_in in DROP_INS.items():
+    _drop_in._fastrnn_original = _torch_class  # type: ignore[attr-defined] # DROP_INS says no more than nn.Module
+if dispatch.native:  # attributes that a constructor makes: nn.Module's, and its class's own but for an RNNCell's nonlinearity
+    _made = len(nn.Module().__dict__)
+    dispatch.native.expect(_VF.METHODS, _made + 13, _WEIGHTS, _made + 3)

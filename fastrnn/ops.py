@@ -1,6 +1,7 @@
 """The operators: one recurrent layer forward, and its gradients, each once for every cell and device.
 
-Raw ops (engines register them per device; differentiated by `layer`, or where a program calls them by `_meets_autograd`).
+Raw ops. Engines register them per device; the kernels for autograd and vmap, which are here, make them differentiable and
+mappable wherever they are called: eagerly, in a graph of torch.compile's or make_fx's, in an exported program.
 They assume T >= 1, B >= 1, one dtype and one device.
 
     layer_forward -> y, h_n, c_n, saved
@@ -33,27 +34,36 @@ The same two in the recompute mode, over the raw ops of any engine, see checkpoi
     kept         [D, segments - 1, B, H], cell states before each segment but a direction's first, in the order they run; [0]
                  for cells that have none
 
-`layer` is the differentiable entry: reverse mode through `Layer`, whose backward is `LayerBackward`, differentiable to
-any order through the reference; vmap by folding or looping; forward mode by running the reference on dual numbers.
+`layer` is the entry from Python. Reverse mode runs through the autograd.Function `Layer`, whose backward is the op
+layer_backward, itself differentiable by `LayerBackward` to any order through the reference. vmap folds the mapped axis into the
+batch, or loops. Forward mode runs the reference on dual numbers.
+
+Each transform of torch.func is a level of the dispatcher, and each level calls the ops' kernels anew, with tensors of that
+level. So the autograd.Functions here see one level at a time (torch calls that `_SingleLevelFunction`), and grad, vmap, jvp and
+functionalize, nested in any order and compiled or not, need no rule beyond these kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import Function
+from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 
 from fastrnn import checkpoint, dispatch
-from fastrnn.kernels import gpu, reference
+from fastrnn.kernels import gpu, gradients, reference
 from fastrnn.kernels.cells import CELLS
 
 Kinds: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -90,42 +100,139 @@ _forward_op = torch.ops.fastrnn.layer_forward.default
 _backward_op = torch.ops.fastrnn.layer_backward.default
 _checkpoint_forward = torch.ops.fastrnn.checkpoint_forward.default
 _checkpoint_backward = torch.ops.fastrnn.checkpoint_backward.default
+OPERATORS = _forward_op, _backward_op, _checkpoint_forward, _checkpoint_backward
 _library.impl("checkpoint_forward", checkpoint.forward, "CompositeExplicitAutograd")
 _library.impl("checkpoint_backward", checkpoint.backward, "CompositeExplicitAutograd")
 
 
-def _meets_autograd(op, segments: bool):
-    """The ops' kernel for autograd, which they meet on their own in a program of torch.export's: `Layer`, and its gradients."""
+def _forward_autograd(op, checkpointed: bool):
+    """Make the kernel for autograd of layer_forward, or of checkpoint_forward."""
 
     def kernel(keys, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, last):
+        forward_mode = _at_forward_mode()
         wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr), c0)
-        if not (wanted or dispatch.forward_mode()):
+        if not (wanted or forward_mode):
             with torch._C._AutoDispatchBelowAutograd():
                 layer = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
                 return op.redispatch(keys & torch._C._after_autograd_keyset, *layer, last)
-        # matrices may be in bfloat16, which neither of the two takes
+        # matrices may be in bfloat16, which neither the reference nor `Layer` takes
         w_ih, w_hh, b_ih, b_hh, w_hr = ([w.to(x.dtype) for w in kind] for kind in (w_ih, w_hh, b_ih, b_hh, w_hr))
-        if dispatch.forward_mode() or torch._C._are_functorch_transforms_active():
-            return reference.layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
-        options = cell, reverse, batch_first, last if segments else 0, len(w_ih)
-        kept = Layer.apply(x, batch_sizes, h0, c0, *options, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
-        return kept if last else (*kept[:3], x.new_empty(0))  # last: of layer_forward, whether to save
+        if forward_mode:  # no `jvp` rule: dual numbers flow through plain operations
+            layer = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
+            return reference.layer_forward(*layer, not checkpointed and last)
+        # torch.func's levels cannot take recompute mode's steps apart
+        segments = last if checkpointed and not torch._C._are_functorch_transforms_active() else 0
+        with enable_single_level_autograd_function():
+            options = cell, reverse, batch_first, segments, len(w_ih)
+            y, h_n, c_n, saved = Layer.apply(x, batch_sizes, h0, c0, *options, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
+        # last: of layer_forward, whether to save; an op has a tensor in each place
+        return y, h_n, x.new_empty(0) if c_n is None else c_n, saved if last else x.new_empty(0)
 
     return kernel
 
 
-_library.impl("layer_forward", _meets_autograd(_forward_op, False), "Autograd", with_keyset=True)
-_library.impl("checkpoint_forward", _meets_autograd(_checkpoint_forward, True), "Autograd", with_keyset=True)
+def _backward_autograd(op, checkpointed: bool):
+    """Make the kernel for autograd of layer_backward, or of checkpoint_backward."""
+
+    def kernel(
+        keys, dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse, batch_first, *last
+    ):  # fmt: skip
+        given = [tensor for tensor in (dy, dh_n, dc_n, c0) if tensor is not None]
+        wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *w_ih, *w_hh, *b_ih, *b_hh, *w_hr, *given), None)
+        forward_mode = _at_forward_mode()
+        if not (wanted or forward_mode):
+            with torch._C._AutoDispatchBelowAutograd():
+                layer = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse, batch_first
+                return op.redispatch(keys & torch._C._after_autograd_keyset, dy, dh_n, dc_n, *layer, *last)
+        segments, *needs = last if checkpointed else (0, *last)
+        weights = [weight.to(x.dtype) for weight in (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)]
+        options = cell, reverse, batch_first, segments, len(w_ih), *needs
+        if forward_mode:
+            return _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options)
+        with enable_single_level_autograd_function():
+            return LayerBackward.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
+
+    return kernel
+
+
+def _at_forward_mode() -> bool:
+    """Is forward mode what the current level of torch.func's transforms does, or, without them, torch.autograd?
+
+    A compiled jvp opens its level without torch.autograd.forward_ad's knowing.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return peek_interpreter_stack().key() == TransformType.Jvp
+    return dispatch.forward_mode()
+
+
+def _map_forward(info, in_dims, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
+    """layer_forward under vmap: the mapped axis becomes a part of the batch, or each member is a call."""
+    V, at = info.batch_size, 0 if batch_first else 1
+    weights, options = (w_ih, w_hh, b_ih, b_hh, w_hr), (cell, reverse, batch_first, save)
+    if batch_sizes is not None or _any_mapped(in_dims[4:9]):
+        return _loop(_forward_op, V, in_dims, (x, batch_sizes, h0, c0, *weights, *options)), (0, 0, 0, 0)
+    x, h0, c0 = _fold(x, in_dims[0], at, V), _fold(h0, in_dims[2], 1, V), _fold(c0, in_dims[3], 1, V)
+    y, h_n, c_n, saved = _forward_op(unit_stride(x), None, h0, c0, *weights, *options)
+    c_n, c_dim = (c_n, None) if c0 is None else (_unfold(c_n, 1, V), 1)
+    saved_dim = 0 if save else None
+    if save:
+        saved = saved.unflatten(1, (x.shape[1 - at], V, h0.shape[1] // V)).movedim(2, 0).flatten(2, 3)
+    return (_unfold(y, at, V), _unfold(h_n, 1, V), c_n, saved), (at, 1, c_dim, saved_dim)
+
+
+def _map_backward(
+    info, in_dims, dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved,
+    cell, reverse, batch_first, need_dx, need_dh0, need_dw
+):  # fmt: skip
+    """layer_backward under vmap, in the same way; the gradients of weights are each member's own."""
+    V, at = info.batch_size, 0 if batch_first else 1
+    weights, options = (w_ih, w_hh, b_ih, b_hh, w_hr), (cell, reverse, batch_first, need_dx, need_dh0, need_dw)
+    if batch_sizes is not None or need_dw or _any_mapped(in_dims[7:12]):
+        arguments = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *weights, y, saved, *options
+        return _loop(_backward_op, V, in_dims, arguments), (0,) * 8
+    dy, x, y = (_fold(t, in_dims[k], at, V) for k, t in ((0, dy), (3, x), (12, y)))
+    dh_n, dc_n, h0, c0 = (_fold(t, in_dims[k], 1, V) for k, t in ((1, dh_n), (2, dc_n), (5, h0), (6, c0)))
+    saved = saved.expand(V, *saved.shape) if in_dims[13] is None else saved.movedim(in_dims[13], 0)
+    saved = saved.unflatten(2, (x.shape[1 - at], h0.shape[1] // V)).movedim(0, 2).flatten(1, 3)
+    dx, dh0, dc0, *empty = _backward_op(dy, dh_n, dc_n, unit_stride(x), None, h0, c0, *weights, y.contiguous(), saved, *options)
+    dx, x_dim = (_unfold(dx, at, V), at) if need_dx else (dx, None)
+    dh0, h_dim = (_unfold(dh0, 1, V), 1) if need_dh0 else (dh0, None)
+    dc0, c_dim = (dc0, None) if c0 is None or not need_dh0 else (_unfold(dc0, 1, V), 1)
+    return (dx, dh0, dc0, *empty), (x_dim, h_dim, c_dim, *(None,) * 5)
+
+
+def _map_checkpoint_forward(info, in_dims, *arguments):
+    """checkpoint_forward under vmap, where recompute mode has no effect."""
+    return _map_forward(info, in_dims, *arguments[:-1], False)
+
+
+def _map_checkpoint_backward(info, in_dims, *arguments):
+    """checkpoint_backward under vmap, of a call from before it: each member is a call."""
+    return _loop(_checkpoint_backward, info.batch_size, in_dims, arguments), (0,) * 8
+
+
+for _op, _kernel in (
+    (_forward_op, _forward_autograd(_forward_op, False)),
+    (_checkpoint_forward, _forward_autograd(_checkpoint_forward, True)),
+    (_backward_op, _backward_autograd(_backward_op, False)),
+    (_checkpoint_backward, _backward_autograd(_checkpoint_backward, True)),
+):
+    _library.impl(_op, _kernel, "Autograd", with_keyset=True)
+torch.library.register_vmap("fastrnn::layer_forward", _map_forward, lib=_library)
+torch.library.register_vmap("fastrnn::layer_backward", _map_backward, lib=_library)
+torch.library.register_vmap("fastrnn::checkpoint_forward", _map_checkpoint_forward, lib=_library)
+torch.library.register_vmap("fastrnn::checkpoint_backward", _map_checkpoint_backward, lib=_library)
 
 
 def _forward(x, *args):
-    """layer_forward; on a GPU past the dispatcher where nobody would see the call there (a CPU's calls: `_short_forward`)."""
+    """layer_forward; on a GPU past the dispatcher where nobody would see the call there (a CPU's: `Layer.forward`)."""
     return (gpu.layer_forward if _past_the_dispatcher(x) else _forward_op)(x, *args)
 
 
 def _backward(dy, dh_n, dc_n, x, *args):
-    """layer_backward, likewise."""
-    return (gpu.layer_backward if _past_the_dispatcher(x) else _backward_op)(dy, dh_n, dc_n, x, *args)
+    """layer_backward, likewise, where it is not to be differentiated."""
+    past = not torch.is_grad_enabled() and _past_the_dispatcher(x)
+    return (gpu.layer_backward if past else _backward_op)(dy, dh_n, dc_n, x, *args)
 
 
 def _past_the_dispatcher(x: Tensor) -> bool:
@@ -227,25 +334,16 @@ def layer(
     """
     if x.is_cpu and (w_ih[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
         return _in_float32(x, batch_sizes, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), cell, reverse, batch_first, of_cell)
-    compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     weights = (*w_ih, *w_hh, *b_ih, *b_hh, *w_hr)
-    if dispatch.forward_mode() or (compiling and transformed):
-        # not a `jvp` rule: dual numbers flow through plain operations, and Dynamo refuses a Function that has one;
-        # of a Function's vmap rule, and of its backward inside torch.func.grad, Dynamo knows nothing
-        y, h_n, c_n, _ = reference.layer_forward(
-            x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
-        )
-    elif transformed or (torch.is_grad_enabled() and _requires_grad((x, h0, *weights), c0)):
-        function = Layer if compiling or transformed else EagerLayer
-        # the rules for torch.func's transforms know the gates only
-        segments = 0 if transformed else checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, len(w_hr) > 0)
-        if torch.compiler.is_exporting():  # the program holds the op, which meets autograd when it runs
-            arguments = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
-            y, h_n, c_n, _ = _checkpoint_forward(*arguments, segments) if segments else _forward(*arguments, False)
-        else:
-            y, h_n, c_n, _ = function.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, len(w_ih), *weights)
+    wanted = torch.is_grad_enabled() and _requires_grad((x, h0, *weights), c0)
+    segments = 0
+    if wanted and not torch._C._are_functorch_transforms_active():
+        segments = checkpoint.segments_wanted(x, batch_sizes, h0.shape[1], cell, len(w_hr) > 0)
+    if wanted and not (torch.compiler.is_compiling() or dispatch.watched()):
+        y, h_n, c_n, _ = Layer.apply(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, len(w_ih), *weights)
     else:
-        y, h_n, c_n, _ = _forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, False)
+        arguments = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
+        y, h_n, c_n, _ = _checkpoint_forward(*arguments, segments) if segments else _forward(*arguments, False)
     return y, h_n, c_n if cell == "lstm" else None
 
 
@@ -298,35 +396,27 @@ def _takes_half(weights: Kinds) -> bool:
     return w_hh[0].shape[1] % 2 == 0 and all(w.dtype is torch.bfloat16 for w in (*w_ih, *w_hh, *w_hr))
 
 
-class Layer(Function):
+class Layer(_SingleLevelFunction):
     """`layer` with a gradient. Arguments are flat, weights as `_kinds` takes them apart; the last output is `saved`.
 
     segments: 0, or as many as recompute mode divides the steps into; `saved` is then what it keeps.
     """
 
     @staticmethod
-    def forward(x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights):
-        kinds = _kinds(weights, directions)
-        if segments:
-            return _checkpoint_forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, segments)
-        return _forward(x, batch_sizes, h0, c0, *kinds, cell, reverse, batch_first, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        y, _, c_n, saved = output
-        ctx.options = inputs[4:9]
-        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[9:])
-        ctx.set_materialize_grads(False)
+    def forward(ctx, *inputs):
+        y, h_n, c_n, saved = _saving_forward(inputs)[:4]
+        _keep(ctx, inputs, y, saved)
         ctx.mark_non_differentiable(*((saved,) if c_n is None or c_n.dim() > 1 else (c_n, saved)))
+        return y, h_n, c_n, saved
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _):
-        return Layer.gradients(ctx, dy, dh_n, dc_n, ctx.saved_tensors)
+        return Layer.gradients(ctx, dy, dh_n, dc_n, _kept(ctx))
 
     @staticmethod
     def gradients(ctx, dy, dh_n, dc_n, saved_tensors):
         """Of the inputs in turn. Saved tensors may come in another dtype than they were saved in."""
-        found = _short_backward(ctx, dy, dh_n, dc_n, saved_tensors)
+        found = _native_backward(ctx, dy, dh_n, dc_n, saved_tensors)
         if found is not None:
             return found
         x, batch_sizes, h0, c0, y, saved, *weights = saved_tensors
@@ -335,14 +425,17 @@ class Layer(Function):
             return (None,) * (9 + len(weights))
         need_dx, _, *states = ctx.needs_input_grad[:4]
         need_dh0, need_dw = any(states), any(ctx.needs_input_grad[9:])
-        options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (dispatch.forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n)):
-            grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options)
-        elif not compiling and (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
-            grads = LayerBackward.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
+        needs = need_dx, need_dh0, need_dw
+        if torch.is_grad_enabled() or dispatch.forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n):
+            _check_unwatched(ctx)
+        if _vmapped_the_old_way(dy, dh_n, dc_n):
+            grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, (*ctx.options, *needs))
         else:
-            grads = LayerBackward.forward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights)
+            layer = x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
+            if segments:
+                grads = _checkpoint_backward(dy, dh_n, dc_n, *layer, segments, *needs)
+            else:
+                grads = _backward(dy, dh_n, dc_n, *layer, *needs)
         dx, dh0, dc0, *joined = grads
         if need_dw:
             kinds = len(weights) // directions
@@ -354,50 +447,121 @@ class Layer(Function):
         dh0, dc0 = (dh0, None if c0 is None else dc0) if need_dh0 else (None, None)
         return dx if need_dx else None, None, dh0, dc0, *(None,) * 5, *dw
 
-    @staticmethod
-    def vmap(info, in_dims, x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights):
-        V, at = info.batch_size, 0 if batch_first else 1
-        options = cell, reverse, batch_first, segments, directions
-        if batch_sizes is not None or _any_mapped(in_dims[9:]):
-            outputs = _loop(Layer, V, in_dims, (x, batch_sizes, h0, c0, *options, *weights))
-            return outputs, (0, 0, 0, 0)
-        x, h0, c0 = _fold(x, in_dims[0], at, V), _fold(h0, in_dims[2], 1, V), _fold(c0, in_dims[3], 1, V)
-        y, h_n, c_n, saved = Layer.apply(unit_stride(x), None, h0, c0, *options, *weights)
-        c_n, c_dim = (c_n, None) if c0 is None else (_unfold(c_n, 1, V), 1)
-        saved = saved.unflatten(1, (x.shape[1 - at], V, h0.shape[1] // V)).movedim(2, 0).flatten(2, 3)
-        return (_unfold(y, at, V), _unfold(h_n, 1, V), c_n, saved), (at, 1, c_dim, 0)
+
+def _saving_forward(inputs: tuple) -> tuple:
+    """Return y, h_n, c_n, saved of `Layer`'s inputs, and maybe more; by the runtime where nobody watches the dispatcher."""
+    output = dispatch.native and dispatch.native.layer_forward(inputs)
+    if output:
+        return output
+    x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights = inputs
+    layer = x, batch_sizes, h0, c0, *_kinds(weights, directions), cell, reverse, batch_first
+    with _outer_levels():
+        return _checkpoint_forward(*layer, segments) if segments else _forward(*layer, True)
 
 
-def _short_forward(inputs: tuple) -> tuple:
-    """Layer.forward, past the dispatcher where nobody would see the call there: it takes longer than a small step does."""
-    return (dispatch.native and dispatch.native.layer_forward(inputs)) or Layer.forward(*inputs)
+def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor) -> None:
+    """Keep for backward the inputs of a Function here, y and saved: what `_kept` returns, in this order.
+
+    autograd watches what it saves: backward raises if that has been changed in place. What backward does not need may be changed,
+    as in torch.nn. It is kept apart, for a second derivative, which does need it.
+    """
+    x, batch_sizes, h0, c0, cell, _, batch_first, segments, directions, *weights = inputs
+    ctx.options = inputs[4:9]
+    ctx.set_materialize_grads(False)
+    tensors = x, batch_sizes, h0, c0, y, saved, *weights
+    if segments or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        ctx.unwatched, ctx.order = (), None
+        return ctx.save_for_backward(*tensors)
+    steps = 1 if x.dim() == 2 and batch_sizes is None else len(x if batch_sizes is None else batch_sizes)
+    steps = x.shape[1] if x.dim() == 3 and batch_first else steps
+    unneeded = _unneeded(ctx.needs_input_grad, cell, directions, steps == 1)
+    if unneeded and unneeded[0] < 6:
+        # An input that is no leaf may become a function of the output, in place, and a reference from here would be a cycle.
+        unneeded = tuple(index for index in unneeded if index >= 6 or tensors[index].is_leaf)
+        tensors = tuple(
+            tensor.detach() if index in unneeded and index < 6 and not tensor.requires_grad else tensor
+            for index, tensor in enumerate(tensors)
+        )
+    watched, unwatched, ctx.order = _selectors(unneeded, len(tensors))
+    ctx.save_for_backward(*watched(tensors))
+    ctx.unwatched = unwatched(tensors)
+    ctx.versions = [tensor._version for tensor in ctx.unwatched]
 
 
-def _short_backward(ctx, dy, dh_n, dc_n, saved_tensors):
-    """Layer.gradients in the same way, or None where the dispatcher, or autograd, is to see the call."""
+@functools.cache
+def _unneeded(needs: tuple[bool, ...], cell: str, directions: int, one_step: bool) -> tuple[int, ...]:
+    """Which of x, batch_sizes, h0, c0, y, saved, *weights layer_backward does not need, where `needs` are asked for.
+
+    For cells that read the state itself, GRU's, h0 is always needed.
+    """
+    needs_x, _, needs_h0, _ = needs[:4]
+    w_ih, w_hh, *biases = (range(6 + k * directions, 6 + (k + 1) * directions) for k in range((len(needs) - 9) // directions))
+    unneeded: list[int] = []
+    if not any(needs[index + 3] for index in w_ih):
+        unneeded += [0]
+    if not any(needs[index + 3] for index in w_hh) and cell != "gru":
+        unneeded += [2]
+    if not needs_x:
+        unneeded += w_ih
+    if one_step and not needs_h0:
+        unneeded += w_hh
+    if len(biases) > 1:  # one alone is W_hr
+        unneeded += [*biases[0], *biases[1]]
+    return tuple(unneeded)
+
+
+@functools.cache
+def _selectors(unneeded: tuple[int, ...], count: int) -> tuple[Callable, Callable, Callable]:
+    """Functions that take the others and these out of a tuple of `count`, and that put the two together again."""
+    others = [index for index in range(count) if index not in unneeded]
+    order = sorted(range(count), key=[*others, *unneeded].__getitem__)
+    return _selector(others), _selector(unneeded), _selector(order)
+
+
+def _selector(indices: Sequence[int]) -> Callable[[tuple], tuple]:
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda items: tuple(items[index] for index in indices)
+
+
+def _kept(ctx) -> tuple:
+    """What `_keep` kept."""
+    return ctx.saved_tensors if ctx.order is None else ctx.order(ctx.saved_tensors + ctx.unwatched)
+
+
+def _check_unwatched(ctx) -> None:
+    """Raise autograd's error where something has been changed that only a second derivative needs."""
+    for tensor, version in zip(ctx.unwatched, ctx.versions if ctx.unwatched else (), strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead. "
+                "It is needed because the gradient is itself differentiated (create_graph=True)."
+            )
+
+
+def _native_backward(ctx, dy, dh_n, dc_n, saved_tensors):
+    """Return what Layer.gradients does, in the same way; None where the dispatcher, or autograd, is to see the call."""
     if not dispatch.native or torch.compiler.is_compiling() or _vmapped_the_old_way(dy, dh_n, dc_n):
         return None
     return dispatch.native.layer_backward((dy, dh_n, dc_n), saved_tensors, ctx.options, ctx.needs_input_grad)
 
 
-class EagerLayer(Function):
-    """`Layer` where no transform is active: with setup_context torch inspects forward's signature, 90 us a call."""
+@contextlib.contextmanager
+def _outer_levels() -> Iterator[None]:
+    """Within an autograd.Function, call an op of which the outer transforms of torch.func take their own derivatives.
 
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _short_forward(inputs)[:4]
-        Layer.setup_context(ctx, inputs, output)
-        return output
-
-    backward = Layer.backward
-
-
-# Function.apply would look for wrappers of transforms that have ended, of which there are none among plain tensors.
-apply_eagerly = super(Function, EagerLayer).apply
+    A Function switches differentiation off for what it calls, for all levels of transforms, where only its own is done with.
+    """
+    if torch._C._are_functorch_transforms_active():
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            yield
+    else:
+        yield
 
 
-class HalfLayer(Function):
-    """`EagerLayer` of matrices in bfloat16, and of all else in any dtype: in float32, each result and gradient rounded once."""
+class HalfLayer(_SingleLevelFunction):
+    """`Layer` of matrices in bfloat16, and of all else in any dtype: in float32, each result and gradient rounded once."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -409,20 +573,19 @@ class HalfLayer(Function):
             x, batch_sizes, h0, c0 = inputs[:4]
             dtype = x.dtype
             x, h0, c0, flat = _all_but_matrices(x, h0, c0, inputs[9:])
-            wide_y, h_n, c_n, saved, *_ = _short_forward((x, batch_sizes, h0, c0, *inputs[4:9], *flat))
+            wide_y, h_n, c_n, saved, *_ = _saving_forward((x, batch_sizes, h0, c0, *inputs[4:9], *flat))
             y, h_n, c_n = _to(wide_y, dtype), _to(h_n, dtype), None if c0 is None else _to(c_n, dtype)
-        ctx.options = inputs[4:9]
-        ctx.save_for_backward(*inputs[:4], wide_y, saved, *inputs[9:])
-        ctx.set_materialize_grads(False)
+        _keep(ctx, inputs, wide_y, saved)
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n):
-        saved_tensors = ctx.saved_tensors
-        found = _short_backward(ctx, dy, dh_n, dc_n, saved_tensors)
+        kept = _kept(ctx)
+        found = _native_backward(ctx, dy, dh_n, dc_n, kept)
         if found is not None:
             return found
-        x, batch_sizes, h0, c0, y, saved, *weights = saved_tensors
+        dispatch.check_memory(dy, dh_n, dc_n, *kept)
+        x, batch_sizes, h0, c0, y, saved, *weights = kept
         dtypes = x.dtype, None, h0.dtype, h0.dtype, *(None,) * 5, *[weight.dtype for weight in weights]
         plain = not (dispatch.forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         if not plain or _vmapped_the_old_way(dy, dh_n, dc_n):
@@ -432,99 +595,65 @@ class HalfLayer(Function):
         return tuple(map(_to, found, dtypes))
 
 
-apply_half = super(Function, HalfLayer).apply
-
-
-class CellLayer(Function):
-    """`EagerLayer` of one step, without the axes of time and directions: x [B, I], h [B, R], c [B, H] -> h, and c for lstm."""
+class CellLayer(_SingleLevelFunction):
+    """`Layer` of one step, without the axes of time and directions: x [B, I], h [B, R], c [B, H] -> h, and c for lstm."""
 
     @staticmethod
     def forward(ctx, *inputs):
         output = dispatch.native.layer_forward(inputs)
         if output is None:
-            y, h, c, saved = Layer.forward(*map(_unsqueezed, inputs[:4]), *inputs[4:])
+            y, h, c, saved = _saving_forward((*map(_unsqueezed, inputs[:4]), *inputs[4:]))
             output = y[0], h[0].clone(), c[0].clone() if len(c) else None, saved  # of a view torch would forbid changes
         y, h, c, saved, *_ = output
-        ctx.options = inputs[4:9]
-        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[9:])
-        ctx.set_materialize_grads(False)
+        _keep(ctx, inputs, y, saved)
         return (h,) if inputs[3] is None else (h, c)
 
     @staticmethod
     def backward(ctx, dh, dc=None):
-        saved_tensors = ctx.saved_tensors
-        found = _short_backward(ctx, dh, None, dc, saved_tensors)
+        kept = _kept(ctx)
+        found = _native_backward(ctx, dh, None, dc, kept)
         if found is None:
-            dh, dc, *tensors = map(_unsqueezed, (dh, dc, *saved_tensors[:5]))
-            found = Layer.gradients(ctx, dh, None, dc, (*tensors, *saved_tensors[5:]))
+            dh, dc, *tensors = map(_unsqueezed, (dh, dc, *kept[:5]))
+            found = Layer.gradients(ctx, dh, None, dc, (*tensors, *kept[5:]))
             found = *(None if grad is None else grad.squeeze(0) for grad in found[:4]), *found[4:]
         return found
 
 
-apply_cell = super(Function, CellLayer).apply
-
-
-class LayerBackward(Function):
+class LayerBackward(_SingleLevelFunction):
     """The gradients of `Layer`, as layer_backward returns them; their own gradients come from the reference."""
 
     @staticmethod
     def forward(
-        dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
+        ctx, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
         cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw, *weights
     ):  # fmt: skip
-        layer = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
-        if segments:
-            return _checkpoint_backward(*layer, segments, need_dx, need_dh0, need_dw)
-        return _backward(*layer, need_dx, need_dh0, need_dw)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.options = inputs[9:17]
-        # not y and saved: they are functions of the rest, and their share of the gradient is taken through it
-        ctx.save_for_backward(*inputs[:7], *inputs[17:])
+        ctx.options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
+        ctx.save_for_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights)
         ctx.set_materialize_grads(False)
+        layer = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
+        with _outer_levels():
+            if segments:
+                return _checkpoint_backward(*layer, segments, need_dx, need_dh0, need_dw)
+            return _backward(*layer, need_dx, need_dh0, need_dw)
 
     @staticmethod
     def backward(ctx, *grads):
-        dy, dh_n, dc_n, x, batch_sizes, h0, c0, *weights = ctx.saved_tensors
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * (17 + len(weights))
-        inputs = dy, dh_n, dc_n, x, h0, c0, *weights
-        here = [index for index, tensor in enumerate(inputs) if tensor is not None]
-
-        def gradients(*tensors):
-            full = dict(zip(here, tensors, strict=True))
-            dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
-            return _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, ctx.options)
-
-        outputs, pull = torch.func.vjp(gradients, *(inputs[index] for index in here))[:2]
-        pairs = zip(grads, outputs, strict=True)
-        pulled = pull(tuple(torch.zeros_like(out) if grad is None else grad for grad, out in pairs))
-        full = dict(zip(here, pulled, strict=True))
-        dy, dh_n, dc_n, x, h0, c0, *weights = (full.get(index) for index in range(len(inputs)))
-        return dy, dh_n, dc_n, x, None, h0, c0, *(None,) * 10, *weights
-
-    @staticmethod
-    def vmap(
-        info, in_dims, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
-        cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw, *weights
-    ):  # fmt: skip
-        V, at = info.batch_size, 0 if batch_first else 1
-        options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
-        if batch_sizes is not None or segments or need_dw or _any_mapped(in_dims[17:]):
-            arguments = dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *options, *weights
-            return _loop(LayerBackward, V, in_dims, arguments), (0,) * 8
-        dy, x, y = (_fold(t, in_dims[k], at, V) for k, t in ((0, dy), (3, x), (7, y)))
-        dh_n, dc_n, h0, c0 = (_fold(t, in_dims[k], 1, V) for k, t in ((1, dh_n), (2, dc_n), (5, h0), (6, c0)))
-        saved = saved.expand(V, *saved.shape) if in_dims[8] is None else saved.movedim(in_dims[8], 0)
-        saved = saved.unflatten(2, (x.shape[1 - at], h0.shape[1] // V)).movedim(0, 2).flatten(1, 3)
-        dx, dh0, dc0, *empty = LayerBackward.apply(
-            dy, dh_n, dc_n, unit_stride(x), None, h0, c0, y.contiguous(), saved, *options, *weights
+        cell, reverse, batch_first, segments, directions, *needs = ctx.options
+        grads = [grad if need else None for grad, need in zip(grads, (needs[0], needs[1], needs[1], *(needs[2],) * 5))]
+        layer = x, batch_sizes, h0, c0, *_kinds(weights, directions)
+        # y and saved are functions of the rest, and their share of a third derivative is taken through it
+        if torch.is_grad_enabled():
+            y, _, _, saved = reference.layer_forward(*layer, cell, reverse, batch_first, True)
+        elif segments:
+            y, _, _, saved = _forward(*layer, cell, reverse, batch_first, True)
+        need_dx, need_dw = ctx.needs_input_grad[3], any(ctx.needs_input_grad[17:])
+        dy, dh_n, dc_n, dx, dh0, dc0, dw = gradients.layer_double_backward(
+            grads, dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw
         )
-        dx, x_dim = (_unfold(dx, at, V), at) if need_dx else (dx, None)
-        dh0, h_dim = (_unfold(dh0, 1, V), 1) if need_dh0 else (dh0, None)
-        dc0, c_dim = (dc0, None) if c0 is None or not need_dh0 else (_unfold(dc0, 1, V), 1)
-        return (dx, dh0, dc0, *empty), (x_dim, h_dim, c_dim, *(None,) * 5)
+        return dy, dh_n, dc_n, dx, None, dh0, dc0, *(None,) * 10, *(dw or [None] * len(weights))
 
 
 def _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options):
@@ -532,7 +661,7 @@ def _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, options):
     cell, reverse, batch_first, _, directions, *needs = options
     inputs = x, batch_sizes, h0, c0, *_kinds(weights, directions)
     y, _, _, saved = reference.layer_forward(*inputs, cell, reverse, batch_first, True)
-    return reference.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, *needs)
+    return gradients.layer_backward(dy, dh_n, dc_n, *inputs, y, saved, cell, reverse, batch_first, *needs)
 
 
 def _kinds(weights: Sequence[Tensor], directions: int) -> Kinds:
@@ -558,21 +687,22 @@ def _requires_grad(tensors: Sequence[Tensor], c0: Tensor | None) -> bool:
     return c0 is not None and c0.requires_grad
 
 
-def _any_mapped(in_dims: Sequence[int | None]) -> bool:
-    return any(dim is not None for dim in in_dims)
+def _any_mapped(kinds: Sequence[Sequence[int | None] | None]) -> bool:
+    return any(dim is not None for dims in kinds for dim in dims or ())
 
 
-def _loop(function: type[Function], size: int, in_dims: Sequence[int | None], arguments: Sequence) -> tuple[Tensor, ...]:
-    """The function on each member of a mapped axis, stacked along a new first axis."""
+def _loop(op, size: int, in_dims: Sequence, arguments: Sequence) -> tuple[Tensor, ...]:
+    """The op on each member of a mapped axis, stacked along a new first axis."""
     if size == 0:
         raise ValueError("vmap over an axis of size 0: a recurrent layer has no member to take the output's shape from")
-    members = [
-        function.apply(
-            *(a if dim is None else unit_stride(a.select(dim, v)) for a, dim in zip(arguments, in_dims, strict=True))
-        )
-        for v in range(size)
-    ]
-    return tuple(torch.stack(outputs) for outputs in zip(*members, strict=True))
+
+    def member(argument, dim, v: int):
+        if isinstance(argument, (list, tuple)):
+            return [member(each, own, v) for each, own in zip(argument, dim or [None] * len(argument), strict=True)]
+        return argument if dim is None else unit_stride(argument.select(dim, v))
+
+    calls = [op(*(member(a, dim, v) for a, dim in zip(arguments, in_dims, strict=True))) for v in range(size)]
+    return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True))
 
 
 def _fold(tensor: Tensor | None, dim: int | None, at: int, size: int) -> Tensor | None:
@@ -602,4 +732,4 @@ def unit_stride(tensor: Tensor) -> Tensor:
 dispatch.load()  # after the schemas it registers against
 if dispatch.native:
     _pattern = torch.empty(1, dtype=torch.float32, device="cpu")
-    dispatch.native.differentiate(apply_eagerly, apply_half, apply_cell, checkpoint.is_on, torch.cat, _pattern)
+    dispatch.native.differentiate(Layer.apply, HalfLayer.apply, CellLayer.apply, checkpoint.is_on, torch.cat, _pattern)

@@ -21,15 +21,15 @@ def where_positive(h: Tensor, dh: Tensor) -> Tensor:
 
 
 # The cells' free names are this module's, and the bound functions are too: there Dynamo looks them up.
-_NAMES = {
+NAMES = {
     "__name__": __name__,
     "sigmoid": sigmoid,
     "tanh": tanh,
     "relu": relu,
     "where_positive": where_positive,
 }
-_FORWARD = {name: bind(cell.forward, **_NAMES) for name, cell in CELLS.items()}
-_BACKWARD = {name: bind(cell.backward, **_NAMES) for name, cell in CELLS.items()}
+_FORWARD = {name: bind(cell.forward, **NAMES) for name, cell in CELLS.items()}
+_BACKWARD = {name: bind(cell.backward, **NAMES) for name, cell in CELLS.items()}
 
 
 def layer_forward(
@@ -52,7 +52,7 @@ def layer_forward(
     xs = _steps(x, batch_sizes, batch_first)
     ys, states, carries, kept = [], [], [], []
     for d in range(len(w_ih)):
-        weights = w_ih[d], w_hh[d], _at(b_ih, d), _at(b_hh, d), _at(w_hr, d)
+        weights = w_ih[d], w_hh[d], at(b_ih, d), at(b_hh, d), at(w_hr, d)
         h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], weights, reverse != bool(d))
         ys.append(out)
         kept.append(torch.cat(slots))
@@ -103,7 +103,7 @@ def layer_backward(
             saved[d].split(rows),
             h0[d],
             None if c0 is None else c0[d],
-            (w_ih[d], w_hh[d], _at(b_ih, d), _at(b_hh, d), _at(w_hr, d)),
+            (w_ih[d], w_hh[d], at(b_ih, d), at(b_hh, d), at(w_hr, d)),
             reverse != bool(d),
             None if dys is None else [step.chunk(len(w_ih), -1)[d] for step in dys],
             None if dh_n is None else dh_n[d],
@@ -128,17 +128,17 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     ys: list = [None] * len(xs)
     kept: list = [None] * len(xs)
-    for t in _order(len(xs), reverse):
+    for t in order_of(len(xs), reverse):
         b = len(xs[t])
-        p = _first(b, h if c is None else c)
-        a = _preactivations(kind, _affine(xs[t], w_ih, b_ih), _affine(_first(b, h), w_hh, b_hh))
+        p = first(b, h if c is None else c)
+        a = preactivations(kind, affine(xs[t], w_ih, b_ih), affine(first(b, h), w_hh, b_hh))
         out, *slots = _FORWARD[kind.name](*a, p)
         if c is not None:
-            c = _replace(c, slots[-1])
+            c = replace(c, slots[-1])
         if w_hr is not None:
             slots.append(out)
             out = out @ w_hr.T
-        h = _replace(h, out)
+        h = replace(h, out)
         ys[t], kept[t] = out, torch.cat(slots, -1) if slots else out[:, :0]
     return h, c, ys, kept
 
@@ -147,7 +147,7 @@ def _backward(kind: Cell, xs, ys, saved, h0: Tensor, c0: Tensor | None, weights,
     """One direction: dx of every step, dh0 [B, R], dc0 [B, H] or None, and the gradient of each weight or None."""
     w_ih, w_hh, b_ih, _, w_hr = weights
     hidden = len(w_hh) // kind.gates
-    order = _order(len(xs), reverse)
+    order = order_of(len(xs), reverse)
     slots = [step.split(hidden, -1) if step.shape[-1] else (ys[t],) for t, step in enumerate(saved)]
     before = _before(order, ys, h0)
     carried = before if c0 is None else _before(order, [step[kind.slots - 1] for step in slots], c0)
@@ -158,11 +158,11 @@ def _backward(kind: Cell, xs, ys, saved, h0: Tensor, c0: Tensor | None, weights,
     dw_ih = dw_hh = db_ih = db_hh = dw_hr = h0.new_zeros(())
     for t in reversed(order):
         b = len(xs[t])
-        d_out = _first(b, dh) if dys is None else _first(b, dh) + dys[t]
+        d_out = first(b, dh) if dys is None else first(b, dh) + dys[t]
         if w_hr is not None:
             dw_hr = dw_hr + d_out.T @ slots[t][-1]
             d_out = d_out @ w_hr
-        grads = _BACKWARD[kind.name](d_out, None if dc is None else _first(b, dc), *slots[t][: max(kind.slots, 1)], carried[t])
+        grads = _BACKWARD[kind.name](d_out, None if dc is None else first(b, dc), *slots[t][: max(kind.slots, 1)], carried[t])
         da = grads[:-1] if kind.carry else grads
         d_input = torch.cat([da[kind.input.index(gate)] for gate in range(kind.gates)], -1)  # [b, G * H]
         d_hidden = torch.cat(da[kind.hidden :], -1)  # [b, G * H]
@@ -170,8 +170,8 @@ def _backward(kind: Cell, xs, ys, saved, h0: Tensor, c0: Tensor | None, weights,
         if kind.carry == "hidden":
             d_before = d_before + grads[-1]
         if dc is not None:
-            dc = _replace(dc, grads[-1])
-        dh = _replace(dh, d_before)
+            dc = replace(dc, grads[-1])
+        dh = replace(dh, d_before)
         dxs[t] = d_input @ w_ih
         dw_ih, dw_hh = dw_ih + d_input.T @ xs[t], dw_hh + d_hidden.T @ before[t]
         db_ih, db_hh = db_ih + d_input.sum(0), db_hh + d_hidden.sum(0)
@@ -180,7 +180,7 @@ def _backward(kind: Cell, xs, ys, saved, h0: Tensor, c0: Tensor | None, weights,
     return dxs, dh, dc, dw
 
 
-def _preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Tensor]:
+def preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Tensor]:
     """Arguments of the cell's forward function, each [b, H], from the products [b, G * H] in torch's gate order."""
     inputs, hiddens = a_input.chunk(kind.gates, -1), a_hidden.chunk(kind.gates, -1)
     for k in range(kind.preactivations):
@@ -189,11 +189,11 @@ def _preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[T
         yield sum(own[1:], own[0])
 
 
-def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return x @ w.T if b is None else x @ w.T + b
 
 
-def _order(length: int, reverse: bool) -> range:
+def order_of(length: int, reverse: bool) -> range:
     return range(length - 1, -1, -1) if reverse else range(length)
 
 
@@ -202,16 +202,16 @@ def _before(order: range, after, first: Tensor) -> list[Tensor]:
     before: list = [None] * len(order)
     state = first
     for t in order:
-        before[t] = _first(len(after[t]), state)
-        state = _replace(state, after[t])
+        before[t] = first(len(after[t]), state)
+        state = replace(state, after[t])
     return before
 
 
-def _first(b: int, state: Tensor) -> Tensor:
-    return state.narrow(0, 0, b)
+def first(b: int, state: Tensor) -> Tensor:
+    return state if b == len(state) else state.narrow(0, 0, b)
 
 
-def _replace(state: Tensor, rows: Tensor) -> Tensor:
+def replace(state: Tensor, rows: Tensor) -> Tensor:
     """The first rows replaced: a row that has ended keeps its last state, in reverse one yet to begin its first."""
     b, B = len(rows), len(state)
     return rows if b == B else torch.cat((rows, state.narrow(0, b, B - b)))
@@ -229,5 +229,5 @@ def _join(steps: list[Tensor], batch_sizes: Tensor | None, batch_first: bool) ->
     return torch.cat(steps) if batch_sizes is not None else torch.stack(steps, 1 if batch_first else 0)
 
 
-def _at(tensors: Sequence[Tensor], d: int) -> Tensor | None:
-    return tensors[d] if tensors else None
+def at(tensors, d: int) -> Tensor | None:
+    return tensors[d] if tensors is not None and len(tensors) else None

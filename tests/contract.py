@@ -38,7 +38,9 @@ FIXED = {torch.float64: 1e-12} | {dtype: torch.finfo(dtype).eps / 2 for dtype in
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-WARNINGS = "error,ignore:Failed to initialize NumPy:UserWarning"  # torch's word where NumPy is not installed
+# PYTHONWARNINGS: what torch says where NumPy is not installed, and what its own modules bring about (see pyproject.toml).
+IGNORED = ("Failed to initialize NumPy", "`torch.jit.script` is deprecated", "`torch.jit.script_method` is deprecated")
+WARNINGS = ",".join(["error", *(f"ignore:{message}" for message in IGNORED)])
 CELLS = {
     "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
@@ -83,7 +85,7 @@ class Case:
 
     def __str__(self) -> str:
         """The fields that differ from their defaults: a test's id, and enough to build the case again."""
-        default = Case()
+        default = type(self)()
         fields = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
         return " ".join([self.cell] + [f"{name}={value}" for name, value in fields.items() if name != "cell"])
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import fastrnn
-from bench import half, memory, record, report, roofline, run, stream, timing
+from bench import chart, half, memory, record, report, roofline, run, stream, timing
 from bench.grid import GRID, Case, Point, cases
-from bench.subjects import Subject, difference, onnx_model
+from bench.subjects import Subject, onnx_model
+from fastrnn.timing import difference
 
 FEW = Point("few", 1, 64, 100)
 STEP = Point("apart", 1, 64, 1)
@@ -240,3 +241,35 @@ def test_heatmap_and_record_are_written(tmp_path):
     assert read["cases"][0]["ratios"] == {"torch": 2.0}
     assert {"machine", "versions", "commit", "date", "settings"} <= record.header(threads=1).keys()
     record.one_tree()
+
+
+def test_the_chart_shows_plain_points_of_the_newest_grid(tmp_path):
+    plain, packed = Point("middle", 32, 256, 100), Point("middle", 32, 512, 50, fill=0.57)
+    results = [
+        result(plain, "gru", "train", torch=3.0),
+        result(Point("middle", 32, 64, 100), "gru", "train", torch=5.0),
+        result(packed, "gru", "train", torch=7.0),
+        result(STEP, "gru", "train", torch=9.0),
+        result(plain, "gru", "infer", torch=2.0),
+    ]
+    assert chart.speed_ups(results, "gru", "train", 32) == {64: 5.0, 256: 3.0}
+    assert chart.speed_ups(results, "gru", "infer", 32) == {256: 2.0}
+    assert chart.speed_ups(results, "lstm", "train", 32) == chart.speed_ups(results, "gru", "train", 1) == {}
+    machine = {"processor": "Other", "torch": "AVX2", "caches": {"L2": "1K"}}
+    header = {"machine": machine, "versions": {"torch": "1.2+cpu"}, "settings": {"threads": 2}, "cases": results}
+    for name, date in (("grid", "2000-01-02T00:00:00"), ("grid-other", "2000-01-01T00:00:00")):
+        record.write(tmp_path / f"{name}.json", header | {"date": date})
+    content = chart.newest(tmp_path)
+    assert content["date"].startswith("2000-01-02")
+    assert chart.chart(content).startswith(b"\x89PNG")
+    caption = chart.origin(content)
+    assert "on 2000-01-02 with 2 threads of Other (AVX2, 1K of L2 cache a core)" in caption and "torch 1.2." in caption
+    with pytest.raises(FileNotFoundError, match=r"python -m bench\.run makes one"):
+        chart.newest(tmp_path / "empty")
+
+
+@pytest.mark.skipif(not (record.ROOT / "README.md").exists(), reason="reads the README, which a source tree has")
+def test_the_readme_shows_the_chart_of_the_committed_results():
+    """Whoever commits newer results draws the chart anew."""
+    text = (record.ROOT / "README.md").read_text()
+    assert chart.block(chart.newest(record.RESULTS)) in text and chart.PICTURE.exists()

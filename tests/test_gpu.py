@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:RNN module weights are not part:UserWarning"),  # torch.nn's own, in bfloat16
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),  # of torch.compile, and of Dynamo
     pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning"),  # in torch 2.11
 ]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

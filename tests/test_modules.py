@@ -760,7 +760,6 @@ def test_gradients_of_two_directions_share_no_memory(options):
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_torch_func_takes_an_exported_program():
     theirs, own = taggers("GRU")
     x = torch.randn(T, B, I)
@@ -841,91 +840,3 @@ def test_onnx(name, dynamo, tmp_path):
         torch.testing.assert_close(torch.from_numpy(y), theirs(x))
     mine, other = graphs
     assert [node.op_type for node in mine.node] == [node.op_type for node in other.node]
-
-
-# --- convert and patch
-
-
-class Special(nn.LSTM):
-    """A subclass of torch.nn's own, which is not ours to change."""
-
-
-def stock_model():
-    torch.manual_seed(0)
-    return nn.ModuleDict(
-        {
-            "lstm": nn.LSTM(I, H, 2, dropout=0.5),
-            "deep": nn.Sequential(nn.GRU(I, H), nn.Sequential(nn.RNN(I, H, nonlinearity="relu"))),
-            "cells": nn.ModuleList([nn.RNNCell(I, H), nn.LSTMCell(I, H), nn.GRUCell(I, H)]),
-            "head": nn.Linear(H, 2),
-            "special": Special(I, H),
-        }
-    )
-
-
-def kinds(model):
-    return {name: type(module) for name, module in model.named_modules()}
-
-
-def test_convert_in_place():
-    model = stock_model().eval()
-    model["deep"].train()
-    before, flags = kinds(model), [module.training for module in model.modules()]
-    parameters, modules = list(model.parameters()), list(model.modules())
-    seen = []
-    hook = model["lstm"].register_forward_hook(lambda *args: seen.append(1))
-    model["lstm"].note = "kept"
-    x = torch.randn(T, B, I)
-    expected = model["lstm"](x)
-    assert fastrnn.convert(model) is model
-    assert kinds(model) == {name: DROP_INS.get(kind, kind) for name, kind in before.items()}
-    assert sum(kind in DROP_INS.values() for kind in kinds(model).values()) == 6
-    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
-    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    assert [module.training for module in model.modules()] == flags
-    assert model["lstm"].note == "kept"
-    assert_same(model["lstm"](x), expected)
-    assert seen == [1, 1]
-    assert kinds(fastrnn.convert(model)) == kinds(model)  # again changes nothing
-    hook.remove()
-    assert type(pickle.loads(pickle.dumps(model["lstm"]))) is fastrnn.LSTM
-
-
-def test_convert_a_copy_and_a_single_layer():
-    model = stock_model()
-    before = kinds(model)
-    copied = fastrnn.convert(model, inplace=False)
-    assert kinds(model) == before
-    assert type(copied["lstm"]) is fastrnn.LSTM
-    assert not {id(p) for p in copied.parameters()} & {id(p) for p in model.parameters()}
-    assert_same_run(copied["lstm"].eval(), model["lstm"].eval(), torch.randn(T, B, I))
-    layer = nn.GRU(I, H)
-    assert fastrnn.convert(layer) is layer
-    assert type(layer) is fastrnn.GRU
-
-
-def test_patch():
-    early, stock_init = nn.LSTM, nn.LSTM.__init__
-    with fastrnn.patch():
-        assert kinds(stock_model()) == kinds(fastrnn.convert(stock_model()))
-        assert type(early(I, H)) is fastrnn.LSTM
-        assert isinstance(nn.GRU(I, H), nn.GRU)
-        with fastrnn.patch():
-            assert type(nn.GRUCell(I, H)) is fastrnn.GRUCell
-        assert type(nn.GRUCell(I, H)) is fastrnn.GRUCell
-        assert type(fastrnn.RNN(I, H)) is fastrnn.RNN
-        assert type(pickle.loads(pickle.dumps(nn.LSTM(I, H)))) is fastrnn.LSTM
-        with pytest.raises(ValueError, match="hidden_size"):
-            nn.LSTM(I, 0)
-    patched, again = fastrnn.patch(), fastrnn.patch()
-    patched.close()
-    patched.close()
-    assert type(nn.RNN(I, H)) is fastrnn.RNN
-    again.close()
-    assert early.__init__ is stock_init
-    assert not set(kinds(stock_model()).values()) & set(DROP_INS.values())
-    theirs, own = both("LSTM")
-    with fastrnn.patch():
-        torch.manual_seed(0)
-        assert_same_run(nn.LSTM(I, H), theirs, torch.randn(T, B, I))
-    assert_same_run(own, theirs, torch.randn(T, B, I))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -30,8 +31,7 @@ some += [NAMES.index(name) for name in ("gru-two_directions", "lstm-packed_two-p
 some_layers = pytest.mark.parametrize(("cell", "form"), [LAYERS[i] for i in some], ids=[NAMES[i] for i in some])
 
 pytestmark = [
-    # torch's own: forward mode, at its first use, and Dynamo, at every autograd.Function
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    # torch's own: Dynamo, at every autograd.Function
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
@@ -375,20 +375,63 @@ def test_compile(make_layer, form):
         _close(compiled(*mine), ours(*theirs))
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(_scalar(f), (0, 2)),
+    "vmap": lambda f: lambda x, *rest: torch.func.vmap(lambda x: f(x, *rest))(torch.stack([x, x.cos()])),
+    "per-sample gradients": lambda f: (
+        lambda x, *rest: torch.func.vmap(torch.func.grad(_scalar(f), (0, 2)), (0, *(None for _ in rest)))(
+            torch.stack([x, x.cos()]), *rest
+        )
+    ),
+    "grad of grad": lambda f: torch.func.grad(lambda *tensors: torch.func.grad(_scalar(f))(*tensors).pow(2).sum(), 2),
+    "jvp": lambda f: lambda *tensors: torch.func.jvp(f, tensors, tensors),
+    "jvp of grad": lambda f: lambda *tensors: torch.func.jvp(torch.func.grad(_scalar(f)), tensors, tensors),
+}
+
+
+def _calls_of_the_op(graph) -> int:
+    """How often a traced program calls layer_forward, itself or in its parts."""
+    parts = (part for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
+    return sum(node.target is torch.ops.fastrnn.layer_forward.default for part in parts for node in part.graph.nodes)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_compiled_transforms(make_layer, plain_layer, transform):
-    """Dynamo traces transforms without our rules: never a raw op there, whose gradient would be lost."""
+    """One graph, that holds the op and not its steps, but for those of forward mode."""
     torch._dynamo.reset()
     flat, ours, plain = _pair(make_layer, plain_layer, "gru", {})
+    transformed, calls = TRANSFORMS[transform], []
 
-    def transformed(function):
-        if transform == "grad":
-            return lambda *tensors: torch.func.grad(_scalar(function), (0, 2))(*tensors)
-        if transform == "vmap":
-            return lambda x, *rest: torch.func.vmap(lambda x: torch.func.grad(_scalar(function))(x, *rest))(
-                x.expand(2, *x.shape)
-            )
-        return lambda *tensors: torch.func.jvp(function, tensors, tensors)
+    def backend(graph, examples):
+        calls.append(_calls_of_the_op(graph))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
 
-    compiled = torch.compile(transformed(ours), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(transformed(ours), fullgraph=True, backend=backend)
     _close(compiled(*flat.tensors), transformed(plain)(*flat.tensors))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_functionalize(make_layer, plain_layer, transform):
+    """Outside of another transform and inside of it."""
+    flat, ours, plain = _pair(make_layer, plain_layer, "lstm", {"directions": 2, "project": True})
+    transformed, expected = TRANSFORMS[transform], TRANSFORMS[transform](plain)(*flat.tensors)
+    for functionalize in (
+        torch.func.functionalize,
+        functools.partial(torch.func.functionalize, remove="mutations_and_views"),
+    ):
+        _close(functionalize(transformed(ours))(*flat.tensors), expected)
+        _close(transformed(functionalize(ours))(*flat.tensors), expected)
+
+
+def test_functionalize_and_plain_autograd(make_layer, plain_layer):
+    """Gradients go through a functionalized call; a program traced from one holds the op."""
+    flat, ours, plain = _pair(make_layer, plain_layer, "lstm", {})
+    mine, theirs = flat.leaves(), flat.leaves()
+    functional = torch.func.functionalize(ours)
+    grads = torch.autograd.grad(_scalar(functional)(*mine), mine), torch.autograd.grad(_scalar(plain)(*theirs), theirs)
+    _close(*grads, flat.labels)
+    for mode in ("real", "fake", "symbolic"):
+        program = torch.fx.experimental.proxy_tensor.make_fx(functional, tracing_mode=mode)(*flat.tensors)
+        assert _calls_of_the_op(program) == 1
+        _close(program(*flat.tensors), plain(*flat.tensors))

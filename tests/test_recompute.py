@@ -46,8 +46,7 @@ some_layers = pytest.mark.parametrize(
 )
 
 pytestmark = [
-    # torch's own: forward mode, at its first use, and Dynamo, at every autograd.Function
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    # torch's own: Dynamo, at every autograd.Function
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from contract import ROOT, TESTS
+from test_packaging import source_tree
 
 COMPILER = os.environ.get("CXX", "g++").split()
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
@@ -43,6 +44,7 @@ def sanitized(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@source_tree
 def test_core(sanitized, copied, tmp_path):
     for path in copied.glob("fastrnn/**/*.so"):
         path.unlink()

@@ -11,6 +11,7 @@ from collections import defaultdict
 import pytest
 import torch
 from contract import ROOT, WARNINGS, python, tiers
+from test_packaging import source_tree
 
 import fastrnn
 from fastrnn.kernels import cpu
@@ -132,8 +133,42 @@ def test_the_widest_tier_runs_by_itself():
 def test_an_impossible_fastrnn_isa_is_an_import_error(name):
     with pytest.raises(AssertionError) as failed:
         python(USED, FASTRNN_ISA=name)
-    message = f"ImportError: FASTRNN_ISA={name!r}: expected one of {', '.join(tiers())}, which this processor runs"
-    assert str(failed.value).strip().endswith(message)
+    message = f"ImportError: FASTRNN_ISA={name!r}: expected one of {', '.join(tiers())}, which this processor runs; kernels"
+    assert message in str(failed.value) and "install fastrnn again, here or with FASTRNN_TIERS=all" in str(failed.value)
+
+
+def test_a_lesser_processor_is_told_how_to_get_its_kernels(copied):
+    """The extension of another processor: kernels are compiled at run time, and the warning says what to do about it."""
+    pytest.importorskip("numba")
+    path = copied / "fastrnn" / "kernels" / "cpu" / "__init__.py"
+    path.write_text(path.read_text().replace("runtime_module().tiers()", "[]"))
+    with pytest.raises(AssertionError) as failed:
+        python("import fastrnn", PYTHONPATH=str(copied))
+    compiled = cpu.runtime_module().compiled_for.replace(",", ", ")
+    assert f"holds kernels for {compiled}, and this processor runs none of these: install fastrnn again" in str(failed.value)
+
+
+def compiled_for(listed: str) -> list[str]:
+    """Names of the tiers that setup.py compiles for with this in FASTRNN_TIERS."""
+    pytest.importorskip("numba")
+    code = f"import runpy; print(*[tier.name for tier in runpy.run_path({str(ROOT / 'setup.py')!r})['chosen_tiers']()])"
+    return python(code, FASTRNN_TIERS=listed).split()
+
+
+@source_tree
+def test_setup_compiles_for_this_processor_unless_told_otherwise():
+    have = processor.fitting()
+    assert compiled_for("") == [tier.name for tier in have if tier in (have[0], have[0].less)]
+    assert compiled_for("all") == [tier.name for tier in processor.tiers()]
+
+
+@x86_64
+@source_tree
+def test_setup_compiles_for_the_tiers_that_are_named():
+    assert compiled_for("x86-64-v3,x86-64-v2") == ["x86-64-v3", "x86-64-v2"]
+    assert compiled_for("x86-64-v4-amx") == ["x86-64-v4-amx", "x86-64-v4"], "with the tier whose code it shares"
+    with pytest.raises(AssertionError, match=r"FASTRNN_TIERS='x86-64-v9': expected all, or some of x86-64-v4-amx,"):
+        compiled_for("x86-64-v9")
 
 
 # The widest is what every other test runs.

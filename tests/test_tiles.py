@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import math
 import subprocess
 import sys
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import test_workspace
 import torch
+from contract import ROOT
 
 numba = pytest.importorskip("numba")
 
 from fastrnn.kernels.cpu import fallback, plan  # noqa: E402 (after the skip)
 from fastrnn.kernels.cpu.processor import Target, Tier  # noqa: E402 (after the skip)
-from fastrnn.kernels.cpu.source import KERNELS  # noqa: E402 (after the skip)
+from fastrnn.kernels.cpu.source import KERNELS, object_directory  # noqa: E402 (after the skip)
 from fastrnn.kernels.cpu.tiles import (  # noqa: E402 (after the skip)
     make_pack_columns_block,
     make_pack_rows_block,
@@ -168,18 +170,27 @@ write_unit(Path("{directory}"), Tier("emulated", "{processor}", {target!r}), ("{
 
 
 @pytest.fixture(scope="module", params=["lstm", *(pytest.param(c, marks=pytest.mark.slow) for c in ("gru", "rnn_tanh"))])
-def units(request, tmp_path_factory):
-    """(cell, of each pass: itself and what lays out its workspace), compiled in processes of their own as fallback.py's are."""
+def units(request):
+    """(cell, of each pass: itself and what lays out its workspace), compiled in processes of their own as fallback.py's are.
+
+    They are kept between runs of the suite, under build/.
+    """
     import llvmlite.binding as llvm
 
-    cell, directory, processor = request.param, tmp_path_factory.mktemp("emulated"), llvm.get_host_cpu_name()
+    cell, processor = request.param, llvm.get_host_cpu_name()
+    directory = object_directory(ROOT / "build", f"emulated-{processor}-{EMULATED.vector_bytes}")
     names = {"kernels": KERNELS.name, "directory": directory, "processor": processor, "target": EMULATED, "cell": cell}
-    codes = [WRITE.format(**names, which=which) for which in ("forward", "backward")]
-    compilers = [subprocess.Popen([sys.executable, "-c", code], cwd=KERNELS.parent) for code in codes]
-    assert [compiler.wait() for compiler in compilers] == [0, 0]
+    tier = Tier("emulated", processor, EMULATED)
+    entries_of = {which: tier.entries((cell, "f32", which)) for which in ("forward", "backward")}
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a worker waits for another that compiles the same
+        missing = [which for which, own in entries_of.items() if not all((directory / f"{name}.o").exists() for name in own)]
+        codes = [WRITE.format(**names, which=which) for which in missing]
+        compilers = [subprocess.Popen([sys.executable, "-c", code], cwd=KERNELS.parent) for code in codes]
+        assert [compiler.wait() for compiler in compilers] == [0] * len(missing)
     engine, int64, functions = fallback._engine(), ctypes.c_int64, {}
-    for which in ("forward", "backward"):
-        entries = Tier("emulated", processor, EMULATED).entries((cell, "f32", which))
+    for which, entries in entries_of.items():
         for entry in entries:
             engine.add_object_file(llvm.object_file.ObjectFileRef.from_path(str(directory / f"{entry}.o")))
         engine.finalize_object()

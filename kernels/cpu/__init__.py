@@ -20,6 +20,7 @@ from .processor import Tier
 from .source import source_hash
 
 DTYPES = (torch.float32, torch.float64)
+OTHER_TIERS = "install fastrnn again, here or with FASTRNN_TIERS=all in the environment, or install the wheel of `make wheel`"
 EXTENSION = next(iter(sorted(Path(__file__).parent.glob("_runtime*.so"))), None)
 
 
@@ -30,7 +31,10 @@ def _load_extension() -> Tier | str:
         ImportError: the extension was built from other sources than those beside it, or FASTRNN_ISA names no tier in it.
     """
     if EXTENSION is None:
-        return "the compiled extension is missing (no numba or no C++ compiler when fastrnn was installed)"
+        return (
+            "the compiled extension is missing (no numba or no C++ compiler when fastrnn was installed): install these, then "
+            "fastrnn again"
+        )
     kernels, runtime = runtime_module().built_from.split(":")
     here, runtime_here = source_hash().split(":")
     if kernels != here or (runtime_here and runtime != runtime_here):
@@ -38,13 +42,13 @@ def _load_extension() -> Tier | str:
             f"fastrnn's compiled kernels ({EXTENSION}) are stale: sources in kernels/ or csrc/ have changed since they were "
             "built. Rebuild them with `make`, or install fastrnn again."
         )
-    names = runtime_module().tiers()
+    names, held = runtime_module().tiers(), runtime_module().compiled_for.replace(",", ", ")
     if not names:
-        return "the compiled extension holds no kernels for this processor"
-    tier = processor.chosen(names)
-    table = torch.Tensor.__dlpack_c_exchange_api__
+        return f"the compiled extension holds kernels for {held}, and this processor runs none of these: {OTHER_TIERS}"
+    tier = processor.chosen(names, f"; kernels were compiled for {held}. For others, {OTHER_TIERS}")
+    samples = torch.empty(1, device="cpu"), torch.nn.Parameter(torch.empty(1, device="cpu"))
     functions = torch.empty_like, torch.autograd.graph.increment_version
-    runtime_module().prepare(tier.name, table, torch.Tensor, torch.nn.Parameter, *functions)
+    runtime_module().prepare(tier.name, *samples, *functions)
     return tier
 
 
@@ -69,14 +73,13 @@ def load() -> tuple[str, Tier]:
     try:
         import llvmlite.binding  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"{found}; and there is no numba to compile kernels with when they are used: {error}") from error
+        raise RuntimeError(f"{found}. There is no numba either, to compile kernels when they are used: {error}") from error
     from . import fallback
 
     tier = fallback.tier()
     fallback.register()
     warnings.warn(
-        f"fastrnn runs slower than it could: {found}. Kernels are compiled when first used and run on one thread. "
-        "Install numba and a C++ compiler, then fastrnn again.",
+        f"fastrnn runs slower than it could, its kernels are compiled when first used and run on one thread: {found}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -7,19 +7,17 @@ named by `Tier.entry`:
 records is the address of one record of plan.FIELDS a direction, or a layer of those that run at once. Beside these the
 conversions of convert.py.
 
-    python -m kernels.cpu.compile BASE TIER,TIER.. [CELL TYPE PASS]
+    python -m kernels.cpu.compile BASE TIER CELL TYPE PASS
 
-writes to BASE/kernels-*/ what is not there yet, of one unit or of all. In a process of its own: Numba is made to do half its
-work here (see `Lowered`).
+writes one unit to BASE/kernels-*/. In a process of its own: Numba is made to do half its work here (see `Lowered`).
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -79,6 +77,11 @@ CONVERSIONS = (("numbers", "bf16", "widen"), ("numbers", "bf16", "round"))
 INT64 = types.int64
 
 
+def units_of(tier: Tier) -> list[tuple[str, str, str]]:
+    """What is compiled for a tier, and not for the one whose code it shares."""
+    return [unit for unit in (*UNITS, *CONVERSIONS) if tier.owner(*unit[1:]) == tier]
+
+
 def emit(name: str, function, returns: types.Type, tier: Tier) -> bytes:
     """Object code of a C function `name` of two int64 that calls `function`: only `name` leaves the object."""
     function.compile(returns(INT64, INT64))
@@ -112,6 +115,7 @@ def emit(name: str, function, returns: types.Type, tier: Tier) -> bytes:
 
 def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
     """Compile a unit's functions and write them, each whole or not at all, whoever else does the same."""
+    gc.disable()  # it would look at all that Numba knows again and again, a fifth of the time
     cell, scalar, which = unit
     name = tier.entry(*unit)
     if unit in CONVERSIONS:
@@ -127,25 +131,11 @@ def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
         partial = directory / f"{point}.{os.getpid()}"
         partial.write_bytes(emit(point, function, returns, tier))
         partial.replace(directory / f"{point}.o")
-    print(f"fastrnn: compiled {' '.join(unit)} for {tier.name}", flush=True)
-
-
-def main(base: Path, names: Sequence[str], units: Sequence[tuple[str, str, str]]) -> None:
-    """Compile what `base` does not hold yet of these units for these tiers, on all processors."""
-    tasks = []
-    for tier in tiers():
-        directory = object_directory(base, tier.name)
-        own = [unit for unit in units if tier.owner(*unit[1:]) == tier]
-        missing = [unit for unit in own if not all((directory / f"{name}.o").exists() for name in tier.entries(unit))]
-        tasks += [(directory, tier, unit) for unit in missing if tier.name in names]
-    if len(tasks) == 1:
-        return write_unit(*tasks[0])
-    # In order, so that a process meets the same helper functions again. At most eight: each holds several hundred megabytes.
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        for done in [pool.submit(write_unit, *task) for task in tasks]:
-            done.result()
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":
-    base, names, *unit = sys.argv[1:]
-    main(Path(base), names.split(","), [(unit[0], unit[1], unit[2])] if unit else (*UNITS, *CONVERSIONS))
+    base, name, cell, scalar, which = sys.argv[1:]
+    (tier,) = (tier for tier in tiers() if tier.name == name)
+    write_unit(object_directory(Path(base), name), tier, (cell, scalar, which))

@@ -37,11 +37,12 @@ def elementary(V: Vector, target: Target) -> dict[str, Any]:
         """Lanes where a < b; false where a is NaN."""
         return builder.fcmp_ordered("<", a, b)
 
-    def clamp(builder, x, low, high):
-        """x within [low, high]; NaN stays NaN."""
-        low, high = constant(V, low), constant(V, high)
-        x = builder.select(below(builder, x, low), low, x)
-        return builder.select(below(builder, high, x), high, x)
+    def at_most(builder, x, high):
+        """The lesser of x and `high`; NaN stays NaN."""
+        return builder.select(below(builder, constant(V, high), x), constant(V, high), x)
+
+    def at_least(builder, x, low):
+        return builder.select(below(builder, x, constant(V, low)), constant(V, low), x)
 
     def polynomial(builder, x, coefficients):
         total = constant(V, coefficients[0])
@@ -66,7 +67,7 @@ def elementary(V: Vector, target: Target) -> dict[str, Any]:
         return builder.bitcast(shifted, V.integer), r
 
     def power_of_two(builder, n):
-        """2^n, for n from -126 to 127 (double: -1022 to 1023), of any NaN's n some finite number."""
+        """2^n, for n from -126 to 127 (double: -1022 to 1023), of any other n some number."""
         exponent = builder.shl(n, ir.Constant(V.integer, [V.integer.element(23 if single else 52)] * lanes))
         return builder.bitcast(builder.add(exponent, builder.bitcast(constant(V, 1.0), V.integer)), V.llvm)
 
@@ -96,17 +97,23 @@ def elementary(V: Vector, target: Target) -> dict[str, Any]:
     def quotient(builder, a, b):
         return builder.fmul(a, reciprocal(builder, b)) if estimates else builder.fdiv(a, b)
 
+    # A saturated gate is 0 or 1 (tanh: -1 or 1) exactly, so that nothing of the gradient passes: what it is multiplied with,
+    # such as the input, may be as large as numbers get.
+
     def emit_sigmoid(builder, x):
-        # 1 / (1 + 2^n e^r)
-        x = clamp(builder, x, *((-88.0, 87.0) if single else (-709.0, 708.0)))
-        n, r = reduced(builder, x, -1)
+        # 1 / (1 + 2^n e^r), and 0 where that would be infinite
+        low, high = (-88.0, 87.0) if single else (-709.0, 708.0)
+        n, r = reduced(builder, at_most(builder, x, high), -1)
         one = constant(V, 1.0)
         exp = fma(builder, V, r, polynomial(builder, r, exp_coefficients), one)
-        return reciprocal(builder, fma(builder, V, power_of_two(builder, n), exp, one))
+        result = reciprocal(builder, fma(builder, V, power_of_two(builder, n), exp, one))
+        return builder.select(below(builder, x, constant(V, low)), constant(V, 0.0), result)
 
     def emit_tanh(builder, x):
         # u / (1 + u), u = (e^2x - 1) / 2 = 2^n (e^r - 1) / 2 + (2^n - 1) / 2: near zero n is 0, and nothing cancels.
-        x = clamp(builder, x, *((-10.0, 10.0) if single else (-20.0, 20.0)))  # beyond, 1 and -1 are the nearest
+        # Single: from 13 ln 2 on 1 is nearest. There u is 2^25 and a little, and the quotient 1 whatever the estimate.
+        high = 9.010913848876953 if single else 20.0
+        x = at_most(builder, at_least(builder, x, -high), high)
         n, r = reduced(builder, x, 2)
         half, one = constant(V, 0.5), constant(V, 1.0)
         coefficients = [c * 2.0**k for k, c in enumerate(exp_coefficients[::-1])][::-1]  # of powers of r / 2

@@ -27,13 +27,19 @@ from .source import KERNELS, object_directory
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
 
 
+def cache_path() -> Path:
+    """Name the directory that keeps compiled kernels: FASTRNN_CACHE_DIR, or else ~/.cache/fastrnn."""
+    return Path(os.environ.get("FASTRNN_CACHE_DIR") or Path.home() / ".cache" / "fastrnn")
+
+
 def cache_directory() -> Path:
-    """FASTRNN_CACHE_DIR or ~/.cache/fastrnn, where it is the user's own; a fresh temporary one where it cannot be had."""
-    base = Path(os.environ.get("FASTRNN_CACHE_DIR") or Path.home() / ".cache" / "fastrnn")
+    """Make `cache_path`, or a temporary directory where that one is not to be had or others can write to it."""
+    base = cache_path()
     try:
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = base.stat()
-        if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        # Windows has neither owners nor modes of this kind
+        if not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
             return base
     except OSError:
         pass
@@ -59,7 +65,7 @@ def tier() -> processor.Tier:
         ImportError: FASTRNN_ISA names none that this processor runs.
         RuntimeError: this processor runs none.
     """
-    names = [tier.name for tier in processor.fitting()]
+    names = [tier.name for tier in processor.fitting() if not tier.less]
     if not names:
         raise RuntimeError(f"this processor is less than {processor.tiers()[-1].name}, the least that kernels are compiled for")
     return processor.chosen(names)

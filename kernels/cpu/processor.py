@@ -69,20 +69,20 @@ def tiers() -> tuple[Tier, ...]:
 
 
 def fitting() -> tuple[Tier, ...]:
-    """Those that this processor runs, as llvmlite knows it; but tiles, which a process has to ask the system for."""
+    """Those whose instructions this processor has, as llvmlite knows it. A process has to ask the system for tiles besides."""
     import llvmlite.binding as llvm
 
     have = llvm.get_host_cpu_features() if tiers() is X86_64 else {}
-    return tuple(tier for tier in tiers() if not tier.less and all(have.get(feature) for feature in tier.features))
+    return tuple(tier for tier in tiers() if all(have.get(feature) for feature in tier.features))
 
 
-def chosen(names: Sequence[str]) -> Tier:
+def chosen(names: Sequence[str], remedy: str = "") -> Tier:
     """The tier that FASTRNN_ISA names, or else the first of `names`, of which it must be one.
 
     Raises:
-        ImportError: it is none of them.
+        ImportError: it is none of them; remedy: what more to say then.
     """
     name = os.environ.get("FASTRNN_ISA", names[0])
     if name not in names:
-        raise ImportError(f"FASTRNN_ISA={name!r}: expected one of {', '.join(names)}, which this processor runs")
+        raise ImportError(f"FASTRNN_ISA={name!r}: expected one of {', '.join(names)}, which this processor runs{remedy}")
     return next(tier for tier in tiers() if tier.name == name)
