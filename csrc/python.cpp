@@ -66,13 +66,19 @@ PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
   Py_RETURN_NONE;
 }
 
-// threads() -> what limits a call's team now: the threads it may use, those that torch is set to, the CPUs that affinity and quota
-// allow, other calls that run, and threads to use because more lost time. See TeamLimit.
+// threads() -> the threads that a call may use now, and what limits them: torch's setting, the CPUs that it may use, by affinity
+// alone and the quota, calls of other threads that run, and the number that earlier calls' losses leave. See TeamLimit.
 PyObject* threads(PyObject*, PyObject*) {
   const TeamLimit limit = team_limit();
-  return Py_BuildValue("LLLdLL", static_cast<long long>(limit.threads()), static_cast<long long>(limit.set),
-                       static_cast<long long>(limit.cpus.allowed), limit.cpus.quota, static_cast<long long>(limit.running),
-                       static_cast<long long>(limit.fewer));
+  const long long own = limit.threads(), cpus = limit.cpus.threads();
+  const long long set = limit.set, allowed = limit.cpus.allowed, running = limit.running, fewer = limit.fewer;
+  return Py_BuildValue("LLLLdLL", own, set, cpus, allowed, limit.cpus.quota, running, fewer);
+}
+
+// set_limits(on), see team.h
+PyObject* limits(PyObject*, PyObject* const* args, Py_ssize_t) {
+  set_limits(args[0] == Py_True);
+  Py_RETURN_NONE;
 }
 
 // cpu_quota(root) -> CPUs' worth of time that control groups grant. root: where /proc and /sys are looked for.
@@ -117,6 +123,7 @@ PyMODINIT_FUNC PyInit__runtime() {
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
       method<check_memory, 1>("check_memory"), method<prepare, 5>("prepare"), method<watch, 1>("watch"),
       method<differentiate, 6>("differentiate"), method<expect, 4>("expect"), method<quota, 1>("cpu_quota"),
+      method<limits, 1>("set_limits"),
       {"tiers", tiers, METH_NOARGS, nullptr}, {"threads", threads, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   if (!make_keys()) return nullptr;

@@ -109,6 +109,7 @@ class Signal {
 
 thread_local TeamSize team_size;
 
+std::atomic<bool> limited{true};
 std::atomic<int64_t> running{0};
 // A child has the thread that forked alone: the calls of others will never end there.
 [[maybe_unused]] const int forks = pthread_atfork(nullptr, nullptr, [] { running.store(0); });
@@ -122,7 +123,7 @@ int64_t TeamLimit::threads() const {
 
 TeamLimit team_limit() {
   const int64_t set = torch::stable::get_num_threads();
-  if (set <= 1) return {1, {1, 1}, 0, 1};
+  if (set <= 1 || !limited.load(std::memory_order_relaxed)) return {set, {set, static_cast<double>(set)}, 0, set};
   static thread_local Cpus cpus;
   static thread_local int64_t known_until;
   const int64_t time = about_now();
@@ -132,6 +133,8 @@ TeamLimit team_limit() {
   }
   return {set, cpus, running.load(std::memory_order_relaxed), team_size.of(set, time)};
 }
+
+void set_limits(bool on) { limited.store(on); }
 
 Running::Running() { running.fetch_add(1, std::memory_order_relaxed); }
 Running::~Running() { running.fetch_sub(1, std::memory_order_relaxed); }

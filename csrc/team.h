@@ -34,6 +34,9 @@ struct TeamLimit {
 };
 TeamLimit team_limit();
 
+// Whether anything but torch's number of threads limits a team: it does, except in tests of more threads than there are CPUs.
+void set_limits(bool on);
+
 // A call is running as long as this lives.
 class Running {
  public:

@@ -242,14 +242,17 @@ class Explanation:
         engine: the engine that would run the call.
         declined: why each other engine would not run it, by name.
         schedule: what the engine says it would do, a line for each layer.
+        threads: of the CPU engine, how many it would use at most, and what limits them.
     """
 
     engine: str
     declined: dict[str, str]
     schedule: tuple[str, ...] = ()
+    threads: str = ""
 
     def __str__(self) -> str:
         lines = [f"engine: {self.engine}"]
+        lines += [f"  threads: {self.threads}"] * bool(self.threads)
         lines += [f"  layer {index}: {line}" for index, line in enumerate(self.schedule)]
         lines += [f"not {name}: {reason}" for name, reason in self.declined.items()]
         return "\n".join(lines)
@@ -290,7 +293,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
     half = weights[0].dtype is torch.bfloat16
-    return Explanation(engine, declined, _schedule(module, x, batch_sizes, states, training, half) if engine in FUSED else ())
+    schedule = _schedule(module, x, batch_sizes, states, training, half) if engine in FUSED else ()
+    return Explanation(engine, declined, schedule, cpu.team()[1] if engine == "cpu" else "")
 
 
 def _left_to_cudnn(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, w_hh: Tensor) -> bool:
@@ -316,7 +320,7 @@ def _schedule(
     def describe(cell: str, T: int, B: int, I: int, R: int, D: int, layers: int = 1) -> str:
         if x.is_cuda:
             return gpu.describe(cell, T, B, H, R, D, x.dtype, x.device, training)
-        return cpu.describe(cell, T, B, I, H, R, D, torch.get_num_threads(), training, half, layers, module.input_size, size)
+        return cpu.describe(cell, T, B, I, H, R, D, cpu.team()[0], training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):
         rows = x.shape[0] if x.dim() == 2 else 1

@@ -86,6 +86,24 @@ def load() -> tuple[str, Tier]:
     return "run time", tier
 
 
+def team() -> tuple[int, str]:
+    """(threads that a call of this thread would use at most now, that and why in words)."""
+    if load()[0] != "compiled":
+        return 1, "1: kernels that are compiled at run time use one"
+    threads, set_to, cpus, allowed, quota, running, fewer = runtime_module().threads()
+    if threads == set_to:
+        return threads, f"{threads}, as torch is set to"
+    if threads < min(set_to, cpus, fewer):
+        why = f"other calls are running in this process ({running})"
+    elif fewer < min(set_to, cpus):
+        why = "fewer for now, because calls lost time waiting for threads that were not there"
+    elif cpus < allowed:
+        why = f"a quota of the process's control group allows {quota:g} CPUs"
+    else:
+        why = f"the process may use {allowed} CPU{'s' * (allowed > 1)}"
+    return threads, f"{threads} of the {set_to} that torch is set to: {why}"
+
+
 def describe(
     cell: str,
     T: int,
