@@ -242,7 +242,7 @@ class Explanation:
         engine: the engine that would run the call.
         declined: why each other engine would not run it, by name.
         schedule: what the engine says it would do, a line for each layer.
-        threads: how many the CPU engine would use at most, and what limits them.
+        threads: of the CPU engine, how many it would use at most, and what limits them.
     """
 
     engine: str
