@@ -32,7 +32,7 @@ class TeamSize {
   static constexpr int64_t DEBT = MS / 2;
   static constexpr int64_t SHORTEST = 10 * MS, LONGEST = 800 * MS;  // of a smaller team
 
-  int64_t balance_ = -CREDIT / 4, fewer_ = 0, time_ = 0, until_ = 0;
+  int64_t balance_ = -CREDIT / 2, fewer_ = 0, time_ = 0, until_ = 0;
 };
 
 }  // namespace fastrnn
