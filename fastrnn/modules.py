@@ -323,4 +323,4 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: GRUCell,
 }
 for _torch_class, _drop_in in DROP_INS.items():
-    _drop_in._original_class = _torch_class  # type: ignore[assignment]
+    _drop_in._original_class = _torch_class  # type: ignore[attr-defined]  # of DropIn, which not all nn.Modules are
