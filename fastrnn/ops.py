@@ -201,8 +201,7 @@ def _map_backward(
 
 def _map_checkpoint_forward(info, in_dims, *arguments):
     """checkpoint_forward under vmap, where recompute mode has no effect."""
-    *layer, _segments = arguments
-    return _map_forward(info, in_dims, *layer, False)
+    return _map_forward(info, in_dims, *(*arguments[:-1], False))
 
 
 def _map_checkpoint_backward(info, in_dims, *arguments):
