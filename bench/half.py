@@ -19,7 +19,7 @@ from bench.subjects import Runner, Subject, difference
 
 POINTS = r"^(few .* B1 T50|middle .* B32 T50|large .* B32 T25|apart .* T1 H256)"
 TOLERANCE = 0.05  # relative L2 to float32: bfloat16 rounds to 1/256, torch.nn at every operation
-DEFAULT_OUTPUT = record.RESULTS / "half.json"
+DEFAULT_OUTPUT = record.result_file("half")
 
 
 def _cast(subject: Subject, dtype: torch.dtype) -> Subject:

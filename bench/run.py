@@ -23,7 +23,7 @@ from bench.subjects import PEERS, Runner, Subject, difference
 from bench.timing import interleave
 
 TOLERANCE = 1e-4  # relative L2, float32 against float32: only a wrong result passes it
-DEFAULT_OUTPUT = record.RESULTS / "grid.json"
+DEFAULT_OUTPUT = record.result_file("grid")
 
 
 def wrong(subject: Subject, truth: Subject) -> list[str]:
