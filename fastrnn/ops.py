@@ -59,7 +59,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn import Parameter
 
 from fastrnn import checkpoint, dispatch
@@ -400,6 +400,7 @@ class _Function(_SingleLevelFunction):
     """An autograd.Function that differentiates one level of torch.func's transforms, or of torch.autograd without them."""
 
     apply: Any  # its C base's, which torch's annotations leave out
+    _compiled_autograd_key = staticmethod(Function._compiled_autograd_key)  # what torch's compiled autograd looks for
 
 
 class Layer(_Function):
