@@ -1,8 +1,8 @@
-"""Tables and heat map from bench/results/*.json: `python -m bench.report`.
+"""Tables and pictures of every processor measured, from bench/results/*.json: `python -m bench.report`.
 
-Writes bench/results/heatmap.png and roofline.png, and puts the tables between the bench and gpu markers of README.md, the
-roofline's between those of docs/performance.md. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is
-faster.
+The results of a benchmark on a processor are in a file of their own, such as grid-zen-4.json: to show another processor, add
+its files. Tables go between the markers "bench", "roofline" and "gpu" of README.md or docs/*.md, wherever these are; heat maps
+and rooflines are drawn beside the results. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is faster.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastrnn.kernels.gpu import plan
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
 HEADS = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
+BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream")  # of a CPU
 FLOOR = 1  # no point of the grid is to be below
 
 Result = dict[str, Any]
@@ -321,12 +323,11 @@ def gpu(content: dict[str, Any]) -> str:
 
 def origin(content: dict[str, Any]) -> str:
     """Where and when the figures were taken."""
-    machine, versions, settings = content["machine"], content["versions"], content["settings"]
+    versions, settings = content["versions"], content["settings"]
     return (
-        f"{settings['threads']} threads of {machine['processor']} ({machine['torch']}, "
-        f"L2 {machine['caches'].get('L2', '?')}), {settings['dtype']}, medians of interleaved runs, "
-        + ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino"))
-        + f", {content['date'][:10]}, commit {content['commit'][:10] or 'none'}."
+        f"{settings['threads']} threads, {settings['dtype']}, medians of interleaved runs, "
+        + "".join(f"{name} {versions[name]}, " for name in ("onnxruntime", "openvino"))
+        + f"{taken(content)}."
     )
 
 
@@ -365,33 +366,82 @@ def heatmap(results: Sequence[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def markdown(contents: dict[str, dict[str, Any]]) -> str:
-    """The report of the result files, by name."""
-    parts = []
+def overview(grids: Sequence[dict[str, Any]]) -> str:
+    """List the processors measured: what each is, how many points are below the floor, when and at which commit."""
+    rows = []
+    for grid in grids:
+        machine = grid["machine"]
+        found = [result["ratios"]["torch"] for result in grid["cases"] if result.get("ratios")]
+        rows.append(
+            [
+                f"{machine['name']} ({machine['processor']})",
+                f"{machine['vectors']} bits",
+                machine["caches"].get("L2", ""),
+                f"{sum(ratio < FLOOR for ratio in found)} of {len(found)}",
+                f"{min(found):.2f}x",
+                f"{grid['date'][:10]}, {grid['commit'][:10] or 'none'}",
+            ]
+        )
+    return table(["processor", "vectors", "L2 of a core", f"points below {FLOOR}x", "least", "date and commit"], rows)
+
+
+def section(name: str, contents: dict[str, dict[str, Any]], pictures: str) -> str:
+    """Write the tables of one processor. contents: its results by benchmark. pictures: the folder of the heat map."""
+    parts, last = [f"### {name}"], ""
     if grid := contents.get("grid"):
         results = grid["cases"]
-        parts += [class_table(results), worst(results), "![Heat map of the grid](bench/results/heatmap.png)"]
+        parts += [class_table(results), worst(results), f"![Heat map of the grid]({pictures}/{picture('heatmap', name)})"]
         parts += [apart_table(results), packed(results), peer_table(results)]
-    if "stream" in contents:
-        parts.append(stream(contents["stream"]))
-    if "memory" in contents:
-        parts.append(memory(contents["memory"]))
-    if "startup" in contents:
-        parts.append(startup(contents["startup"]))
-    if "half" in contents:
-        parts.append(half(contents["half"]))
-    if tiles := contents.get("half-amx"):
-        how = "python -m bench.half --output bench/results/half-amx.json"
-        parts.append(
-            f"On a processor with AMX (`{how}`, torch {tiles['versions']['torch']}, {tiles['date'][:10]}): {half(tiles)}"
-        )
-    if grid:
-        parts.append(origin(grid))
-    if avx2 := contents.get("grid-avx2"):
-        how = "python -m bench.run --output bench/results/grid-avx2.json"
-        parts.append(f"The same on a processor without AVX-512 (`{how}`):")
-        parts += [class_table(avx2["cases"]), worst(avx2["cases"]), peer_table(avx2["cases"]), origin(avx2)]
-    return "\n\n".join(part for part in parts if part)
+        last = origin(grid)
+    for benchmark, write in (("stream", stream), ("memory", memory), ("startup", startup), ("half", half)):
+        if content := contents.get(benchmark):
+            parts.append(write(content))
+            if taken(content) != taken(grid or {}):
+                parts.append(f"(The figures above this line: {taken(content)}.)")
+    return "\n\n".join(part for part in (*parts, last) if part)
+
+
+def taken(content: dict[str, Any]) -> str:
+    """Say with which torch, when and at which commit a result was taken."""
+    if not content:
+        return ""
+    return f"torch {content['versions']['torch']}, {content['date'][:10]}, commit {content['commit'][:10] or 'none'}"
+
+
+def picture(kind: str, name: str) -> str:
+    """Name the file of a processor's heat map or roofline."""
+    return f"{kind}-{record.slug(name)}.png"
+
+
+def markdown(processors: dict[str, dict[str, dict[str, Any]]], pictures: str) -> str:
+    """Write the report of all processors, by name: a table of them, then the tables of each."""
+    grids = [contents["grid"] for contents in processors.values() if "grid" in contents]
+    return "\n\n".join([overview(grids), *(section(name, contents, pictures) for name, contents in processors.items())])
+
+
+def rooflines_of_all(processors: dict[str, dict[str, dict[str, Any]]], pictures: str) -> str:
+    """Write table and picture of each processor whose rates were measured."""
+    parts = []
+    for name, contents in processors.items():
+        if {"grid", "roofline"} <= contents.keys():
+            results, rates = contents["grid"]["cases"], contents["roofline"]
+            parts += [f"### Roofline of {name}", roofline(results, rates)]
+            parts.append(f"![Rates below the roofline]({pictures}/{picture('roofline', name)})")
+    return "\n\n".join(parts)
+
+
+def by_processor(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read the results of each processor by benchmark, the processor whose grid is newest first."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for benchmark in BENCHMARKS:
+        for path in sorted(folder.glob(f"{benchmark}-*.json")):
+            content = json.loads(path.read_text())
+            found.setdefault(content["machine"]["name"], {})[benchmark] = content
+
+    def age(name: str) -> str:
+        return found[name].get("grid", {"date": ""})["date"]
+
+    return {name: found[name] for name in sorted(found, key=age, reverse=True)}
 
 
 def insert(text: str, page: str, name: str = "bench") -> str:
@@ -403,29 +453,48 @@ def insert(text: str, page: str, name: str = "bench") -> str:
     return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
+def write_pages(root: Path, texts: dict[str, Callable[[str], str]]) -> list[Path]:
+    """Put each text between the markers of its name, in whichever of README.md and docs/*.md has them.
+
+    texts: by marker's name, a function of the folder of the pictures as the page sees it.
+
+    Raises:
+        ValueError: no page has the markers of a text.
+    """
+    pages = {path: path.read_text() for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if path.exists()}
+    changed = []
+    for name, write in texts.items():
+        places = [path for path, page in pages.items() if f"<!-- {name}:begin -->" in page]
+        if not places:
+            raise ValueError(f"neither README.md nor docs/*.md has <!-- {name}:begin --> ... to put the report between")
+        for path in places:
+            pictures = Path(os.path.relpath(root / "bench" / "results", path.parent)).as_posix()
+            pages[path] = insert(write(pictures), pages[path], name)
+            changed.append(path)
+    for path in changed:
+        path.write_text(pages[path])
+    return changed
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder (default %(default)s)")
-    parser.add_argument("--page", type=Path, default=record.ROOT / "README.md", help="(default %(default)s)")
-    parser.add_argument("--log", type=Path, default=record.ROOT / "docs" / "performance.md", help="(default %(default)s)")
-    options = parser.parse_args(argv)
-    names = "grid", "grid-avx2", "memory", "startup", "half", "half-amx", "roofline", "stream", "gpu"
-    files = {name: options.results / f"{name}.json" for name in names}
-    contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    report = markdown(contents)
-    print(report)
-    if "grid" in contents:
-        heatmap(contents["grid"]["cases"], options.results / "heatmap.png")
-    if "grid" in contents and "roofline" in contents:
-        results, rates = contents["grid"]["cases"], contents["roofline"]
-        draw_roofline(results, rates, options.results / "roofline.png")
-        if options.log.exists():
-            options.log.write_text(insert(roofline(results, rates), options.log.read_text(), "roofline"))
-    if options.page.exists():
-        page = insert(report, options.page.read_text())
-        if "gpu" in contents:
-            page = insert(gpu(contents["gpu"]), page, "gpu")
-        options.page.write_text(page)
+    parser.add_argument("--root", type=Path, default=record.ROOT, help="holds README.md, docs/ and bench/results/")
+    root = parser.parse_args(argv).root
+    folder = root / "bench" / "results"
+    processors = by_processor(folder)
+    for name, contents in processors.items():
+        if "grid" in contents:
+            heatmap(contents["grid"]["cases"], folder / picture("heatmap", name))
+            if "roofline" in contents:
+                draw_roofline(contents["grid"]["cases"], contents["roofline"], folder / picture("roofline", name))
+    texts: dict[str, Callable[[str], str]] = {}
+    if processors:
+        texts["bench"] = lambda pictures: markdown(processors, pictures)
+        texts["roofline"] = lambda pictures: rooflines_of_all(processors, pictures)
+    if (file := folder / "gpu.json").exists():
+        texts["gpu"] = lambda pictures: gpu(json.loads(file.read_text()))
+    for path in write_pages(root, texts):
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

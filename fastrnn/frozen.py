@@ -5,6 +5,7 @@ A frozen layer is of a class made for it, between which and its own class it cha
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -142,7 +143,8 @@ class _Frozen(nn.Module):
         """As an ordinary layer: panels are this processor's."""
         twin = object.__new__(self._fastrnn_own_class)
         twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_fastrnn_panels"}
-        return twin.__reduce_ex__(protocol)
+        build, *rest = twin.__reduce_ex__(protocol)
+        return object.__new__ if build is copyreg.__newobj__ else build, *rest  # pickle wants that one to build self's class
 
 
 def _frozen_class(own_class: type) -> type:

@@ -52,14 +52,14 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn import Parameter
 
 from fastrnn import checkpoint, dispatch
@@ -203,7 +203,7 @@ def _map_backward(
 
 def _map_checkpoint_forward(info, in_dims, *arguments):
     """checkpoint_forward under vmap, where recompute mode has no effect."""
-    return _map_forward(info, in_dims, *arguments[:-1], False)
+    return _map_forward(info, in_dims, *(*arguments[:-1], False))
 
 
 def _map_checkpoint_backward(info, in_dims, *arguments):
@@ -396,7 +396,14 @@ def _takes_half(weights: Kinds) -> bool:
     return w_hh[0].shape[1] % 2 == 0 and all(w.dtype is torch.bfloat16 for w in (*w_ih, *w_hh, *w_hr))
 
 
-class Layer(_SingleLevelFunction):
+class _Function(_SingleLevelFunction):
+    """An autograd.Function that differentiates one level of torch.func's transforms, or of torch.autograd without them."""
+
+    apply: Any  # its C base's, which torch's annotations leave out
+    _compiled_autograd_key = staticmethod(Function._compiled_autograd_key)  # what torch's compiled autograd looks for
+
+
+class Layer(_Function):
     """`layer` with a gradient. Arguments are flat, weights as `_kinds` takes them apart; the last output is `saved`.
 
     segments: 0, or as many as recompute mode divides the steps into; `saved` is then what it keeps.
@@ -560,7 +567,7 @@ def _outer_levels() -> Iterator[None]:
         yield
 
 
-class HalfLayer(_SingleLevelFunction):
+class HalfLayer(_Function):
     """`Layer` of matrices in bfloat16, and of all else in any dtype: in float32, each result and gradient rounded once."""
 
     @staticmethod
@@ -595,7 +602,7 @@ class HalfLayer(_SingleLevelFunction):
         return tuple(map(_to, found, dtypes))
 
 
-class CellLayer(_SingleLevelFunction):
+class CellLayer(_Function):
     """`Layer` of one step, without the axes of time and directions: x [B, I], h [B, R], c [B, H] -> h, and c for lstm."""
 
     @staticmethod
@@ -619,7 +626,7 @@ class CellLayer(_SingleLevelFunction):
         return found
 
 
-class LayerBackward(_SingleLevelFunction):
+class LayerBackward(_Function):
     """The gradients of `Layer`, as layer_backward returns them; their own gradients come from the reference."""
 
     @staticmethod

@@ -192,14 +192,55 @@ def test_rates_are_rates(monkeypatch):
     assert rates["operations_per_second"] > 1e6 and rates["bytes_per_second"]["4"] > 1e6
 
 
-def test_another_processor_has_a_table_of_its_own():
-    machine = {"processor": "Other", "torch": "AVX2", "caches": {}}
-    header = {"machine": machine, "versions": dict.fromkeys(("torch", "onnxruntime", "openvino"), "1"), "date": "2000-01-01"}
-    results = [result(Point("large", 128, 256, 50), "gru", "train", torch=3.0)]
-    content = header | {"settings": {"threads": 2, "dtype": "float32"}, "commit": "", "cases": results}
-    text = report.markdown({"grid-avx2": content})
-    assert text.startswith("The same on a processor without AVX-512") and "| large |  | 3.00x |" in text
-    assert "2 threads of Other (AVX2" in text
+def written_results(folder, name: str, date: str, ratio: float) -> None:
+    """A grid of one point, as bench.run writes it on a processor of this name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = {"name": name, "processor": "Other", "vectors": 256, "caches": {"L2": "512K"}, "torch": "AVX2"}
+    header = {"machine": machine, "versions": dict.fromkeys(("torch", "onnxruntime", "openvino"), "1"), "date": date}
+    results = [result(Point("large", 128, 256, 50), "gru", "train", torch=ratio)]
+    content = header | {"settings": {"threads": 2, "dtype": "float32"}, "commit": "abc", "cases": results}
+    record.write(folder / f"grid-{record.slug(name)}.json", content)
+
+
+def test_every_processor_has_its_tables_wherever_the_markers_are(tmp_path):
+    results = tmp_path / "bench" / "results"
+    written_results(results, "Zen 9", "2000-01-01", 3.0)
+    written_results(results, "Old Rapids", "1999-01-01", 0.5)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("no table here\n")
+    for name, block in (("figures", "bench"), ("log", "roofline")):
+        (tmp_path / "docs" / f"{name}.md").write_text(f"before\n<!-- {block}:begin -->\nold\n<!-- {block}:end -->\nafter\n")
+    report.main(["--root", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == "no table here\n"
+    page = (tmp_path / "docs" / "figures.md").read_text()
+    assert page.startswith("before\n<!-- bench:begin -->\n") and page.endswith("<!-- bench:end -->\nafter\n")
+    assert "| Zen 9 (Other) | 256 bits | 512K | 0 of 1 | 3.00x | 2000-01-01, abc |" in page
+    assert "| Old Rapids (Other) | 256 bits | 512K | 1 of 1 | 0.50x | 1999-01-01, abc |" in page
+    newest, older = page.index("### Zen 9"), page.index("### Old Rapids")
+    assert newest < page.index("| large |  | 3.00x |") < older < page.index("| large |  | 0.50x |")
+    assert "(../bench/results/heatmap-zen-9.png)" in page
+    assert (results / "heatmap-zen-9.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "docs" / "figures.md").unlink()
+    with pytest.raises(ValueError, match=r"neither README\.md nor"):
+        report.main(["--root", str(tmp_path)])
+
+
+def test_processors_are_named_by_their_numbers():
+    def cpuinfo(vendor, family, model):
+        first = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: a virtual one\n"
+        return f"processor\t: 0\n{first}\nprocessor\t: 1\n{first}"
+
+    assert record.processor_name(cpuinfo("AuthenticAMD", 25, 17)) == "Zen 4"
+    assert record.processor_name(cpuinfo("AuthenticAMD", 25, 1)) == "Zen 3"
+    assert record.processor_name(cpuinfo("GenuineIntel", 6, 207)) == "Emerald Rapids"
+    assert record.slug(record.processor_name(cpuinfo("GenuineIntel", 6, 300))) == "genuineintel-family-6-model-300"
+    assert record.processor_name("") != ""
+
+
+def test_committed_results_are_named_by_their_processor():
+    for path in record.RESULTS.glob("*-*.json"):
+        name = json.loads(path.read_text())["machine"]["name"]
+        assert path.stem in {f"{benchmark}-{record.slug(name)}" for benchmark in report.BENCHMARKS}
 
 
 def test_a_gpu_has_a_table_of_its_own():

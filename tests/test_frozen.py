@@ -93,7 +93,7 @@ def test_cells(name, bias):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_the_short_way_does_not_take(name):
+def test_what_the_fast_path_does_not_take(name):
     module, twin = frozen(name, I, H)
     unbatched, packed = torch.randn(4, I), pack_sequence([torch.randn(n, I) for n in (5, 2)])
     for x in (unbatched, packed):
@@ -232,7 +232,7 @@ def test_panels_are_written_whole():
     x, state = given(module, 5)
     for fill in (0x00, 0xFF):  # 0xFF everywhere is not a number
         poisoned = functools.partial(torch.full, fill_value=fill, dtype=torch.uint8)
-        panels = dispatch.native.pack(twin.__dict__, None, lambda size, make=poisoned: make((size,)))
+        panels = dispatch.native.pack(twin.__dict__, "LSTM", lambda size, make=poisoned: make((size,)))
         assert len(panels) > 4 * sum(weight.numel() for weight in twin.parameters())
         module._fastrnn_panels = panels, *module.parameters()
         with torch.no_grad():

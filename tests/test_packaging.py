@@ -149,7 +149,7 @@ def test_the_build_goes_on_without_kernels_on_other_systems(tmp_path, system):
 import runpy, sys, types, setuptools, warnings
 elsewhere = types.ModuleType("sys")
 elsewhere.__dict__.update(vars(sys), platform="{system}")
-sys.argv = ["setup.py", "--quiet", "build_ext", "--build-lib", {str(tmp_path)!r}]
+sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace", "--build-lib", {str(tmp_path)!r}]
 warnings.simplefilter("always")
 import setuptools.command.build_ext
 sys.modules["sys"] = elsewhere
