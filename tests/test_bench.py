@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from bench import chart, half, memory, record, report, roofline, run, stream, timing
+from bench import chart, crowded, crowded_calls, half, memory, record, report, roofline, run, stream, timing
 from bench.grid import GRID, Case, Point, cases
 from bench.subjects import Subject, onnx_model
 from fastrnn.timing import difference
@@ -183,6 +184,67 @@ def test_a_stream_is_checked_and_told(cell):
     assert "times" not in stream.measure(cell, 17, 1, seconds=0.01, most=2, tolerance=1e-12)
     (row,) = report.stream({"cases": [found]}).splitlines()[2:]
     assert row.startswith(f"| {report.WORDS[cell]} H 17 | ") and row.count("|") == 10
+
+
+@pytest.mark.parametrize("kind", ["quiet", "neighbour", "after", "bursts", "python threads", "smaller team"])
+def test_crowded_calls_are_timed(kind, monkeypatch):
+    """In this process: a call of each mode, beside a neighbour that ends with the block."""
+    monkeypatch.setattr(crowded_calls, "SETTLE", 0.01)
+    started = []
+    popen = crowded_calls.subprocess.Popen
+    monkeypatch.setattr(
+        crowded_calls.subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1]
+    )
+    before = torch.get_num_threads()
+    try:
+        modes = ("infer",) if kind == "python threads" else ("infer", "train")
+        jobs = [(("GRU", 5, 2, 3), mode) for mode in modes]
+        found = crowded_calls.measure("fastrnn", kind, 2, 0.02, jobs)
+    finally:
+        torch.set_num_threads(before)
+    names = {"python threads": {"calls a second"}, "smaller team": {"longest ms"}}.get(kind, {"p50", "p90", "p99", "mean"})
+    assert [one.keys() for one in found] == [names] * len(modes)
+    assert kind == "smaller team" or all(value > 0 for one in found for value in one.values())
+    assert len(started) == (kind in ("neighbour", "after", "bursts"))
+    assert all(process.poll() is not None for process in started)
+
+
+def test_crowded_goals_are_checked():
+    """Handmade: each goal is missed by a little more, and kept by a little less, than it allows."""
+    point = crowded.point_name(crowded.POINTS[3])
+    for goal in crowded.GOALS:
+        rate, mode, bound = goal.figure == "calls a second", goal.modes[0], 1000.0
+        limit = goal.times * bound + goal.plus
+        other = {"runs": [{}], "median": {goal.other_figure or goal.figure: bound}}
+        for found, misses in ((0.99 * limit, rate), (1.01 * limit, not rate)):
+            case = {"runs": [{}], "median": {goal.figure: found}}
+            cases = {(goal.situation, "now", point, mode): case, (goal.other, goal.who, point, mode): other}
+            if goal.situation != goal.other or goal.who != "now":
+                told = [
+                    words
+                    for words in crowded.missed(cases)
+                    if words.startswith(f"{goal.situation}, {point} {mode}: {goal.figure}")
+                ]
+                assert len(told) == misses, goal
+        assert not list(crowded.missed({(goal.situation, "now", point, mode): other}))  # nothing to compare with
+    longest = {("smaller team", "now", point, "infer"): {"runs": [{"longest ms": 3}, {"longest ms": 101}], "median": {}}}
+    assert list(crowded.missed(longest)) == [f"smaller team, {point} infer: 101 ms, the goal 100"]
+    known = {situation.name for situation in crowded.SITUATIONS}
+    assert {goal.situation for goal in crowded.GOALS} | {goal.other for goal in crowded.GOALS} <= known
+
+
+def test_crowded_runs_processes_and_keeps_what_was_there(tmp_path, capsys):
+    output, small = tmp_path / "crowded.json", ["--points", "GRU H96 B1 ", "--runs", "1", "--seconds", "0.01"]
+    assert crowded.main(["--only", "^one CPU, one thread infer", *small, "--output", str(output)]) == 0
+    assert (
+        crowded.main(["--only", "^one CPU infer", *small, "--output", str(output), "--keep", "--before", sys.executable]) == 0
+    )
+    content = json.loads(output.read_text())
+    assert {"machine", "versions", "commit", "date", "settings"} <= content.keys()
+    names = [(case["situation"], case["who"]) for case in content["cases"]]
+    assert names == [("one CPU, one thread", "now"), ("one CPU", "now"), ("one CPU", "before")]
+    assert all(case["median"]["p50"] == case["runs"][0]["p50"] > 0 for case in content["cases"])
+    assert "goals missed" in capsys.readouterr().out
 
 
 def test_rates_are_rates(monkeypatch):

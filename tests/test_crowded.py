@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -43,7 +44,10 @@ QUOTAS = {
     "version 2, a container's own group is the mount": ({GROUPS: "0::/\n", f"{V2}/cpu.max": "300000 100000\n"}, 3),
     "version 2, a path from outside": ({GROUPS: "0::/../other\n", f"{V2}/cpu.max": "300000 100000\n"}, 3),
     "version 1": ({GROUPS: "3:cpu:/a\n", f"{V1}/a/cpu.cfs_quota_us": "25000\n", f"{V1}/a/cpu.cfs_period_us": "50000\n"}, 0.5),
-    "version 1, no limit": ({GROUPS: "3:cpu:/a\n", f"{V1}/a/cpu.cfs_quota_us": "-1", f"{V1}/a/cpu.cfs_period_us": "1"}, math.inf),
+    "version 1, no limit": (
+        {GROUPS: "3:cpu:/a\n", f"{V1}/a/cpu.cfs_quota_us": "-1", f"{V1}/a/cpu.cfs_period_us": "1"},
+        math.inf,
+    ),
     "version 1, with cpuacct, of a container": (
         {
             GROUPS: "12:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n",
@@ -89,8 +93,8 @@ def test_quota_of_no_path():
         cpu.runtime_module().cpu_quota(None)
 
 
-# A program that plays calls of a team: a line in says its threads, how many of them came, how many were away, its milliseconds and
-# how many of them were lost, or how long nothing happens; a line out says how many of 4 threads to use then.
+# A program that plays calls of a team: a line in says its threads, how many of them came, how many were away, its milliseconds
+# and how many of them were lost, or how long nothing happens; a line out says how many of 4 threads to use then.
 PLAY = """
 #include "team_size.h"
 #include <cstdio>
@@ -175,7 +179,7 @@ def test_for_longer_while_it_goes_on_and_no_longer_than_a_second(play):
         lengths.append(5 * sizes.index(4))
         calls += [*nothing(lengths[-1]), BAD]
     assert lengths[0] <= 20
-    assert all(later >= earlier for earlier, later in zip(lengths, lengths[1:], strict=False))
+    assert all(later >= earlier for earlier, later in itertools.pairwise(lengths))
     assert 500 < lengths[-1] < 1000 and lengths[-1] == lengths[-2]
     after = play([*calls, *nothing(1000), *quiet(1500), BAD, *nothing(20)])
     assert after[-1] == 4  # and short again after a time without losses
