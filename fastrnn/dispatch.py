@@ -117,7 +117,7 @@ def check_memory(*tensors: Tensor | None) -> None:
 
     The compiled runtime checks that itself. This is for what Python does with the tensors before they get there.
     """
-    if native and not torch.compiler.is_compiling():
+    if native and not torch.compiler.is_compiling() and not watched():  # tensors of transforms have no memory of their own
         native.check_memory(tensors)
 
 
