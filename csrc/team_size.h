@@ -19,7 +19,7 @@ class TeamSize {
     const int64_t gained = size < threads ? 0 : (total - lost) * 3 / 4 / (threads - 1);
     balance_ = std::max(-CREDIT, balance_ + lost - gained);
     if (balance_ < DEBT) return;
-    const bool again = now < until_ + time_;
+    const bool again = now - total < until_ + time_;  // it began soon after the last time
     fewer_ = again && threads <= fewer_ ? threads / 2 : threads - std::clamp<int64_t>(away, 1, threads - 1);
     time_ = again ? std::min(2 * time_, LONGEST) : SHORTEST;
     until_ = now + time_;
@@ -32,7 +32,7 @@ class TeamSize {
   static constexpr int64_t DEBT = MS / 2;
   static constexpr int64_t SHORTEST = 10 * MS, LONGEST = 800 * MS;  // of a smaller team
 
-  int64_t balance_ = -CREDIT / 4, fewer_ = 0, time_ = 0, until_ = 0;
+  int64_t balance_ = -CREDIT / 2, fewer_ = 0, time_ = 0, until_ = 0;
 };
 
 }  // namespace fastrnn

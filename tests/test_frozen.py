@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from contract import threads
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_sequence
@@ -43,24 +44,20 @@ def frozen(name, *sizes, **options):
     return module, twin
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("steps", [2, 7, 300])
 @pytest.mark.parametrize("options", [*VARIANTS, {"proj_size": 7, "num_layers": 2}], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_same_bits_as_ever(name, options, steps, threads):
+def test_same_bits_as_ever(name, options, steps, count):
     if "proj_size" in options and name != "LSTM":
         options = {"nonlinearity": "relu"} if name == "RNN" else {}
     module, twin = frozen(name, I, H, **options)
     x, states = given(module, steps)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         for state in (None, states):
             with torch.no_grad():
                 assert_same_bits(module(x, state), twin(x, state))
             assert not module(x, state)[0].requires_grad  # weights are constants, in whatever mode
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("hidden", [1, 19, 300])
