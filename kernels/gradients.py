@@ -110,7 +110,7 @@ class Block:
         else:
             a = total(from_x, from_h)
             a_hidden = (h.new_zeros(1, G * H) if a is None else a).expand(n, -1).split(sizes)
-        slopes = self.slopes[:, :, cell.hidden : P].flatten(2).split(sizes, 1)
+        slopes = self.slopes.narrow(2, cell.hidden, P - cell.hidden).flatten(2).split(sizes, 1)
         carried = self.slopes[:, :, P].split(sizes, 1) if cell.carry else None
         from_out = None if w_hr is None or v.w_hr is None else (self.out @ v.w_hr.T).split(sizes)
         T = len(sizes)
@@ -176,7 +176,8 @@ class Block:
         h = joined(h_s)
         out = h if w_hr is None else joined(out_s)
         a = joined(a_s)
-        hidden = a[:, cell.hidden : P].reshape(a.shape[0], -1)
+        # narrow: a slice of the whole is aten.alias in torch 2.14, which the older of torch's two vmaps does not know
+        hidden = a.narrow(1, cell.hidden, P - cell.hidden).reshape(a.shape[0], -1)
         inputs = torch.cat([a[:, cell.input.index(gate)] for gate in range(cell.gates)], -1) if cell.hidden else hidden
         return Gradients(inputs, hidden, h, out, None if dc is None else joined(c_s)), dh, dc
 
