@@ -113,61 +113,88 @@ def _name(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-class _Steps:
-    """A sequence [B, T, I] of which some steps are masked, without these: packed, and how to get back.
+class _AllSteps:
+    """A sequence without a mask. Its data are x [B, T, I] itself."""
+
+    batch_sizes: Tensor | None = None
+
+    def data(self, x: Tensor) -> Tensor:
+        """[B, T, I] -> what the engine reads."""
+        return x
+
+    def initial(self, state: Tensor) -> Tensor:
+        """An initial state [B, H] -> of the rows that the engine reads."""
+        return state
+
+    def final(self, state: Tensor, initial: Tensor) -> Tensor:
+        """A final state of these rows -> [B, H]."""
+        return state
+
+    def outputs(self, y: Tensor, zero: bool) -> Tensor:
+        """What the engine returns -> [B, T, H]."""
+        return y
+
+
+class _ValidSteps(_AllSteps):
+    """A sequence [B, T, I] of which some steps are masked. Its data are the other steps, packed: [N, I].
 
     A masked step leaves a row's state as it was. So each row is the sequence of its valid steps, wherever they are.
     """
 
     def __init__(self, mask: Tensor):
-        """mask: bool [B, T], True at valid steps."""
-        lengths = mask.sum(1)
+        """mask: bool [B, T], True at valid steps, of which there is one at least."""
+        lengths, T = mask.sum(1), mask.shape[1]
         self.order = torch.argsort(lengths, descending=True, stable=True)  # [B], rows from the longest on
         self.rank = torch.argsort(self.order)
         valid_first = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # [B, T], a row's valid steps in turn
-        present = torch.arange(mask.shape[1], device=mask.device)[:, None] < lengths[self.order]  # [T, B]
-        self.places = (self.order * mask.shape[1] + valid_first[self.order].t())[present]  # [N], in x as [B * T, I]
+        present = torch.arange(T, device=mask.device)[:, None] < lengths[self.order]  # [T, B]
+        self.places = (self.order * T + valid_first[self.order].t())[present]  # [N], in x as [B * T, I]
         sizes = present.sum(1)
         self.batch_sizes = sizes[sizes > 0].cpu()
-        self.rows = int(self.batch_sizes[0]) if len(self.batch_sizes) else 0  # that have a valid step
+        self.rows = int(self.batch_sizes[0])  # that have a valid step
         self.latest = mask.cumsum(1) - 1  # [B, T], which of a row's valid steps came last; -1 before the first
         self.starts = sizes.cumsum(0) - sizes  # [T], where a step begins in packed data
         self.mask = mask
 
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, T, I] -> [N, I]"""
+    def data(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1)[self.places]
 
     def initial(self, state: Tensor) -> Tensor:
-        """[B, H] -> [1, rows, H], of the rows that have a valid step, in packed order."""
-        return state[self.order[: self.rows]].unsqueeze(0)
+        return state[self.order[: self.rows]]
 
     def final(self, state: Tensor, initial: Tensor) -> Tensor:
-        """[rows, H] in packed order -> [B, H]; a row without a valid step keeps its initial state."""
+        """A row without a valid step keeps its initial state."""
         return torch.cat((state, initial[self.order[self.rows :]]))[self.rank]
 
-    def unpack(self, y: Tensor, zero: bool) -> Tensor:
-        """[N, H] -> [B, T, H]; a masked step repeats the output before it, and is zero before the first or with `zero`."""
-        places = self.starts[self.latest.clamp(min=0)] + self.rank[:, None]
+    def outputs(self, y: Tensor, zero: bool) -> Tensor:
+        """A masked step repeats the output before it. It is zero before the first valid step, or with `zero`."""
         shown = self.mask if zero else self.latest >= 0
+        places = self.starts[self.latest.clamp(min=0)] + self.rank[:, None]
         return torch.where(shown.unsqueeze(-1), y[torch.where(shown, places, 0)], y.new_zeros(()))
 
 
-def _layer(cells: Sequence[_Cell], x: Tensor, states: Sequence[Sequence[Tensor]], batch_sizes: Tensor | None, reverse: bool = False):
-    """One layer, of as many directions as there are cells: functional.layer of Keras' weights. states: h, and c, [D, B, H]."""
+_States = Sequence[Sequence[Tensor]]  # of h, and for LSTM of c: [B, H] of each direction
+
+
+def _layer(
+    cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps, reverse: bool = False
+) -> tuple[Tensor, _States]:
+    """`functional.layer` of Keras' weights, with a direction for each cell: what it returns for `data`, and final states."""
     w_ih, w_hh, b_ih, b_hh = zip(*(cell.weights() for cell in cells), strict=True)
-    return functional.layer(
-        x,
-        *states,
+    y, *last = functional.layer(
+        data,
+        *(torch.stack([steps.initial(state) for state in kind]) for kind in states),
         cell=cells[0].name,
         w_ih=w_ih,
         w_hh=w_hh,
         b_ih=[bias for biases in b_ih for bias in biases],
         b_hh=[bias for biases in b_hh for bias in biases],
-        batch_sizes=batch_sizes,
+        batch_sizes=steps.batch_sizes,
         reverse=reverse,
-        batch_first=batch_sizes is None,
+        batch_first=steps.batch_sizes is None,
     )
+    final = [list(map(steps.final, after, before)) for after, before in zip(last, states, strict=False)]
+    return y, final
 
 
 def _mask_of(mask: Any, x: Tensor) -> Tensor | None:
@@ -189,39 +216,32 @@ def _why_not(layer: Any, x: Any, training: Any) -> str | None:
 
 
 def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: Any) -> Any:
-    """What Keras' inner_loop returns: the last output, all outputs, and the final states; or None where Keras has to run it."""
-    if _why_not(layer, sequences, training) is not None:
-        return None
+    """What Keras' inner_loop returns: the last output, all outputs, and the final states. None where Keras has to run it."""
     cells = _cells(layer, training)
-    x = _inputs(layer, sequences, training)
-    stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
-    before = initial_state if stacked else [initial_state]
-    mask, backwards = _mask_of(mask, x), layer.go_backwards
-    steps = None
-    if mask is not None:
-        if backwards:
+    if isinstance(cells, str) or 0 in sequences.shape:
+        return None
+    x, backwards = _inputs(layer, sequences, training), layer.go_backwards
+    mask = _mask_of(mask, x)
+    if mask is None:
+        steps = _AllSteps()
+    elif mask.any():
+        if backwards:  # the order in which Keras returns its outputs
             x, mask, backwards = x.flip(1), mask.flip(1), False
-        steps = _Steps(mask)
-        if steps.rows == 0:
-            return None
-        x = steps.pack(x)
-    after = []
-    for cell, state in zip(cells, before, strict=True):
-        h_and_c = [keras.ops.convert_to_tensor(part).to(x.dtype) for part in (state if isinstance(state, (list, tuple)) else [state])]
-        if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
-            h_and_c = [part.clone() for part in h_and_c]
-        given = [part.unsqueeze(0) if steps is None else steps.initial(part) for part in h_and_c]
-        x, *last = _layer([cell], x, given, None if steps is None else steps.batch_sizes, backwards)
-        last = [part.squeeze(0) for part in last if part is not None]
-        if steps is not None:
-            last = [steps.final(part, initial) for part, initial in zip(last, h_and_c, strict=True)]
-        after.append(last)
-    if steps is not None:
-        outputs = steps.unpack(x, layer.zero_output_for_mask)
-        last_output = outputs[:, -1]
+        steps = _ValidSteps(mask)
     else:
-        outputs = x.flip(1) if backwards and layer.return_sequences else x
-        last_output = after[-1][0]
+        return None
+    stacked, data, after = isinstance(layer.cell, keras.layers.StackedRNNCells), steps.data(x), []
+    for cell, given in zip(cells, initial_state if stacked else [initial_state], strict=True):
+        given = given if isinstance(given, (list, tuple)) else [given]
+        before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in given]
+        if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
+            before = [state.clone() for state in before]
+        data, states = _layer([cell], data, [[state] for state in before], steps, backwards)
+        after.append([state for (state,) in states])
+    outputs = steps.outputs(data, layer.zero_output_for_mask)
+    if backwards and layer.return_sequences:
+        outputs = outputs.flip(1)
+    last_output = after[-1][0] if mask is None else outputs[:, -1]
     return last_output, outputs, after if stacked else after[0]
 
 
@@ -245,6 +265,7 @@ def _fused(keras_class: type) -> Callable:
             return done
         return by_keras(self, sequences, initial_state, mask, training)
 
+    inner_loop.is_fused = True  # type: ignore[attr-defined]
     return inner_loop
 
 
@@ -312,7 +333,7 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
     layers = self.forward_layer, self.backward_layer
     if self.stateful or any(
         not isinstance(layer, keras.layers.RNN)
-        or getattr(type(layer).inner_loop, "__wrapped__", None) is None  # not ours
+        or not getattr(type(layer).inner_loop, "is_fused", False)
         or isinstance(layer.cell, keras.layers.StackedRNNCells)
         or _why_not(layer, sequences, training) is not None
         or layer.activity_regularizer is not None
@@ -324,30 +345,17 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
     same = forward.name == backward.name and forward.keras_cell.units == backward.keras_cell.units
     if not same or forward.keras_cell.use_bias != backward.keras_cell.use_bias or layers[0].go_backwards:
         return None
-    x = _inputs(layers[0], sequences, training)
-    mask, H = _mask_of(mask, x), forward.keras_cell.units
-    count = 2 if forward.name == "lstm" else 1
+    x, H = _inputs(layers[0], sequences, training), forward.keras_cell.units
+    mask, kinds = _mask_of(mask, x), 2 if forward.name == "lstm" else 1
+    if mask is not None and not mask.any():
+        return None
+    steps = _AllSteps() if mask is None else _ValidSteps(mask)
     if initial_state is None:
-        parts = [x.new_zeros(x.shape[0], H)] * (2 * count)
-    else:
-        parts = [keras.ops.convert_to_tensor(part).to(x.dtype) for part in initial_state]
-    pairs = [torch.stack((parts[k], parts[count + k])) for k in range(count)]  # [2, B, H], of h and of c
-    if mask is None:
-        y, *last = _layer(cells, x, pairs, None)
-        last = [part for part in last if part is not None]
-    else:
-        steps = _Steps(mask)
-        if steps.rows == 0:
-            return None
-        own = [torch.cat([steps.initial(part) for part in pair]) for pair in pairs]
-        y, *packed = _layer(cells, steps.pack(x), own, steps.batch_sizes)
-        packed = [part for part in packed if part is not None]
-        last = [torch.stack([steps.final(*both) for both in zip(part, pair, strict=True)]) for part, pair in zip(packed, pairs, strict=True)]
-        y = steps.unpack(y, True)
-    if self.return_sequences:
-        one, other = y[..., :H], y[..., H:]
-    else:
-        one, other = last[0]
+        initial_state = [x.new_zeros(x.shape[0], H)] * (2 * kinds)
+    before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in initial_state]
+    y, states = _layer(cells, steps.data(x), list(zip(before[:kinds], before[kinds:], strict=True)), steps)
+    y = steps.outputs(y, zero=True)
+    one, other = (y[..., :H], y[..., H:]) if self.return_sequences else states[0]
     if self.merge_mode == "concat":
         output: Any = y if self.return_sequences else torch.cat((one, other), -1)
     elif self.merge_mode == "sum":
@@ -360,8 +368,8 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
         output = one, other
     if not self.return_state:
         return output
-    states = (*(part[0] for part in last), *(part[1] for part in last))
-    return (*output, *states) if self.merge_mode is None else (output, *states)
+    final = [state for direction in zip(*states, strict=True) for state in direction]
+    return (*output, *final) if self.merge_mode is None else (output, *final)
 
 
 class Bidirectional(keras.layers.Bidirectional, _Explained):
@@ -372,7 +380,7 @@ class Bidirectional(keras.layers.Bidirectional, _Explained):
 
 
 _CLASSES = {cls.__name__: cls for cls in (SimpleRNN, LSTM, GRU, RNN, Bidirectional)}
-# A saved file and a copy's configuration name the class alone. With these entries they mean ours where fastrnn.keras is imported.
+# A saved file and the configuration of a copy name the class alone. With these entries the name means ours.
 keras.saving.get_custom_objects().update(_CLASSES)
 
 
@@ -462,7 +470,7 @@ def from_torch(module: nn.RNNBase, **options: Any) -> Any:
         raise TypeError(f"module: expected an RNN, LSTM or GRU of torch, got {type(module).__name__}")
     if module.proj_size:
         raise ValueError(f"module: Keras' LSTM has no projection, got proj_size={module.proj_size}")
-    kind = next(kind for kind in _KINDS if kind.torch_name == type(module).mro()[0].__name__ or isinstance(module, getattr(nn, kind.torch_name)))
+    kind = next(kind for kind in _KINDS if isinstance(module, getattr(nn, kind.torch_name)))
     D, H = 1 + module.bidirectional, module.hidden_size
     built: list[Any] = []
     for index in range(module.num_layers):
@@ -483,6 +491,7 @@ def from_torch(module: nn.RNNBase, **options: Any) -> Any:
 
 def _keras_weights(kind: _Kind, module: nn.RNNBase, index: int) -> list[Any]:
     """kernel [I, G*H], recurrent kernel [H, G*H] and the bias of a torch layer, of each direction."""
+
     def columns(name: str) -> Tensor:
         parts = module.get_parameter(name).detach().chunk(len(kind.gates))
         return torch.cat([parts[kind.gates.index(gate)] for gate in range(len(parts))]).t()
