@@ -522,9 +522,10 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Stack stack;
     View x;
     States before;
+    if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[3], pair) || is_watched()) return nullptr;
+    if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
     if (differentiates(stack, x_object, before)) {
       if (stack.frozen || args[4] != Py_False || recompute_is_on()) return nullptr;
@@ -550,9 +551,10 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     Stack stack;
     View x, y, h_n, c_n;
     States before, after;
+    if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.directions != 1) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[3], pair) || is_watched()) return nullptr;
+    if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
     const int64_t B = stack.batch, R = stack.output_size;
     if (out != Py_None) {
@@ -584,9 +586,10 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     Stack stack;
     View x, h, c;
     States before;
+    if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1])) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[3], pair) || is_watched()) return nullptr;
+    if (!before.read(args[3], pair)) return nullptr;
     // torch.nn makes absent states of the size that the module says it has
     if (!before.h_or_none && number(attributes, HIDDEN_SIZE) != stack.hidden_size) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;

@@ -47,11 +47,6 @@ class TorchTensor {
   const void* pointer_;
 };
 
-bool is_plain(PyObject* object, bool maybe_parameter = true) {
-  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  return type == imported.tensor_type || (maybe_parameter && type == imported.parameter_type);
-}
-
 // The imaginary part of a conjugate, for one, holds its numbers negated.
 bool is_negated(PyObject* object, const TorchTensor& tensor) {
   if (at::native::is_neg) return at::native::is_neg(tensor.tensor());
@@ -88,6 +83,11 @@ void find_torch_tensor(PyObject* tensor, PyObject* parameter) {
   if (places[0].size() == 1 && places[0] == places[1]) place = places[0][0];
 }
 
+bool is_plain(PyObject* object, bool maybe_parameter) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == imported.tensor_type || (maybe_parameter && type == imported.parameter_type);
+}
+
 bool look(PyObject* object, View& seen, bool maybe_parameter, bool unread) {
   if (!is_plain(object, maybe_parameter)) return false;
   const TorchTensor tensor(object);
@@ -99,10 +99,10 @@ PyObject* check_memory(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     for (Py_ssize_t i = 0; i < PyTuple_Size(args[0]); ++i) {
       PyObject* object = PyTuple_GetItem(args[0], i);
-      if (!is_plain(object)) continue;
+      if (!is_plain(object, true)) continue;
       const TorchTensor tensor(object);
       View seen;
-      if (see(tensor.handle(), seen)) check_in_memory(tensor.handle(), seen);
+      if (see(tensor.handle(), seen)) check_in_memory(tensor.handle(), seen, false);
     }
     return nullptr;
   });

@@ -60,6 +60,9 @@ bool make_keys();  // false with an exception of Python's
 // Find out where Python's tensors hold torch's own, from one tensor and one parameter.
 void find_torch_tensor(PyObject* tensor, PyObject* parameter);
 
+// Whether it is a tensor, and of no class of its own.
+bool is_plain(PyObject* object, bool maybe_parameter = false);
+
 // True where a plain dense tensor of the CPU is seen: its last axis has its numbers next to each other, all lie in memory, and
 // none is to be read negated. unread: its memory need not be there.
 bool look(PyObject* object, View& seen, bool maybe_parameter = false, bool unread = false);

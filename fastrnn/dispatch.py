@@ -274,6 +274,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
         ValueError: input has too few dimensions, or too many.
         RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
     """
+    if own := getattr(type(module), "_fastrnn_explain", None):  # of fastrnn.keras
+        return own(module, input, hx)
     if not isinstance(module, (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCellBase)):
         raise TypeError(f"module: expected a recurrent layer or cell, got {type(module).__name__}")
     x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)

@@ -31,6 +31,10 @@ SETTLE = 0.02  # a call below it is made once untimed before each repeat: caches
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
 TF32_TOLERANCE = 1e-2
 
+UNSTEADY = 1.3  # p80 over p20 of a library's times, above which other work is in them
+
+NOT_STEADY = "These times vary a lot, so other work is running here. Stop it, or measure for more seconds."
+
 Runner = Callable[[int], object]  # runs the work that many times
 
 
@@ -170,7 +174,7 @@ def differences(subject: Subject, truth: Subject) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured; prints itself as one line.
+    """What `compare` measured; prints itself as one line, and a second one where the times are not steady.
 
     mode:     "infer" or "train".
     times:    for "torch.nn" and "fastrnn", the seconds per call of each repeat, and their p20, median and p80.
@@ -183,11 +187,17 @@ class Comparison:
     speed_up: dict[str, float]
     error: float
 
+    @property
+    def steady(self) -> bool:
+        """Whether the times of both libraries stayed about the same, so that the speed-up can be trusted."""
+        return all(times["p80"] <= UNSTEADY * times["p20"] for times in self.times.values())
+
     def __str__(self) -> str:
         theirs, ours = (milliseconds(self.times[name]["median"]) for name in ("torch.nn", "fastrnn"))
         low, middle, high = self.speed_up.values()
         what = "inference" if self.mode == "infer" else "training step"
-        return f"{what}: torch.nn {theirs}, fastrnn {ours}: {middle:.2f}x as fast ({low:.2f}x to {high:.2f}x)"
+        line = f"{what}: torch.nn {theirs}, fastrnn {ours}: {middle:.2f}x as fast ({low:.2f}x to {high:.2f}x)"
+        return line if self.steady else f"{line}\n{NOT_STEADY}"
 
     __repr__ = __str__
 

@@ -1,28 +1,151 @@
-"""A layer's first and second derivatives in plain torch operations, from the states that it went through.
+"""First and second derivatives of a layer in plain torch operations, from the states that it went through.
 
-Near those states each direction of a layer is linear, and what one step does is known before any loop over time: `slopes`, of
-the cell's h and c by each pre-activation and by the state before, from the cell's own backward function. `push` carries changes
-forward through time, `pull` gradients back: a step is one product and a few operations, and all other products are over the
-rows of all steps at once. Out of place: autograd, forward mode and vmap go through all of it.
+Near those states each direction of a layer is linear, and what a step does to small changes is known before any loop over time:
+`slopes`, which the cell's own backward function gives. `Block.push` carries changes forward through time and `Block.pull`
+carries gradients back. A step of either is one product and a few operations; all other products are of many rows at once.
+Steps come in blocks, so that the numbers of a block stay in the processor's cache from one operation to the next.
 
-Letters as in reference.py; N rows of all steps one below the other in time's order, P pre-activations of a unit, Q one more where
-the cell has a `carry`, S results of the cell that steps hand on: h, or h and c.
+Nothing is done in place: autograd, forward mode and vmap pass through all of it, to any order.
+
+Letters as in reference.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of a
+unit; Q as many, and one more where the cell has a `carry`; S states of the cell: h, or h and c.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrnn.kernels.cells import CELLS, Cell, bind
-from fastrnn.kernels.reference import NAMES, affine, at, first, order_of, preactivations, replace, where_positive
+from fastrnn.kernels.reference import NAMES, at, first, order_of, preactivations, replace, where_positive
+
+BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so many numbers fit a core's cache
+
+
+def layer_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor],
+    b_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    y: Tensor,
+    saved: Tensor,
+    cell: str,
+    reverse: bool = False,
+    batch_first: bool = False,
+    need_dx: bool = True,
+    need_dh0: bool = True,
+    need_dw: bool = True,
+) -> tuple[Tensor, ...]:
+    """Return the gradients dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; [0] where there is none.
+
+    The two directions' gradients of a weight are one below the other.
+    """
+    rows, empty = Rows(x, batch_sizes, batch_first), x.new_empty(0)
+    dxs, dh0s, dc0s, dws = [], [], [], []
+    for d in range(len(w_ih)):
+        weights = Weights(*(at(kind, d) for kind in (w_ih, w_hh, b_ih, b_hh, w_hr)))
+        direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
+        dys, state = direction.split(rows.of(dy, d, len(w_ih))), direction.state(dh_n, dc_n)
+        dx, dw = [None] * len(dys), Weights()
+        for k in reversed(direction.order):
+            block = direction.blocks[k]
+            grads, state = block.pull(dys[k], state)
+            dx[k] = grads.input @ weights.w_ih if need_dx else None
+            dw = block.add_weights(dw, grads, block.x, block.h, block.out) if need_dw else dw
+        dxs.append(dx)
+        dh0s.append(state.h)
+        dc0s.append(state.c)
+        dws.append(dw)
+    return (
+        rows.join(total(*map(joined, dxs))) if need_dx else empty,
+        torch.stack(dh0s) if need_dh0 else empty,
+        torch.stack(dc0s) if need_dh0 and c0 is not None else empty,
+        *(empty if dw[0] is None else torch.cat(dw) for dw in zip(*dws, strict=True)),
+    )
+
+
+def layer_double_backward(
+    v: Sequence[Tensor | None],
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    w_ih: Sequence[Tensor],
+    w_hh: Sequence[Tensor],
+    b_ih: Sequence[Tensor],
+    b_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
+    y: Tensor,
+    saved: Tensor,
+    cell: str,
+    reverse: bool,
+    batch_first: bool,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of layer_backward's dy, dh_n, dc_n, x, h0, c0 and of each weight, or None, from those of its results, v.
+
+    layer_backward is linear in dy, dh_n and dc_n: it is the transpose of the layer's derivative. So its results times v are dy,
+    dh_n and dc_n times the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of dy, dh_n
+    and dc_n is that change, and the gradient of the layer's inputs is the change of layer_backward's results.
+    """
+    rows, D = Rows(x, batch_sizes, batch_first), len(w_ih)
+    vx, vh0, vc0, *vw = v
+    vw = [None if each is None else each.chunk(D) for each in vw]
+    ys, h_ns, c_ns, dxs, dh0s, dc0s, dws = [], [], [], [], [], [], []
+    for d in range(D):
+        weights = Weights(*(at(kind, d) for kind in (w_ih, w_hh, b_ih, b_hh, w_hr)))
+        direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
+        blocks, order, along = direction.blocks, direction.order, Weights(*(at(kind, d) for kind in vw))
+        vxs, dys = direction.split(rows.of(vx)), direction.split(rows.of(dy, d, D))
+        changes, state = [None] * len(blocks), direction.state(vh0, vc0)
+        for k in order:
+            changes[k], state = blocks[k].push(vxs[k], along, state)
+        ys.append(joined([change.y for change in changes]))
+        h_ns.append(state.h)
+        c_ns.append(state.c)
+        state, bent_state = direction.state(dh_n, dc_n), direction.state(None, None)
+        dx, dw = [None] * len(blocks), Weights()
+        for k in reversed(order):
+            block, change = blocks[k], changes[k]
+            grads, state = block.pull(dys[k], state)
+            bent, bent_state = block.bend(grads, along, change, bent_state)
+            if need_dx:
+                dx[k] = total(bent.input @ weights.w_ih, None if along.w_ih is None else grads.input @ along.w_ih)
+            if need_dw:
+                dw = block.add_weights(dw, bent, block.x, block.h, block.out)
+                dw = block.add_weights(dw, grads, change.x, change.h, change.out, biases=False)
+        dxs.append(dx)
+        dh0s.append(bent_state.h)
+        dc0s.append(bent_state.c)
+        dws.append(dw)
+    return (
+        None if dy is None else rows.join(ys[0] if D == 1 else torch.cat(ys, -1)),
+        None if dh_n is None else torch.stack(h_ns),
+        None if dc_n is None else torch.stack(c_ns),
+        rows.join(total(*map(joined, dxs))) if need_dx else None,
+        torch.stack(dh0s),
+        None if c0 is None else torch.stack(dc0s),
+        [each for kind in zip(*dws, strict=True) if kind[0] is not None for each in kind],
+    )
 
 
 class Rows:
-    """The rows of all steps: where they lie in x, y and dy, and how many each step has."""
+    """Where the rows of all steps lie in x, y and their gradients, and how many each step has."""
 
     def __init__(self, x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> None:
         self.packed, self.batch_first = batch_sizes is not None, batch_first
@@ -33,39 +156,41 @@ class Rows:
             self.sizes = batch_sizes.tolist()
 
     def of(self, tensor: Tensor | None, d: int = 0, directions: int = 1) -> Tensor | None:
-        """[N, ...], of a direction its columns."""
-        if tensor is None:
-            return None
-        if not self.packed:
+        """Return [N, ...]; of a tensor that holds both directions, the columns of one."""
+        if tensor is not None and not self.packed:
             tensor = (tensor.transpose(0, 1) if self.batch_first else tensor).reshape(-1, tensor.shape[-1])
-        return tensor if directions == 1 else tensor.chunk(directions, -1)[d]
+        return tensor if tensor is None or directions == 1 else tensor.chunk(directions, -1)[d]
 
     def join(self, rows: Tensor) -> Tensor:
-        """The inverse of `of`."""
+        """Undo `of`."""
         if self.packed:
             return rows
         rows = rows.reshape(self.steps, self.batch, -1)
         return rows.transpose(0, 1).contiguous() if self.batch_first else rows
 
 
-class Inputs(NamedTuple):
-    """What a direction is a function of, or a change of each; None where there is none."""
+class Weights(NamedTuple):
+    """The weights of a direction, their gradients, or a vector for each; None where there is none."""
 
-    x: Tensor | None  # [N, I]
-    h0: Tensor | None  # [B, R]
-    c0: Tensor | None  # [B, H]
-    w_ih: Tensor | None
-    w_hh: Tensor | None
-    b_ih: Tensor | None
-    b_hh: Tensor | None
-    w_hr: Tensor | None
+    w_ih: Tensor | None = None
+    w_hh: Tensor | None = None
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+
+
+class State(NamedTuple):
+    """A direction's state, a change of it, or its gradient: [B, R] and, for lstm, [B, H]."""
+
+    h: Tensor
+    c: Tensor | None
 
 
 class Change(NamedTuple):
-    """How what a block's steps compute changes."""
+    """How what a block computes changes."""
 
-    x: Tensor | None
-    a: Tensor  # [N, P, H], pre-activations
+    x: Tensor | None  # [N, I]
+    a: Sequence[Tensor]  # P times [N, H], pre-activations
     h: Tensor  # [N, R], the state before each step
     p: Tensor | None  # [N, H]
     out: Tensor  # [N, H], the cell's h, before the projection
@@ -73,162 +198,190 @@ class Change(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of what a block's steps compute, or how they change."""
+    """Gradients of what a block computes, or how they change."""
 
-    input: Tensor  # [N, G * H], of the input products, gates in torch's order
-    hidden: Tensor  # [N, G * H], of the hidden products
-    h: Tensor  # [N, R], of the state after each step
+    input: Tensor  # [N, G * H], of the products with x, in torch's gate order
+    hidden: Tensor  # [N, G * H], of the products with h
+    y: Tensor  # [N, R]
     out: Tensor  # [N, H]
-    c: Tensor | None  # [N, 1, H], of the cell state after each step but for what reaches it through the step's h
+    c: Tensor | None  # [N, H], of the cell state, but for what reaches it through the same step's h
+
+
+class Direction:
+    """One direction of a layer, near the states that it went through, as blocks of steps."""
+
+    def __init__(self, cell: Cell, rows: Rows, d: int, reverse: bool, x, h0, c0, weights: Weights, y, saved) -> None:
+        hidden, sizes, order = weights.w_hh.shape[0] // cell.gates, rows.sizes, order_of(len(rows.sizes), reverse)
+        self.d, self.first = d, State(h0[d], at(c0, d))
+        y = rows.of(y, d, len(h0))
+        slots = saved[d].split(hidden, -1) if cell.slots else (y,)
+        h = p = before(order, sizes, y, self.first.h)
+        if cell.carry == "cell":
+            p = before(order, sizes, slots[cell.slots - 1], self.first.c)
+        steps = max(1, BLOCK // max(1, sizes[0] * hidden))
+        parts = [sizes[t : t + steps] for t in range(0, len(sizes), steps)]
+        self.rows, self.order = [sum(part) for part in parts], order_of(len(parts), reverse)
+        S = 2 if cell.carry == "cell" else 1
+        units = torch.eye(S, dtype=h.dtype, device=h.device).view(S, S, 1, 1)
+        split = [self.split(each) for each in (rows.of(x), h, p, *slots)]
+        self.blocks = [
+            Block(cell, weights, part, order_of(len(part), reverse), units, *each)
+            for part, *each in zip(parts, *split, strict=True)
+        ]
+
+    def split(self, rows: Tensor | None) -> Sequence[Tensor] | list[None]:
+        """Return the rows of each block."""
+        return [None] * len(self.rows) if rows is None else steps_of(rows, self.rows)
+
+    def state(self, h: Tensor | None, c: Tensor | None) -> State:
+        """Return this direction's part of the changes or gradients of states, zeros where there are none."""
+        return State(*(_zeros(own) if t is None else t[self.d] for t, own in zip((h, c), self.first, strict=True)))
 
 
 class Block:
-    """Some consecutive steps of one direction of a layer, near the states that they went through."""
+    """Some steps of one direction, one after the other, near the states that they went through."""
 
-    def __init__(self, cell: Cell, weights: Inputs, sizes: list[int], order: range, units: Tensor, x, h, p, saved) -> None:
+    def __init__(self, cell: Cell, weights: Weights, sizes: list[int], order: range, units: Tensor, x, h, p, *slots) -> None:
         self.cell, self.weights, self.sizes, self.order, self.x, self.h, self.p = cell, weights, sizes, order, x, h, p
-        self.slots, self.out = saved[: max(cell.slots, 1)], saved[-1]
-        d_out, *d_c = units.unbind()
-        grads = _BACKWARD[cell.name](d_out, d_c[0] if d_c else None, *self.slots, p)
+        self.slots, self.out = slots[: max(cell.slots, 1)], slots[-1]
+        self.rows, self.hidden = x.shape[0], self.out.shape[-1]
+        d_h, *d_c = units.unbind()
+        grads = _BACKWARD[cell.name](d_h, d_c[0] if d_c else None, *self.slots, p)
         self.slopes = torch.stack(grads, 2) if len(grads) > 1 else grads[0].unsqueeze(2)  # [S, N, Q, H]
 
-    def push(self, x: Tensor | None, v: Inputs, h: Tensor, c: Tensor | None) -> tuple[Change, Tensor, Tensor | None]:
-        """How all changes where the inputs change by v, x and the states by those given; the states then."""
-        cell, weights, sizes, n = self.cell, self.weights, self.sizes, self.x.shape[0]
-        w_hh, w_hr, B, H = weights.w_hh.T, weights.w_hr, h.shape[0], self.out.shape[-1]
-        P, G = cell.preactivations, cell.gates
-        from_x = total(product(x, weights.w_ih.T), product(self.x, v.w_ih, True), v.b_ih)
-        from_h = total(product(self.h, v.w_hh, True), v.b_hh)
-        direct = None
-        if cell.hidden:
-            zeros = h.new_zeros(1, G * H)
-            from_x, from_h = (zeros if a is None else a for a in (from_x, from_h))
-            known = list(preactivations(cell, from_x.expand(n, -1), from_h.expand(n, -1)))
-            direct = total(*(self.slopes[:, :, k] * a for k, a in enumerate(known[: cell.hidden])))
-            direct = direct.split(sizes, 1)
-            a_hidden = torch.cat(known[cell.hidden :], -1).split(sizes)
-        else:
-            a = total(from_x, from_h)
-            a_hidden = (h.new_zeros(1, G * H) if a is None else a).expand(n, -1).split(sizes)
-        slopes = self.slopes[:, :, cell.hidden : P].flatten(2).split(sizes, 1)
-        carried = self.slopes[:, :, P].split(sizes, 1) if cell.carry else None
-        from_out = None if w_hr is None or v.w_hr is None else (self.out @ v.w_hr.T).split(sizes)
-        T = len(sizes)
-        a_s, h_s, p_s, out_s, y_s = ([None] * T for _ in range(5))
+    def push(self, x: Tensor | None, v: Weights, state: State) -> tuple[Change, State]:
+        """Return how all changes where x, the weights (v) and the state before change by these; and the state after, its change."""
+        cell, weights, sizes, (h, c) = self.cell, self.weights, self.sizes, state
+        G, P, B, w_hh, w_hr = cell.gates, cell.preactivations, h.shape[0], weights.w_hh.T, weights.w_hr
+        from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v.b_ih)
+        from_h = total(_times(self.h, v.w_hh, True), v.b_hh)
+        a_inputs, a_hidden = self._preactivations(from_x, from_h)
+        a_hidden = steps_of(a_hidden, sizes)
+        # narrow: a slice of the whole is aten.alias in torch 2.14, which the older of torch's two vmaps does not know
+        slopes = steps_of(self.slopes.narrow(2, cell.hidden, P - cell.hidden).flatten(2), sizes, 1)
+        by_p = steps_of(self.slopes[:, :, P], sizes, 1) if cell.carry else None
+        # what the input alone does is known before the loop
+        by_x = total(*(self.slopes[:, :, k] * a for k, a in enumerate(a_inputs)))
+        by_x = None if by_x is None else steps_of(by_x, sizes, 1)
+        by_w_hr = None if v.w_hr is None else steps_of(self.out @ v.w_hr.T, sizes)
+        a_s, h_s, p_s, out_s, y_s = (list(sizes) for _ in range(5))
         for t in self.order:
             b = sizes[t]
             h_s[t] = h if b == B else h.narrow(0, 0, b)
             a_s[t] = torch.addmm(a_hidden[t], h_s[t], w_hh)
-            result = slopes[t] * a_s[t]
+            after = slopes[t] * a_s[t]  # [S, b, G * H]
             if G > 1:
-                result = result.view(-1, b, G, H).sum(2)
-            if carried is not None:
+                after = after.view(-1, b, G, self.hidden).sum(2)
+            if by_p is not None:
                 p_s[t] = h_s[t] if c is None else c if b == B else c.narrow(0, 0, b)
-                result = torch.addcmul(result, carried[t], p_s[t])
-            if direct is not None:
-                result = result + direct[t]
-            out_s[t], *rest = result.unbind(0)
+                after = torch.addcmul(after, by_p[t], p_s[t])
+            if by_x is not None:
+                after = after + by_x[t]
+            out_s[t], *c_after = after.unbind()
             y_s[t] = out_s[t]
             if w_hr is not None:
-                y_s[t] = out_s[t] @ w_hr.T
-                if from_out is not None:
-                    y_s[t] = y_s[t] + from_out[t]
+                y_s[t] = out_s[t] @ w_hr.T if by_w_hr is None else torch.addmm(by_w_hr[t], out_s[t], w_hr.T)
             h = y_s[t] if b == B else replace(h, y_s[t])
-            if rest:
-                c = rest[0] if b == B else replace(c, rest[0])
-        hiddens = joined(a_s).view(n, G, H)
-        a = torch.cat((torch.stack(known[: cell.hidden], 1), hiddens), 1) if cell.hidden else hiddens
+            if c_after:
+                c = c_after[0] if b == B else replace(c, c_after[0])
+        a = [*a_inputs, *joined(a_s).view(-1, G, self.hidden).unbind(1)]
         y = joined(y_s)
-        out = y if w_hr is None else joined(out_s)
-        return Change(x, a, joined(h_s), joined(p_s) if cell.carry else None, out, y), h, c
+        p = joined(p_s) if cell.carry else None
+        return Change(x, a, joined(h_s), p, y if w_hr is None else joined(out_s), y), State(h, c)
 
-    def pull(self, dy, dh, dc, more_a=None, more_h=None, more_out=None) -> tuple[Gradients, Tensor, Tensor | None]:
-        """Gradients of all from those of the outputs, and of ..."""
-        cell, w_hh, w_hr, sizes, B = self.cell, self.weights.w_hh, self.weights.w_hr, self.sizes, dh.shape[0]
-        P = cell.preactivations
-        dys, more_a, more_h, more_out = (None if m is None else m.split(sizes) for m in (dy, more_a, more_h, more_out))
-        slopes = [each.split(sizes) for each in self.slopes.unbind()]
-        T = len(sizes)
-        a_s, h_s, out_s, c_s = ([None] * T for _ in range(4))
+    def _preactivations(self, from_x: Tensor | None, from_h: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """Return those that are of the input alone, each [N, H], and the others [N, G * H], as the hidden product adds to them."""
+        whole = self.rows, self.cell.gates * self.hidden
+        if not self.cell.hidden:
+            a = total(from_x, from_h)
+            return [], (self.h.new_zeros(1, 1) if a is None else a).expand(whole)
+        both = ((self.h.new_zeros(1, 1) if a is None else a).expand(whole) for a in (from_x, from_h))
+        a = list(preactivations(self.cell, *both))
+        return a[: self.cell.hidden], torch.cat(a[self.cell.hidden :], -1)
+
+    def pull(
+        self,
+        dy: Tensor | None,
+        state: State,
+        more_a: Tensor | None = None,
+        more_h: Tensor | None = None,
+        more_out: Tensor | None = None,
+    ) -> tuple[Gradients, State]:
+        """Return the gradients of all, and of the state before, from those of y and of the state after.
+
+        more_a [N, Q, H], more_h [N, R] and more_out [N, H] are added to those of pre-activations and p, of the state before each
+        step, and of out.
+        """
+        cell, sizes, (dh, dc) = self.cell, self.sizes, state
+        P, B, w_hh, w_hr = cell.preactivations, dh.shape[0], self.weights.w_hh, self.weights.w_hr
+        dys, more_a, more_h, more_out = (
+            None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out)
+        )
+        by_out, *by_c = (steps_of(each, sizes) for each in self.slopes.unbind())
+        a_s, y_s, out_s, c_s = (list(sizes) for _ in range(4))
         for t in reversed(self.order):
             b = sizes[t]
-            d_h = dh if b == B else dh.narrow(0, 0, b)
-            if dys is not None:
-                d_h = d_h + dys[t]
-            d_out = d_h
+            d_out = dh if b == B else dh.narrow(0, 0, b)
+            y_s[t] = d_out = d_out if dys is None else d_out + dys[t]
             if w_hr is not None:
-                d_out = d_h @ w_hr
-                if more_out is not None:
-                    d_out = d_out + more_out[t]
-            unit = d_out.unsqueeze(1)
-            da = slopes[0][t] * unit if more_a is None else torch.addcmul(more_a[t], slopes[0][t], unit)
+                d_out = d_out @ w_hr if more_out is None else torch.addmm(more_out[t], d_out, w_hr)
+            out_s[t], d_out = d_out, d_out.unsqueeze(1)
+            da = by_out[t] * d_out if more_a is None else torch.addcmul(more_a[t], by_out[t], d_out)  # [b, Q, H]
             if dc is not None:
                 c_s[t] = dc if b == B else dc.narrow(0, 0, b)
-                da = torch.addcmul(da, slopes[1][t], c_s[t])
-                dc = da.narrow(1, P, 1) if b == B else replace(dc, da.narrow(1, P, 1))
-            d_before = (da.narrow(1, cell.hidden, cell.gates) if cell.carry else da).reshape(b, -1) @ w_hh
+                da = torch.addcmul(da, by_c[0][t], c_s[t].unsqueeze(1))
+                dc = da[:, P] if b == B else replace(dc, da[:, P])
+            d_hidden = (da.narrow(1, cell.hidden, cell.gates) if cell.carry else da).reshape(b, -1)
+            d_before = d_hidden @ w_hh if more_h is None else torch.addmm(more_h[t], d_hidden, w_hh)
             if cell.carry == "hidden":
                 d_before = d_before + da[:, P]
-            if more_h is not None:
-                d_before = d_before + more_h[t]
             dh = d_before if b == B else replace(dh, d_before)
-            a_s[t], h_s[t], out_s[t] = da, d_h, d_out
-        h = joined(h_s)
-        out = h if w_hr is None else joined(out_s)
-        a = joined(a_s)
-        hidden = a[:, cell.hidden : P].reshape(a.shape[0], -1)
+            a_s[t] = da
+        a, y = joined(a_s), joined(y_s)
+        hidden = (a.narrow(1, cell.hidden, cell.gates) if cell.carry else a).reshape(self.rows, -1)
         inputs = torch.cat([a[:, cell.input.index(gate)] for gate in range(cell.gates)], -1) if cell.hidden else hidden
-        return Gradients(inputs, hidden, h, out, None if dc is None else joined(c_s)), dh, dc
-
-    def bend(self, grads: Gradients, v: Inputs, change: Change, dh, dc) -> tuple[Gradients, Tensor, Tensor | None]:
-        """How `grads` change, where the layer's outputs have the same gradients but its inputs change by v."""
-        kept_arguments, kept_calls = _KEPT[self.cell.name]
-        a = [Dual(None if k is None else self.slots[k], da) for k, da in zip(kept_arguments, change.a.unbind(1))]
-        p = None if change.p is None else Dual(self.p, change.p)
-        values = iter(kept_calls)
-
-        def elementary(function, derivative):
-            def call(a):
-                k = next(values)
-                value = function(a.value) if k is None else self.slots[k]
-                return Dual(value, lambda: derivative(a.change, value))
-
-            return call
-
-        forward = bind(
-            self.cell.forward,
-            sigmoid=elementary(torch.sigmoid, _sigmoid_backward),
-            tanh=elementary(lambda a: None, _tanh_backward),
-            relu=elementary(torch.relu, lambda d, h: where_positive(h, d)),
+        return Gradients(inputs, hidden, y, y if w_hr is None else joined(out_s), None if dc is None else joined(c_s)), State(
+            dh, dc
         )
-        slots = [
-            Dual(value, lambda slot=slot: slot.change)
-            for value, slot in zip(self.slots, (lambda h, *s: s or (h,))(*forward(*a, p)))
-        ]
-        d_c = None if grads.c is None else Dual(grads.c.squeeze(1))
-        results = _DUAL_BACKWARD[self.cell.name](Dual(grads.out), d_c, *slots, p)
-        more_a = [torch.zeros_like(grads.out) if r.change is None else r.change for r in results]
+
+    def bend(self, grads: Gradients, v: Weights, change: Change, state: State) -> tuple[Gradients, State]:
+        """Return how `grads` change with the block, and how the gradient of the state before does, from that of the state after."""
+        p = None if change.p is None else Dual(self.p, change.p)
+        d_c = None if grads.c is None else Dual(grads.c)
+        da = _DUAL_BACKWARD[self.cell.name](Dual(grads.out), d_c, *self._slots(change, p), p)
+        more_a = [torch.zeros_like(grads.out) if each.change is None else each.change for each in da]
         more_a = torch.stack(more_a, 1) if len(more_a) > 1 else more_a[0].unsqueeze(1)
-        return self.pull(None, dh, dc, more_a, product(grads.hidden, v.w_hh), product(grads.h, v.w_hr))
+        return self.pull(None, state, more_a, _times(grads.hidden, v.w_hh), _times(grads.y, v.w_hr))
 
-    def of_weights(self, grads: Gradients, x: Tensor | None, h: Tensor | None, out: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of w_ih, w_hh and w_hr, from what they are multiplied with."""
-        w_hr = None if self.weights.w_hr is None else product(grads.h.T, out)
-        return product(grads.input.T, x), product(grads.hidden.T, h), None, None, w_hr
+    def _slots(self, change: Change, p: Dual | None) -> list[Dual]:
+        """Return the slots and how they change: what the cell's forward function says of its arguments' change."""
+        a_kept, calls_kept = _KEPT[self.cell.name]
+        a = [Dual(None if k is None else self.slots[k], da) for k, da in zip(a_kept, change.a, strict=True)]
+        known = iter([None if k is None else self.slots[k] for k in calls_kept])
+        names = {name: (lambda a, function=function: function(a, next(known))) for name, function in _ELEMENTARY.items()}
+        h, *slots = bind(self.cell.forward, **names)(*a, p)
+        return [Dual(value, slot.change) for value, slot in zip(self.slots, slots or (h,), strict=True)]
 
-    def of_biases(self, grads: Gradients) -> tuple[Tensor | None, Tensor | None]:
-        if self.weights.b_ih is None:
-            return (None,) * 5
-        d_input = grads.input.sum(0)
-        return None, None, d_input, d_input if grads.hidden is grads.input else grads.hidden.sum(0), None
+    def add_weights(self, so_far: Weights, grads: Gradients, x, h, out, biases: bool = True) -> Weights:
+        """Add the gradients of weights, from what the steps multiply with them, None for nothing."""
+        w_ih, w_hh, b_ih, b_hh, w_hr = so_far
+        w_ih, w_hh = _add_product(w_ih, grads.input, x), _add_product(w_hh, grads.hidden, h)
+        if self.weights.w_hr is not None:
+            w_hr = _add_product(w_hr, grads.y, out)
+        if biases and self.weights.b_ih is not None:
+            b_ih, b_hh = total(b_ih, grads.input.sum(0)), total(b_hh, grads.hidden.sum(0))
+        return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
 class Dual:
-    """A number and how it changes, None for not at all, each worked out where it is asked for: a cell's arithmetic differentiates itself."""
+    """A number with how it changes, None for not at all; each worked out when it is asked for.
+
+    On these a cell's arithmetic differentiates itself.
+    """
 
     __slots__ = "_change", "_value"
 
-    def __init__(self, value, change=None) -> None:
+    def __init__(self, value: Tensor | Callable | None, change: Tensor | Callable | None = None) -> None:
         self._value, self._change = value, change
 
     @property
@@ -247,70 +400,71 @@ class Dual:
         return Dual(lambda: self.value + other.value, lambda: total(self.change, other.change))
 
     def __sub__(self, other: Dual) -> Dual:
-        return Dual(lambda: self.value - other.value, lambda: self.change - other.change)
+        return Dual(
+            lambda: self.value - other.value, lambda: total(self.change, None if other.change is None else -other.change)
+        )
 
     def __rsub__(self, other: int) -> Dual:
         return Dual(lambda: torch.rsub(self.value, other), lambda: None if self.change is None else -self.change)
 
     def __mul__(self, other: Dual) -> Dual:
-        return Dual(lambda: self.value * other.value, lambda: self._product(other))
+        return Dual(lambda: self.value * other.value, lambda: self._product_rule(other))
 
-    def _product(self, other):
-        if self.change is None:
-            return None if other.change is None else self.value * other.change
-        if other.change is None:
-            return self.change * other.value
+    def _product_rule(self, other: Dual) -> Tensor | None:
+        if self.change is None or other.change is None:
+            one, two = (self, other) if self.change is None else (other, self)
+            return None if two.change is None else one.value * two.change
         return torch.addcmul(self.change * other.value, self.value, other.change)
 
 
-_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
-_tanh_backward = torch.ops.aten.tanh_backward.default
+def _elementary(function: Callable, derivative: Callable) -> Callable:
+    """Make a function of a Dual, whose value may be known, from the derivative's product with a change, given the value."""
+
+    def apply(a: Dual, known: Tensor | None = None) -> Dual:
+        result = Dual(lambda: function(a.value) if known is None else known)
+        result._change = lambda: derivative(a.change, result.value)
+        return result
+
+    return apply
 
 
-def _dual_tanh(a: Dual) -> Dual:
-    t = torch.tanh(a.value)
-    return Dual(t, lambda: _tanh_backward(a.change, t))
+_ELEMENTARY = {
+    "sigmoid": _elementary(torch.sigmoid, torch.ops.aten.sigmoid_backward.default),
+    "tanh": _elementary(torch.tanh, torch.ops.aten.tanh_backward.default),
+    "relu": _elementary(torch.relu, lambda change, h: where_positive(h, change)),
+}
 
 
-def _dual_where_positive(h: Dual, dh: Dual) -> Dual:
-    return Dual(
-        lambda: where_positive(h.value, dh.value), lambda: None if dh.change is None else where_positive(h.value, dh.change)
-    )
+def _where_positive(h: Dual, dh: Dual) -> Dual:
+    return Dual(None, None if dh.change is None else where_positive(h.value, dh.change))
 
 
-def _kept(cell: Cell):
-    """Of the pre-activations, and of each call of an elementary function in the cell's forward function: the slot that is its value."""
-    calls: list = []
+def _kept(cell: Cell) -> tuple[list[int | None], list[int | None]]:
+    """Find which slots hold the cell's pre-activations, and the results of its forward function's elementary functions, in turn."""
 
     class Symbol:
-        def __add__(self, other):
+        def __add__(self, other: Symbol) -> Symbol:
             return Symbol()
 
-        __sub__ = __mul__ = __rsub__ = __add__
+        __mul__ = __sub__ = __rsub__ = __add__
 
-    def call(a):
+    def call(a: Symbol) -> Symbol:
         calls.append(Symbol())
         return calls[-1]
 
-    a = [Symbol() for _ in range(cell.preactivations)]
-    h, *slots = bind(cell.forward, sigmoid=call, tanh=call, relu=call)(*a, Symbol())
+    a, calls = [Symbol() for _ in range(cell.preactivations)], []
+    h, *slots = bind(cell.forward, **dict.fromkeys(_ELEMENTARY, call))(*a, Symbol())
     places = {id(slot): k for k, slot in enumerate(slots or [h])}
     return [places.get(id(each)) for each in a], [places.get(id(each)) for each in calls]
 
 
 _KEPT = {name: _kept(cell) for name, cell in CELLS.items()}
-_DUAL_BACKWARD = {
-    name: bind(cell.backward, tanh=_dual_tanh, where_positive=_dual_where_positive) for name, cell in CELLS.items()
-}
 _BACKWARD = {name: bind(cell.backward, **NAMES) for name, cell in CELLS.items()}
-
-
-def joined(steps: list[Tensor]) -> Tensor:
-    return torch.cat(steps) if len(steps) > 1 else steps[0]
+_DUAL_BACKWARD = {name: bind(cell.backward, **_ELEMENTARY, where_positive=_where_positive) for name, cell in CELLS.items()}
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
-    """The sum of those that are there, None of none."""
+    """Return the sum of those that are there, None of none."""
     found = None
     for term in terms:
         if term is not None:
@@ -318,183 +472,39 @@ def total(*terms: Tensor | None) -> Tensor | None:
     return found
 
 
-def product(a: Tensor | None, b: Tensor | None, transposed: bool = False) -> Tensor | None:
-    """a @ b, or a @ b.T; None where a factor is."""
+def _times(a: Tensor | None, b: Tensor | None, transposed: bool = False) -> Tensor | None:
     return None if a is None or b is None else a @ (b.T if transposed else b)
 
 
-import os
-
-BLOCK = int(os.environ.get("BLOCK", 16384))  # numbers of a block of steps, per slot
-
-
-def blocks_of(sizes: list[int], hidden: int) -> list[list[int]]:
-    steps = max(1, BLOCK // (max(sizes) * hidden))
-    return [sizes[t : t + steps] for t in range(0, len(sizes), steps)]
+def _add_product(so_far: Tensor | None, grads: Tensor, factor: Tensor | None) -> Tensor | None:
+    if factor is None:
+        return so_far
+    return grads.T @ factor if so_far is None else torch.addmm(so_far, grads.T, factor)
 
 
-def states_before(sizes, order, after: Tensor, state: Tensor) -> Tensor:
-    """State of the rows of each step before it, [N, ...], from those after it and the first one [B, ...]."""
-    B = sizes[0]
+def _zeros(like: Tensor | None) -> Tensor | None:
+    return None if like is None else torch.zeros_like(like)
+
+
+def before(order: range, sizes: list[int], after: Tensor, state: Tensor) -> Tensor:
+    """Return the state of each step's rows before it, [N, ...], from those after it and the first one [B, ...]."""
     if len(sizes) == 1:
-        return state if state.shape[0] == sizes[0] else first(sizes[0], state)
-    if sizes[-1] == B:
-        n = B * (len(sizes) - 1)
-        return torch.cat((state, after.narrow(0, 0, n)) if order.step > 0 else (after.narrow(0, B, n), state))
-    steps, before = after.split(sizes), [state] * len(sizes)
+        return state
+    if sizes[-1] == sizes[0]:
+        rest = after.shape[0] - sizes[0]
+        return torch.cat((state, after.narrow(0, 0, rest)) if order.step > 0 else (after.narrow(0, sizes[0], rest), state))
+    steps, found = steps_of(after, sizes), [state] * len(sizes)
     for t in order:
-        before[t] = first(sizes[t], state)
+        found[t] = first(sizes[t], state)
         state = replace(state, steps[t])
-    return torch.cat(before)
+    return torch.cat(found)
 
 
-class Direction:
-    def __init__(self, rows: Rows, d, x, h0, c0, weights, y, saved, cell, reverse):
-        kind = CELLS[cell]
-        reverse = reverse != bool(d)
-        D = len(h0)
-        self.weights = Inputs(None, h0[d], at(c0, d), *(at(kind, d) for kind in weights))
-        hidden = len(self.weights.w_hh) // kind.gates
-        sizes = rows.sizes
-        order = order_of(len(sizes), reverse)
-        y = rows.of(y, d, D)
-        slots = saved[d]
-        h = states_before(sizes, order, y, h0[d])
-        p = h if c0 is None else states_before(sizes, order, slots.narrow(-1, hidden * (kind.slots - 1), hidden), c0[d])
-        slots = slots if slots.shape[-1] else y
-        parts = blocks_of(sizes, hidden)
-        self.rows = [sum(part) for part in parts]
-        args = zip(*(self.split(each) for each in (rows.of(x), h, p, slots)))
-        units = torch.eye(2, dtype=h.dtype, device=h.device) if kind.carry == "cell" else h.new_ones(1)
-        units = units.reshape(-1, len(units), 1, 1)
-        self.blocks = [
-            Block(kind, self.weights, part, order_of(len(part), reverse), units, x, h, p, slots.split(hidden, -1))
-            for part, (x, h, p, slots) in zip(parts, args)
-        ]
-        self.order = order_of(len(parts), reverse)
-
-    def split(self, rows: Tensor | None) -> list:
-        return [None] * len(self.rows) if rows is None else rows.split(self.rows)
+def steps_of(rows: Tensor, sizes: list[int], dim: int = 0) -> Sequence[Tensor]:
+    """Split rows into those of each step, or of each block."""
+    return (rows,) if len(sizes) == 1 else torch.split_with_sizes(rows, sizes, dim)
 
 
-def zeros_or(state, like):
-    return state if state is not None or like is None else torch.zeros_like(like)
-
-
-def layer_backward(
-    dy,
-    dh_n,
-    dc_n,
-    x,
-    batch_sizes,
-    h0,
-    c0,
-    w_ih,
-    w_hh,
-    b_ih,
-    b_hh,
-    w_hr,
-    y,
-    saved,
-    cell,
-    reverse=False,
-    batch_first=False,
-    need_dx=True,
-    need_dh0=True,
-    need_dw=True,
-):
-    rows, D, empty = Rows(x, batch_sizes, batch_first), len(w_ih), x.new_empty(0)
-    dxs, dh0s, dc0s, dws = [], [], [], []
-    for d in range(D):
-        direction = Direction(rows, d, x, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), y, saved, cell, reverse)
-        dys = direction.split(rows.of(dy, d, D))
-        dh, dc = zeros_or(at(dh_n, d), h0[d]), zeros_or(at(dc_n, d), at(c0, d))
-        dc = None if dc is None else dc.unsqueeze(1)
-        dx, dw = [None] * len(dys), [None] * 5
-        for k in reversed(direction.order):
-            block = direction.blocks[k]
-            grads, dh, dc = block.pull(dys[k], dh, dc)
-            if need_dx:
-                dx[k] = grads.input @ block.weights.w_ih
-            if need_dw:
-                dw = list(map(total, dw, block.of_weights(grads, block.x, block.h, block.out), block.of_biases(grads)))
-        if need_dx:
-            dxs.append(joined(dx))
-        dh0s.append(dh)
-        dc0s.append(None if dc is None else dc.squeeze(1))
-        dws.append(dw)
-    return (
-        rows.join(total(*dxs)) if need_dx else empty,
-        torch.stack(dh0s) if need_dh0 else empty,
-        torch.stack(dc0s) if need_dh0 and c0 is not None else empty,
-        *(empty if not need_dw or dw[0] is None else torch.cat(dw) for dw in zip(*dws)),
-    )
-
-
-def layer_double_backward(
-    v,
-    dy,
-    dh_n,
-    dc_n,
-    x,
-    batch_sizes,
-    h0,
-    c0,
-    w_ih,
-    w_hh,
-    b_ih,
-    b_hh,
-    w_hr,
-    y,
-    saved,
-    cell,
-    reverse,
-    batch_first,
-    need_dx,
-    need_dw,
-):
-    rows, D = Rows(x, batch_sizes, batch_first), len(w_ih)
-    vx, vh0, vc0, *vw = v
-    vw = [None if each is None else each.chunk(D) for each in vw]
-    ys, h_ns, c_ns, dxs, dh0s, dc0s, dws = [], [], [], [], [], [], []
-    for d in range(D):
-        direction = Direction(rows, d, x, h0, c0, (w_ih, w_hh, b_ih, b_hh, w_hr), y, saved, cell, reverse)
-        v = Inputs(None, at(vh0, d), at(vc0, d), *(at(each, d) for each in vw))
-        vxs = direction.split(rows.of(vx))
-        dys = direction.split(rows.of(dy, d, D))
-        h, c = zeros_or(v.h0, h0[d]), zeros_or(v.c0, at(c0, d))
-        changes = [None] * len(vxs)
-        for k in direction.order:
-            changes[k], h, c = direction.blocks[k].push(vxs[k], v, h, c)
-        ys.append(joined([change.y for change in changes]))
-        h_ns.append(h)
-        c_ns.append(c)
-        dh, dc = zeros_or(at(dh_n, d), h0[d]), zeros_or(at(dc_n, d), at(c0, d))
-        dc = None if dc is None else dc.unsqueeze(1)
-        dhb, dcb = torch.zeros_like(dh), None if dc is None else torch.zeros_like(dc)
-        dx, dw = [None] * len(dys), [None] * 5
-        for k in reversed(direction.order):
-            block, change = direction.blocks[k], changes[k]
-            grads, dh, dc = block.pull(dys[k], dh, dc)
-            bent, dhb, dcb = block.bend(grads, v, change, dhb, dcb)
-            if need_dx:
-                dx[k] = total(bent.input @ block.weights.w_ih, product(grads.input, v.w_ih))
-            if need_dw:
-                one = block.of_weights(bent, block.x, block.h, block.out)
-                two = block.of_weights(grads, change.x, change.h, change.out)
-                dw = list(map(total, dw, one, two, block.of_biases(bent)))
-        if need_dx:
-            dxs.append(joined(dx))
-        dh0s.append(dhb)
-        dc0s.append(None if dcb is None else dcb.squeeze(1))
-        dws.append(dw)
-    stacked = c0 is not None
-    return (
-        None if dy is None else rows.join(ys[0] if D == 1 else torch.cat(ys, -1)),
-        None if dh_n is None else torch.stack(h_ns),
-        None if dc_n is None else torch.stack(c_ns),
-        rows.join(total(*dxs)) if need_dx else None,
-        torch.stack(dh0s),
-        torch.stack(dc0s) if stacked else None,
-        [each for kind in zip(*dws) if kind[0] is not None for each in kind],
-    )
+def joined(steps: Sequence) -> Tensor:
+    """Undo `steps_of`."""
+    return torch.cat(steps) if len(steps) > 1 else steps[0]

@@ -29,7 +29,6 @@ NAMES = {
     "where_positive": where_positive,
 }
 _FORWARD = {name: bind(cell.forward, **NAMES) for name, cell in CELLS.items()}
-_BACKWARD = {name: bind(cell.backward, **NAMES) for name, cell in CELLS.items()}
 
 
 def layer_forward(
@@ -64,65 +63,6 @@ def layer_forward(
     return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
 
 
-def layer_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    b_ih: Sequence[Tensor],
-    b_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
-    y: Tensor,
-    saved: Tensor,
-    cell: str,
-    reverse: bool = False,
-    batch_first: bool = False,
-    need_dx: bool = True,
-    need_dh0: bool = True,
-    need_dw: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; [0] where there is none.
-
-    The two directions' gradients of a weight are one below the other.
-    """
-    kind = CELLS[cell]
-    xs = _steps(x, batch_sizes, batch_first)
-    rows = [len(step) for step in xs]
-    ys, dys = _steps(y, batch_sizes, batch_first), None if dy is None else _steps(dy, batch_sizes, batch_first)
-    dxs, dstates, dcarries, dweights = [], [], [], []
-    for d in range(len(w_ih)):
-        dx, dh, dc, dw = _backward(
-            kind,
-            xs,
-            [step.chunk(len(w_ih), -1)[d] for step in ys],
-            saved[d].split(rows),
-            h0[d],
-            None if c0 is None else c0[d],
-            (w_ih[d], w_hh[d], at(b_ih, d), at(b_hh, d), at(w_hr, d)),
-            reverse != bool(d),
-            None if dys is None else [step.chunk(len(w_ih), -1)[d] for step in dys],
-            None if dh_n is None else dh_n[d],
-            None if dc_n is None else dc_n[d],
-        )
-        dxs.append(dx)
-        dstates.append(dh)
-        dcarries.append(dc)
-        dweights.append(dw)
-    empty = x.new_empty(0)
-    dx = _join([sum(step) for step in zip(*dxs, strict=True)], batch_sizes, batch_first) if need_dx else empty
-    dh0 = torch.stack(dstates) if need_dh0 else empty
-    dc0 = torch.stack(dcarries) if need_dh0 and kind.carry == "cell" else empty
-    dw_ih, dw_hh, db_ih, db_hh, dw_hr = (
-        torch.cat(dw) if need_dw and dw[0] is not None else empty for dw in zip(*dweights, strict=True)
-    )
-    return dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr
-
-
 def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool):
     """One direction: last h [B, R] and c [B, H]; of each step in time's order, outputs [b, R], slots [b, slots*H]."""
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
@@ -143,43 +83,6 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool
     return h, c, ys, kept
 
 
-def _backward(kind: Cell, xs, ys, saved, h0: Tensor, c0: Tensor | None, weights, reverse: bool, dys, dh, dc: Tensor | None):
-    """One direction: dx of every step, dh0 [B, R], dc0 [B, H] or None, and the gradient of each weight or None."""
-    w_ih, w_hh, b_ih, _, w_hr = weights
-    hidden = len(w_hh) // kind.gates
-    order = order_of(len(xs), reverse)
-    slots = [step.split(hidden, -1) if step.shape[-1] else (ys[t],) for t, step in enumerate(saved)]
-    before = _before(order, ys, h0)
-    carried = before if c0 is None else _before(order, [step[kind.slots - 1] for step in slots], c0)
-    dh = torch.zeros_like(h0) if dh is None else dh
-    if dc is None and c0 is not None:
-        dc = torch.zeros_like(c0)
-    dxs: list = [None] * len(xs)
-    dw_ih = dw_hh = db_ih = db_hh = dw_hr = h0.new_zeros(())
-    for t in reversed(order):
-        b = len(xs[t])
-        d_out = first(b, dh) if dys is None else first(b, dh) + dys[t]
-        if w_hr is not None:
-            dw_hr = dw_hr + d_out.T @ slots[t][-1]
-            d_out = d_out @ w_hr
-        grads = _BACKWARD[kind.name](d_out, None if dc is None else first(b, dc), *slots[t][: max(kind.slots, 1)], carried[t])
-        da = grads[:-1] if kind.carry else grads
-        d_input = torch.cat([da[kind.input.index(gate)] for gate in range(kind.gates)], -1)  # [b, G * H]
-        d_hidden = torch.cat(da[kind.hidden :], -1)  # [b, G * H]
-        d_before = d_hidden @ w_hh
-        if kind.carry == "hidden":
-            d_before = d_before + grads[-1]
-        if dc is not None:
-            dc = replace(dc, grads[-1])
-        dh = replace(dh, d_before)
-        dxs[t] = d_input @ w_ih
-        dw_ih, dw_hh = dw_ih + d_input.T @ xs[t], dw_hh + d_hidden.T @ before[t]
-        db_ih, db_hh = db_ih + d_input.sum(0), db_hh + d_hidden.sum(0)
-    biased, projected = b_ih is not None, w_hr is not None
-    dw = (dw_ih, dw_hh, db_ih if biased else None, db_hh if biased else None, dw_hr if projected else None)
-    return dxs, dh, dc, dw
-
-
 def preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Tensor]:
     """Arguments of the cell's forward function, each [b, H], from the products [b, G * H] in torch's gate order."""
     inputs, hiddens = a_input.chunk(kind.gates, -1), a_hidden.chunk(kind.gates, -1)
@@ -195,16 +98,6 @@ def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 def order_of(length: int, reverse: bool) -> range:
     return range(length - 1, -1, -1) if reverse else range(length)
-
-
-def _before(order: range, after, first: Tensor) -> list[Tensor]:
-    """State of the rows of each step before it, from the states after each step and the first one [B, ...]."""
-    before: list = [None] * len(order)
-    state = first
-    for t in order:
-        before[t] = first(len(after[t]), state)
-        state = replace(state, after[t])
-    return before
 
 
 def first(b: int, state: Tensor) -> Tensor:

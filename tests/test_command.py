@@ -168,6 +168,18 @@ def test_compare_finds_a_wrong_gradient(monkeypatch):
         timing.compare(nn.GRU(3, 4), torch.randn(5, 2, 3), train=True, seconds=0.01)
 
 
+def test_a_comparison_says_whether_its_times_are_steady():
+    def taken(low: float, high: float) -> dict:
+        return {"p20": low, "median": low, "p80": high}
+
+    ratio = {"p20": 1.5, "median": 2.0, "p80": 2.5}
+    steady = timing.Comparison("infer", {"torch.nn": taken(0.02, 0.021), "fastrnn": taken(0.01, 0.0125)}, ratio, 0.0)
+    assert str(steady) == "inference: torch.nn 20.0 ms, fastrnn 10.0 ms: 2.00x as fast (1.50x to 2.50x)"
+    for theirs, ours in (((0.02, 0.03), (0.01, 0.01)), ((0.02, 0.02), (0.01, 0.02))):
+        unsteady = timing.Comparison("infer", {"torch.nn": taken(*theirs), "fastrnn": taken(*ours)}, ratio, 0.0)
+        assert str(unsteady).splitlines() == [str(steady), timing.NOT_STEADY]
+
+
 def test_compare_refuses_a_module_without_recurrent_layers():
     with pytest.raises(ValueError, match=r"^module: expected a layer that fastrnn has, or a model with one, got Linear$"):
         timing.compare(nn.Linear(2, 3), torch.zeros(1, 2))

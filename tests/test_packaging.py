@@ -151,7 +151,7 @@ elsewhere = types.ModuleType("sys")
 elsewhere.__dict__.update(vars(sys), platform="{system}")
 sys.argv = ["setup.py", "--quiet", "build_ext", "--inplace", "--build-lib", {str(tmp_path)!r}]
 warnings.simplefilter("always")
-import setuptools.command.build_ext
+import concurrent.futures.process, setuptools.command.build_ext
 sys.modules["sys"] = elsewhere
 runpy.run_path("setup.py", run_name="__main__")
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastrnn.kernels import cells, reference
+from fastrnn.kernels import cells, gradients, reference
 
 FORMS = {
     "dense": {},
@@ -95,7 +95,7 @@ def test_backward_is_the_gradient_of_forward(arguments, reverse):
     options = [arguments.pop(name) for name in ("cell", "reverse", "batch_first")]
     tensors = list(arguments.values())
     dc_n = d_outputs[2] if len(d_outputs) == 3 else None
-    grads = reference.layer_backward(*d_outputs[:2], dc_n, *tensors, y, saved, *options)
+    grads = gradients.layer_backward(*d_outputs[:2], dc_n, *tensors, y, saved, *options)
     for name, grad in zip(("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"), grads, strict=True):
         if name not in names:
             assert grad.shape == (0,), name
@@ -104,7 +104,7 @@ def test_backward_is_the_gradient_of_forward(arguments, reverse):
         want = torch.cat(want) if name.startswith(("w_", "b_")) else want[0]
         torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-13, msg=lambda text, name=name: f"d{name}: {text}")
     for needs in ((False, True, True), (True, False, True), (True, True, False)):
-        dx, dh0, dc0, *dw = reference.layer_backward(*d_outputs[:2], dc_n, *tensors, y, saved, *options, *needs)
+        dx, dh0, dc0, *dw = gradients.layer_backward(*d_outputs[:2], dc_n, *tensors, y, saved, *options, *needs)
         need_dx, need_dh0, need_dw = needs
         assert (dx.numel() > 0) == need_dx
         assert (dh0.numel() > 0) == need_dh0

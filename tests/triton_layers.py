@@ -15,7 +15,7 @@ from conftest import _make_layer
 from contract import FACTOR, SLACK, Error
 from torch import Tensor
 
-from fastrnn.kernels import reference
+from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes, choose, plans
 
@@ -128,7 +128,7 @@ def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0, sides: Tensor 
     y = results["y"]
     if sides is not None and layer.cell == "rnn_relu":
         y = torch.where(sides > 0, y.clamp(min=torch.finfo(dtype).tiny), 0)
-    grads = reference.layer_backward(*given.values(), *inputs, y, results["saved"], *options)
+    grads = gradients.layer_backward(*given.values(), *inputs, y, results["saved"], *options)
     return results | dict(zip(GRADIENTS, grads))
 
 
