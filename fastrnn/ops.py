@@ -432,9 +432,10 @@ class Layer(_Function):
             return (None,) * (9 + len(weights))
         need_dx, _, *states = ctx.needs_input_grad[:4]
         need_dh0, need_dw = any(states), any(ctx.needs_input_grad[9:])
-        needs = need_dx, need_dh0, need_dw
         if torch.is_grad_enabled() or dispatch.forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n):
             _check_unwatched(ctx)
+            need_dw = need_dw and _asks_for_any(ctx, len(weights))
+        needs = need_dx, need_dh0, need_dw
         if _vmapped_the_old_way(dy, dh_n, dc_n):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, (*ctx.options, *needs))
         else:
@@ -534,6 +535,19 @@ def _selector(indices: Sequence[int]) -> Callable[[tuple], tuple]:
 def _kept(ctx) -> tuple:
     """What `_keep` kept."""
     return ctx.saved_tensors if ctx.order is None else ctx.order(ctx.saved_tensors + ctx.unwatched)
+
+
+def _asks_for_any(ctx, last: int) -> bool:
+    """Does this pass of autograd's ask for the gradient of any of the last inputs? needs_input_grad says which it could ask for."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    for node, _ in ctx.next_functions[-last:]:
+        try:
+            if node is not None and torch._C._will_engine_execute_node(node):
+                return True
+        except RuntimeError:  # of a leaf whose gradient autograd.grad returns
+            return True
+    return False
 
 
 def _check_unwatched(ctx) -> None:
@@ -656,7 +670,7 @@ class LayerBackward(_Function):
             y, _, _, saved = reference.layer_forward(*layer, cell, reverse, batch_first, True)
         elif segments:
             y, _, _, saved = _forward(*layer, cell, reverse, batch_first, True)
-        need_dx, need_dw = ctx.needs_input_grad[3], any(ctx.needs_input_grad[17:])
+        need_dx, need_dw = ctx.needs_input_grad[3], any(ctx.needs_input_grad[17:]) and _asks_for_any(ctx, len(weights))
         dy, dh_n, dc_n, dx, dh0, dc0, dw = gradients.layer_double_backward(
             grads, dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw
         )
