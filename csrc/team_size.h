@@ -29,8 +29,8 @@ class TeamSize {
  private:
   static constexpr int64_t MS = 1'000'000;
   static constexpr int64_t CREDIT = 40 * MS;  // what a team has gained and may lose: more than a quota of 1.5 takes at once
-  // Lost before a team becomes smaller. After a time of a smaller one it is a part of that time, if that is more: the threads have
-  // to find their CPUs again, which others were given meanwhile.
+  // Lost before a team becomes smaller. After a time of a smaller one it is a part of that time, if that is more: the threads
+  // have to find their CPUs again, which others were given meanwhile.
   static constexpr int64_t DEBT = 4 * MS;
   static constexpr int64_t SHORTEST = 10 * MS, LONGEST = 800 * MS;  // of a smaller team
 
