@@ -69,8 +69,8 @@ PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
   Py_RETURN_NONE;
 }
 
-// threads() -> the threads that a call may use now, and what limits them: torch's setting, the CPUs that it may use, by affinity
-// alone and the quota, calls of other threads that run, and the number that earlier calls' losses leave. See TeamLimit.
+// threads() -> the threads that a call may use now, and what limits them: torch's setting, the CPUs that it may use, those by
+// affinity alone, the quota, calls of other threads that run, and the number that earlier calls' losses leave. See TeamLimit.
 PyObject* threads(PyObject*, PyObject*) {
   const TeamLimit limit = team_limit();
   const long long own = limit.threads(), cpus = limit.cpus.threads();
