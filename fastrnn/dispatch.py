@@ -113,8 +113,8 @@ def why_not(engine: str, x, batch_sizes, states, weights, compressed: bool) -> s
 def check_memory(*tensors: Tensor | None) -> None:
     """Raise what torch.nn raises where a tensor's storage has been freed, or made smaller than its sizes and strides say.
 
-    The compiled runtime checks that itself. This is for what Python does with the tensors before they get there. Under a mode or
-    a transform, whose tensors may have no memory of their own, it is left to the runtime.
+    The compiled runtime checks that itself. This is for what Python does with the tensors before they get there. Under a mode
+    or a transform, whose tensors may have no memory of their own, it is left to the runtime.
     """
     if native and not torch.compiler.is_compiling() and not watched():
         native.check_memory(tensors)

@@ -89,7 +89,7 @@ def _packed(layer: Any) -> tuple[Tensor, ...] | None:
     if dispatch.native is None or layer._fastrnn_fast_path is None:
         return None
     if isinstance(layer, nn.RNNBase):
-        layer._update_flat_weights()  # the list of its weights, as each call does: others may have taken their place for a while
+        layer._update_flat_weights()  # as each call does: others may have stood in their place for a while
     allocate = functools.partial(torch.empty, dtype=torch.uint8, device="cpu")
     panels = dispatch.native.pack(layer.__dict__, layer._fastrnn_fast_path, allocate)
     return None if panels is None else (panels, *layer._parameters.values())

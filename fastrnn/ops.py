@@ -468,8 +468,8 @@ def _forward_by_operators(inputs: tuple) -> tuple[Tensor, ...]:
 def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor, eager: bool) -> None:
     """Keep for backward the inputs of a Function here, y and saved: what `_kept` returns.
 
-    autograd watches what it saves: backward raises if that has been changed in place. What backward does not need may be changed,
-    as in torch.nn. It is kept apart, for a second derivative, which does need it.
+    autograd watches what it saves: backward raises if that has been changed in place. What backward does not need may be
+    changed, as in torch.nn. It is kept apart, for a second derivative, which does need it.
 
     eager: no compiler and no transform sees the call, nor is it in recompute mode.
     """
@@ -523,7 +523,7 @@ def _unneeded(needs: tuple[bool, ...], cell: str, directions: int, one_step: boo
 
 @functools.cache
 def _selectors(unneeded: tuple[int, ...], count: int) -> tuple[Callable, Callable, Callable]:
-    """Functions that take the others and these out of `count` inputs, y and saved, and that put the two together in _kept's order."""
+    """Make functions that take the others and these out of `count` inputs, y and saved, and one that joins them again."""
     everything = [0, 1, 2, 3, count, count + 1, *range(9, count)]
     others = [index for index in everything if index not in unneeded]
     together = [*others, *unneeded]
@@ -545,7 +545,7 @@ def _kept(ctx) -> tuple[Tensor | None, ...]:
 
 
 def _asks_for_any(ctx, last: int) -> bool:
-    """Does this pass of autograd's ask for the gradient of any of the last inputs? needs_input_grad says which it could ask for."""
+    """Does this backward pass ask for a gradient of the last inputs? needs_input_grad says only what it could ask for."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     for node, _ in ctx.next_functions[-last:]:
