@@ -176,7 +176,8 @@ class Block:
         h = joined(h_s)
         out = h if w_hr is None else joined(out_s)
         a = joined(a_s)
-        hidden = a[:, cell.hidden : P].reshape(a.shape[0], -1)
+        # by narrow: a slice that takes all is an operation without a rule for is_grads_batched's mapping
+        hidden = a.narrow(1, cell.hidden, cell.gates).reshape(a.shape[0], -1)
         inputs = torch.cat([a[:, cell.input.index(gate)] for gate in range(cell.gates)], -1) if cell.hidden else hidden
         return Gradients(inputs, hidden, h, out, None if dc is None else joined(c_s)), dh, dc
 
