@@ -491,7 +491,7 @@ def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor) -> None:
     watched, unwatched, ctx.order = _selectors(unneeded, len(tensors))
     ctx.save_for_backward(*watched(tensors))
     ctx.unwatched = unwatched(tensors)
-    ctx.versions = [tensor._version for tensor in ctx.unwatched]
+    ctx.versions = [_version(tensor) for tensor in ctx.unwatched]
 
 
 @functools.cache
@@ -538,12 +538,17 @@ def _kept(ctx) -> tuple:
 def _check_unwatched(ctx) -> None:
     """Raise autograd's error where something has been changed that only a second derivative needs."""
     for tensor, version in zip(ctx.unwatched, ctx.versions if ctx.unwatched else (), strict=True):
-        if tensor._version != version:
+        if _version(tensor) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead. "
                 "It is needed because the gradient is itself differentiated (create_graph=True)."
             )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor has been changed in place. Tensors made in inference mode do not count that."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _native_backward(ctx, dy, dh_n, dc_n, saved_tensors):
