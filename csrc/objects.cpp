@@ -60,6 +60,13 @@ bool is_negated(PyObject* object, const TorchTensor& tensor) {
   return answer.get() != Py_False;
 }
 
+// A tensor of zeros that has no memory (torch._efficientzerotensor). torch gives it some where an operation reads it.
+bool is_zero(PyObject* object) {
+  const Owned answer = owned(PyObject_CallMethod(object, "_is_zerotensor", nullptr));
+  if (!answer) throw PythonError();
+  return answer.get() == Py_True;
+}
+
 }  // namespace
 
 bool make_keys() {
@@ -109,7 +116,8 @@ PyObject* check_memory(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (!is_plain(object, true)) continue;
       const TorchTensor tensor(object);
       View seen;
-      if (see(tensor.handle(), seen)) check_in_memory(tensor.handle(), seen, false);
+      if (see(tensor.handle(), seen) && !in_memory(tensor.handle(), seen) && !is_zero(object))
+        check_in_memory(tensor.handle(), seen, false);
     }
     return nullptr;
   });

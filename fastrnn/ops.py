@@ -493,7 +493,7 @@ def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor, eager: bool) -> None:
     tensors = *inputs, y, saved
     ctx.save_for_backward(*watched(tensors))
     apart = unwatched(tensors)
-    ctx.apart = order, apart, [tensor._version for tensor in apart]
+    ctx.apart = order, apart, [_version(tensor) for tensor in apart]
 
 
 def _is_eager(segments: int) -> bool:
@@ -563,12 +563,17 @@ def _check_apart(ctx) -> None:
         return
     _, apart, versions = ctx.apart
     for tensor, version in zip(apart, versions, strict=True):
-        if tensor._version != version:
+        if _version(tensor) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead. "
                 "It is needed because the gradient is itself differentiated (create_graph=True)."
             )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor has been changed in place. Tensors made in inference mode do not count that."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _native_backward(ctx, dy, dh_n, dc_n, saved_tensors):
