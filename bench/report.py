@@ -27,6 +27,34 @@ COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
 HEADS = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
 BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream")  # of a CPU
+# What the rows of each table mean.
+ROWS = {
+    "processors": "Each row is a processor that was measured, and how fastrnn does there at the sizes of the grid.",
+    "classes": (
+        "Each row is a class of sizes: few rows are batches of 1 to 8 sequences, middle are 32 and 64, large are 128, or "
+        "layers of 1024 units and more. Each figure is the mean speed-up over torch.nn in that class."
+    ),
+    "apart": (
+        "Each row is one size that belongs to no class: single steps (T1), layers x directions (2x2), a packed batch and how "
+        "full it is (57%), an input of another size than the layer (I250). Each figure is the speed-up over torch.nn."
+    ),
+    "peers": (
+        "Each row is another engine and a class of sizes. Each figure is the mean speed-up of a frozen fastrnn layer over that "
+        "engine in inference. The fastest of three is the fastest of torch.nn, onnxruntime and openvino at each size."
+    ),
+    "stream": (
+        "Each row is a cell and its units. Each figure is the time in microseconds that one step of one sequence takes: in "
+        "torch.nn's module, in onnxruntime, in fastrnn's module, frozen module and `step` with `out`, and in the cells of both."
+    ),
+    "roofline": (
+        "Each row is a class of sizes. Each figure is how much faster than torch.nn the roofline itself would be, and in "
+        "brackets which share of the roofline's speed fastrnn reaches."
+    ),
+    "gpu": (
+        "Each row is a group of layers that a paper or a library measures. Each figure is the mean speed-up over torch.nn with "
+        "cuDNN, in a number format, forward alone or in training."
+    ),
+}
 FLOOR = 1  # no point of the grid is to be below
 
 Result = dict[str, Any]
@@ -64,7 +92,7 @@ def class_table(results: Sequence[Result]) -> str:
         for group, words in GROUPS.items()
         if group != "apart"
     ]
-    return table(["against torch.nn", *HEADS], rows)
+    return f"{ROWS['classes']}\n\n" + table(["speed-up over torch.nn", *HEADS], rows)
 
 
 def by_place(results: Sequence[Result]) -> dict[tuple[str, str, str], float | None]:
@@ -78,7 +106,7 @@ def apart_table(results: Sequence[Result]) -> str:
     names = dict.fromkeys(point_name(result) for result in results if result["point"]["group"] == "apart")
     found = by_place(results)
     rows = [[name, *(_times([r] if (r := found.get((name, *column))) else []) for column in COLUMNS)] for name in names]
-    return table(["against torch.nn", *HEADS], rows)
+    return f"{ROWS['apart']}\n\n" + table(["speed-up over torch.nn", *HEADS], rows)
 
 
 def against_frozen(results: Sequence[Result], rivals: Sequence[str], group: str, cell: str) -> list[float]:
@@ -100,7 +128,8 @@ def peer_table(results: Sequence[Result]) -> str:
             means = [_times(against_frozen(results, rivals, group, cell)) for cell in CELLS]
             if any(means):
                 rows.append([f"{name}, {words}", *means])
-    return table(["frozen, against", *(WORDS[cell] for cell in CELLS)], rows) if rows else ""
+    head = ["speed-up, frozen, over", *(WORDS[cell] for cell in CELLS)]
+    return f"{ROWS['peers']}\n\n{table(head, rows)}" if rows else ""
 
 
 def _point(result: Result) -> Point:
@@ -121,8 +150,8 @@ def worst(results: Sequence[Result], count: int = 5) -> str:
         for result in sound[:count]
     )
     wrong = [result["name"] for result in results if result["faults"]]
-    text = f"Of {len(sound)} points {below} are below {FLOOR}x. The least: {listed}."
-    return text + f" **Wrong results, no time taken: {', '.join(wrong)}.**" * bool(wrong)
+    text = f"fastrnn is slower than torch.nn at {below} of {len(sound)} sizes. It gains least at these: {listed}."
+    return text + f" **Results that were wrong, so that no time was taken: {', '.join(wrong)}.**" * bool(wrong)
 
 
 def packed(results: Sequence[Result]) -> str:
@@ -134,7 +163,12 @@ def packed(results: Sequence[Result]) -> str:
             own, other = (medians[name] / medians[f"{name} padded"] for name in ("fastrnn", "torch"))
             sentences.append(f"{WORDS[result['cell']]} {own:.2f} (torch.nn {other:.2f})")
             fill = result["point"]["fill"]
-    return f"A packed training step at {fill:.0%} fill, in padded steps: {', '.join(sentences)}." if sentences else ""
+    if not sentences:
+        return ""
+    return (
+        f"A packed batch that is {fill:.0%} full takes this share of the time that the padded batch takes in training: "
+        f"{', '.join(sentences)}."
+    )
 
 
 def memory(content: dict[str, Any]) -> str:
@@ -145,8 +179,9 @@ def memory(content: dict[str, Any]) -> str:
     mean = f"{geomean(told):.2f} of torch.nn's" if told else "too small to tell"
     names = ", ".join(result["name"] for result in results if above(result, resolution))
     least = f"{4 * resolution / 2**20:.0f} MiB"
-    text = f"Peak memory of a training step: {mean} (geometric mean of the {len(told)} points above {least}); "
-    return text + (f"above torch.nn's at {names}." if names else "above torch.nn's at none.")
+    over = f"geometric mean over the {len(told)} sizes that take more than {least}"
+    text = f"The peak memory of a training step is {mean} ({over}). "
+    return text + (f"It is higher than torch.nn's at {names}." if names else "It is higher than torch.nn's at no size.")
 
 
 def reached(results: Sequence[Result], rates: dict[str, Any], mode: str) -> list[float]:
@@ -167,7 +202,7 @@ def rooflines(results: Sequence[Result], rates: dict[str, Any]) -> list[tuple[Re
 def roofline(results: Sequence[Result], rates: dict[str, Any]) -> str:
     """What is reached of the roofline, and how much faster than torch.nn the roofline itself would be."""
     stream = {int(kib): rate / 1e9 for kib, rate in rates["bytes_per_second"].items()}
-    head = f"Products at {rates['operations_per_second'] / 1e9:.0f} GFLOP/s; weights read at " + ", ".join(
+    head = f"Products run at {rates['operations_per_second'] / 1e9:.0f} GFLOP/s. Weights are read at " + ", ".join(
         f"{rate:.0f} GB/s ({kib / 1024:g} MiB)" for kib, rate in stream.items()
     )
     shares = {mode: reached(results, rates, mode) for mode in MODES}
@@ -190,8 +225,9 @@ def roofline(results: Sequence[Result], rates: dict[str, Any]) -> str:
             cells.append(limit + share)
         if group != "apart":
             rows.append([words, *cells])
-    limits = table(["the roofline against torch.nn (reached)", *HEADS], rows)
-    return f"{head}. Reached from 256 units and 32 rows on, in the geometric mean: {told}.\n\n{limits}"
+    limits = table(["roofline over torch.nn (reached)", *HEADS], rows)
+    reach = f"From 256 units and 32 rows on, fastrnn reaches in the geometric mean: {told}"
+    return f"{head}. {reach}.\n\n{ROWS['roofline']}\n\n{limits}"
 
 
 def draw_roofline(results: Sequence[Result], rates: dict[str, Any], path: Path) -> None:
@@ -238,8 +274,8 @@ def startup(content: dict[str, Any]) -> str:
         for name in ("fastrnn", "torch")
     }
     return (
-        f"In a fresh process `import fastrnn` takes {extra:.0f} ms after `import torch`, "
-        f"the first call {max(first['fastrnn']):.0f} ms at most (torch.nn {max(first['torch']):.0f} ms)."
+        f"In a fresh process `import fastrnn` takes {extra:.0f} ms after `import torch`. The first call takes at most "
+        f"{max(first['fastrnn']):.0f} ms (torch.nn's {max(first['torch']):.0f} ms)."
     )
 
 
@@ -253,9 +289,10 @@ def half(content: dict[str, Any]) -> str:
         return _times([case["ratios"][rival] for case in found if "ratios" in case])
 
     return (
-        f"bfloat16 layers against torch.nn's: inference {mean('infer', 'torch')}, training {mean('train', 'torch')}. Against "
-        f"our own float32, in inference: {mean('infer', 'fastrnn float32', 'B1 ')} at one row and H 512 to 1024, "
-        f"{mean('infer', 'fastrnn float32', 'B32 ')} at 32 rows; in training {mean('train', 'fastrnn float32')}."
+        f"bfloat16 layers have a mean speed-up over torch.nn's of {mean('infer', 'torch')} in inference and "
+        f"{mean('train', 'torch')} in training. Over fastrnn's own float32 layers it is, in inference, "
+        f"{mean('infer', 'fastrnn float32', 'B1 ')} for one row and 512 or 1024 units, and "
+        f"{mean('infer', 'fastrnn float32', 'B32 ')} for 32 rows; in training it is {mean('train', 'fastrnn float32')}."
     )
 
 
@@ -276,7 +313,7 @@ def stream(content: dict[str, Any]) -> str:
         for case in content["cases"]
         if "times" in case
     ]
-    return table(["one step of one row, us", *(words for _, words in names)], rows)
+    return f"{ROWS['stream']}\n\n" + table(["one step of one row, us", *(words for _, words in names)], rows)
 
 
 def left_to_cudnn(point: dict[str, Any]) -> bool:
@@ -309,11 +346,13 @@ def gpu(content: dict[str, Any]) -> str:
     device, versions = content["device"], content["versions"]
     return "\n\n".join(
         [
-            table(["against cuDNN", *(f"{number} {mode}" for number, mode in columns)], rows),
-            f"Of {len(each)} figures {sum(ratio < FLOOR for ratio, *_ in each)} are below {FLOOR}x. Shapes that cuDNN was "
-            f"faster at are left to it: of the {len(kept)} figures of the others, {_times([ratio for ratio, _ in kept])} in "
-            f"geometric mean, {len(below)} are below {FLOOR}x{': ' * bool(below)}{', '.join(below)}."
-            + f" **Wrong results, no time taken: {wrong}.**"
+            ROWS["gpu"],
+            table(["speed-up over cuDNN", *(f"{number} {mode}" for number, mode in columns)], rows),
+            f"fastrnn's engine is slower than cuDNN in {sum(ratio < FLOOR for ratio, *_ in each)} of {len(each)} figures. In "
+            "normal use, fastrnn leaves the shapes at which cuDNN was faster to cuDNN. The other shapes, which it runs itself, "
+            f"have {len(kept)} figures: their geometric mean is {_times([ratio for ratio, _ in kept])}, and {len(below)} of "
+            f"them are below {FLOOR}x{': ' * bool(below)}{', '.join(below)}."
+            + f" **Results that were wrong, so that no time was taken: {wrong}.**"
             * bool(wrong),
             f"{device['name']}, CUDA {device['cuda']}, cuDNN {device['cudnn']}, torch {versions['torch']}, triton "
             f"{versions['triton']}, {content['date'][:10]}, commit {content['commit'][:10] or 'none'}.",
@@ -325,7 +364,7 @@ def origin(content: dict[str, Any]) -> str:
     """Where and when the figures were taken."""
     versions, settings = content["versions"], content["settings"]
     return (
-        f"{settings['threads']} threads, {settings['dtype']}, medians of interleaved runs, "
+        f"Measured with {settings['threads']} threads in {settings['dtype']}, "
         + "".join(f"{name} {versions[name]}, " for name in ("onnxruntime", "openvino"))
         + f"{taken(content)}."
     )
@@ -382,7 +421,8 @@ def overview(grids: Sequence[dict[str, Any]]) -> str:
                 f"{grid['date'][:10]}, {grid['commit'][:10] or 'none'}",
             ]
         )
-    return table(["processor", "vectors", "L2 of a core", f"points below {FLOOR}x", "least", "date and commit"], rows)
+    head = ["processor", "vectors", "L2 of a core", f"sizes below {FLOOR}x", "least speed-up", "date and commit"]
+    return f"{ROWS['processors']}\n\n{table(head, rows)}"
 
 
 def section(name: str, contents: dict[str, dict[str, Any]], pictures: str) -> str:
@@ -397,7 +437,7 @@ def section(name: str, contents: dict[str, dict[str, Any]], pictures: str) -> st
         if content := contents.get(benchmark):
             parts.append(write(content))
             if taken(content) != taken(grid or {}):
-                parts.append(f"(The figures above this line: {taken(content)}.)")
+                parts.append(f"(Measured with {taken(content)}.)")
     return "\n\n".join(part for part in (*parts, last) if part)
 
 

@@ -98,7 +98,7 @@ def info() -> list[tuple[str, str]]:
         ("numba", _version("numba") or "not installed; it is needed only where no compiled kernels fit the processor"),
         ("processor", machine.processor() + f" ({caches})" * bool(caches)),
         ("CPUs", f"{machine.cpus()} of {os.cpu_count()} may be used by this process{_quota()}"),
-        ("threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"),
+        ("threads", str(torch.get_num_threads()) if dispatch.unavailable else cpu.team()[1]),
         ("engine, cpu", _cpu_engine()),
     ]
     if torch.cuda.is_available():

@@ -57,7 +57,7 @@ def freeze(model: M) -> M:
         if panels is not None:
             own_class: Any = getattr(layer, "_fastrnn_own_class", type(layer))
             set_class(layer, _frozen_class(own_class))
-            layer._fastrnn_panels = panels
+            layer.__dict__["_fastrnn_panels"] = panels  # past a __setattr__ of the module's own
         else:  # what was packed before is not what it has now
             thaw(layer)
     return model
@@ -80,7 +80,7 @@ def thaw(model: M) -> M:
             if type(module) is not _frozen_class(module._fastrnn_own_class):
                 raise RuntimeError(f"thaw: {type(module).__name__} was derived from a frozen layer; undo that first")
             set_class(module, module._fastrnn_own_class)
-            del module._fastrnn_panels
+            del module.__dict__["_fastrnn_panels"]
     return model
 
 
@@ -89,7 +89,7 @@ def _packed(layer: Any) -> tuple[Tensor, ...] | None:
     if dispatch.native is None or layer._fastrnn_fast_path is None:
         return None
     if isinstance(layer, nn.RNNBase):
-        layer._update_flat_weights()  # the list of its weights, as each call does: others may have taken their place for a while
+        layer._update_flat_weights()  # as each call does: others may have stood in their place for a while
     allocate = functools.partial(torch.empty, dtype=torch.uint8, device="cpu")
     panels = dispatch.native.pack(layer.__dict__, layer._fastrnn_fast_path, allocate)
     return None if panels is None else (panels, *layer._parameters.values())
@@ -136,7 +136,7 @@ class _Frozen(nn.Module):
         panels = _packed(self)
         if panels is None:  # such as on another device
             return thaw(self)
-        self._fastrnn_panels = panels
+        self.__dict__["_fastrnn_panels"] = panels
         return self
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:

@@ -7,8 +7,8 @@ Steps come in blocks, so that the numbers of a block stay in the processor's cac
 
 Nothing is done in place: autograd, forward mode and vmap pass through all of it, to any order.
 
-Letters as in reference.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of a
-unit; Q as many, and one more where the cell has a `carry`; S states of the cell: h, or h and c.
+Letters as in reference.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of
+a unit; Q as many, and one more where the cell has a `carry`; S states of the cell: h, or h and c.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def layer_double_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of layer_backward's dy, dh_n, dc_n, x, h0, c0 and of each weight, or None, from those of its results, v.
+    """Return the gradients of dy, dh_n, dc_n, x, h0, c0 and of each weight, or None, from those of layer_backward's results, v.
 
     layer_backward is linear in dy, dh_n and dc_n: it is the transpose of the layer's derivative. So its results times v are dy,
     dh_n and dc_n times the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of dy, dh_n
@@ -250,7 +250,7 @@ class Block:
         self.slopes = torch.stack(grads, 2) if len(grads) > 1 else grads[0].unsqueeze(2)  # [S, N, Q, H]
 
     def push(self, x: Tensor | None, v: Weights, state: State) -> tuple[Change, State]:
-        """Return how all changes where x, the weights (v) and the state before change by these; and the state after, its change."""
+        """Return how all changes where x, the weights (v) and the state before change by these; and how the state after."""
         cell, weights, sizes, (h, c) = self.cell, self.weights, self.sizes, state
         G, P, B, w_hh, w_hr = cell.gates, cell.preactivations, h.shape[0], weights.w_hh.T, weights.w_hr
         from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v.b_ih)
@@ -290,7 +290,7 @@ class Block:
         return Change(x, a, joined(h_s), p, y if w_hr is None else joined(out_s), y), State(h, c)
 
     def _preactivations(self, from_x: Tensor | None, from_h: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Return those that are of the input alone, each [N, H], and the others [N, G * H], as the hidden product adds to them."""
+        """Return those of the input alone, each [N, H], and the others [N, G * H], to which the hidden product is added."""
         whole = self.rows, self.cell.gates * self.hidden
         if not self.cell.hidden:
             a = total(from_x, from_h)
@@ -309,8 +309,8 @@ class Block:
     ) -> tuple[Gradients, State]:
         """Return the gradients of all, and of the state before, from those of y and of the state after.
 
-        more_a [N, Q, H], more_h [N, R] and more_out [N, H] are added to those of pre-activations and p, of the state before each
-        step, and of out.
+        more_a [N, Q, H], more_h [N, R] and more_out [N, H] are added to those of pre-activations and p, of the state before
+        each step, and of out.
         """
         cell, sizes, (dh, dc) = self.cell, self.sizes, state
         P, B, w_hh, w_hr = cell.preactivations, dh.shape[0], self.weights.w_hh, self.weights.w_hr
@@ -345,7 +345,7 @@ class Block:
         )
 
     def bend(self, grads: Gradients, v: Weights, change: Change, state: State) -> tuple[Gradients, State]:
-        """Return how `grads` change with the block, and how the gradient of the state before does, from that of the state after."""
+        """Return how `grads` and the gradient of the state before change with the block, from that of the state after."""
         p = None if change.p is None else Dual(self.p, change.p)
         d_c = None if grads.c is None else Dual(grads.c)
         da = _DUAL_BACKWARD[self.cell.name](Dual(grads.out), d_c, *self._slots(change, p), p)
@@ -440,7 +440,7 @@ def _where_positive(h: Dual, dh: Dual) -> Dual:
 
 
 def _kept(cell: Cell) -> tuple[list[int | None], list[int | None]]:
-    """Find which slots hold the cell's pre-activations, and the results of its forward function's elementary functions, in turn."""
+    """Find which slots hold the cell's pre-activations, and the results of its elementary functions, in turn."""
 
     class Symbol:
         def __add__(self, other: Symbol) -> Symbol:

@@ -28,7 +28,7 @@ def test_info_names_versions_and_engines(capsys):
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in printed(capsys, "info").splitlines())
     assert rows["fastrnn"].startswith(fastrnn.__version__) and rows["torch"] == torch.__version__
     assert rows["engine, cpu"].startswith("fastrnn, ")
-    assert rows["threads"].startswith(str(torch.get_num_threads()))
+    assert rows["threads"] == command.cpu.team()[1]
     if not torch.cuda.is_available():
         assert rows["engine, cuda"] == "none: torch finds no GPU here"
     assert {"Python", "numba", "triton", "processor", "CPUs", "kernel cache"} <= rows.keys()
@@ -45,7 +45,7 @@ def test_info_says_why_an_engine_does_not_run():
 def test_info_names_the_quota(monkeypatch, capsys, quota, words):
     runtime = command.cpu.runtime_module()
     assert runtime.cpu_quota("") > 0
-    given = SimpleNamespace(cpu_quota=lambda root: quota, tiers=runtime.tiers)
+    given = SimpleNamespace(cpu_quota=lambda root: quota, tiers=runtime.tiers, threads=runtime.threads)
     monkeypatch.setattr(command.cpu, "runtime_module", lambda: given)
     assert words in printed(capsys, "info")
 

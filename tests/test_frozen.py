@@ -237,3 +237,22 @@ def test_panels_are_written_whole():
         module._fastrnn_panels = panels, *module.parameters()
         with torch.no_grad():
             assert_same_bits(module(x, state), twin(x, state))
+
+
+class Guarded(fastrnn.GRU):
+    def __setattr__(self, name, value):
+        assert not name.startswith("_fastrnn")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        raise AssertionError(name)
+
+
+def test_a_class_that_guards_its_attributes_freezes():
+    module = Guarded(I, H).eval()
+    x = torch.randn(3, 2, I)
+    with torch.no_grad():
+        expected = module(x)[0]
+        assert_same_bits(fastrnn.freeze(fastrnn.freeze(module)).float()(x)[0], expected)
+        assert type(fastrnn.thaw(module)) is Guarded
+        assert_same_bits(module(x)[0], expected)
