@@ -499,8 +499,9 @@ def test_a_profiler_sees_training():
     with torch.profiler.profile(acc_events=True) as seen:
         y.sum().backward()  # of a call that was made before
         module(x)[0].sum().backward()
-    for op, count in (("layer_forward", 1), ("layer_backward", 2)):
-        assert sum(event.name == f"fastrnn::{op}" for event in seen.events()) == count
+    outer = [event.name for event in seen.events() if event.cpu_parent is None or event.cpu_parent.name != "Layer"]
+    for op, count in (("layer_forward", 1), ("layer_backward", 2)):  # autograd's kernel of layer_forward calls it once more
+        assert outer.count(f"fastrnn::{op}") == count
 
 
 def test_the_runtime_counts_its_arguments():
