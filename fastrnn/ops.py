@@ -439,6 +439,8 @@ class Layer(_Function):
         needs = need_dx, need_dh0, need_dw
         if _vmapped_the_old_way(dy, dh_n, dc_n):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, (*ctx.options, *needs))
+        elif torch.is_grad_enabled() and not (torch.compiler.is_compiling() or dispatch.watched()):
+            grads = LayerBackward.apply(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *ctx.options, *needs, *weights)
         else:
             layer = x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
             if segments:
@@ -669,6 +671,16 @@ class LayerBackward(_Function):
         ctx.options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
         ctx.save_for_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights)
         ctx.set_materialize_grads(False)
+        if dispatch.native and directions == 1 and not torch.compiler.is_compiling():
+            wanted = need_dx, False, need_dh0, need_dh0 and c0 is not None, *(False,) * 5, *(need_dw,) * len(weights)
+            kept = x, batch_sizes, h0, c0, y, saved, *weights
+            found = dispatch.native.layer_backward((dy, dh_n, dc_n), kept, ctx.options[:5], wanted)
+            if found is not None:
+                w_ih, w_hh, *rest = found[9:]
+                b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
+                w_hr = rest[-1] if len(rest) % 2 else None
+                grads = found[0], found[2], found[3], w_ih, w_hh, b_ih, b_hh, w_hr
+                return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
         layer = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
         with _outer_levels():
             if segments:
