@@ -36,6 +36,9 @@ int64_t number(PyObject* attributes, Key key) {
   return value;
 }
 
+// Another mapping in the place of a module's parameters may compute what it holds.
+bool is_plain_dictionary(PyObject* object) { return object && PyDict_CheckExact(object); }
+
 bool equals(PyObject* text, const char* expected) {
   return PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, expected) == 0;
 }
@@ -100,7 +103,7 @@ class Stack {
     batch_first = flag(attributes, BATCH_FIRST);
     if (drops(attributes)) return false;
     PyObject *parameters = find(attributes, PARAMETERS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
-    if (!parameters || !names || !PyList_Check(names)) return false;
+    if (!is_plain_dictionary(parameters) || !names || !PyList_Check(names)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
     if (!(pack ? read_pack(pack, parameters) : read_weights(attributes, parameters, names))) return false;
     const int64_t projection = number(attributes, PROJ_SIZE);
@@ -248,7 +251,7 @@ class Stack {
     }
     cell = find_cell([&](const Cell& c) { return std::strcmp(mode, c.mode) == 0; });
     PyObject* parameters = find(attributes, PARAMETERS);
-    if (!cell || !parameters) return false;
+    if (!cell || !is_plain_dictionary(parameters)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
     const bool of_rnn = cell->gates == 1;  // which has a nonlinearity
     if (has_overrides(attributes, imported.of_cell, of_rnn + (pack != nullptr))) return false;
