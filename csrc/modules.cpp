@@ -36,6 +36,9 @@ int64_t number(PyObject* attributes, Key key) {
   return value;
 }
 
+// Another mapping in the place of a module's parameters may compute what it holds.
+bool is_plain_dictionary(PyObject* object) { return object && PyDict_CheckExact(object); }
+
 // Which of these keys a text is; KEYS where it is none. Most are the very same object.
 Key which(PyObject* text, std::initializer_list<Key> expected) {
   for (const Key key : expected)
@@ -104,7 +107,7 @@ class Stack {
     batch_first = flag(attributes, BATCH_FIRST);
     if (drops(attributes)) return false;
     PyObject *parameters = find(attributes, PARAMETERS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
-    if (!parameters || !names || !PyList_Check(names)) return false;
+    if (!is_plain_dictionary(parameters) || !names || !PyList_Check(names)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
     if (!(pack ? read_pack(pack, parameters) : read_weights(attributes, parameters, names))) return false;
     const int64_t projection = number(attributes, PROJ_SIZE);
@@ -263,7 +266,8 @@ class Stack {
       return found == TANH ? RNN_TANH : found == RELU ? RNN_RELU : KEYS;
     };
     PyObject* parameters = find(attributes, PARAMETERS);
-    if (!set_cell(kind == LSTM_CELL ? LSTM : kind == GRU_CELL ? GRU : by_nonlinearity()) || !parameters) return false;
+    if (!set_cell(kind == LSTM_CELL ? LSTM : kind == GRU_CELL ? GRU : by_nonlinearity())) return false;
+    if (!is_plain_dictionary(parameters)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
     if (has_overrides(attributes, imported.of_cell, (kind == RNN_CELL) + (pack != nullptr))) return false;
     if (pack) return read_pack(pack, parameters);

@@ -247,6 +247,8 @@ def own_weights(module: Any) -> list[Tensor] | None:
     Nothing is computed to find out: a parametrization may change at every look.
     """
     parameters = module._parameters
+    if type(parameters) is not dict:  # another mapping may compute what it holds
+        return None
     for known, name in zip(module._flat_weight_refs, module._flat_weights_names, strict=True):
         weight = parameters.get(name)
         if weight is None or known is None or known() is not weight:

@@ -6,6 +6,7 @@ import inspect
 import io
 import pickle
 import warnings
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -896,3 +897,19 @@ def test_weights_made_in_inference_mode(name, trained):
         assert results[1] == results[0]
     else:
         assert_same(results[1], results[0])
+
+
+class Doubling(dict):
+    def __getitem__(self, name):
+        return super().__getitem__(name) * 2
+
+
+@pytest.mark.parametrize("mapping", [Doubling, UserDict])
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_parameters_in_another_mapping(name, mapping):
+    """Some libraries replace it by one that gathers or computes a parameter when it is looked up."""
+    results = []
+    for module in both(name):
+        module.__dict__["_parameters"] = mapping(module._parameters)
+        results.append(module(torch.ones(*((B, I) if name in CELLS else (T, B, I)))))
+    assert_same(results[1], results[0])
