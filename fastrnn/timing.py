@@ -25,6 +25,10 @@ from fastrnn.convert import convert, revert
 
 LEAST = 0.01  # seconds that a repeat takes at least
 FEWEST = 5  # repeats, however slow
+# Threads that wait for work keep a processor busy: after a call torch's pool, which fastrnn uses too, does so for 4 to 11 ms (on
+# Zen 4), openvino's for 1 ms, onnxruntime's not at all where it is told to stop with the run. A rest of so many seconds before
+# each repeat lets them fall asleep, so that nobody is timed beside them.
+REST = 0.02
 SETTLE = 0.02  # a call below it is made once untimed before each repeat: caches and threads are then its own again
 # The relative L2 distance between two libraries' results that only a wrong result exceeds. In half precision that is much, as
 # torch.nn rounds at every operation. TF32 is what float32 layers on a GPU compute in by default.
@@ -58,7 +62,7 @@ def interleave(
     seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Time the rivals in rounds for about `seconds` together, at most `most` repeats each.
+    """Time the rivals in rounds for about `seconds` together, at most `most` repeats each, with a rest before each repeat.
 
     progress: called with the rounds done and the rounds in all, between rounds.
 
@@ -70,7 +74,7 @@ def interleave(
         run(1)
         single[name] = min(elapsed(run, 1) for _ in range(2))
     loops = {name: max(1, math.ceil(LEAST / value)) for name, value in single.items()}
-    round_seconds = sum((loops[name] + (value < SETTLE)) * value for name, value in single.items())
+    round_seconds = sum(REST + (loops[name] + (value < SETTLE)) * value for name, value in single.items())
     rounds = max(FEWEST, min(most, int(seconds / round_seconds)))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     gc.collect()
@@ -78,6 +82,7 @@ def interleave(
     try:
         for done in range(rounds):
             for name in order.sample(list(rivals), len(rivals)):
+                time.sleep(REST)
                 if single[name] < SETTLE:
                     rivals[name](1)
                 times[name].append(elapsed(rivals[name], loops[name]))
