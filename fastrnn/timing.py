@@ -25,8 +25,8 @@ from fastrnn.convert import convert, revert
 
 LEAST = 0.01  # seconds that a repeat takes at least
 FEWEST = 5  # repeats, however slow
-# Threads that wait for work keep a processor busy: after a call torch's pool, which fastrnn uses too, does so for 4 to 11 ms (on
-# Zen 4), openvino's for 1 ms, onnxruntime's not at all where it is told to stop with the run. A rest of so many seconds before
+# Threads that wait for work keep a processor busy. After a call torch's pool, which fastrnn uses too, does so for 4 to 11 ms on
+# Zen 4, and openvino's for 1 ms; onnxruntime's does not where it is told to stop with the run. A rest of so many seconds before
 # each repeat lets them fall asleep, so that nobody is timed beside them.
 REST = 0.02
 SETTLE = 0.02  # a call below it is made once untimed before each repeat: caches and threads are then its own again
