@@ -324,8 +324,11 @@ def _stack(cell: str, fallback: Callable, args: tuple, compressed: bool = False)
         at = 2 if batch_sizes is None else 3
         args = *args[:at], params, *args[at + 1 :]
     if not fits:
-        if cell == "lstm" and batch_sizes is not None and _unchecked_by_torch(x, states, params, kinds):
-            _LSTMChecks.of(params, num_layers, bidirectional).check_forward_args(x, states, batch_sizes)
+        unchecked = cell == "lstm" and fallback is _VF.lstm and not torch.compiler.is_compiling()
+        if unchecked and _unchecked_by_torch(x, states, params):
+            _check_weights(params, 4 if has_biases else 2, num_layers, directions)
+            checks = _LSTMChecks.of(params, num_layers, bidirectional, batch_first)
+            checks.check_forward_args(x, states, batch_sizes)
         if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
             return call_outside_of_the_graph(fallback, args)  # such as wrong shapes, for which torch has words
         return fallback(*args)
@@ -381,23 +384,40 @@ def call_outside_of_the_graph(function: Callable, args: tuple):
     return function(*args)
 
 
-def _unchecked_by_torch(x, states, params, kinds: int) -> bool:
+def _unchecked_by_torch(x, states, params) -> bool:
     """Would torch hand these tensors to oneDNN as they are? Its other path fails in an operation, with words of its own."""
-    if len(states) != 2 or kinds in (3, 5) or not all(isinstance(tensor, Tensor) for tensor in (x, *states, *params)):
+    if len(states) != 2 or not all(isinstance(tensor, Tensor) for tensor in (x, *states, *params)):
+        return False
+    if 0 in (states[0].dim(), states[1].dim()) or states[0].shape[-1] != states[1].shape[-1]:  # torch sees a projection
         return False
     dtype = params[0].dtype
-    return dtype is not torch.float64 and all(tensor.dtype is dtype for tensor in (x, *states))
+    return x.is_cpu and dtype is not torch.float64 and all(tensor.dtype is dtype for tensor in (x, *states))
+
+
+def _check_weights(params: Sequence[Tensor], each: int, num_layers: int, directions: int) -> None:
+    """Raise where an LSTM's weights, `each` for a layer and direction, do not fit each other."""
+    found = [tuple(param.shape) for param in params[: each * num_layers * directions]]
+    if len(found) > 1 and len(found[0]) == len(found[1]) == 2:
+        size, width, rows = found[0][1], found[1][1], 4 * found[1][1]
+        others = [(rows, width), (rows,), (rows,)][: each - 1]
+        first, later = [(rows, size), *others] * directions, [(rows, directions * width), *others] * directions
+        if found == first + later * (num_layers - 1):
+            return
+    raise RuntimeError(f"LSTM: the shapes of its weights do not fit {num_layers} layers and each other, got {found}")
 
 
 class _LSTMChecks(SimpleNamespace):
-    """torch.nn's own checks of LSTM's input. For packed input torch omits them, and oneDNN reads past the tensors' ends."""
+    """torch.nn's own checks of LSTM's input, against its weights: torch.nn's are against attributes, and packed input has none.
+
+    oneDNN takes sizes from some tensors and reads past the ends of others.
+    """
 
     check_input, check_hidden_size = nn.LSTM.check_input, nn.LSTM.check_hidden_size
     get_expected_hidden_size, get_expected_cell_size = nn.LSTM.get_expected_hidden_size, nn.LSTM.get_expected_cell_size
     check_forward_args: Any = nn.LSTM.check_forward_args
 
     @classmethod
-    def of(cls, params: Sequence[Tensor], num_layers: int, bidirectional: bool) -> _LSTMChecks:
+    def of(cls, params: Sequence[Tensor], num_layers: int, bidirectional: bool, batch_first: bool) -> _LSTMChecks:
         return cls(
             _flat_weights=params,
             input_size=params[0].shape[1],
@@ -405,6 +425,7 @@ class _LSTMChecks(SimpleNamespace):
             proj_size=0,
             num_layers=num_layers,
             bidirectional=bidirectional,
+            batch_first=batch_first,
         )
 
 
