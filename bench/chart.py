@@ -89,11 +89,12 @@ def chart(content: dict[str, Any]) -> bytes:
 def origin(content: dict[str, Any]) -> str:
     """Say what the chart shows, and on which machine and when it was measured."""
     machine, settings = content["machine"], content["settings"]
+    processor = machine.get("name", machine["processor"])
     cache = machine["caches"].get("L2", "unknown")
     return (
         "Each point is the time of torch.nn over the time of fastrnn, so fastrnn is faster above 1x. Measured on "
-        f"{content['date'][:10]} with {settings['threads']} threads of {machine['processor']} ({machine['torch']}, {cache} of "
-        f"L2 cache a core), in float32, with torch {content['versions']['torch'].split('+')[0]}."
+        f"{content['date'][:10]} with {settings['threads']} threads of {processor} ({machine['torch']}, {cache} of L2 cache a "
+        f"core), in float32, with torch {content['versions']['torch'].split('+')[0]}."
     )
 
 

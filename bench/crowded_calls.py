@@ -3,8 +3,8 @@
     python bench/crowded_calls.py '{"library": "fastrnn", "situation": "quiet", "threads": 2, "seconds": 0.5,
                                     "jobs": [[["LSTM", 320, 1, 60], "infer"]]}'
 
-It needs torch and fastrnn alone, and prints what it found for each job as JSON, times in microseconds. The busy processes that it
-starts end with it.
+It needs torch and fastrnn alone, and prints what it found for each job as JSON, times in microseconds. The busy processes that
+it starts end with it.
 """
 
 from __future__ import annotations
@@ -145,8 +145,9 @@ def measure(
     """What a situation does to the calls of each job, a point and a mode.
 
     situation: "quiet" (nothing runs beside the calls), "neighbour" (`busy` processes do, and did for SETTLE seconds), "after"
-    (they ended a second ago), "bursts" (they run for BURST seconds and rest for as long), "python threads" (four call a module
-    at the same time), "smaller team" (quiet, and asked of the team and not of times).
+    (they ended a second ago), "bursts" (they run for BURST seconds and rest for as long), "python threads" (four call a
+    module at the same time, in inference: gradients of one module are no business of several threads), "smaller team"
+    (quiet, and asked of the team and not of times).
     cpus: run on so many only, if not 0. others: see `make_call`.
     """
     if cpus:

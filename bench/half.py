@@ -20,7 +20,7 @@ from fastrnn.timing import TOLERANCES, Runner, difference
 
 POINTS = r"^(few .* B1 T50|middle .* B32 T50|large .* B32 T25|apart .* T1 H256)"
 TOLERANCE = TOLERANCES[torch.bfloat16]
-DEFAULT_OUTPUT = record.RESULTS / "half.json"
+DEFAULT_OUTPUT = record.result_file("half")
 
 
 def _cast(subject: Subject, dtype: torch.dtype) -> Subject:

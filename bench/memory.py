@@ -35,7 +35,7 @@ LIBRARIES = {"fastrnn": "fastrnn", "torch": "torch.nn"}
 STEPS = ("first", "later")
 RESOLUTION = 2**19
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "16384", "MALLOC_TOP_PAD_": "0"}
-DEFAULT_OUTPUT = record.RESULTS / "memory.json"
+DEFAULT_OUTPUT = record.result_file("memory")
 
 
 def _status(field: str) -> int:

@@ -1,8 +1,8 @@
-"""Tables and heat map from bench/results/*.json: `python -m bench.report`.
+"""Tables and pictures of every processor measured, from bench/results/*.json: `python -m bench.report`.
 
-Writes bench/results/heatmap.png and roofline.png, and puts the tables between the bench and gpu markers of README.md, the
-roofline's between those of docs/performance.md. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is
-faster.
+The results of a benchmark on a processor are in a file of their own, such as grid-zen-4.json: to show another processor, add
+its files. Tables go between the markers "bench", "roofline" and "gpu" of README.md or docs/*.md, wherever these are; heat maps
+and rooflines are drawn beside the results. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is faster.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,35 @@ from fastrnn.kernels.gpu import plan
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
 HEADS = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
+BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream")  # of a CPU
+# What the rows of each table mean.
+ROWS = {
+    "processors": "Each row is a processor that was measured, and how fastrnn does there at the sizes of the grid.",
+    "classes": (
+        "Each row is a class of sizes: few rows are batches of 1 to 8 sequences, middle are 32 and 64, large are 128, or "
+        "layers of 1024 units and more. Each figure is the mean speed-up over torch.nn in that class."
+    ),
+    "apart": (
+        "Each row is one size that belongs to no class: single steps (T1), layers x directions (2x2), a packed batch and how "
+        "full it is (57%), an input of another size than the layer (I250). Each figure is the speed-up over torch.nn."
+    ),
+    "peers": (
+        "Each row is another engine and a class of sizes. Each figure is the mean speed-up of a frozen fastrnn layer over that "
+        "engine in inference. The fastest of three is the fastest of torch.nn, onnxruntime and openvino at each size."
+    ),
+    "stream": (
+        "Each row is a cell and its units. Each figure is the time in microseconds that one step of one sequence takes: in "
+        "torch.nn's module, in onnxruntime, in fastrnn's module, frozen module and `step` with `out`, and in the cells of both."
+    ),
+    "roofline": (
+        "Each row is a class of sizes. Each figure is how much faster than torch.nn the roofline itself would be, and in "
+        "brackets which share of the roofline's speed fastrnn reaches."
+    ),
+    "gpu": (
+        "Each row is a group of layers that a paper or a library measures. Each figure is the mean speed-up over torch.nn with "
+        "cuDNN, in a number format, forward alone or in training."
+    ),
+}
 FLOOR = 1  # no point of the grid is to be below
 
 Result = dict[str, Any]
@@ -62,7 +92,7 @@ def class_table(results: Sequence[Result]) -> str:
         for group, words in GROUPS.items()
         if group != "apart"
     ]
-    return table(["against torch.nn", *HEADS], rows)
+    return f"{ROWS['classes']}\n\n" + table(["speed-up over torch.nn", *HEADS], rows)
 
 
 def by_place(results: Sequence[Result]) -> dict[tuple[str, str, str], float | None]:
@@ -76,7 +106,7 @@ def apart_table(results: Sequence[Result]) -> str:
     names = dict.fromkeys(point_name(result) for result in results if result["point"]["group"] == "apart")
     found = by_place(results)
     rows = [[name, *(_times([r] if (r := found.get((name, *column))) else []) for column in COLUMNS)] for name in names]
-    return table(["against torch.nn", *HEADS], rows)
+    return f"{ROWS['apart']}\n\n" + table(["speed-up over torch.nn", *HEADS], rows)
 
 
 def against_frozen(results: Sequence[Result], rivals: Sequence[str], group: str, cell: str) -> list[float]:
@@ -98,7 +128,8 @@ def peer_table(results: Sequence[Result]) -> str:
             means = [_times(against_frozen(results, rivals, group, cell)) for cell in CELLS]
             if any(means):
                 rows.append([f"{name}, {words}", *means])
-    return table(["frozen, against", *(WORDS[cell] for cell in CELLS)], rows) if rows else ""
+    head = ["speed-up, frozen, over", *(WORDS[cell] for cell in CELLS)]
+    return f"{ROWS['peers']}\n\n{table(head, rows)}" if rows else ""
 
 
 def _point(result: Result) -> Point:
@@ -119,8 +150,8 @@ def worst(results: Sequence[Result], count: int = 5) -> str:
         for result in sound[:count]
     )
     wrong = [result["name"] for result in results if result["faults"]]
-    text = f"Of {len(sound)} points {below} are below {FLOOR}x. The least: {listed}."
-    return text + f" **Wrong results, no time taken: {', '.join(wrong)}.**" * bool(wrong)
+    text = f"fastrnn is slower than torch.nn at {below} of {len(sound)} sizes. It gains least at these: {listed}."
+    return text + f" **Results that were wrong, so that no time was taken: {', '.join(wrong)}.**" * bool(wrong)
 
 
 def packed(results: Sequence[Result]) -> str:
@@ -132,7 +163,12 @@ def packed(results: Sequence[Result]) -> str:
             own, other = (medians[name] / medians[f"{name} padded"] for name in ("fastrnn", "torch"))
             sentences.append(f"{WORDS[result['cell']]} {own:.2f} (torch.nn {other:.2f})")
             fill = result["point"]["fill"]
-    return f"A packed training step at {fill:.0%} fill, in padded steps: {', '.join(sentences)}." if sentences else ""
+    if not sentences:
+        return ""
+    return (
+        f"A packed batch that is {fill:.0%} full takes this share of the time that the padded batch takes in training: "
+        f"{', '.join(sentences)}."
+    )
 
 
 def memory(content: dict[str, Any]) -> str:
@@ -143,8 +179,9 @@ def memory(content: dict[str, Any]) -> str:
     mean = f"{geomean(told):.2f} of torch.nn's" if told else "too small to tell"
     names = ", ".join(result["name"] for result in results if above(result, resolution))
     least = f"{4 * resolution / 2**20:.0f} MiB"
-    text = f"Peak memory of a training step: {mean} (geometric mean of the {len(told)} points above {least}); "
-    return text + (f"above torch.nn's at {names}." if names else "above torch.nn's at none.")
+    over = f"geometric mean over the {len(told)} sizes that take more than {least}"
+    text = f"The peak memory of a training step is {mean} ({over}). "
+    return text + (f"It is higher than torch.nn's at {names}." if names else "It is higher than torch.nn's at no size.")
 
 
 def reached(results: Sequence[Result], rates: dict[str, Any], mode: str) -> list[float]:
@@ -165,7 +202,7 @@ def rooflines(results: Sequence[Result], rates: dict[str, Any]) -> list[tuple[Re
 def roofline(results: Sequence[Result], rates: dict[str, Any]) -> str:
     """What is reached of the roofline, and how much faster than torch.nn the roofline itself would be."""
     stream = {int(kib): rate / 1e9 for kib, rate in rates["bytes_per_second"].items()}
-    head = f"Products at {rates['operations_per_second'] / 1e9:.0f} GFLOP/s; weights read at " + ", ".join(
+    head = f"Products run at {rates['operations_per_second'] / 1e9:.0f} GFLOP/s. Weights are read at " + ", ".join(
         f"{rate:.0f} GB/s ({kib / 1024:g} MiB)" for kib, rate in stream.items()
     )
     shares = {mode: reached(results, rates, mode) for mode in MODES}
@@ -188,8 +225,9 @@ def roofline(results: Sequence[Result], rates: dict[str, Any]) -> str:
             cells.append(limit + share)
         if group != "apart":
             rows.append([words, *cells])
-    limits = table(["the roofline against torch.nn (reached)", *HEADS], rows)
-    return f"{head}. Reached from 256 units and 32 rows on, in the geometric mean: {told}.\n\n{limits}"
+    limits = table(["roofline over torch.nn (reached)", *HEADS], rows)
+    reach = f"From 256 units and 32 rows on, fastrnn reaches in the geometric mean: {told}"
+    return f"{head}. {reach}.\n\n{ROWS['roofline']}\n\n{limits}"
 
 
 def draw_roofline(results: Sequence[Result], rates: dict[str, Any], path: Path) -> None:
@@ -236,8 +274,8 @@ def startup(content: dict[str, Any]) -> str:
         for name in ("fastrnn", "torch")
     }
     return (
-        f"In a fresh process `import fastrnn` takes {extra:.0f} ms after `import torch`, "
-        f"the first call {max(first['fastrnn']):.0f} ms at most (torch.nn {max(first['torch']):.0f} ms)."
+        f"In a fresh process `import fastrnn` takes {extra:.0f} ms after `import torch`. The first call takes at most "
+        f"{max(first['fastrnn']):.0f} ms (torch.nn's {max(first['torch']):.0f} ms)."
     )
 
 
@@ -251,9 +289,10 @@ def half(content: dict[str, Any]) -> str:
         return _times([case["ratios"][rival] for case in found if "ratios" in case])
 
     return (
-        f"bfloat16 layers against torch.nn's: inference {mean('infer', 'torch')}, training {mean('train', 'torch')}. Against "
-        f"our own float32, in inference: {mean('infer', 'fastrnn float32', 'B1 ')} at one row and H 512 to 1024, "
-        f"{mean('infer', 'fastrnn float32', 'B32 ')} at 32 rows; in training {mean('train', 'fastrnn float32')}."
+        f"bfloat16 layers have a mean speed-up over torch.nn's of {mean('infer', 'torch')} in inference and "
+        f"{mean('train', 'torch')} in training. Over fastrnn's own float32 layers it is, in inference, "
+        f"{mean('infer', 'fastrnn float32', 'B1 ')} for one row and 512 or 1024 units, and "
+        f"{mean('infer', 'fastrnn float32', 'B32 ')} for 32 rows; in training it is {mean('train', 'fastrnn float32')}."
     )
 
 
@@ -274,7 +313,7 @@ def stream(content: dict[str, Any]) -> str:
         for case in content["cases"]
         if "times" in case
     ]
-    return table(["one step of one row, us", *(words for _, words in names)], rows)
+    return f"{ROWS['stream']}\n\n" + table(["one step of one row, us", *(words for _, words in names)], rows)
 
 
 def left_to_cudnn(point: dict[str, Any]) -> bool:
@@ -307,11 +346,13 @@ def gpu(content: dict[str, Any]) -> str:
     device, versions = content["device"], content["versions"]
     return "\n\n".join(
         [
-            table(["against cuDNN", *(f"{number} {mode}" for number, mode in columns)], rows),
-            f"Of {len(each)} figures {sum(ratio < FLOOR for ratio, *_ in each)} are below {FLOOR}x. Shapes that cuDNN was "
-            f"faster at are left to it: of the {len(kept)} figures of the others, {_times([ratio for ratio, _ in kept])} in "
-            f"geometric mean, {len(below)} are below {FLOOR}x{': ' * bool(below)}{', '.join(below)}."
-            + f" **Wrong results, no time taken: {wrong}.**"
+            ROWS["gpu"],
+            table(["speed-up over cuDNN", *(f"{number} {mode}" for number, mode in columns)], rows),
+            f"fastrnn's engine is slower than cuDNN in {sum(ratio < FLOOR for ratio, *_ in each)} of {len(each)} figures. In "
+            "normal use, fastrnn leaves the shapes at which cuDNN was faster to cuDNN. The other shapes, which it runs itself, "
+            f"have {len(kept)} figures: their geometric mean is {_times([ratio for ratio, _ in kept])}, and {len(below)} of "
+            f"them are below {FLOOR}x{': ' * bool(below)}{', '.join(below)}."
+            + f" **Results that were wrong, so that no time was taken: {wrong}.**"
             * bool(wrong),
             f"{device['name']}, CUDA {device['cuda']}, cuDNN {device['cudnn']}, torch {versions['torch']}, triton "
             f"{versions['triton']}, {content['date'][:10]}, commit {content['commit'][:10] or 'none'}.",
@@ -321,12 +362,11 @@ def gpu(content: dict[str, Any]) -> str:
 
 def origin(content: dict[str, Any]) -> str:
     """Where and when the figures were taken."""
-    machine, versions, settings = content["machine"], content["versions"], content["settings"]
+    versions, settings = content["versions"], content["settings"]
     return (
-        f"{settings['threads']} threads of {machine['processor']} ({machine['torch']}, "
-        f"L2 {machine['caches'].get('L2', '?')}), {settings['dtype']}, medians of interleaved runs, "
-        + ", ".join(f"{name} {versions[name]}" for name in ("torch", "onnxruntime", "openvino"))
-        + f", {content['date'][:10]}, commit {content['commit'][:10] or 'none'}."
+        f"Measured with {settings['threads']} threads in {settings['dtype']}, "
+        + "".join(f"{name} {versions[name]}, " for name in ("onnxruntime", "openvino"))
+        + f"{taken(content)}."
     )
 
 
@@ -365,33 +405,83 @@ def heatmap(results: Sequence[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def markdown(contents: dict[str, dict[str, Any]]) -> str:
-    """The report of the result files, by name."""
-    parts = []
+def overview(grids: Sequence[dict[str, Any]]) -> str:
+    """List the processors measured: what each is, how many points are below the floor, when and at which commit."""
+    rows = []
+    for grid in grids:
+        machine = grid["machine"]
+        found = [result["ratios"]["torch"] for result in grid["cases"] if result.get("ratios")]
+        rows.append(
+            [
+                f"{machine['name']} ({machine['processor']})",
+                f"{machine['vectors']} bits",
+                machine["caches"].get("L2", ""),
+                f"{sum(ratio < FLOOR for ratio in found)} of {len(found)}",
+                f"{min(found):.2f}x",
+                f"{grid['date'][:10]}, {grid['commit'][:10] or 'none'}",
+            ]
+        )
+    head = ["processor", "vectors", "L2 of a core", f"sizes below {FLOOR}x", "least speed-up", "date and commit"]
+    return f"{ROWS['processors']}\n\n{table(head, rows)}"
+
+
+def section(name: str, contents: dict[str, dict[str, Any]], pictures: str) -> str:
+    """Write the tables of one processor. contents: its results by benchmark. pictures: the folder of the heat map."""
+    parts, last = [f"### {name}"], ""
     if grid := contents.get("grid"):
         results = grid["cases"]
-        parts += [class_table(results), worst(results), "![Heat map of the grid](bench/results/heatmap.png)"]
+        parts += [class_table(results), worst(results), f"![Heat map of the grid]({pictures}/{picture('heatmap', name)})"]
         parts += [apart_table(results), packed(results), peer_table(results)]
-    if "stream" in contents:
-        parts.append(stream(contents["stream"]))
-    if "memory" in contents:
-        parts.append(memory(contents["memory"]))
-    if "startup" in contents:
-        parts.append(startup(contents["startup"]))
-    if "half" in contents:
-        parts.append(half(contents["half"]))
-    if tiles := contents.get("half-amx"):
-        how = "python -m bench.half --output bench/results/half-amx.json"
-        parts.append(
-            f"On a processor with AMX (`{how}`, torch {tiles['versions']['torch']}, {tiles['date'][:10]}): {half(tiles)}"
-        )
-    if grid:
-        parts.append(origin(grid))
-    if avx2 := contents.get("grid-avx2"):
-        how = "python -m bench.run --output bench/results/grid-avx2.json"
-        parts.append(f"The same on a processor without AVX-512 (`{how}`):")
-        parts += [class_table(avx2["cases"]), worst(avx2["cases"]), peer_table(avx2["cases"]), origin(avx2)]
-    return "\n\n".join(part for part in parts if part)
+        last = origin(grid)
+    for benchmark, write in (("stream", stream), ("memory", memory), ("startup", startup), ("half", half)):
+        if content := contents.get(benchmark):
+            parts.append(write(content))
+            if taken(content) != taken(grid or {}):
+                parts.append(f"(Measured with {taken(content)}.)")
+    return "\n\n".join(part for part in (*parts, last) if part)
+
+
+def taken(content: dict[str, Any]) -> str:
+    """Say with which torch, when and at which commit a result was taken."""
+    if not content:
+        return ""
+    return f"torch {content['versions']['torch']}, {content['date'][:10]}, commit {content['commit'][:10] or 'none'}"
+
+
+def picture(kind: str, name: str) -> str:
+    """Name the file of a processor's heat map or roofline."""
+    return f"{kind}-{record.slug(name)}.png"
+
+
+def markdown(processors: dict[str, dict[str, dict[str, Any]]], pictures: str) -> str:
+    """Write the report of all processors, by name: a table of them, then the tables of each."""
+    grids = [contents["grid"] for contents in processors.values() if "grid" in contents]
+    return "\n\n".join([overview(grids), *(section(name, contents, pictures) for name, contents in processors.items())])
+
+
+def rooflines_of_all(processors: dict[str, dict[str, dict[str, Any]]], pictures: str) -> str:
+    """Write table and picture of each processor whose rates were measured."""
+    parts = []
+    for name, contents in processors.items():
+        if {"grid", "roofline"} <= contents.keys():
+            results, rates = contents["grid"]["cases"], contents["roofline"]
+            parts += [f"### Roofline of {name}", roofline(results, rates)]
+            parts.append(f"![Rates below the roofline]({pictures}/{picture('roofline', name)})")
+    return "\n\n".join(parts)
+
+
+def by_processor(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read the results of each processor by benchmark, the processor whose grid is newest first."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for benchmark in BENCHMARKS:
+        for path in sorted(folder.glob(f"{benchmark}-*.json")):
+            content = json.loads(path.read_text())
+            found.setdefault(content["machine"]["name"], {})[benchmark] = content
+
+    def age(name: str) -> str:
+        return found[name].get("grid", {"date": ""})["date"]
+
+    return {name: found[name] for name in sorted(found, key=age, reverse=True)}
 
 
 def insert(text: str, page: str, name: str = "bench") -> str:
@@ -403,29 +493,48 @@ def insert(text: str, page: str, name: str = "bench") -> str:
     return f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}"
 
 
+def write_pages(root: Path, texts: dict[str, Callable[[str], str]]) -> list[Path]:
+    """Put each text between the markers of its name, in whichever of README.md and docs/*.md has them.
+
+    texts: by marker's name, a function of the folder of the pictures as the page sees it.
+
+    Raises:
+        ValueError: no page has the markers of a text.
+    """
+    pages = {path: path.read_text() for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))) if path.exists()}
+    changed = []
+    for name, write in texts.items():
+        places = [path for path, page in pages.items() if f"<!-- {name}:begin -->" in page]
+        if not places:
+            raise ValueError(f"neither README.md nor docs/*.md has <!-- {name}:begin --> ... to put the report between")
+        for path in places:
+            pictures = Path(os.path.relpath(root / "bench" / "results", path.parent)).as_posix()
+            pages[path] = insert(write(pictures), pages[path], name)
+            changed.append(path)
+    for path in changed:
+        path.write_text(pages[path])
+    return changed
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder (default %(default)s)")
-    parser.add_argument("--page", type=Path, default=record.ROOT / "README.md", help="(default %(default)s)")
-    parser.add_argument("--log", type=Path, default=record.ROOT / "docs" / "performance.md", help="(default %(default)s)")
-    options = parser.parse_args(argv)
-    names = "grid", "grid-avx2", "memory", "startup", "half", "half-amx", "roofline", "stream", "gpu"
-    files = {name: options.results / f"{name}.json" for name in names}
-    contents = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    report = markdown(contents)
-    print(report)
-    if "grid" in contents:
-        heatmap(contents["grid"]["cases"], options.results / "heatmap.png")
-    if "grid" in contents and "roofline" in contents:
-        results, rates = contents["grid"]["cases"], contents["roofline"]
-        draw_roofline(results, rates, options.results / "roofline.png")
-        if options.log.exists():
-            options.log.write_text(insert(roofline(results, rates), options.log.read_text(), "roofline"))
-    if options.page.exists():
-        page = insert(report, options.page.read_text())
-        if "gpu" in contents:
-            page = insert(gpu(contents["gpu"]), page, "gpu")
-        options.page.write_text(page)
+    parser.add_argument("--root", type=Path, default=record.ROOT, help="holds README.md, docs/ and bench/results/")
+    root = parser.parse_args(argv).root
+    folder = root / "bench" / "results"
+    processors = by_processor(folder)
+    for name, contents in processors.items():
+        if "grid" in contents:
+            heatmap(contents["grid"]["cases"], folder / picture("heatmap", name))
+            if "roofline" in contents:
+                draw_roofline(contents["grid"]["cases"], contents["roofline"], folder / picture("roofline", name))
+    texts: dict[str, Callable[[str], str]] = {}
+    if processors:
+        texts["bench"] = lambda pictures: markdown(processors, pictures)
+        texts["roofline"] = lambda pictures: rooflines_of_all(processors, pictures)
+    if (file := folder / "gpu.json").exists():
+        texts["gpu"] = lambda pictures: gpu(json.loads(file.read_text()))
+    for path in write_pages(root, texts):
+        print(f"written: {path}")
 
 
 if __name__ == "__main__":

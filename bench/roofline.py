@@ -17,7 +17,7 @@ from rich.console import Console
 from bench import record, timing
 from bench.grid import GATES, Point
 
-DEFAULT_OUTPUT = record.RESULTS / "roofline.json"
+DEFAULT_OUTPUT = record.result_file("roofline")
 MATRIX = 2048  # units of the product that sets the rate
 KIB = (256, 1024, 3072, 4096, 12288, 16384, 49152, 65536)  # W_hh of every cell of the grid from H 256 on
 

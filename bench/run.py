@@ -24,7 +24,7 @@ from bench.timing import Runner, interleave
 from fastrnn.timing import TOLERANCES, difference, differences
 
 TOLERANCE = TOLERANCES[torch.float32]
-DEFAULT_OUTPUT = record.RESULTS / "grid.json"
+DEFAULT_OUTPUT = record.result_file("grid")
 
 
 def wrong(subject: Subject, truth: Subject) -> list[str]:

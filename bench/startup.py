@@ -18,7 +18,7 @@ from bench import record
 
 LIBRARIES = {"fastrnn": "fastrnn", "torch": "torch.nn"}
 MODES = ("infer", "train")
-DEFAULT_OUTPUT = record.RESULTS / "startup.json"
+DEFAULT_OUTPUT = record.result_file("startup")
 
 # Runs in a fresh interpreter: seconds of `import torch`, of importing the library after it, and of its first call.
 CHILD = """

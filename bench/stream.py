@@ -22,7 +22,7 @@ from fastrnn.timing import Runner, difference
 
 HIDDEN = (64, 128, 256)
 TOLERANCE = 1e-5  # relative L2, float32
-DEFAULT_OUTPUT = record.RESULTS / "stream.json"
+DEFAULT_OUTPUT = record.result_file("stream")
 
 
 def repeated(call: Callable[[], Any]) -> Runner:

@@ -73,7 +73,8 @@ def onnxruntime(subject: Subject, threads: int) -> tuple[Runner, Tensor]:
     x = subject.x.detach()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # spin in a run only, not into others' time
+    # Its threads wait busily within a run, as they do for its users, but not after it, beside others.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     model = onnx_model(subject.module, *x.shape[:2])
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()

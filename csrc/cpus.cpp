@@ -11,8 +11,8 @@
 #ifdef __linux__
 #include <sched.h>
 
-// Of torch's OpenMP; null where its threads are others. Where OpenMP has bound each of its threads to a CPU, the calling one too,
-// this still counts those of the process.
+// Of torch's OpenMP; null where its threads are others. Where OpenMP has bound each of its threads to a CPU, the calling one
+// too, this still counts those of the process.
 extern "C" __attribute__((weak)) int omp_get_num_procs();
 #endif
 

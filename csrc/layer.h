@@ -93,8 +93,8 @@ class Call {
 
   void run(bool forward);
 
-  // Threads for forward of `layers` layers on top of each other at once, of which this is the lowest; 0 where they are faster one
-  // after the other. And that, for those of which this says so.
+  // Threads for forward of `layers` layers on top of each other at once, of which this is the lowest; 0 where they are faster
+  // one after the other. And that, for those of which this says so.
   int64_t threads_at_once(int64_t layers) const;
   static void run_at_once(const std::vector<Call>& layers, int64_t threads);
 

@@ -36,8 +36,16 @@ int64_t number(PyObject* attributes, Key key) {
   return value;
 }
 
-bool equals(PyObject* text, const char* expected) {
-  return PyUnicode_Check(text) && PyUnicode_CompareWithASCIIString(text, expected) == 0;
+// Another mapping in the place of a module's parameters may compute what it holds.
+bool is_plain_dictionary(PyObject* object) { return object && PyDict_CheckExact(object); }
+
+// Which of these keys a text is; KEYS where it is none. Most are the very same object.
+Key which(PyObject* text, std::initializer_list<Key> expected) {
+  for (const Key key : expected)
+    if (text == keys[key]) return key;
+  for (const Key key : expected)
+    if (text && PyUnicode_Check(text) && PyUnicode_Compare(text, keys[key]) == 0) return key;
+  return KEYS;
 }
 
 // Whether an attribute of the module stands in the place of something that its class has. more: attributes that are known to be
@@ -89,18 +97,17 @@ class Stack {
   // Of a module, whose class stands for this one of torch.nn; false where its attributes do not agree with its weights, or where
   // these are not its parameters any more, or not of one kind.
   bool read(PyObject* attributes, PyObject* torch_class, bool frozen_too = true) {
-    const bool is_lstm = equals(torch_class, "LSTM"), is_gru = !is_lstm && equals(torch_class, "GRU");
-    if (!is_lstm && !is_gru && !equals(torch_class, "RNN")) return read_cell(attributes, torch_class, frozen_too);
-    PyObject* mode = is_lstm || is_gru ? torch_class : find(attributes, MODE);
-    cell = find_cell([&](const Cell& c) { return mode && equals(mode, c.mode); });
-    if (!cell || (cell->gates > 1) != (is_lstm || is_gru)) return false;
+    const Key kind = which(torch_class, {LSTM, GRU, RNN, LSTM_CELL, GRU_CELL, RNN_CELL});
+    if (kind == LSTM_CELL || kind == GRU_CELL || kind == RNN_CELL) return read_cell(attributes, kind, frozen_too);
+    const Key mode = kind == RNN ? which(find(attributes, MODE), {RNN_TANH, RNN_RELU}) : kind;
+    if (!set_cell(mode)) return false;
     layers = number(attributes, NUM_LAYERS);
     if (layers < 1) return false;
     directions = 1 + flag(attributes, BIDIRECTIONAL);
     batch_first = flag(attributes, BATCH_FIRST);
     if (drops(attributes)) return false;
     PyObject *parameters = find(attributes, PARAMETERS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
-    if (!parameters || !names || !PyList_Check(names)) return false;
+    if (!is_plain_dictionary(parameters) || !names || !PyList_Check(names)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
     if (!(pack ? read_pack(pack, parameters) : read_weights(attributes, parameters, names))) return false;
     const int64_t projection = number(attributes, PROJ_SIZE);
@@ -239,19 +246,30 @@ class Stack {
   bool half = false, compressed = false, all_half = false;  // matrices in bfloat16, nothing else; all, too
 
  private:
-  bool read_cell(PyObject* attributes, PyObject* torch_class, bool frozen_too) {
-    const char* mode = equals(torch_class, "LSTMCell") ? "LSTM" : equals(torch_class, "GRUCell") ? "GRU" : nullptr;
-    if (!mode) {
-      PyObject* nonlinearity = find(attributes, NONLINEARITY);
-      if (!nonlinearity || !equals(torch_class, "RNNCell")) return false;
-      mode = equals(nonlinearity, "tanh") ? "RNN_TANH" : equals(nonlinearity, "relu") ? "RNN_RELU" : "";
-    }
-    cell = find_cell([&](const Cell& c) { return std::strcmp(mode, c.mode) == 0; });
+  // mode: the key of one of torch.nn's modes.
+  bool set_cell(Key mode) {
+    static const std::pair<Key, const Cell*> cells[] = {{LSTM, cell_of("LSTM")},
+                                                        {GRU, cell_of("GRU")},
+                                                        {RNN_TANH, cell_of("RNN_TANH")},
+                                                        {RNN_RELU, cell_of("RNN_RELU")}};
+    for (const auto& [key, found] : cells)
+      if (key == mode) cell = found;
+    return cell;
+  }
+  static const Cell* cell_of(const char* mode) {
+    return find_cell([&](const Cell& c) { return std::strcmp(mode, c.mode) == 0; });
+  }
+
+  bool read_cell(PyObject* attributes, Key kind, bool frozen_too) {
+    const auto by_nonlinearity = [&] {
+      const Key found = which(find(attributes, NONLINEARITY), {TANH, RELU});
+      return found == TANH ? RNN_TANH : found == RELU ? RNN_RELU : KEYS;
+    };
     PyObject* parameters = find(attributes, PARAMETERS);
-    if (!cell || !parameters) return false;
+    if (!set_cell(kind == LSTM_CELL ? LSTM : kind == GRU_CELL ? GRU : by_nonlinearity())) return false;
+    if (!is_plain_dictionary(parameters)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
-    const bool of_rnn = cell->gates == 1;  // which has a nonlinearity
-    if (has_overrides(attributes, imported.of_cell, of_rnn + (pack != nullptr))) return false;
+    if (has_overrides(attributes, imported.of_cell, (kind == RNN_CELL) + (pack != nullptr))) return false;
     if (pack) return read_pack(pack, parameters);
     for (const Key key : {WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH}) {
       PyObject* weight = find(parameters, key);
@@ -522,9 +540,10 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Stack stack;
     View x;
     States before;
+    if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[3], pair) || is_watched()) return nullptr;
+    if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
     if (differentiates(stack, x_object, before)) {
       if (stack.frozen || args[4] != Py_False || recompute_is_on()) return nullptr;
@@ -550,9 +569,10 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     Stack stack;
     View x, y, h_n, c_n;
     States before, after;
+    if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.directions != 1) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[3], pair) || is_watched()) return nullptr;
+    if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
     const int64_t B = stack.batch, R = stack.output_size;
     if (out != Py_None) {
@@ -584,9 +604,10 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     Stack stack;
     View x, h, c;
     States before;
+    if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1])) return nullptr;
     const bool pair = stack.cell->has_cell_state;
-    if (!before.read(args[3], pair) || is_watched()) return nullptr;
+    if (!before.read(args[3], pair)) return nullptr;
     // torch.nn makes absent states of the size that the module says it has
     if (!before.h_or_none && number(attributes, HIDDEN_SIZE) != stack.hidden_size) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;

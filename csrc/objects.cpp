@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/headeronly/core/DeviceType.h>
+
 #include "tensors.h"
 
 // torch's, which its C functions lack; null where this torch has no such function.
@@ -12,6 +14,9 @@ namespace at {
 class Tensor;
 namespace native {
 [[gnu::weak, gnu::visibility("default")]] bool is_neg(const Tensor&);
+}
+namespace autocast {
+[[gnu::weak, gnu::visibility("default")]] bool is_autocast_enabled(c10::DeviceType);
 }
 }  // namespace at
 
@@ -47,11 +52,6 @@ class TorchTensor {
   const void* pointer_;
 };
 
-bool is_plain(PyObject* object, bool maybe_parameter = true) {
-  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  return type == imported.tensor_type || (maybe_parameter && type == imported.parameter_type);
-}
-
 // The imaginary part of a conjugate, for one, holds its numbers negated.
 bool is_negated(PyObject* object, const TorchTensor& tensor) {
   if (at::native::is_neg) return at::native::is_neg(tensor.tensor());
@@ -60,14 +60,22 @@ bool is_negated(PyObject* object, const TorchTensor& tensor) {
   return answer.get() != Py_False;
 }
 
+// A tensor of zeros that has no memory (torch._efficientzerotensor). torch gives it some where an operation reads it.
+bool is_zero(PyObject* object) {
+  const Owned answer = owned(PyObject_CallMethod(object, "_is_zerotensor", nullptr));
+  if (!answer) throw PythonError();
+  return answer.get() == Py_True;
+}
+
 }  // namespace
 
 bool make_keys() {
   // clang-format off
   static const char* const KEY_NAMES[KEYS] = {
+    "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "RNN_TANH", "RNN_RELU", "tanh", "relu",
     "mode", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "bidirectional", "batch_first", "dropout",
     "training", "nonlinearity", "_flat_weights", "_flat_weights_names", "_parameters", "_fastrnn_panels", "_fastrnn_compressed",
-    "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "is_neg", "requires_grad", "_cdata"
+    "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "is_neg", "requires_grad", "_cdata", "_current_level"
   };
   // clang-format on
   for (size_t i = 0; i < KEYS; ++i)
@@ -88,6 +96,11 @@ void find_torch_tensor(PyObject* tensor, PyObject* parameter) {
   if (places[0].size() == 1 && places[0] == places[1]) place = places[0][0];
 }
 
+bool is_plain(PyObject* object, bool maybe_parameter) {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return type == imported.tensor_type || (maybe_parameter && type == imported.parameter_type);
+}
+
 bool look(PyObject* object, View& seen, bool maybe_parameter, bool unread) {
   if (!is_plain(object, maybe_parameter)) return false;
   const TorchTensor tensor(object);
@@ -95,14 +108,16 @@ bool look(PyObject* object, View& seen, bool maybe_parameter, bool unread) {
   return (unread || in_memory(tensor.handle(), seen)) && !is_negated(object, tensor);
 }
 
+// check_memory(tensors): raise where numbers of one lie in memory that is not there.
 PyObject* check_memory(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     for (Py_ssize_t i = 0; i < PyTuple_Size(args[0]); ++i) {
       PyObject* object = PyTuple_GetItem(args[0], i);
-      if (!is_plain(object)) continue;
+      if (!is_plain(object, true)) continue;
       const TorchTensor tensor(object);
       View seen;
-      if (see(tensor.handle(), seen)) check_in_memory(tensor.handle(), seen);
+      if (see(tensor.handle(), seen) && !in_memory(tensor.handle(), seen) && !is_zero(object))
+        check_in_memory(tensor.handle(), seen, false);
     }
     return nullptr;
   });
@@ -110,13 +125,18 @@ PyObject* check_memory(PyObject*, PyObject* const* args, Py_ssize_t) {
 
 bool is_watched() {
   if (!imported.watchers) return true;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(imported.watchers); ++i) {
-    const Owned answer = owned(PyObject_CallNoArgs(PyTuple_GetItem(imported.watchers, i)));
-    if (!answer) throw PythonError();
-    const int truth = PyObject_IsTrue(answer.get());
+  PyObject* level = PyDict_GetItemWithError(imported.forward_ad, keys[CURRENT_LEVEL]);
+  if (!level || PyLong_AsLong(level) >= 0) return true;
+  if (at::autocast::is_autocast_enabled && at::autocast::is_autocast_enabled(c10::DeviceType::CPU)) return true;
+  const auto is_true = [](PyObject* watcher) {
+    const Owned answer = owned(PyObject_CallNoArgs(watcher));
+    const int truth = answer ? PyObject_IsTrue(answer.get()) : -1;
     if (truth < 0) throw PythonError();
-    if (truth) return true;
-  }
+    return truth != 0;
+  };
+  if (!at::autocast::is_autocast_enabled && is_true(imported.autocast)) return true;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(imported.watchers); ++i)
+    if (is_true(PyTuple_GetItem(imported.watchers, i))) return true;
   return false;
 }
 

@@ -49,10 +49,13 @@ PyObject* prepare(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// watch(functions): the fast path is open from now on, but to calls at which one of these returns something true.
+// watch(functions, autocast, torch.autograd.forward_ad.__dict__): the fast path is open from now on, but to calls at which one of
+// these returns something true, or autocast does (which C++ may know itself), or at a level of forward mode.
 PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
-    if (!PyTuple_Check(args[0])) throw std::runtime_error("fastrnn: watch wants a tuple");
+    if (!PyTuple_Check(args[0]) || !PyDict_Check(args[2])) throw std::runtime_error("fastrnn: watch wants a tuple and a dict");
+    imported.autocast = kept(args[1]).release();
+    imported.forward_ad = kept(args[2]).release();
     imported.watchers = kept(args[0]).release();
     return nullptr;
   });
@@ -66,8 +69,8 @@ PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
   Py_RETURN_NONE;
 }
 
-// threads() -> the threads that a call may use now, and what limits them: torch's setting, the CPUs that it may use, by affinity
-// alone and the quota, calls of other threads that run, and the number that earlier calls' losses leave. See TeamLimit.
+// threads() -> the threads that a call may use now, and what limits them: torch's setting, the CPUs that it may use, those by
+// affinity alone, the quota, calls of other threads that run, and the number that earlier calls' losses leave. See TeamLimit.
 PyObject* threads(PyObject*, PyObject*) {
   const TeamLimit limit = team_limit();
   const long long own = limit.threads(), cpus = limit.cpus.threads();
@@ -121,7 +124,7 @@ PyMODINIT_FUNC PyInit__runtime() {
   static PyMethodDef methods[] = {
       method<forward, 5>("forward"), method<step, 5>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
-      method<check_memory, 1>("check_memory"), method<prepare, 5>("prepare"), method<watch, 1>("watch"),
+      method<check_memory, 1>("check_memory"), method<prepare, 5>("prepare"), method<watch, 3>("watch"),
       method<differentiate, 6>("differentiate"), method<expect, 4>("expect"), method<quota, 1>("cpu_quota"),
       method<limits, 1>("set_limits"),
       {"tiers", tiers, METH_NOARGS, nullptr}, {"threads", threads, METH_NOARGS, nullptr}, {}};

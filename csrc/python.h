@@ -37,6 +37,7 @@ struct Declined {};     // the fast path does not take the call: the fallback in
 struct Imported {
   PyObject *tensor_type, *parameter_type, *empty_like, *increment_version;
   PyObject* watchers;  // a tuple of functions: where one returns something true, somebody watches the call from outside
+  PyObject *forward_ad, *autocast;  // what torch.autograd.forward_ad holds; the watcher of autocast, where C++ cannot ask torch
   PyObject *apply, *apply_half, *apply_cell, *recompute_is_on, *cat, *float32_pattern;
   // Of a layer, and of a cell: a tuple of the names that may stand among a module's attributes in the place of what its class has,
   // and how many attributes its constructor makes, none of which has such a name.
@@ -49,9 +50,10 @@ extern Imported imported;
 
 // clang-format off
 enum Key : size_t {
+  RNN, LSTM, GRU, RNN_CELL, LSTM_CELL, GRU_CELL, RNN_TANH, RNN_RELU, TANH, RELU,
   MODE, INPUT_SIZE, HIDDEN_SIZE, PROJ_SIZE, NUM_LAYERS, BIAS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, NONLINEARITY,
   FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, PANELS, COMPRESSED, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH,
-  NEW_EMPTY, IS_NEG, REQUIRES_GRAD, CDATA, KEYS
+  NEW_EMPTY, IS_NEG, REQUIRES_GRAD, CDATA, CURRENT_LEVEL, KEYS
 };
 // clang-format on
 extern PyObject* keys[KEYS];
@@ -59,6 +61,9 @@ bool make_keys();  // false with an exception of Python's
 
 // Find out where Python's tensors hold torch's own, from one tensor and one parameter.
 void find_torch_tensor(PyObject* tensor, PyObject* parameter);
+
+// Whether it is a tensor, and of no class of its own.
+bool is_plain(PyObject* object, bool maybe_parameter = false);
 
 // True where a plain dense tensor of the CPU is seen: its last axis has its numbers next to each other, all lie in memory, and
 // none is to be read negated. unread: its memory need not be there.

@@ -74,7 +74,8 @@ class Signal {
   void add(int32_t amount) {
     value_.fetch_add(amount);
 #ifdef __linux__
-    if (sleepers_.load() > 0) syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
+    constexpr int ALL = std::numeric_limits<int>::max();
+    if (sleepers_.load() > 0) syscall(SYS_futex, &value_, FUTEX_WAKE_PRIVATE, ALL, nullptr, nullptr, 0);
 #endif
   }
 

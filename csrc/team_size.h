@@ -18,8 +18,8 @@ class TeamSize {
   void note(int64_t threads, int64_t size, int64_t away, int64_t total, int64_t lost, int64_t now) {
     const int64_t gained = size < threads ? 0 : (total - lost) * 3 / 4 / (threads - 1);
     balance_ = std::max(-CREDIT, balance_ + lost - gained);
-    if (balance_ < DEBT) return;
-    const bool again = now < until_ + time_;
+    const bool again = now - total < until_ + time_;  // it began soon after a smaller team
+    if (balance_ < (again ? std::max(DEBT, time_ / 32) : DEBT)) return;
     fewer_ = again && threads <= fewer_ ? threads / 2 : threads - std::clamp<int64_t>(away, 1, threads - 1);
     time_ = again ? std::min(2 * time_, LONGEST) : SHORTEST;
     until_ = now + time_;
@@ -29,10 +29,12 @@ class TeamSize {
  private:
   static constexpr int64_t MS = 1'000'000;
   static constexpr int64_t CREDIT = 40 * MS;  // what a team has gained and may lose: more than a quota of 1.5 takes at once
-  static constexpr int64_t DEBT = MS / 2;
+  // Lost before a team becomes smaller. After a time of a smaller one it is a part of that time, if that is more: the threads
+  // have to find their CPUs again, which others were given meanwhile.
+  static constexpr int64_t DEBT = 4 * MS;
   static constexpr int64_t SHORTEST = 10 * MS, LONGEST = 800 * MS;  // of a smaller team
 
-  int64_t balance_ = -CREDIT / 4, fewer_ = 0, time_ = 0, until_ = 0;
+  int64_t balance_ = -CREDIT / 2, fewer_ = 0, time_ = 0, until_ = 0;
 };
 
 }  // namespace fastrnn

@@ -58,26 +58,37 @@ bool see(AtenTensorHandle tensor, View& seen) {
   return true;
 }
 
+namespace {
+
+// Where a view lies in a storage: bytes before it, and to its end; bytes that the storage has, and whether these are anywhere.
+struct Place {
+  Place(AtenTensorHandle tensor, const View& seen) {
+    const int64_t bytes = span(seen);
+    if (!bytes || seen.dtype == Dtype::other) return;  // nobody reads it
+    if (aoti_torch_get_storage_offset(tensor, &begin) || aoti_torch_get_storage_size(tensor, &stored)) stored = 0;
+    begin *= bytes_of(seen.dtype);
+    end = begin + bytes;
+    is_null = seen.address == begin;  // the address is that of the storage and this
+  }
+  int64_t begin = 0, end = 0, stored = 0;
+  bool is_null = false;
+};
+
+}  // namespace
+
 bool in_memory(AtenTensorHandle tensor, const View& seen) {
-  if (seen.dtype == Dtype::other) return true;  // nobody reads it
-  const int64_t bytes = span(seen);
-  if (!bytes) return true;
-  int64_t offset, stored;
-  if (aoti_torch_get_storage_offset(tensor, &offset) || aoti_torch_get_storage_size(tensor, &stored)) return false;
-  offset *= bytes_of(seen.dtype);
-  return offset + bytes <= stored && seen.address != offset;  // where a storage has no memory, the address is the offset alone
+  const Place place(tensor, seen);
+  return place.end <= place.stored && !place.is_null;
 }
 
-void check_in_memory(AtenTensorHandle tensor, const View& seen) {
-  if (in_memory(tensor, seen)) return;
-  int64_t offset = 0, stored = 0;
-  aoti_torch_get_storage_offset(tensor, &offset);
-  aoti_torch_get_storage_size(tensor, &stored);
-  STD_TORCH_CHECK(stored > 0 && seen.address != offset * bytes_of(seen.dtype),
+void check_in_memory(AtenTensorHandle tensor, const View& seen, bool and_not_null) {
+  const Place place(tensor, seen);
+  if (place.end <= place.stored && !(and_not_null && place.is_null)) return;
+  STD_TORCH_CHECK(place.stored > 0 && !place.is_null,
                   "The tensor has a non-zero number of elements, but its data is not allocated yet.");
   STD_TORCH_CHECK(false, "setStorage: sizes ", list(seen.sizes, seen.dims), ", strides ", list(seen.strides, seen.dims),
-                  ", storage offset ", offset, ", and itemsize ", bytes_of(seen.dtype), " requiring a storage size of ",
-                  span(seen) + offset * bytes_of(seen.dtype), " are out of bounds for storage of size ", stored);
+                  ", storage offset ", place.begin / bytes_of(seen.dtype), ", and itemsize ", bytes_of(seen.dtype),
+                  " requiring a storage size of ", place.end, " are out of bounds for storage of size ", place.stored);
 }
 
 }  // namespace fastrnn

@@ -15,7 +15,8 @@ bool see(AtenTensorHandle tensor, View& seen);
 // and torch leaves sizes and strides as they were.
 bool in_memory(AtenTensorHandle tensor, const View& seen);
 
-// Raise torch's error where they do not.
-void check_in_memory(AtenTensorHandle tensor, const View& seen);
+// Raise torch's error where they do not. and_not_null: also where the storage says that it has the memory, and has none. That of a
+// tensor which torch makes up of zeros when it is read does so.
+void check_in_memory(AtenTensorHandle tensor, const View& seen, bool and_not_null = true);
 
 }  // namespace fastrnn

@@ -22,10 +22,9 @@ from torch import nn
 import fastrnn
 from fastrnn import dispatch, machine
 from fastrnn.kernels import cpu, gpu
-from fastrnn.timing import Comparison, compare, milliseconds
+from fastrnn.timing import NOT_STEADY, Comparison, compare, milliseconds
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-UNSTEADY = 1.3  # p80 over p20 of times, above which somebody else's work is in them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +98,7 @@ def info() -> list[tuple[str, str]]:
         ("numba", _version("numba") or "not installed; it is needed only where no compiled kernels fit the processor"),
         ("processor", machine.processor() + f" ({caches})" * bool(caches)),
         ("CPUs", f"{machine.cpus()} of {os.cpu_count()} may be used by this process{_quota()}"),
-        ("threads", f"{torch.get_num_threads()} (torch.set_num_threads changes it)"),
+        ("threads", str(torch.get_num_threads()) if dispatch.unavailable else cpu.team()[1]),
         ("engine, cpu", _cpu_engine()),
     ]
     if torch.cuda.is_available():
@@ -190,9 +189,8 @@ def bench(options: argparse.Namespace) -> None:
         result = compare(layer, x, train=options.train, seconds=options.seconds, progress=progress)
     _print_table(result)
     print(f"Both compute the same: the largest relative difference of a result is {result.error:.0e}.")
-    times = result.times["fastrnn"]
-    if times["p80"] > UNSTEADY * times["p20"]:
-        print("These times vary much, so other work is running here. Stop it, or measure longer with --seconds.")
+    if not result.steady:
+        print(NOT_STEADY)
 
 
 def _rows(result: Comparison) -> list[list[str]]:

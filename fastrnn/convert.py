@@ -72,11 +72,11 @@ def compress(model: M) -> M:
     step, and with more than four sequences on a processor with AMX).
 
     Parameters stay the objects they were; their gradients are dropped. `model.float()` makes float32 layers again, with the
-    rounded weights, and any other conversion makes ordinary layers of that dtype. Copies, pickles and state dicts of a compressed
-    layer say that it is one (a state dict beside its keys, for `load_state_dict(..., assign=True)`). Frozen layers are thawed,
-    and `freeze` leaves compressed ones as they are. Layers of another dtype than float32 and those with computed weights
-    (parametrizations) are not touched. Where the output size is odd, and on engines other than the CPU's, each call makes a
-    float32 copy of the matrices.
+    rounded weights, and any other conversion makes ordinary layers of that dtype. Copies, pickles and state dicts of a
+    compressed layer say that it is one (a state dict beside its keys, for `load_state_dict(..., assign=True)`). Frozen
+    layers are thawed, and `freeze` leaves compressed ones as they are. Layers of another dtype than float32 and those with
+    computed weights (parametrizations) are not touched. Where the output size is odd, and on engines other than the CPU's,
+    each call makes a float32 copy of the matrices.
 
     Args:
         model: any module.

@@ -46,10 +46,8 @@ _CPU_DTYPES = (*cpu.DTYPES, *sorted(HALF, key=str))
 _WATCHERS = (
     torch._C._get_tracing_state,
     torch._C._are_functorch_transforms_active,
-    forward_mode,
     torch._C._len_torch_dispatch_stack,
     torch._C._len_torch_function_stack,
-    torch._C._is_any_autocast_enabled,
     torch.autograd._profiler_enabled,
 )
 BY_MODE = {cell.mode: cell.name for cell in CELLS.values()}  # names of cells by torch.nn's
@@ -67,7 +65,7 @@ def mode_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
 
 def watched() -> bool:
     """Might somebody look at a call from outside? Not under a compiler, whose every call may be traced."""
-    return any(looks() for looks in _WATCHERS)
+    return forward_mode() or torch._C._is_any_autocast_enabled() or any(watches() for watches in _WATCHERS)
 
 
 def load() -> None:
@@ -77,7 +75,7 @@ def load() -> None:
     try:
         if cpu.load()[0] == "compiled" and forced in (None, "cpu"):
             native = cpu.runtime_module()
-            native.watch(_WATCHERS)
+            native.watch(_WATCHERS, torch._C._is_any_autocast_enabled, vars(forward_ad))
         unavailable = None
     except RuntimeError as error:
         unavailable = str(error)
@@ -115,9 +113,10 @@ def why_not(engine: str, x, batch_sizes, states, weights, compressed: bool) -> s
 def check_memory(*tensors: Tensor | None) -> None:
     """Raise what torch.nn raises where a tensor's storage has been freed, or made smaller than its sizes and strides say.
 
-    The compiled runtime checks that itself. This is for what Python does with the tensors before they get there.
+    The compiled runtime checks that itself. This is for what Python does with the tensors before they get there. Under a mode
+    or a transform, whose tensors may have no memory of their own, it is left to the runtime.
     """
-    if native and not torch.compiler.is_compiling():
+    if native and not torch.compiler.is_compiling() and not watched():
         native.check_memory(tensors)
 
 
@@ -273,6 +272,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
         ValueError: input has too few dimensions, or too many.
         RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call.
     """
+    if own := getattr(type(module), "_fastrnn_explain", None):  # of fastrnn.keras
+        return own(module, input, hx)
     if not isinstance(module, (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCellBase)):
         raise TypeError(f"module: expected a recurrent layer or cell, got {type(module).__name__}")
     x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)

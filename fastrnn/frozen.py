@@ -5,6 +5,7 @@ A frozen layer is of a class made for it, between which and its own class it cha
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -56,7 +57,7 @@ def freeze(model: M) -> M:
         if panels is not None:
             own_class: Any = getattr(layer, "_fastrnn_own_class", type(layer))
             set_class(layer, _frozen_class(own_class))
-            layer._fastrnn_panels = panels
+            layer.__dict__["_fastrnn_panels"] = panels  # past a __setattr__ of the module's own
         else:  # what was packed before is not what it has now
             thaw(layer)
     return model
@@ -79,7 +80,7 @@ def thaw(model: M) -> M:
             if type(module) is not _frozen_class(module._fastrnn_own_class):
                 raise RuntimeError(f"thaw: {type(module).__name__} was derived from a frozen layer; undo that first")
             set_class(module, module._fastrnn_own_class)
-            del module._fastrnn_panels
+            del module.__dict__["_fastrnn_panels"]
     return model
 
 
@@ -88,7 +89,7 @@ def _packed(layer: Any) -> tuple[Tensor, ...] | None:
     if dispatch.native is None or layer._fastrnn_fast_path is None:
         return None
     if isinstance(layer, nn.RNNBase):
-        layer._update_flat_weights()  # the list of its weights, as each call does: others may have taken their place for a while
+        layer._update_flat_weights()  # as each call does: others may have stood in their place for a while
     allocate = functools.partial(torch.empty, dtype=torch.uint8, device="cpu")
     panels = dispatch.native.pack(layer.__dict__, layer._fastrnn_fast_path, allocate)
     return None if panels is None else (panels, *layer._parameters.values())
@@ -135,14 +136,15 @@ class _Frozen(nn.Module):
         panels = _packed(self)
         if panels is None:  # such as on another device
             return thaw(self)
-        self._fastrnn_panels = panels
+        self.__dict__["_fastrnn_panels"] = panels
         return self
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """As an ordinary layer: panels are this processor's."""
         twin = object.__new__(self._fastrnn_own_class)
         twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_fastrnn_panels"}
-        return twin.__reduce_ex__(protocol)
+        build, *rest = twin.__reduce_ex__(protocol)
+        return object.__new__ if build is copyreg.__newobj__ else build, *rest  # pickle wants that one to build self's class
 
 
 def _frozen_class(own_class: type) -> type:

@@ -208,7 +208,7 @@ METHODS = ("check_forward_args", "check_input", "check_hidden_size", "get_expect
 
 def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
     """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3 or x.is_nested:
         return None
     weights = own_weights(module)
     if weights is None or not _attributes_agree(module, x, weights):
@@ -247,6 +247,8 @@ def own_weights(module: Any) -> list[Tensor] | None:
     Nothing is computed to find out: a parametrization may change at every look.
     """
     parameters = module._parameters
+    if type(parameters) is not dict:  # another mapping may compute what it holds
+        return None
     for known, name in zip(module._flat_weight_refs, module._flat_weights_names, strict=True):
         weight = parameters.get(name)
         if weight is None or known is None or known() is not weight:
@@ -304,7 +306,8 @@ def _stack(cell: str, fallback: Callable, args: tuple, compressed: bool = False)
         x, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional = args
         batch_first = False
     states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
-    typed = isinstance(num_layers, int) and num_layers > 0 and isinstance(params, (list, tuple)) and len(params) > 1
+    counted = isinstance(num_layers, int) and not isinstance(num_layers, bool) and num_layers > 0
+    typed = counted and isinstance(params, (list, tuple)) and len(params) > 1
     if not typed or not all(isinstance(flag, bool) for flag in (has_biases, train, bidirectional, batch_first)):
         return fallback(*args)
     engine = dispatch.choose(x, batch_sizes, states, params, compressed)
@@ -380,9 +383,10 @@ def call_outside_of_the_graph(function: Callable, args: tuple):
 
 def _unchecked_by_torch(x, states, params, kinds: int) -> bool:
     """Would torch hand these tensors to oneDNN as they are? Its other path fails in an operation, with words of its own."""
-    if len(states) != 2 or kinds in (3, 5) or params[0].dtype is torch.float64:
+    if len(states) != 2 or kinds in (3, 5) or not all(isinstance(tensor, Tensor) for tensor in (x, *states, *params)):
         return False
-    return all(isinstance(tensor, Tensor) and tensor.dtype is params[0].dtype for tensor in (x, *states))
+    dtype = params[0].dtype
+    return dtype is not torch.float64 and all(tensor.dtype is dtype for tensor in (x, *states))
 
 
 class _LSTMChecks(SimpleNamespace):
@@ -416,7 +420,7 @@ def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih=None, b_hh=None
     if compressed and not (fits and engine in dispatch.FUSED) and dispatch.has_compressed(x, params):
         w_ih, w_hh = w_ih.float(), w_hh.float()
     if not fits:
-        if cell == "lstm" and isinstance(states[0], Tensor) and states[0].dim() > 2:  # torch would read what is not there
+        if cell == "lstm" and _unchecked_by_torch_cell(x, states, w_hh):
             raise ValueError(f"LSTMCell: Expected hx[0] to have as many dimensions as input, got {tuple(states[0].shape)}")
         return fallback(x, hx, w_ih, w_hh, b_ih, b_hh)
     h, c = states if cell == "lstm" else (*states, None)
@@ -428,6 +432,12 @@ def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih=None, b_hh=None
     else:
         _, h, c = _reference(x, None, h, c, *weights, cell, False, False)
     return h.squeeze(0) if c is None else (h.squeeze(0), c.squeeze(0))
+
+
+def _unchecked_by_torch_cell(x, states, w_hh) -> bool:
+    """Would torch read past the end of a state of too many dimensions? It looks at the first two sizes."""
+    state = states[0] if states else None
+    return isinstance(state, Tensor) and state.dim() > 2 and state.shape[:2] == (x.shape[0], w_hh.shape[1])
 
 
 def _split(params: list[Tensor], kinds: int, has_biases: bool) -> ops.Kinds:

@@ -126,8 +126,9 @@ def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
 
 
 # What torch.nn's forward reads of a module, of a layer and of a cell.
-_ATTRIBUTES = ("mode", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional",
-               "training", "nonlinearity", "_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_parameters")  # fmt: skip
+_ATTRIBUTES = ("mode", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "dropout",
+               "bidirectional", "training", "nonlinearity", "_flat_weights", "_flat_weights_names", "_flat_weight_refs",
+               "_parameters")  # fmt: skip
 _WEIGHTS = "weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"  # and more letters, in layers
 
 

@@ -52,14 +52,14 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, is_legacy_batchedtensor, peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
+from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn import Parameter
 
 from fastrnn import checkpoint, dispatch
@@ -203,7 +203,7 @@ def _map_backward(
 
 def _map_checkpoint_forward(info, in_dims, *arguments):
     """checkpoint_forward under vmap, where recompute mode has no effect."""
-    return _map_forward(info, in_dims, *arguments[:-1], False)
+    return _map_forward(info, in_dims, *(*arguments[:-1], False))
 
 
 def _map_checkpoint_backward(info, in_dims, *arguments):
@@ -396,7 +396,14 @@ def _takes_half(weights: Kinds) -> bool:
     return w_hh[0].shape[1] % 2 == 0 and all(w.dtype is torch.bfloat16 for w in (*w_ih, *w_hh, *w_hr))
 
 
-class Layer(_SingleLevelFunction):
+class _Function(_SingleLevelFunction):
+    """An autograd.Function that differentiates one level of torch.func's transforms, or of torch.autograd without them."""
+
+    apply: Any  # its C base's, which torch's annotations leave out
+    _compiled_autograd_key = staticmethod(Function._compiled_autograd_key)  # what torch's compiled autograd looks for
+
+
+class Layer(_Function):
     """`layer` with a gradient. Arguments are flat, weights as `_kinds` takes them apart; the last output is `saved`.
 
     segments: 0, or as many as recompute mode divides the steps into; `saved` is then what it keeps.
@@ -404,8 +411,9 @@ class Layer(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx, *inputs):
-        y, h_n, c_n, saved = _saving_forward(inputs)[:4]
-        _keep(ctx, inputs, y, saved)
+        output = dispatch.native and dispatch.native.layer_forward(inputs)
+        y, h_n, c_n, saved = (output or _forward_by_operators(inputs))[:4]
+        _keep(ctx, inputs, y, saved, bool(output))
         ctx.mark_non_differentiable(*((saved,) if c_n is None or c_n.dim() > 1 else (c_n, saved)))
         return y, h_n, c_n, saved
 
@@ -426,7 +434,7 @@ class Layer(_SingleLevelFunction):
         need_dx, _, *states = ctx.needs_input_grad[:4]
         need_dh0, need_dw = any(states), any(ctx.needs_input_grad[9:])
         if torch.is_grad_enabled() or dispatch.forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n):
-            _check_unwatched(ctx)
+            _check_apart(ctx)
             need_dw = need_dw and _asks_for_any(ctx, len(weights), y.numel())
         needs = need_dx, need_dh0, need_dw
         if _vmapped_the_old_way(dy, dh_n, dc_n):
@@ -451,74 +459,77 @@ class Layer(_SingleLevelFunction):
         return dx if need_dx else None, None, dh0, dc0, *(None,) * 5, *dw
 
 
-def _saving_forward(inputs: tuple) -> tuple:
-    """Return y, h_n, c_n, saved of `Layer`'s inputs, and maybe more; by the runtime where nobody watches the dispatcher."""
-    output = dispatch.native and dispatch.native.layer_forward(inputs)
-    if output:
-        return output
+def _forward_by_operators(inputs: tuple) -> tuple[Tensor, ...]:
+    """Return y, h_n, c_n, saved of `Layer`'s inputs."""
     x, batch_sizes, h0, c0, cell, reverse, batch_first, segments, directions, *weights = inputs
     layer = x, batch_sizes, h0, c0, *_kinds(weights, directions), cell, reverse, batch_first
     with _outer_levels():
         return _checkpoint_forward(*layer, segments) if segments else _forward(*layer, True)
 
 
-def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor) -> None:
-    """Keep for backward the inputs of a Function here, y and saved: what `_kept` returns, in this order.
+def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor, eager: bool) -> None:
+    """Keep for backward the inputs of a Function here, y and saved: what `_kept` returns.
 
-    autograd watches what it saves: backward raises if that has been changed in place. What backward does not need may be changed,
-    as in torch.nn. It is kept apart, for a second derivative, which does need it.
+    autograd watches what it saves: backward raises if that has been changed in place. What backward does not need may be
+    changed, as in torch.nn. It is kept apart, for a second derivative, which does need it.
+
+    eager: no compiler and no transform sees the call, nor is it in recompute mode.
     """
-    x, batch_sizes, h0, c0, cell, _, batch_first, segments, directions, *weights = inputs
     ctx.options = inputs[4:9]
     ctx.set_materialize_grads(False)
-    tensors = x, batch_sizes, h0, c0, y, saved, *weights
-    if segments or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        ctx.unwatched, ctx.order = (), None
-        return ctx.save_for_backward(*tensors)
-    steps = 1 if x.dim() == 2 and batch_sizes is None else len(x if batch_sizes is None else batch_sizes)
-    steps = x.shape[1] if x.dim() == 3 and batch_first else steps
-    unneeded = _unneeded(ctx.needs_input_grad, cell, directions, steps == 1)
-    if unneeded and unneeded[0] < 6:
+    if not (eager or _is_eager(inputs[7])):
+        ctx.apart = None
+        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[9:])
+        return
+    one_step = y.numel() == inputs[2].numel()  # of h0
+    unneeded, *selectors = _unneeded(ctx.needs_input_grad, inputs[4], inputs[8], one_step)
+    if unneeded and unneeded[0] < 9:
         # An input that is no leaf may become a function of the output, in place, and a reference from here would be a cycle.
-        unneeded = tuple(index for index in unneeded if index >= 6 or tensors[index].is_leaf)
-        tensors = tuple(
-            tensor.detach() if index in unneeded and index < 6 and not tensor.requires_grad else tensor
-            for index, tensor in enumerate(tensors)
+        unneeded = tuple(index for index in unneeded if index >= 9 or inputs[index].is_leaf)
+        inputs = tuple(
+            given.detach() if index in unneeded and index < 9 and not given.requires_grad else given
+            for index, given in enumerate(inputs)
         )
-    watched, unwatched, ctx.order = _selectors(unneeded, len(tensors))
+        selectors = _selectors(unneeded, len(inputs))
+    watched, unwatched, order = selectors
+    tensors = *inputs, y, saved
     ctx.save_for_backward(*watched(tensors))
-    ctx.unwatched = unwatched(tensors)
-    ctx.versions = [tensor._version for tensor in ctx.unwatched]
+    apart = unwatched(tensors)
+    ctx.apart = order, apart, [_version(tensor) for tensor in apart]
+
+
+def _is_eager(segments: int) -> bool:
+    return not (segments or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 @functools.cache
-def _unneeded(needs: tuple[bool, ...], cell: str, directions: int, one_step: bool) -> tuple[int, ...]:
-    """Which of x, batch_sizes, h0, c0, y, saved, *weights layer_backward does not need, where `needs` are asked for.
+def _unneeded(needs: tuple[bool, ...], cell: str, directions: int, one_step: bool) -> tuple:
+    """Which inputs of `Layer` its backward does not need where `needs` are asked for, by index; and _selectors of these.
 
-    For cells that read the state itself, GRU's, h0 is always needed.
+    Cells that read the state itself, GRU's, always need h0.
     """
-    needs_x, _, needs_h0, _ = needs[:4]
-    w_ih, w_hh, *biases = (range(6 + k * directions, 6 + (k + 1) * directions) for k in range((len(needs) - 9) // directions))
+    w_ih, w_hh, *biases = (range(9 + k * directions, 9 + (k + 1) * directions) for k in range((len(needs) - 9) // directions))
     unneeded: list[int] = []
-    if not any(needs[index + 3] for index in w_ih):
+    if not any(needs[index] for index in w_ih):
         unneeded += [0]
-    if not any(needs[index + 3] for index in w_hh) and cell != "gru":
+    if not any(needs[index] for index in w_hh) and cell != "gru":
         unneeded += [2]
-    if not needs_x:
+    if not needs[0]:
         unneeded += w_ih
-    if one_step and not needs_h0:
+    if one_step and not needs[2]:
         unneeded += w_hh
     if len(biases) > 1:  # one alone is W_hr
         unneeded += [*biases[0], *biases[1]]
-    return tuple(unneeded)
+    return tuple(unneeded), *_selectors(tuple(unneeded), len(needs))
 
 
 @functools.cache
 def _selectors(unneeded: tuple[int, ...], count: int) -> tuple[Callable, Callable, Callable]:
-    """Functions that take the others and these out of a tuple of `count`, and that put the two together again."""
-    others = [index for index in range(count) if index not in unneeded]
-    order = sorted(range(count), key=[*others, *unneeded].__getitem__)
-    return _selector(others), _selector(unneeded), _selector(order)
+    """Make functions that take the others and these out of `count` inputs, y and saved, and one that joins them again."""
+    everything = [0, 1, 2, 3, count, count + 1, *range(9, count)]
+    others = [index for index in everything if index not in unneeded]
+    together = [*others, *unneeded]
+    return _selector(others), _selector(unneeded), _selector([together.index(index) for index in everything])
 
 
 def _selector(indices: Sequence[int]) -> Callable[[tuple], tuple]:
@@ -527,9 +538,12 @@ def _selector(indices: Sequence[int]) -> Callable[[tuple], tuple]:
     return lambda items: tuple(items[index] for index in indices)
 
 
-def _kept(ctx) -> tuple:
-    """What `_keep` kept."""
-    return ctx.saved_tensors if ctx.order is None else ctx.order(ctx.saved_tensors + ctx.unwatched)
+def _kept(ctx) -> tuple[Tensor | None, ...]:
+    """Return x, batch_sizes, h0, c0, y, saved and the weights, of those that `_keep` kept."""
+    if ctx.apart is None:
+        return ctx.saved_tensors
+    order, apart, _ = ctx.apart
+    return order(ctx.saved_tensors + apart)
 
 
 def _asks_for_any(ctx, last: int, numbers: int) -> bool:
@@ -548,15 +562,23 @@ def _asks_for_any(ctx, last: int, numbers: int) -> bool:
     return False
 
 
-def _check_unwatched(ctx) -> None:
+def _check_apart(ctx) -> None:
     """Raise autograd's error where something has been changed that only a second derivative needs."""
-    for tensor, version in zip(ctx.unwatched, ctx.versions if ctx.unwatched else (), strict=True):
-        if tensor._version != version:
+    if ctx.apart is None:
+        return
+    _, apart, versions = ctx.apart
+    for tensor, version in zip(apart, versions, strict=True):
+        if _version(tensor) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
                 f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version} instead. "
                 "It is needed because the gradient is itself differentiated (create_graph=True)."
             )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor has been changed in place. Tensors made in inference mode do not count that."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _native_backward(ctx, dy, dh_n, dc_n, saved_tensors):
@@ -584,7 +606,7 @@ def _outer_levels() -> Iterator[None]:
         yield
 
 
-class HalfLayer(_SingleLevelFunction):
+class HalfLayer(_Function):
     """`Layer` of matrices in bfloat16, and of all else in any dtype: in float32, each result and gradient rounded once."""
 
     @staticmethod
@@ -597,9 +619,11 @@ class HalfLayer(_SingleLevelFunction):
             x, batch_sizes, h0, c0 = inputs[:4]
             dtype = x.dtype
             x, h0, c0, flat = _all_but_matrices(x, h0, c0, inputs[9:])
-            wide_y, h_n, c_n, saved, *_ = _saving_forward((x, batch_sizes, h0, c0, *inputs[4:9], *flat))
+            wide = x, batch_sizes, h0, c0, *inputs[4:9], *flat
+            found = dispatch.native and dispatch.native.layer_forward(wide)
+            wide_y, h_n, c_n, saved, *_ = found or _forward_by_operators(wide)
             y, h_n, c_n = _to(wide_y, dtype), _to(h_n, dtype), None if c0 is None else _to(c_n, dtype)
-        _keep(ctx, inputs, wide_y, saved)
+        _keep(ctx, inputs, wide_y, saved, bool(output))
         return y, h_n, c_n
 
     @staticmethod
@@ -619,17 +643,18 @@ class HalfLayer(_SingleLevelFunction):
         return tuple(map(_to, found, dtypes))
 
 
-class CellLayer(_SingleLevelFunction):
+class CellLayer(_Function):
     """`Layer` of one step, without the axes of time and directions: x [B, I], h [B, R], c [B, H] -> h, and c for lstm."""
 
     @staticmethod
     def forward(ctx, *inputs):
         output = dispatch.native.layer_forward(inputs)
-        if output is None:
-            y, h, c, saved = _saving_forward((*map(_unsqueezed, inputs[:4]), *inputs[4:]))
+        eager = output is not None
+        if not eager:
+            y, h, c, saved = _forward_by_operators((*map(_unsqueezed, inputs[:4]), *inputs[4:]))
             output = y[0], h[0].clone(), c[0].clone() if len(c) else None, saved  # of a view torch would forbid changes
         y, h, c, saved, *_ = output
-        _keep(ctx, inputs, y, saved)
+        _keep(ctx, inputs, y, saved, eager)
         return (h,) if inputs[3] is None else (h, c)
 
     @staticmethod
@@ -643,7 +668,7 @@ class CellLayer(_SingleLevelFunction):
         return found
 
 
-class LayerBackward(_SingleLevelFunction):
+class LayerBackward(_Function):
     """The gradients of `Layer`, as layer_backward returns them; kernels/gradients.py has their own gradients."""
 
     @staticmethod

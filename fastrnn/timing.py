@@ -25,11 +25,19 @@ from fastrnn.convert import convert, revert
 
 LEAST = 0.01  # seconds that a repeat takes at least
 FEWEST = 5  # repeats, however slow
+# Threads that wait for work keep a processor busy. After a call torch's pool, which fastrnn uses too, does so for 4 to 11 ms on
+# Zen 4, and openvino's for 1 ms; onnxruntime's does not where it is told to stop with the run. A rest of so many seconds before
+# each repeat lets them fall asleep, so that nobody is timed beside them.
+REST = 0.02
 SETTLE = 0.02  # a call below it is made once untimed before each repeat: caches and threads are then its own again
 # The relative L2 distance between two libraries' results that only a wrong result exceeds. In half precision that is much, as
 # torch.nn rounds at every operation. TF32 is what float32 layers on a GPU compute in by default.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
 TF32_TOLERANCE = 1e-2
+
+UNSTEADY = 1.3  # p80 over p20 of a library's times, above which other work is in them
+
+NOT_STEADY = "These times vary a lot, so other work is running here. Stop it, or measure for more seconds."
 
 Runner = Callable[[int], object]  # runs the work that many times
 
@@ -54,7 +62,7 @@ def interleave(
     seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Time the rivals in rounds for about `seconds` together, at most `most` repeats each.
+    """Time the rivals in rounds for about `seconds` together, at most `most` repeats each, with a rest before each repeat.
 
     progress: called with the rounds done and the rounds in all, between rounds.
 
@@ -66,7 +74,7 @@ def interleave(
         run(1)
         single[name] = min(elapsed(run, 1) for _ in range(2))
     loops = {name: max(1, math.ceil(LEAST / value)) for name, value in single.items()}
-    round_seconds = sum((loops[name] + (value < SETTLE)) * value for name, value in single.items())
+    round_seconds = sum(REST + (loops[name] + (value < SETTLE)) * value for name, value in single.items())
     rounds = max(FEWEST, min(most, int(seconds / round_seconds)))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     gc.collect()
@@ -74,6 +82,7 @@ def interleave(
     try:
         for done in range(rounds):
             for name in order.sample(list(rivals), len(rivals)):
+                time.sleep(REST)
                 if single[name] < SETTLE:
                     rivals[name](1)
                 times[name].append(elapsed(rivals[name], loops[name]))
@@ -170,7 +179,7 @@ def differences(subject: Subject, truth: Subject) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured; prints itself as one line.
+    """What `compare` measured; prints itself as one line, and a second one where the times are not steady.
 
     mode:     "infer" or "train".
     times:    for "torch.nn" and "fastrnn", the seconds per call of each repeat, and their p20, median and p80.
@@ -183,11 +192,17 @@ class Comparison:
     speed_up: dict[str, float]
     error: float
 
+    @property
+    def steady(self) -> bool:
+        """Whether the times of both libraries stayed about the same, so that the speed-up can be trusted."""
+        return all(times["p80"] <= UNSTEADY * times["p20"] for times in self.times.values())
+
     def __str__(self) -> str:
         theirs, ours = (milliseconds(self.times[name]["median"]) for name in ("torch.nn", "fastrnn"))
         low, middle, high = self.speed_up.values()
         what = "inference" if self.mode == "infer" else "training step"
-        return f"{what}: torch.nn {theirs}, fastrnn {ours}: {middle:.2f}x as fast ({low:.2f}x to {high:.2f}x)"
+        line = f"{what}: torch.nn {theirs}, fastrnn {ours}: {middle:.2f}x as fast ({low:.2f}x to {high:.2f}x)"
+        return line if self.steady else f"{line}\n{NOT_STEADY}"
 
     __repr__ = __str__
 

@@ -52,7 +52,7 @@ def _prepare_inductor(lowering: ModuleType) -> None:
         lowering.make_fallback(op)
 
 
-def _prepare_pruner(match_utils: ModuleType) -> None:
+def _prepare_pruner(match_utils: Any) -> None:
     """Have torch.ao's structured pruner match our layers where its patterns name torch.nn's, which it compares by class."""
     match = match_utils._match
     match_utils._match = lambda found, node, current: (

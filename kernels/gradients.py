@@ -262,10 +262,11 @@ class Block:
         from_h = total(_times(self.h, v.w_hh, True), v.b_hh)
         a_inputs, a_hidden = self._preactivations(from_x, from_h)
         a_hidden = steps_of(a_hidden, sizes)
-        slopes = steps_of(self.slopes[..., cell.hidden : P, :].reshape(*self.slopes.shape[:-2], -1), sizes, -2)
-        by_p = steps_of(self.slopes[..., P, :], sizes, -2) if cell.carry else None
+        # narrow and select: in torch 2.14 a slice of all is aten.alias, which the older of torch's two vmaps does not know
+        slopes = steps_of(self.slopes.narrow(-2, cell.hidden, G).reshape(*self.slopes.shape[:-2], -1), sizes, -2)
+        by_p = steps_of(self.slopes.select(-2, P), sizes, -2) if cell.carry else None
         # what the input alone does is known before the loop
-        by_x = total(*(self.slopes[..., k, :] * a for k, a in enumerate(a_inputs)))
+        by_x = total(*(self.slopes.select(-2, k) * a for k, a in enumerate(a_inputs)))
         by_x = None if by_x is None else steps_of(by_x, sizes, -2)
         by_w_hr = None if v.w_hr is None else steps_of(torch.mm(self.out, v.w_hr.T), sizes)
         a_s, h_s, c_s, out_s, y_s = (list(sizes) for _ in range(5))

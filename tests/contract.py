@@ -267,12 +267,14 @@ def same_bits(ours: Tensor | Mapping[str, Tensor], theirs: Tensor | Mapping[str,
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch's thread count inside the block."""
-    before = torch.get_num_threads()
+    """Set torch's thread count inside the block, and let teams have as many, whatever CPUs there are and however busy."""
+    before, limit = torch.get_num_threads(), cpu.runtime_module().set_limits if tiers() else lambda on: None
     torch.set_num_threads(count)
+    limit(False)
     try:
         yield
     finally:
+        limit(True)
         torch.set_num_threads(before)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from bench import chart, half, memory, record, report, roofline, run, stream, timing
+from bench import chart, crowded, crowded_calls, half, memory, record, report, roofline, run, stream, timing
 from bench.grid import GRID, Case, Point, cases
 from bench.subjects import Subject, onnx_model
 from fastrnn.timing import difference
@@ -128,16 +129,21 @@ def test_report_sums():
     assert "| B1 T1 H64 |  |  |  |  |  | 3.00x |" in report.apart_table(results)
     assert "| onnxruntime, few rows |  | 2.00x |  |" in report.peer_table(results)
     assert "| the fastest of three, few rows |  | 2.00x |  |" in report.peer_table(results)
-    assert report.worst(results).startswith("Of 5 points 1 are below 1x. The least: GRU infer B1 T100 H64 (0.80x)")
-    assert "at 57% fill, in padded steps: GRU 0.62 (torch.nn 2.50)" in report.packed(results)
+    assert report.worst(results).startswith(
+        "fastrnn is slower than torch.nn at 1 of 5 sizes. It gains least at these: GRU infer B1 T100 H64 (0.80x)"
+    )
+    assert (
+        "57% full takes this share of the time that the padded batch takes in training: GRU 0.62 (torch.nn 2.50)"
+        in report.packed(results)
+    )
 
 
 def test_report_names_wrong_results():
     broken = result(FEW, "lstm", "train", torch=2.0) | {"faults": ["y differs by 1"]}
     del broken["ratios"]
     results = [broken, result(STEP, "lstm", "train", torch=1.0)]
-    assert "Wrong results, no time taken: few lstm train B1 T100 H64" in report.worst(results)
-    assert "x" not in report.class_table(results).splitlines()[2]
+    assert "Results that were wrong, so that no time was taken: few lstm train B1 T100 H64" in report.worst(results)
+    assert "x" not in report.class_table(results).splitlines()[4]
 
 
 def test_memory_sums():
@@ -151,7 +157,7 @@ def test_memory_sums():
     assert [memory.above(case) for case in cases] == [False, True]
     text = report.memory({"cases": cases, "settings": {"resolution": memory.RESOLUTION}})
     assert "0.50 of torch.nn's" in text
-    assert text.endswith("at two.")
+    assert text.endswith("It is higher than torch.nn's at two.")
 
 
 def test_roofline_sums(tmp_path):
@@ -181,8 +187,69 @@ def test_a_stream_is_checked_and_told(cell):
     assert {"torch", "onnxruntime", "fastrnn frozen step", "fastrnn cell"} <= found["times"].keys()
     assert 0 < found["errors"]["fastrnn"] and found["errors"]["torch"] == 0
     assert "times" not in stream.measure(cell, 17, 1, seconds=0.01, most=2, tolerance=1e-12)
-    (row,) = report.stream({"cases": [found]}).splitlines()[2:]
+    (row,) = report.stream({"cases": [found]}).splitlines()[4:]
     assert row.startswith(f"| {report.WORDS[cell]} H 17 | ") and row.count("|") == 10
+
+
+@pytest.mark.parametrize("kind", ["quiet", "neighbour", "after", "bursts", "python threads", "smaller team"])
+def test_crowded_calls_are_timed(kind, monkeypatch):
+    """In this process: a call of each mode, beside a neighbour that ends with the block."""
+    monkeypatch.setattr(crowded_calls, "SETTLE", 0.01)
+    started = []
+    popen = crowded_calls.subprocess.Popen
+    monkeypatch.setattr(
+        crowded_calls.subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1]
+    )
+    before = torch.get_num_threads()
+    try:
+        modes = ("infer",) if kind == "python threads" else ("infer", "train")
+        jobs = [(("GRU", 5, 2, 3), mode) for mode in modes]
+        found = crowded_calls.measure("fastrnn", kind, 2, 0.02, jobs)
+    finally:
+        torch.set_num_threads(before)
+    names = {"python threads": {"calls a second"}, "smaller team": {"longest ms"}}.get(kind, {"p50", "p90", "p99", "mean"})
+    assert [one.keys() for one in found] == [names] * len(modes)
+    assert kind == "smaller team" or all(value > 0 for one in found for value in one.values())
+    assert len(started) == (kind in ("neighbour", "after", "bursts"))
+    assert all(process.poll() is not None for process in started)
+
+
+def test_crowded_goals_are_checked():
+    """Handmade: each goal is missed by a little more, and kept by a little less, than it allows."""
+    point = crowded.point_name(crowded.POINTS[3])
+    for goal in crowded.GOALS:
+        rate, mode, bound = goal.figure == "calls a second", goal.modes[0], 1000.0
+        limit = goal.times * bound + goal.plus
+        other = {"runs": [{}], "median": {goal.other_figure or goal.figure: bound}}
+        for found, misses in ((0.99 * limit, rate), (1.01 * limit, not rate)):
+            case = {"runs": [{}], "median": {goal.figure: found}}
+            cases = {(goal.situation, "now", point, mode): case, (goal.other, goal.who, point, mode): other}
+            if goal.situation != goal.other or goal.who != "now":
+                told = [
+                    words
+                    for words in crowded.missed(cases)
+                    if words.startswith(f"{goal.situation}, {point} {mode}: {goal.figure}")
+                ]
+                assert len(told) == misses, goal
+        assert not list(crowded.missed({(goal.situation, "now", point, mode): other}))  # nothing to compare with
+    longest = {("smaller team", "now", point, "infer"): {"runs": [{"longest ms": 3}, {"longest ms": 101}], "median": {}}}
+    assert list(crowded.missed(longest)) == [f"smaller team, {point} infer: 101 ms, the goal 100"]
+    known = {situation.name for situation in crowded.SITUATIONS}
+    assert {goal.situation for goal in crowded.GOALS} | {goal.other for goal in crowded.GOALS} <= known
+
+
+def test_crowded_runs_processes_and_keeps_what_was_there(tmp_path, capsys):
+    output, small = tmp_path / "crowded.json", ["--points", "GRU H96 B1 ", "--runs", "1", "--seconds", "0.01"]
+    assert crowded.main(["--only", "^one CPU, one thread infer", *small, "--output", str(output)]) == 0
+    assert (
+        crowded.main(["--only", "^one CPU infer", *small, "--output", str(output), "--keep", "--before", sys.executable]) == 0
+    )
+    content = json.loads(output.read_text())
+    assert {"machine", "versions", "commit", "date", "settings"} <= content.keys()
+    names = [(case["situation"], case["who"]) for case in content["cases"]]
+    assert names == [("one CPU, one thread", "now"), ("one CPU", "now"), ("one CPU", "before")]
+    assert all(case["median"]["p50"] == case["runs"][0]["p50"] > 0 for case in content["cases"])
+    assert "goals missed" in capsys.readouterr().out
 
 
 def test_rates_are_rates(monkeypatch):
@@ -192,14 +259,55 @@ def test_rates_are_rates(monkeypatch):
     assert rates["operations_per_second"] > 1e6 and rates["bytes_per_second"]["4"] > 1e6
 
 
-def test_another_processor_has_a_table_of_its_own():
-    machine = {"processor": "Other", "torch": "AVX2", "caches": {}}
-    header = {"machine": machine, "versions": dict.fromkeys(("torch", "onnxruntime", "openvino"), "1"), "date": "2000-01-01"}
-    results = [result(Point("large", 128, 256, 50), "gru", "train", torch=3.0)]
-    content = header | {"settings": {"threads": 2, "dtype": "float32"}, "commit": "", "cases": results}
-    text = report.markdown({"grid-avx2": content})
-    assert text.startswith("The same on a processor without AVX-512") and "| large |  | 3.00x |" in text
-    assert "2 threads of Other (AVX2" in text
+def written_results(folder, name: str, date: str, ratio: float) -> None:
+    """A grid of one point, as bench.run writes it on a processor of this name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = {"name": name, "processor": "Other", "vectors": 256, "caches": {"L2": "512K"}, "torch": "AVX2"}
+    header = {"machine": machine, "versions": dict.fromkeys(("torch", "onnxruntime", "openvino"), "1"), "date": date}
+    results = [result(Point("large", 128, 256, 50), "gru", "train", torch=ratio)]
+    content = header | {"settings": {"threads": 2, "dtype": "float32"}, "commit": "abc", "cases": results}
+    record.write(folder / f"grid-{record.slug(name)}.json", content)
+
+
+def test_every_processor_has_its_tables_wherever_the_markers_are(tmp_path):
+    results = tmp_path / "bench" / "results"
+    written_results(results, "Zen 9", "2000-01-01", 3.0)
+    written_results(results, "Old Rapids", "1999-01-01", 0.5)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("no table here\n")
+    for name, block in (("figures", "bench"), ("log", "roofline")):
+        (tmp_path / "docs" / f"{name}.md").write_text(f"before\n<!-- {block}:begin -->\nold\n<!-- {block}:end -->\nafter\n")
+    report.main(["--root", str(tmp_path)])
+    assert (tmp_path / "README.md").read_text() == "no table here\n"
+    page = (tmp_path / "docs" / "figures.md").read_text()
+    assert page.startswith("before\n<!-- bench:begin -->\n") and page.endswith("<!-- bench:end -->\nafter\n")
+    assert "| Zen 9 (Other) | 256 bits | 512K | 0 of 1 | 3.00x | 2000-01-01, abc |" in page
+    assert "| Old Rapids (Other) | 256 bits | 512K | 1 of 1 | 0.50x | 1999-01-01, abc |" in page
+    newest, older = page.index("### Zen 9"), page.index("### Old Rapids")
+    assert newest < page.index("| large |  | 3.00x |") < older < page.index("| large |  | 0.50x |")
+    assert "(../bench/results/heatmap-zen-9.png)" in page
+    assert (results / "heatmap-zen-9.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "docs" / "figures.md").unlink()
+    with pytest.raises(ValueError, match=r"neither README\.md nor"):
+        report.main(["--root", str(tmp_path)])
+
+
+def test_processors_are_named_by_their_numbers():
+    def cpuinfo(vendor, family, model):
+        first = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: a virtual one\n"
+        return f"processor\t: 0\n{first}\nprocessor\t: 1\n{first}"
+
+    assert record.processor_name(cpuinfo("AuthenticAMD", 25, 17)) == "Zen 4"
+    assert record.processor_name(cpuinfo("AuthenticAMD", 25, 1)) == "Zen 3"
+    assert record.processor_name(cpuinfo("GenuineIntel", 6, 207)) == "Emerald Rapids"
+    assert record.slug(record.processor_name(cpuinfo("GenuineIntel", 6, 300))) == "genuineintel-family-6-model-300"
+    assert record.processor_name("") != ""
+
+
+def test_committed_results_are_named_by_their_processor():
+    for path in record.RESULTS.glob("*-*.json"):
+        name = json.loads(path.read_text())["machine"]["name"]
+        assert path.stem in {f"{benchmark}-{record.slug(name)}" for benchmark in report.BENCHMARKS}
 
 
 def test_a_gpu_has_a_table_of_its_own():
@@ -218,9 +326,9 @@ def test_a_gpu_has_a_table_of_its_own():
     }
     text = report.gpu(content)
     assert "| odd | 1.20x | 2.40x |  |  | 3.00x | 6.00x |" in text
-    assert "Of 6 figures 1 are below 1x." in text
-    assert "of the 4 figures of the others, 1.70x in geometric mean, 1 are below 1x: forward odd fp16 (0.90x)." in text
-    assert "no time taken: odd bf16." in text and "A GPU, CUDA 1, cuDNN 2, torch 3, triton 4" in text
+    assert "slower than cuDNN in 1 of 6 figures." in text
+    assert "4 figures: their geometric mean is 1.70x, and 1 of them are below 1x: forward odd fp16 (0.90x)." in text
+    assert "no time was taken: odd bf16." in text and "A GPU, CUDA 1, cuDNN 2, torch 3, triton 4" in text
 
 
 def test_report_goes_between_the_markers():

@@ -28,7 +28,7 @@ def test_info_names_versions_and_engines(capsys):
     rows = dict(re.split(r"  +", line, maxsplit=1) for line in printed(capsys, "info").splitlines())
     assert rows["fastrnn"].startswith(fastrnn.__version__) and rows["torch"] == torch.__version__
     assert rows["engine, cpu"].startswith("fastrnn, ")
-    assert rows["threads"].startswith(str(torch.get_num_threads()))
+    assert rows["threads"] == command.cpu.team()[1]
     if not torch.cuda.is_available():
         assert rows["engine, cuda"] == "none: torch finds no GPU here"
     assert {"Python", "numba", "triton", "processor", "CPUs", "kernel cache"} <= rows.keys()
@@ -45,7 +45,7 @@ def test_info_says_why_an_engine_does_not_run():
 def test_info_names_the_quota(monkeypatch, capsys, quota, words):
     runtime = command.cpu.runtime_module()
     assert runtime.cpu_quota("") > 0
-    given = SimpleNamespace(cpu_quota=lambda root: quota, tiers=runtime.tiers)
+    given = SimpleNamespace(cpu_quota=lambda root: quota, tiers=runtime.tiers, threads=runtime.threads)
     monkeypatch.setattr(command.cpu, "runtime_module", lambda: given)
     assert words in printed(capsys, "info")
 
@@ -166,6 +166,18 @@ def test_compare_finds_a_wrong_gradient(monkeypatch):
     monkeypatch.setattr(timing, "convert", broken)
     with pytest.raises(RuntimeError, match=r"^grad bias_ih_l0: fastrnn's differs from torch.nn's by 0\.1 "):
         timing.compare(nn.GRU(3, 4), torch.randn(5, 2, 3), train=True, seconds=0.01)
+
+
+def test_a_comparison_says_whether_its_times_are_steady():
+    def taken(low: float, high: float) -> dict:
+        return {"p20": low, "median": low, "p80": high}
+
+    ratio = {"p20": 1.5, "median": 2.0, "p80": 2.5}
+    steady = timing.Comparison("infer", {"torch.nn": taken(0.02, 0.021), "fastrnn": taken(0.01, 0.0125)}, ratio, 0.0)
+    assert str(steady) == "inference: torch.nn 20.0 ms, fastrnn 10.0 ms: 2.00x as fast (1.50x to 2.50x)"
+    for theirs, ours in (((0.02, 0.03), (0.01, 0.01)), ((0.02, 0.02), (0.01, 0.02))):
+        unsteady = timing.Comparison("infer", {"torch.nn": taken(*theirs), "fastrnn": taken(*ours)}, ratio, 0.0)
+        assert str(unsteady).splitlines() == [str(steady), timing.NOT_STEADY]
 
 
 def test_compare_refuses_a_module_without_recurrent_layers():

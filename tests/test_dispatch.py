@@ -238,7 +238,7 @@ def test_public_layer(make_layer, plain_layer):
 def test_explain():
     module = fastrnn.LSTM(4, 5, 2, bidirectional=True)
     text = str(fastrnn.explain(module, torch.randn(3, 2, 4)))
-    assert text.startswith("engine: cpu\n  layer 0: ")
+    assert text.startswith("engine: cpu\n  threads: ") and "\n  layer 0: " in text
     assert "not reference: " in text
     assert "not torch: " in text
     mixed = fastrnn.explain(module, torch.randn(3, 2, 4).half())

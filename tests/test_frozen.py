@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from contract import threads
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_sequence
@@ -43,24 +44,20 @@ def frozen(name, *sizes, **options):
     return module, twin
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("steps", [2, 7, 300])
 @pytest.mark.parametrize("options", [*VARIANTS, {"proj_size": 7, "num_layers": 2}], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_same_bits_as_ever(name, options, steps, threads):
+def test_same_bits_as_ever(name, options, steps, count):
     if "proj_size" in options and name != "LSTM":
         options = {"nonlinearity": "relu"} if name == "RNN" else {}
     module, twin = frozen(name, I, H, **options)
     x, states = given(module, steps)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(count):
         for state in (None, states):
             with torch.no_grad():
                 assert_same_bits(module(x, state), twin(x, state))
             assert not module(x, state)[0].requires_grad  # weights are constants, in whatever mode
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("hidden", [1, 19, 300])
@@ -96,7 +93,7 @@ def test_cells(name, bias):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_what_the_short_way_does_not_take(name):
+def test_what_the_fast_path_does_not_take(name):
     module, twin = frozen(name, I, H)
     unbatched, packed = torch.randn(4, I), pack_sequence([torch.randn(n, I) for n in (5, 2)])
     for x in (unbatched, packed):
@@ -235,8 +232,27 @@ def test_panels_are_written_whole():
     x, state = given(module, 5)
     for fill in (0x00, 0xFF):  # 0xFF everywhere is not a number
         poisoned = functools.partial(torch.full, fill_value=fill, dtype=torch.uint8)
-        panels = dispatch.native.pack(twin.__dict__, None, lambda size, make=poisoned: make((size,)))
+        panels = dispatch.native.pack(twin.__dict__, "LSTM", lambda size, make=poisoned: make((size,)))
         assert len(panels) > 4 * sum(weight.numel() for weight in twin.parameters())
         module._fastrnn_panels = panels, *module.parameters()
         with torch.no_grad():
             assert_same_bits(module(x, state), twin(x, state))
+
+
+class Guarded(fastrnn.GRU):
+    def __setattr__(self, name, value):
+        assert not name.startswith("_fastrnn")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        raise AssertionError(name)
+
+
+def test_a_class_that_guards_its_attributes_freezes():
+    module = Guarded(I, H).eval()
+    x = torch.randn(3, 2, I)
+    with torch.no_grad():
+        expected = module(x)[0]
+        assert_same_bits(fastrnn.freeze(fastrnn.freeze(module)).float()(x)[0], expected)
+        assert type(fastrnn.thaw(module)) is Guarded
+        assert_same_bits(module(x)[0], expected)

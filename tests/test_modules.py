@@ -6,6 +6,7 @@ import inspect
 import io
 import pickle
 import warnings
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -330,6 +331,7 @@ BAD_CALLS = {
     "hx wrong kind": lambda m: (torch.randn(T, B, I), states(m)[0]),
     "hx triple": lambda m: (torch.randn(T, B, I), (*states(m), torch.randn(2, B, H))),
     "hx meta": lambda m: (torch.randn(T, B, I), state_map(m, lambda s: s.to("meta"))),
+    "nested": lambda m: (torch.nested.nested_tensor([torch.randn(2, I), torch.randn(T, I)]),),
     "packed features": lambda m: (pack_sequence([torch.randn(2, I + 1)]),),
     "packed float64": lambda m: (pack_sequence([torch.randn(2, I).double()]),),
     "packed hx": lambda m: (pack_sequence([torch.randn(2, I)]), states(m, 2)),
@@ -385,6 +387,8 @@ BAD_CELL_CALLS = {
     "hx pair": lambda: (torch.randn(B, I), (torch.randn(B, H), torch.randn(B, H))),
     "hx pair 3-D": lambda: (torch.randn(B, I), (torch.randn(B, H), torch.randn(1, B, H))),
     "hx batch": lambda: (torch.randn(B, I), torch.randn(B + 1, H)),
+    "hx nothing": lambda: (torch.randn(B, I), ()),
+    "hx for a batch": lambda: (torch.randn(I), (torch.randn(B, H), torch.randn(B, H))),
     "hx width": lambda: (torch.randn(B, I), torch.randn(B, H + 1)),
     "hx pair width": lambda: (torch.randn(B, I), (torch.randn(B, H), torch.randn(B, H + 1))),
     "hx float64": lambda: (torch.randn(B, I), torch.randn(B, H).double()),
@@ -806,6 +810,17 @@ def test_a_subclass_with_checks_of_its_own_is_asked():
     assert_same(layer(x), fastrnn.GRU.forward(layer, x * 0))
 
 
+@pytest.mark.parametrize(("attribute", "value"), [("weight_ih_l0", None), ("bias_hh_l0", None), ("num_layers", True)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_packed_call_of_a_spoilt_module_is_refused_in_torchs_words(name, attribute, value):
+    results = []
+    for module in both(name):
+        setattr(module, attribute, value)
+        x = pack_sequence([torch.ones(T, I), torch.ones(1, I)])
+        results.append(outcome(lambda module=module, x=x: module(x, states(module)))[0])
+    assert results[1] == results[0]
+
+
 @pytest.mark.parametrize("dropout", [-1, float("nan"), 2, "a", 0.0, 1])
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_changed_later(dropout, training):
@@ -840,3 +855,61 @@ def test_onnx(name, dynamo, tmp_path):
         torch.testing.assert_close(torch.from_numpy(y), theirs(x))
     mine, other = graphs
     assert [node.op_type for node in mine.node] == [node.op_type for node in other.node]
+
+
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_batched_gradients(name):
+    """autograd.grad(is_grads_batched=True) gives what a call for each of the gradients gives."""
+    own = both(name, dtype=torch.float64)[1]
+    x = torch.randn(*((B, I) if name in CELLS else (T, B, I)), dtype=torch.float64, requires_grad=True)
+    y = flat(own(x))[0]
+    leaves = {"x": x, **dict(own.named_parameters())}
+    incoming = torch.randn(3, *y.shape, dtype=torch.float64)
+    found = torch.autograd.grad(y, leaves.values(), incoming, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(y, leaves.values(), dy, retain_graph=True) for dy in incoming]
+    for leaf, grad, grads in zip(leaves, found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(grad, torch.stack(grads), msg=lambda text, leaf=leaf: f"gradient of {leaf}: {text}")
+
+
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_zeros_without_memory(name):
+    """torch's autograd makes such tensors. (torch.nn.LSTM itself reads what is not theirs.)"""
+    own, ones = both(name)[1], both(name)[1].eval()
+    shape, state = ((B, I), (B, H)) if name in CELLS else ((T, B, I), (1, B, H))
+    pair = (lambda tensor: (tensor, tensor)) if "LSTM" in name else lambda tensor: tensor
+    for module in (own, fastrnn.freeze(ones)):
+        results = []
+        for zeros in (torch.zeros, torch._efficientzerotensor):
+            result = module(zeros(shape)), module(zeros(shape), pair(zeros(state)))
+            results.append(flat(result))
+        for found, expected in zip(*reversed(results), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["weights", "input, too"])
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_weights_made_in_inference_mode(name, trained):
+    with torch.inference_mode():
+        theirs, own = both(name)
+    x = torch.randn(*((B, I) if name in CELLS else (T, B, I)), requires_grad=trained)
+    results = [outcome(lambda module=module: module(x))[0] for module in (theirs, own)]
+    if isinstance(results[0][0], type):
+        assert results[1] == results[0]
+    else:
+        assert_same(results[1], results[0])
+
+
+class Doubling(dict):
+    def __getitem__(self, name):
+        return super().__getitem__(name) * 2
+
+
+@pytest.mark.parametrize("mapping", [Doubling, UserDict])
+@pytest.mark.parametrize("name", LAYERS + CELLS)
+def test_parameters_in_another_mapping(name, mapping):
+    """Some libraries replace it by one that gathers or computes a parameter when it is looked up."""
+    results = []
+    for module in both(name):
+        module.__dict__["_parameters"] = mapping(module._parameters)
+        results.append(module(torch.ones(*((B, I) if name in CELLS else (T, B, I)))))
+    assert_same(results[1], results[0])

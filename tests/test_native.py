@@ -22,7 +22,7 @@ def state_of(name, *states):
 
 
 def never(*args):
-    raise AssertionError("the long way was taken")
+    raise AssertionError("the fallback was taken")
 
 
 def parts(state):
@@ -159,7 +159,7 @@ def test_part_of_the_gradients():
 
 
 @pytest.mark.parametrize("cell", [False, True])
-def test_results_too_large_for_the_short_way(cell):
+def test_results_too_large_for_the_fast_path(cell):
     """From 32 MiB on the operators make them, in memory that stays."""
     rows, results = (32 << 20) // (8 * 4 * 8), []
     for library in (fastrnn, nn):
@@ -197,12 +197,12 @@ def test_a_state_of_a_cell_may_be_changed_in_place(name):
 
 
 def kept_numbers(call):
-    """Numbers in all tensors that autograd keeps of a call."""
+    """Numbers in all tensors that autograd keeps of a call, but for parameters, which are there anyway."""
     numbers = 0
 
     def pack(tensor):
         nonlocal numbers
-        numbers += tensor.numel()
+        numbers += 0 if tensor.is_leaf and tensor.requires_grad else tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -499,18 +499,21 @@ def test_a_profiler_sees_training():
     with torch.profiler.profile(acc_events=True) as seen:
         y.sum().backward()  # of a call that was made before
         module(x)[0].sum().backward()
-    for op, count in (("layer_forward", 1), ("layer_backward", 2)):
-        assert sum(event.name == f"fastrnn::{op}" for event in seen.events()) == count
+    outer = [event.name for event in seen.events() if event.cpu_parent is None or event.cpu_parent.name != "Layer"]
+    for op, count in (("layer_forward", 1), ("layer_backward", 2)):  # autograd's kernel of layer_forward calls it once more
+        assert outer.count(f"fastrnn::{op}") == count
 
 
 def test_the_runtime_counts_its_arguments():
     with pytest.raises(TypeError, match="expected 4 arguments, got 1"):
-        dispatch.native.forward({})
+        dispatch.native.cell({})
     with torch.no_grad():
-        assert dispatch.native.forward({}, torch.zeros(2, 3, 4), None, False) is None
-        assert dispatch.native.forward(fastrnn.LSTM(I, H).__dict__, None, None, False) is None
-        assert dispatch.native.cell({}, torch.zeros(2, 3), None, "LSTM") is None
-        assert dispatch.native.step({}, torch.zeros(2, 3), None, None) is None
+        for kind in ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "", "Linear"):
+            assert dispatch.native.forward({}, kind, torch.zeros(2, 3, 4), None, False) is None
+            assert dispatch.native.step({}, kind, torch.zeros(2, 3), None, None) is None
+            assert dispatch.native.cell({}, kind, torch.zeros(2, 3), None) is None
+            assert dispatch.native.pack({}, kind, torch.empty) is None
+        assert dispatch.native.forward(fastrnn.LSTM(I, H).__dict__, "LSTM", None, None, False) is None
 
 
 def test_refusals():

@@ -9,7 +9,7 @@ from contract import python
 import fastrnn.kernels.cpu
 
 PRELUDE = """
-import os, threading, time, torch, fastrnn
+import os, threading, time, torch, fastrnn, fastrnn.kernels.cpu
 from contract import Case, run, same_bits, twins
 
 CASES = [Case("lstm", 33, 130, layers=2, bidirectional=True, batch=5, steps=9), Case("gru", 64, 64, batch=17, steps=20),
@@ -36,12 +36,14 @@ def script(body: str, **options) -> str:
 
 
 @pytest.mark.parametrize("team", [1, 2, 4])
+@pytest.mark.parametrize("limited", [True, False], ids=["as many as can run", "as many as asked for"])
 @pytest.mark.parametrize("shared", [True, False], ids=["one module", "a module each"])
-def test_several_python_threads(shared, team, capsys):
+def test_several_python_threads(shared, limited, team, capsys):
     """Forward and backward from four at once, each with a team of its own: the same bits; slower, but no stall."""
     body = """
 torch.set_num_threads(TEAM)
-assert (TEAM > 1) == ("at the same time" in str(fastrnn.explain(STACK, torch.zeros(100, 1, 33))))
+fastrnn.kernels.cpu.runtime_module().set_limits(LIMITED)
+assert (fastrnn.kernels.cpu.team()[0] > 1) == ("at the same time" in str(fastrnn.explain(STACK, torch.zeros(100, 1, 33))))
 expected = [step(index) for index in range(4)]
 failed = []
 
@@ -62,22 +64,25 @@ print(f"100 steps: {alone:.2f} s one after another, {together:.2f} s from four t
 print("done")
 """
     indices = "[0, 0, 0, 0]" if shared else "range(4)"
-    output = script(body.replace("INDICES", indices).replace("TEAM", str(team)))
+    output = script(body.replace("INDICES", indices).replace("TEAM", str(team)).replace("LIMITED", str(limited)))
     with capsys.disabled():
         print(f"\n  teams of {team}, {output.splitlines()[0]}")  # reported, not gated: it is the machine's as much as ours
 
 
-def test_more_threads_than_cores():
-    """A team that cannot run at once must yield, not spin out its time slices: slow, but done."""
-    script("""
+@pytest.mark.parametrize("limited", [True, False], ids=["as many as can run", "as many as asked for"])
+def test_more_threads_than_cores(limited):
+    """The usual team is no larger; one that cannot run at once must yield, not spin out its time slices: slow, but done."""
+    body = """
 expected = [step(index) for index in range(4)]
-for count in (8, 16, 3):
+fastrnn.kernels.cpu.runtime_module().set_limits(LIMITED)
+for count in (8, 32, 3):
     torch.set_num_threads(count)
     for index in range(4):
         for _ in range(5):
             same_bits(step(index), expected[index], f"{count} threads:")
 print("done")
-""")
+"""
+    script(body.replace("LIMITED", str(limited)))
 
 
 def test_backward_in_another_thread():

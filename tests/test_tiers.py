@@ -111,12 +111,12 @@ def test_tiers_share_no_code(code):
 
 @disassembler
 def test_one_function_leaves_the_extension():
-    """And it needs no C++ function of torch, which differ between its versions."""
+    """And it needs no C++ function of torch, which differ between its versions; it may use one where there is one."""
     nm = subprocess.run(["nm", "-D", str(cpu.EXTENSION)], capture_output=True, text=True, check=True).stdout.split("\n")
     symbols = [line.split()[-2:] for line in nm if line]
     defined = {name for kind, name in symbols if kind not in "Uvw"}
     assert defined == {"PyInit__runtime"}
-    needed = {name.split("@")[0] for kind, name in symbols if kind in "Uvw"}
+    needed = {name.split("@")[0] for kind, name in symbols if kind == "U"}
     assert "torch_parallel_for" in needed and not {name for name in needed if re.match(r"_ZNK?(2at|3c10|5torch)", name)}
 
 

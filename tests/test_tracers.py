@@ -177,6 +177,17 @@ def test_compiled_per_sample_gradients(name):
         assert_same(one, {name: parameter.grad for name, parameter in theirs.named_parameters()})
 
 
+@pytest.mark.filterwarnings("ignore")  # torch warns of itself, of leaves and of Dynamo's own deprecations
+def test_compiled_autograd():
+    """Of a forward pass that ran eagerly."""
+    theirs, ours = pair("LSTM")
+    x = torch.randn(T, B, I)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        ours(x)[0].square().sum().backward()
+    theirs(x)[0].square().sum().backward()
+    assert_same({n: p.grad for n, p in ours.named_parameters()}, {n: p.grad for n, p in theirs.named_parameters()})
+
+
 def test_inductor_knows_the_operators():
     """It takes no operator for granted where `implicit_fallbacks` is off."""
     from torch._inductor import lowering

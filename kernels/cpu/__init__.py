@@ -98,7 +98,7 @@ def team() -> tuple[int, str]:
     elif fewer < min(set_to, cpus):
         why = "fewer for now, because calls lost time waiting for threads that were not there"
     elif cpus < allowed:
-        why = f"a quota of the process's control group allows {quota:g} CPUs"
+        why = f"a quota of the process's control group allows {quota:g} CPU{'s' * (quota != 1)}"
     else:
         why = f"the process may use {allowed} CPU{'s' * (allowed > 1)}"
     return threads, f"{threads} of the {set_to} that torch is set to: {why}"

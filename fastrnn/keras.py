@@ -1,0 +1,505 @@
+"""Keras' recurrent layers on fastrnn's engines, for Keras 3 with its torch backend.
+
+    from fastrnn.keras import LSTM  # was: from keras.layers import LSTM
+
+`SimpleRNN`, `LSTM`, `GRU`, `RNN` and `Bidirectional` derive from Keras' own classes and replace the loop over the steps.
+Constructors, weights, initial values, masks, states, training and saved files are therefore Keras'. A configuration that
+the engines have no kernel for (another activation, `reset_after=False`, `recurrent_dropout` while training, a cell of one's
+own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. `patch` gives the same loop to `keras.layers` itself, and
+`to_torch` and `from_torch` copy weights between Keras' layers and torch's.
+
+Letters: B rows, T steps, I features, H units, G gates (SimpleRNN 1, GRU 3, LSTM 4), N valid steps of all rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch
+from torch import Tensor, nn
+
+import fastrnn
+from fastrnn import dispatch, functional
+
+if keras.backend.backend() != "torch":
+    raise ImportError(
+        f"fastrnn.keras runs on Keras' torch backend, and Keras was loaded with {keras.backend.backend()!r}: "
+        "set the environment variable KERAS_BACKEND=torch before keras is imported"
+    )
+
+__all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "SimpleRNN", "from_torch", "patch", "to_torch"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a Keras cell stands for one of fastrnn's.
+
+    keras_cell: Keras' class.
+    torch_name: the name of torch.nn's layer.
+    gates:      for each gate in torch's order, its place in Keras'.
+    """
+
+    keras_cell: type
+    torch_name: str
+    gates: tuple[int, ...]
+
+    def rows(self, matrix: Any) -> Tensor:
+        """[I, G*H] in Keras' layout -> [G*H, I] in torch's, or a vector [G*H]."""
+        transposed = keras.ops.convert_to_tensor(matrix).t()
+        if self.gates != tuple(range(len(self.gates))):
+            parts = transposed.chunk(len(self.gates))
+            transposed = torch.cat([parts[gate] for gate in self.gates])
+        return transposed.contiguous()
+
+
+_KINDS = (
+    _Kind(keras.layers.SimpleRNNCell, "RNN", (0,)),
+    _Kind(keras.layers.LSTMCell, "LSTM", (0, 1, 2, 3)),
+    _Kind(keras.layers.GRUCell, "GRU", (1, 0, 2)),  # Keras has the update gate first, torch the reset gate
+)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A Keras cell that the engines run, and the name of the fastrnn cell that does it."""
+
+    keras_cell: Any
+    kind: _Kind
+    name: str
+
+    def weights(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """w_ih [G*H, I], w_hh [G*H, H], and b_ih and b_hh [G*H], or no biases."""
+        cell, rows = self.keras_cell, self.kind.rows
+        w_ih, w_hh = rows(cell.kernel), rows(cell.recurrent_kernel)
+        if cell.bias is None:
+            return w_ih, w_hh, [], []
+        bias = keras.ops.convert_to_tensor(cell.bias)
+        if bias.dim() == 1:
+            return w_ih, w_hh, [rows(bias)], [torch.zeros_like(bias)]
+        return w_ih, w_hh, [rows(bias[0])], [rows(bias[1])]
+
+
+def _cells(layer: Any, training: Any) -> list[_Cell] | str:
+    """The cells of a Keras recurrent layer, the lowest first; or why the engines do not run one."""
+    stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
+    found = []
+    for cell in layer.cell.cells if stacked else (layer.cell,):
+        kind = next((kind for kind in _KINDS if getattr(type(cell), "call", None) is kind.keras_cell.call), None)
+        if kind is None:
+            return f"{type(cell).__name__} is not one of Keras' own cells"
+        if training and cell.recurrent_dropout:
+            return f"recurrent_dropout={cell.recurrent_dropout} while training"
+        if training and cell.dropout and (stacked or getattr(cell, "implementation", 2) == 1):
+            return f"dropout={cell.dropout} while training, a mask for each gate or cell"
+        activations = {keras.activations.tanh: kind.torch_name.lower()}
+        if kind.torch_name == "RNN":
+            activations = {keras.activations.tanh: "rnn_tanh", keras.activations.relu: "rnn_relu"}
+        elif cell.recurrent_activation is not keras.activations.sigmoid:
+            return f"recurrent_activation={_name(cell.recurrent_activation)}, the engines have sigmoid"
+        if cell.activation not in activations:
+            return f"activation={_name(cell.activation)}, the engines have {' and '.join(map(_name, activations))}"
+        if not getattr(cell, "reset_after", True):
+            return "reset_after=False, the engines reset after the product"
+        found.append(_Cell(cell, kind, activations[cell.activation]))
+    return found
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+class _AllSteps:
+    """A sequence without a mask. Its data are x [B, T, I] itself."""
+
+    batch_sizes: Tensor | None = None
+
+    def data(self, x: Tensor) -> Tensor:
+        """[B, T, I] -> what the engine reads."""
+        return x
+
+    def initial(self, state: Tensor) -> Tensor:
+        """An initial state [B, H] -> of the rows that the engine reads."""
+        return state
+
+    def final(self, state: Tensor, initial: Tensor) -> Tensor:
+        """A final state of these rows -> [B, H]."""
+        return state
+
+    def outputs(self, y: Tensor, zero: bool) -> Tensor:
+        """What the engine returns -> [B, T, H]."""
+        return y
+
+
+class _ValidSteps(_AllSteps):
+    """A sequence [B, T, I] of which some steps are masked. Its data are the other steps, packed: [N, I].
+
+    A masked step leaves a row's state as it was. So each row is the sequence of its valid steps, wherever they are.
+    """
+
+    def __init__(self, mask: Tensor):
+        """mask: bool [B, T], True at valid steps, of which there is one at least."""
+        lengths, T = mask.sum(1), mask.shape[1]
+        self.order = torch.argsort(lengths, descending=True, stable=True)  # [B], rows from the longest on
+        self.rank = torch.argsort(self.order)
+        valid_first = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # [B, T], a row's valid steps in turn
+        present = torch.arange(T, device=mask.device)[:, None] < lengths[self.order]  # [T, B]
+        self.places = (self.order * T + valid_first[self.order].t())[present]  # [N], in x as [B * T, I]
+        sizes = present.sum(1)
+        self.batch_sizes = sizes[sizes > 0].cpu()
+        self.rows = int(self.batch_sizes[0])  # that have a valid step
+        self.latest = mask.cumsum(1) - 1  # [B, T], which of a row's valid steps came last; -1 before the first
+        self.starts = sizes.cumsum(0) - sizes  # [T], where a step begins in packed data
+        self.mask = mask
+
+    def data(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[self.places]
+
+    def initial(self, state: Tensor) -> Tensor:
+        return state[self.order[: self.rows]]
+
+    def final(self, state: Tensor, initial: Tensor) -> Tensor:
+        """A row without a valid step keeps its initial state."""
+        return torch.cat((state, initial[self.order[self.rows :]]))[self.rank]
+
+    def outputs(self, y: Tensor, zero: bool) -> Tensor:
+        """A masked step repeats the output before it. It is zero before the first valid step, or with `zero`."""
+        shown = self.mask if zero else self.latest >= 0
+        places = self.starts[self.latest.clamp(min=0)] + self.rank[:, None]
+        return torch.where(shown.unsqueeze(-1), y[torch.where(shown, places, 0)], y.new_zeros(()))
+
+
+_States = Sequence[Sequence[Tensor]]  # of h, and for LSTM of c: [B, H] of each direction
+
+
+def _layer(
+    cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps, reverse: bool = False
+) -> tuple[Tensor, _States]:
+    """`functional.layer` of Keras' weights, with a direction for each cell: what it returns for `data`, and final states."""
+    w_ih, w_hh, b_ih, b_hh = zip(*(cell.weights() for cell in cells), strict=True)
+    y, *last = functional.layer(
+        data,
+        *(torch.stack([steps.initial(state) for state in kind]) for kind in states),
+        cell=cells[0].name,
+        w_ih=w_ih,
+        w_hh=w_hh,
+        b_ih=[bias for biases in b_ih for bias in biases],
+        b_hh=[bias for biases in b_hh for bias in biases],
+        batch_sizes=steps.batch_sizes,
+        reverse=reverse,
+        batch_first=steps.batch_sizes is None,
+    )
+    final = [list(map(steps.final, after, before)) for after, before in zip(last, states, strict=False)]
+    return y, final
+
+
+def _mask_of(mask: Any, x: Tensor) -> Tensor | None:
+    """bool [B, T], or None where every step is valid."""
+    while isinstance(mask, (list, tuple)):
+        mask = mask[0]
+    if mask is None:
+        return None
+    mask = keras.ops.convert_to_tensor(mask).to(x.device, torch.bool).reshape(x.shape[:2])
+    return None if bool(mask.all()) else mask
+
+
+def _why_not(layer: Any, x: Any, training: Any) -> str | None:
+    """Why Keras' loop runs a call of this layer, or None where the engines do."""
+    cells = _cells(layer, training)
+    if isinstance(cells, str):
+        return cells
+    return f"an empty input {tuple(x.shape)}" if 0 in x.shape else None
+
+
+def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: Any) -> Any:
+    """What Keras' inner_loop returns: the last output, all outputs, and the final states. None where Keras has to run it."""
+    cells = _cells(layer, training)
+    if isinstance(cells, str) or 0 in sequences.shape:
+        return None
+    x, backwards = _inputs(layer, sequences, training), layer.go_backwards
+    mask = _mask_of(mask, x)
+    if mask is None:
+        steps = _AllSteps()
+    elif mask.any():
+        if backwards:  # the order in which Keras returns its outputs
+            x, mask, backwards = x.flip(1), mask.flip(1), False
+        steps = _ValidSteps(mask)
+    else:
+        return None
+    stacked, data, after = isinstance(layer.cell, keras.layers.StackedRNNCells), steps.data(x), []
+    for cell, given in zip(cells, initial_state if stacked else [initial_state], strict=True):
+        given = given if isinstance(given, (list, tuple)) else [given]
+        before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in given]
+        if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
+            before = [state.clone() for state in before]
+        data, states = _layer([cell], data, [[state] for state in before], steps, backwards)
+        after.append([state for (state,) in states])
+    outputs = steps.outputs(data, layer.zero_output_for_mask)
+    if backwards and layer.return_sequences:
+        outputs = outputs.flip(1)
+    last_output = after[-1][0] if mask is None else outputs[:, -1]
+    return last_output, outputs, after if stacked else after[0]
+
+
+def _inputs(layer: Any, sequences: Any, training: Any) -> Tensor:
+    """[B, T, I] in the dtype of the computation, with the dropout of Keras' cells: one mask for all steps."""
+    x = keras.ops.convert_to_tensor(sequences).to(getattr(torch, layer.cell.compute_dtype))
+    cell = layer.cell
+    if training and getattr(cell, "dropout", 0):
+        x = x * cell.get_dropout_mask(x[:, 0, :]).unsqueeze(1)
+    return x
+
+
+def _fused(keras_class: type) -> Callable:
+    """`inner_loop` of a Keras class: the engines, or what the class has."""
+    by_keras = keras_class.inner_loop  # type: ignore[attr-defined]
+
+    @functools.wraps(by_keras)
+    def inner_loop(self, sequences, initial_state, mask, training=False):
+        done = _run(self, sequences, initial_state, mask, training)
+        if done is not None:
+            return done
+        return by_keras(self, sequences, initial_state, mask, training)
+
+    inner_loop.is_fused = True  # type: ignore[attr-defined]
+    return inner_loop
+
+
+def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
+    """What `fastrnn.explain` says of a Keras layer. `input` as the layer takes it, [B, T, I]."""
+    layers = (self.forward_layer, self.backward_layer) if isinstance(self, keras.layers.Bidirectional) else (self,)
+    input = keras.ops.convert_to_tensor(input)
+    training = torch.is_grad_enabled()
+    for layer in layers:
+        if not isinstance(layer, keras.layers.RNN) or (reason := _why_not(layer, input, training)):
+            reason = "not a recurrent layer" if not isinstance(layer, keras.layers.RNN) else reason
+            return dispatch.Explanation("keras", {"fastrnn": reason})
+    x = _inputs(layers[0], input, False)
+    with torch.set_grad_enabled(training):
+        return dispatch.explain(to_torch(self), x)
+
+
+class _Explained:
+    _fastrnn_explain = _explain
+
+
+class SimpleRNN(keras.layers.SimpleRNN, _Explained):
+    """`keras.layers.SimpleRNN`, arguments and behaviour, on fastrnn's engines. Input [B, T, I]."""
+
+    __module__ = "keras.layers"  # what saved files name, so that Keras reads them where fastrnn is not imported
+    inner_loop = _fused(keras.layers.SimpleRNN)
+
+
+class LSTM(keras.layers.LSTM, _Explained):
+    """`keras.layers.LSTM`, arguments and behaviour, on fastrnn's engines. Input [B, T, I]."""
+
+    __module__ = "keras.layers"
+    inner_loop = _fused(keras.layers.LSTM)
+
+
+class GRU(keras.layers.GRU, _Explained):
+    """`keras.layers.GRU`, arguments and behaviour, on fastrnn's engines. Input [B, T, I]."""
+
+    __module__ = "keras.layers"
+    inner_loop = _fused(keras.layers.GRU)
+
+
+class RNN(keras.layers.RNN, _Explained):
+    """`keras.layers.RNN`, arguments and behaviour; Keras' own cells in it, or a stack of them, run on fastrnn's engines."""
+
+    __module__ = "keras.layers"
+    inner_loop = _fused(keras.layers.RNN)
+
+
+def _both_directions(keras_call: Callable) -> Callable:
+    """`call` of Bidirectional: both directions in one call of the engine, or what Keras has."""
+
+    @functools.wraps(keras_call)
+    def call(self, sequences, initial_state=None, mask=None, training=None):
+        done = _run_both(self, sequences, initial_state, mask, training)
+        if done is not None:
+            return done
+        return keras_call(self, sequences, initial_state=initial_state, mask=mask, training=training)
+
+    return call
+
+
+def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training: Any) -> Any:
+    """What Bidirectional's call returns; or None where the two layers have to be called one after the other."""
+    layers = self.forward_layer, self.backward_layer
+    if self.stateful or any(
+        not isinstance(layer, keras.layers.RNN)
+        or not getattr(type(layer).inner_loop, "is_fused", False)
+        or isinstance(layer.cell, keras.layers.StackedRNNCells)
+        or _why_not(layer, sequences, training) is not None
+        or layer.activity_regularizer is not None
+        or (training and layer.cell.dropout)
+        for layer in layers
+    ):
+        return None
+    forward, backward = cells = [_cells(layer, training)[0] for layer in layers]
+    same = forward.name == backward.name and forward.keras_cell.units == backward.keras_cell.units
+    if not same or forward.keras_cell.use_bias != backward.keras_cell.use_bias or layers[0].go_backwards:
+        return None
+    x, H = _inputs(layers[0], sequences, training), forward.keras_cell.units
+    mask, kinds = _mask_of(mask, x), 2 if forward.name == "lstm" else 1
+    if mask is not None and not mask.any():
+        return None
+    steps = _AllSteps() if mask is None else _ValidSteps(mask)
+    if initial_state is None:
+        initial_state = [x.new_zeros(x.shape[0], H)] * (2 * kinds)
+    before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in initial_state]
+    y, states = _layer(cells, steps.data(x), list(zip(before[:kinds], before[kinds:], strict=True)), steps)
+    y = steps.outputs(y, zero=True)
+    one, other = (y[..., :H], y[..., H:]) if self.return_sequences else states[0]
+    if self.merge_mode == "concat":
+        output: Any = y if self.return_sequences else torch.cat((one, other), -1)
+    elif self.merge_mode == "sum":
+        output = one + other
+    elif self.merge_mode == "ave":
+        output = (one + other) / 2
+    elif self.merge_mode == "mul":
+        output = one * other
+    else:
+        output = one, other
+    if not self.return_state:
+        return output
+    final = [state for direction in zip(*states, strict=True) for state in direction]
+    return (*output, *final) if self.merge_mode is None else (output, *final)
+
+
+class Bidirectional(keras.layers.Bidirectional, _Explained):
+    """`keras.layers.Bidirectional`, arguments and behaviour; both directions of a layer of fastrnn's run in one call."""
+
+    __module__ = "keras.layers"
+    call = _both_directions(keras.layers.Bidirectional.call)
+
+
+_CLASSES = {cls.__name__: cls for cls in (SimpleRNN, LSTM, GRU, RNN, Bidirectional)}
+# A saved file and the configuration of a copy name the class alone. With these entries the name means ours.
+keras.saving.get_custom_objects().update(_CLASSES)
+
+
+def patch() -> ExitStack:
+    """Make `keras.layers.LSTM`, its siblings and `Bidirectional` run on fastrnn's engines: layers that exist, and new ones.
+
+        with fastrnn.keras.patch():
+            other_peoples_model.fit(x, y)
+
+    or `patched = fastrnn.keras.patch()` and, later, `patched.close()`. The classes stay Keras' own.
+
+    Returns:
+        A context manager that is already active; leaving it, or its `close()`, ends the patch.
+    """
+    patched = ExitStack()
+    wrappers = [(cls, "inner_loop", _fused) for cls in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU)]
+    wrappers.append((keras.layers.Bidirectional, "call", lambda cls: _both_directions(cls.call)))
+    for keras_class, name, wrap in wrappers:
+        before = getattr(keras_class, name)
+        wrapped = wrap(keras_class)
+        setattr(keras_class, name, wrapped)
+        patched.callback(_restore, keras_class, name, wrapped, before)
+    return patched
+
+
+def _restore(keras_class: type, name: str, wrapped: Callable, before: Callable) -> None:
+    """Undo a patch, but for what somebody else has laid over it."""
+    if getattr(keras_class, name) is wrapped:
+        setattr(keras_class, name, before)
+
+
+def to_torch(layer: Any) -> nn.RNNBase:
+    """Make a fastrnn layer of a Keras layer's weights, which it copies.
+
+    Args:
+        layer: a built SimpleRNN, LSTM or GRU, or a Bidirectional of one, Keras' or ours.
+
+    Returns:
+        `fastrnn.RNN`, `LSTM` or `GRU`, batch_first, in evaluation mode. It returns y [B, T, D*H] and the final states.
+
+    Raises:
+        TypeError: `layer` is none of these.
+        ValueError: the layer is not built yet, or has something that torch's layers have not; the message says what.
+    """
+    both = isinstance(layer, keras.layers.Bidirectional)
+    layers = (layer.forward_layer, layer.backward_layer) if both else (layer,)
+    if not all(isinstance(one, keras.layers.RNN) for one in layers):
+        raise TypeError(f"layer: expected a SimpleRNN, LSTM, GRU or Bidirectional of Keras, got {type(layer).__name__}")
+    if not all(one.built for one in layers):
+        raise ValueError("layer: expected a built layer; call it once, or its build()")
+    cells = []
+    for one in layers:
+        found = _cells(one, False)
+        if isinstance(found, str) or len(found) > 1:
+            raise ValueError(f"layer: {found if isinstance(found, str) else 'expected one cell, got a stack'}")
+        cells += found
+    name, I = cells[0].kind.torch_name, layers[0].cell.kernel.shape[0]
+    with torch.no_grad():
+        weights = [cell.weights() for cell in cells]
+        more = {"nonlinearity": cells[0].name[4:]} if name == "RNN" else {}
+        module = getattr(fastrnn, name)(
+            I, layers[0].units, batch_first=True, bidirectional=both, bias=bool(weights[0][2]), dtype=weights[0][0].dtype,
+            device=weights[0][0].device, **more
+        )  # fmt: skip
+        for suffix, (w_ih, w_hh, b_ih, b_hh) in zip(("", "_reverse"), weights, strict=False):
+            values = {"weight_ih": w_ih, "weight_hh": w_hh} | ({"bias_ih": b_ih[0], "bias_hh": b_hh[0]} if b_ih else {})
+            for kind, value in values.items():
+                module.get_parameter(f"{kind}_l0{suffix}").copy_(value)
+    return module.eval()
+
+
+def from_torch(module: nn.RNNBase, **options: Any) -> Any:
+    """Make a Keras layer of a torch layer's weights, which it copies.
+
+    Args:
+        module: an RNN, LSTM or GRU of torch.nn or fastrnn, without a projection.
+        options: of the Keras layer, such as return_state; return_sequences is True if not given.
+
+    Returns:
+        A built SimpleRNN, LSTM or GRU of this module; Bidirectional where the module is; a `keras.Sequential` of these, with
+        Dropout between them, where it has several layers. LSTM's and RNN's two biases become their sum.
+
+    Raises:
+        TypeError: `module` is none of these. ValueError: it has a projection.
+    """
+    if not isinstance(module, (nn.RNN, nn.LSTM, nn.GRU)):
+        raise TypeError(f"module: expected an RNN, LSTM or GRU of torch, got {type(module).__name__}")
+    if module.proj_size:
+        raise ValueError(f"module: Keras' LSTM has no projection, got proj_size={module.proj_size}")
+    kind = next(kind for kind in _KINDS if isinstance(module, getattr(nn, kind.torch_name)))
+    D, H = 1 + module.bidirectional, module.hidden_size
+    built: list[Any] = []
+    for index in range(module.num_layers):
+        last = index == module.num_layers - 1
+        own = {"return_sequences": True, **options} if last else {"return_sequences": True}
+        if kind.torch_name == "RNN":
+            own = {"activation": module.nonlinearity, **own}
+        layer: Any = {"RNN": SimpleRNN, "LSTM": LSTM, "GRU": GRU}[kind.torch_name](H, use_bias=module.bias, **own)
+        if D == 2:
+            layer = Bidirectional(layer)
+        layer.build((None, None, module.input_size if index == 0 else D * H))
+        layer.set_weights(_keras_weights(kind, module, index))
+        built.append(layer)
+        if module.dropout and not last:
+            built.append(keras.layers.Dropout(module.dropout))
+    return built[0] if len(built) == 1 else keras.Sequential(built)
+
+
+def _keras_weights(kind: _Kind, module: nn.RNNBase, index: int) -> list[Any]:
+    """kernel [I, G*H], recurrent kernel [H, G*H] and the bias of a torch layer, of each direction."""
+
+    def columns(name: str) -> Tensor:
+        parts = module.get_parameter(name).detach().chunk(len(kind.gates))
+        return torch.cat([parts[kind.gates.index(gate)] for gate in range(len(parts))]).t()
+
+    weights = []
+    for suffix in ("", "_reverse")[: 1 + module.bidirectional]:
+        weights += [columns(f"weight_ih_l{index}{suffix}"), columns(f"weight_hh_l{index}{suffix}")]
+        if module.bias:
+            pair = columns(f"bias_ih_l{index}{suffix}"), columns(f"bias_hh_l{index}{suffix}")
+            weights.append(torch.stack(pair) if kind.torch_name == "GRU" else pair[0] + pair[1])
+    return [weight.cpu().numpy() for weight in weights]

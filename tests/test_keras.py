@@ -1,0 +1,373 @@
+"""fastrnn.keras stands in for keras.layers: Keras is asked what is right, never quoted."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported, which only this file does
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import fastrnn
+import fastrnn.keras
+
+# Keras' variables do not know numpy 2's `copy` keyword.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+NAMES = ["SimpleRNN", "LSTM", "GRU"]
+B, T, I, H = 4, 7, 5, 6
+LENGTHS = torch.tensor([7, 4, 1, 3])
+MASKS = {
+    "none": None,
+    "all valid": torch.ones(B, T, dtype=torch.bool),
+    "right-padded": torch.arange(T) < LENGTHS[:, None],
+    "left-padded": torch.arange(T) >= T - LENGTHS[:, None],
+    "with holes": torch.tensor([[1, 0, 1, 1, 0, 0, 1], [0, 1, 0, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0, 0]])
+    > 0,
+    "with an empty row": torch.arange(T) < torch.tensor([7, 0, 1, 3])[:, None],
+    "empty": torch.zeros(B, T, dtype=torch.bool),
+}
+
+
+@pytest.fixture(autouse=True)
+def _keras_seed():
+    keras.utils.set_random_seed(0)
+
+
+def both(name, *args, bidirectional=None, **options):
+    """The same layer of Keras and of ours, with the same weights, built."""
+    layers = []
+    for namespace in (keras.layers, fastrnn.keras):
+        layer = getattr(namespace, name)(*(args or (H,)), **options)
+        if bidirectional is not None:
+            layer = namespace.Bidirectional(layer, **bidirectional)
+        layer.build((B, T, I))
+        layers.append(layer)
+    theirs, own = layers
+    own.set_weights(theirs.get_weights())
+    return theirs, own
+
+
+def results(layer, x, **call):
+    """Outputs, states and all gradients by name, in float64."""
+    x = x.clone().requires_grad_()
+    for weight in layer.trainable_weights:
+        weight.value.grad = None
+    outputs = layer(x, **call)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((output.double() * torch.randn(output.shape, generator=generator)).sum() for output in outputs)
+    loss.backward()
+    gradients = {f"gradient {k}, {weight.name}": weight.value.grad for k, weight in enumerate(layer.trainable_weights)}
+    found = {f"output {k}": output for k, output in enumerate(outputs)} | {"dx": x.grad} | gradients
+    return {name: value.detach().double() for name, value in found.items() if value is not None}
+
+
+def assert_same(theirs, own, x=None, loops=True, **call):
+    """Every result of `own` is as near to float64's as twice that of `theirs`, and it does not run Keras' loop."""
+    x = torch.randn(B, T, I) if x is None else x
+    exact = type(theirs).from_config(theirs.get_config() | {"dtype": "float64"})
+    exact = exact if not isinstance(theirs, keras.layers.Bidirectional) else _in_float64(theirs)
+    exact.build((B, T, I))
+    exact.set_weights(theirs.get_weights())
+    call64 = {key: [state.double() for state in value] if key == "initial_state" else value for key, value in call.items()}
+    expected = results(exact, x.double(), **call64)
+    reference, found = results(theirs, x, **call), results(own, x, **call)
+    assert found.keys() == reference.keys() == expected.keys()
+    for name, right in expected.items():
+        assert found[name].shape == right.shape, name
+        error, theirs_error = (found[name] - right).norm(), (reference[name] - right).norm()
+        assert error <= 2 * theirs_error + 4 * torch.finfo(torch.float32).eps * right.norm(), name
+
+
+def _in_float64(layer):
+    config = layer.get_config()
+    for part in ("layer", "backward_layer"):
+        config[part]["config"]["dtype"] = "float64"
+    return keras.layers.Bidirectional.from_config(config | {"dtype": "float64"})
+
+
+@pytest.fixture
+def no_keras_loop(monkeypatch):
+    """Keras' own loops raise, so that what passes has run on the engines."""
+    refuse_keras_loops(monkeypatch)
+
+
+def refuse_keras_loops(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("Keras' own loop ran")
+
+    monkeypatch.setattr("keras.src.backend.rnn", refuse)
+    monkeypatch.setattr("keras.src.backend.lstm", refuse)
+    monkeypatch.setattr("keras.src.backend.gru", refuse)
+
+
+OPTIONS = [
+    {},
+    {"return_sequences": True, "return_state": True},
+    {"return_sequences": True, "return_state": True, "go_backwards": True},
+    {"return_state": True, "go_backwards": True},
+    {"return_sequences": True, "return_state": True, "zero_output_for_mask": True},
+    {"return_sequences": True, "use_bias": False},
+    {"return_sequences": True, "unroll": True},
+    {"bias_initializer": "random_normal", "return_sequences": True},
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_states_and_gradients_are_those_of_keras(name, options, mask):
+    if mask != "none" and options.get("unroll") and options.get("go_backwards"):
+        pytest.skip("Keras raises: it flips a tuple")
+    theirs, own = both(name, **options)
+    assert_same(theirs, own, mask=MASKS[mask])
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("merge_mode", ["concat", "sum", "ave", "mul", None], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_directions_are_those_of_keras(name, merge_mode, mask):
+    for sequences in (False, True):
+        theirs, own = both(name, return_sequences=sequences, return_state=True, bidirectional={"merge_mode": merge_mode})
+        assert_same(theirs, own, mask=MASKS[mask])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engines_run_what_they_have_kernels_for(name, no_keras_loop):
+    for options, (mask, value) in itertools.product(OPTIONS, MASKS.items()):
+        if mask != "empty":  # nothing to compute
+            both(name, **options)[1](torch.randn(B, T, I), mask=value)
+    both(name, bidirectional={})[1](torch.randn(B, T, I), mask=MASKS["left-padded"])
+    both(name, dropout=0.5)[1](torch.randn(B, T, I), training=True)
+    both(name, recurrent_dropout=0.5)[1](torch.randn(B, T, I), training=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_initial_state(name):
+    states = [torch.randn(B, H) for _ in range(2 if name == "LSTM" else 1)]
+    for mask in ("none", "right-padded", "with an empty row"):
+        assert_same(*both(name, return_state=True), initial_state=states, mask=MASKS[mask])
+    own = both(name, return_state=True, bidirectional={})
+    assert_same(*own, initial_state=states + [torch.randn(B, H) for _ in states])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stateful_layer_goes_on_where_it_was(name):
+    theirs, own = both(name, stateful=True, return_sequences=True)
+    for _ in range(3):
+        x = torch.randn(B, T, I)
+        torch.testing.assert_close(own(x), theirs(x))
+    own(x).sum().backward()
+    own.reset_state()
+    theirs.reset_state()
+    torch.testing.assert_close(own(x), theirs(x))
+
+
+def test_a_stack_of_cells(monkeypatch):
+    cells = [keras.layers.LSTMCell(4), keras.layers.GRUCell(3), keras.layers.SimpleRNNCell(5)]
+    x, masks = torch.randn(B, T, I), (None, MASKS["with holes"])
+    options = {"return_sequences": True, "return_state": True}
+    expected = [keras.layers.RNN(cells, **options)(x, mask=mask) for mask in masks]
+    refuse_keras_loops(monkeypatch)
+    for mask, right in zip(masks, expected, strict=True):
+        found = fastrnn.keras.RNN(cells, **options)(x, mask=mask)
+        for value, of_keras in zip(keras.tree.flatten(found), keras.tree.flatten(right), strict=True):
+            torch.testing.assert_close(value, of_keras)
+
+
+UNFUSED = [
+    ("LSTM", {"activation": "relu"}, "activation=relu"),
+    ("GRU", {"recurrent_activation": "hard_sigmoid"}, "recurrent_activation=hard_sigmoid"),
+    ("GRU", {"reset_after": False}, "reset_after=False"),
+    ("SimpleRNN", {"activation": None}, "activation=linear"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "reason"), UNFUSED)
+def test_what_the_engines_have_not_runs_in_keras_and_explain_says_why(name, options, reason):
+    theirs, own = both(name, return_sequences=True, **options)
+    assert_same(theirs, own, mask=MASKS["right-padded"])
+    explained = fastrnn.explain(own, torch.randn(B, T, I))
+    assert explained.engine == "keras" and reason in str(explained)
+
+
+def test_explain_of_what_the_engines_run():
+    assert fastrnn.explain(both("LSTM")[1], torch.randn(B, T, I)).engine == "cpu"
+    assert fastrnn.explain(both("GRU", bidirectional={})[1], np.zeros((B, T, I), "float32")).engine == "cpu"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.4}, {"recurrent_dropout": 0.4}, {"dropout": 0.4, "recurrent_dropout": 0.3}], ids=str
+)
+def test_dropout_draws_what_keras_draws(name, options):
+    theirs, own = both(name, return_sequences=True, seed=3, **options)
+    x = torch.randn(B, T, I)
+    for _ in range(2):
+        torch.testing.assert_close(own(x, training=True), theirs(x, training=True))
+    torch.testing.assert_close(own(x), theirs(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_initial_weights_and_their_names_are_those_of_keras(name):
+    layers = []
+    for namespace in (keras.layers, fastrnn.keras):
+        keras.utils.set_random_seed(5)
+        layers.append(getattr(namespace, name)(H))
+        layers[-1].build((None, None, I))
+    for weight, own in zip(*(layer.weights for layer in layers), strict=True):
+        assert (weight.name, weight.shape) == (own.name, own.shape)
+        assert np.array_equal(weight.numpy(), own.numpy())
+    assert layers[0].get_config().keys() == layers[1].get_config().keys()
+
+
+def textbook(namespace):
+    return keras.Sequential(
+        [
+            keras.Input((None, I)),
+            namespace.LSTM(H, return_sequences=True),
+            namespace.Bidirectional(namespace.GRU(3, return_sequences=True)),
+            namespace.SimpleRNN(4, kernel_regularizer="l2", recurrent_constraint="unit_norm"),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+def test_files_are_read_both_ways(tmp_path):
+    x = torch.rand(B, T, I).numpy()
+    own, theirs = textbook(fastrnn.keras), textbook(keras.layers)
+    for saver, other in ((own, theirs), (theirs, own)):
+        saver.save_weights(tmp_path / "model.weights.h5")
+        other.load_weights(tmp_path / "model.weights.h5")
+        np.testing.assert_allclose(other.predict(x, verbose=0), saver.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+    own.save(tmp_path / "own.keras")
+    loaded = keras.models.load_model(tmp_path / "own.keras")
+    assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in own.layers]
+    assert type(loaded.layers[1].forward_layer) is fastrnn.keras.GRU
+    theirs.save(tmp_path / "theirs.keras")
+    assert type(keras.models.load_model(tmp_path / "theirs.keras").layers[0]) is keras.layers.LSTM
+    code = (
+        "import keras, numpy as np, sys; model = keras.models.load_model(sys.argv[1]); assert 'fastrnn' not in sys.modules; "
+        "assert type(model.layers[0]) is keras.layers.LSTM; "
+        "np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), verbose=0))"
+    )
+    np.save(tmp_path / "x.npy", x)
+    paths = [str(tmp_path / name) for name in ("own.keras", "x.npy", "y.npy")]
+    subprocess.run([sys.executable, "-c", code, *paths], check=True)
+    np.testing.assert_allclose(np.load(paths[2]), own.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+
+
+def test_fit_learns_as_keras_does():
+    x = torch.rand(32, T, I).numpy()
+    y = x.sum((1, 2), keepdims=False)[:, None]
+    losses = []
+    for namespace in (keras.layers, fastrnn.keras):
+        keras.utils.set_random_seed(1)
+        model = textbook(namespace)
+        model.compile("adam", "mse")
+        losses.append(model.fit(x, y, epochs=3, batch_size=8, verbose=0).history["loss"] + [model.train_on_batch(x, y)])
+        losses[-1].append(model.evaluate(x, y, verbose=0))
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert losses[1][2] < losses[1][0]
+
+
+def test_masks_from_an_embedding_and_a_subclassed_model():
+    class Tagger(keras.Model):
+        def __init__(self, namespace):
+            super().__init__()
+            self.embed = keras.layers.Embedding(11, I, mask_zero=True)
+            self.encode = namespace.GRU(H, return_sequences=True)
+            self.tag = keras.layers.TimeDistributed(keras.layers.Dense(3))
+
+        def call(self, ids):
+            return self.tag(self.encode(self.embed(ids)))
+
+    ids = np.array([[1, 2, 3, 0], [4, 0, 0, 0], [5, 6, 7, 8]])
+    outputs = []
+    for namespace in (keras.layers, fastrnn.keras):
+        keras.utils.set_random_seed(2)
+        outputs.append(Tagger(namespace)(ids))
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_mixed_bfloat16_rounds_no_more_than_keras():
+    x = torch.randn(B, T, I)
+    for name in NAMES:
+        theirs, own = both(name, return_sequences=True, dtype="mixed_bfloat16")
+        exact = getattr(keras.layers, name)(H, return_sequences=True)
+        exact.build((B, T, I))
+        exact.set_weights(theirs.get_weights())
+        assert own(x).dtype is torch.bfloat16
+        assert (own(x).float() - exact(x)).norm() <= 2 * (theirs(x).float() - exact(x)).norm()
+
+
+def test_a_patch_reaches_layers_of_others_and_ends(no_keras_loop):
+    layer = keras.layers.LSTM(H)
+    x = torch.randn(B, T, I)
+    with fastrnn.keras.patch():
+        layer(x)
+        keras.layers.SimpleRNN(H)(x)
+        keras.layers.Bidirectional(keras.layers.GRU(H))(x)
+    with pytest.raises(AssertionError, match="own loop"):
+        layer(x)
+
+
+def test_a_patch_leaves_what_others_have_laid_over_it(monkeypatch):
+    patched = fastrnn.keras.patch()
+    inner = keras.layers.LSTM.inner_loop
+    monkeypatch.setattr(keras.layers.LSTM, "inner_loop", lambda self, *args, **kwargs: inner(self, *args, **kwargs))
+    over = keras.layers.LSTM.inner_loop
+    patched.close()
+    assert keras.layers.LSTM.inner_loop is over
+    monkeypatch.undo()
+    assert keras.layers.LSTM.inner_loop is inner
+    type.__setattr__(keras.layers.LSTM, "inner_loop", inner.__wrapped__)
+
+
+@pytest.mark.parametrize("bidirectional", [None, {}], ids=["one way", "two ways"])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_go_to_torch_and_back(name, bidirectional):
+    options = {"return_sequences": True, "bias_initializer": "random_normal"}
+    layer = both(name, bidirectional=bidirectional, **options)[1]
+    x = torch.randn(B, T, I)
+    module = fastrnn.keras.to_torch(layer)
+    torch.testing.assert_close(module(x)[0], layer(x))
+    back = fastrnn.keras.from_torch(module)
+    torch.testing.assert_close(back(x), layer(x))
+    for weight, right in zip(back.get_weights(), layer.get_weights(), strict=True):
+        np.testing.assert_allclose(weight, right, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("library", [torch.nn, fastrnn], ids=["torch.nn", "fastrnn"])
+def test_stacked_torch_modules_become_keras_models(library):
+    module = library.RNN(I, H, 3, nonlinearity="relu", bidirectional=True, dropout=0.2, batch_first=True).eval()
+    x = torch.randn(B, T, I)
+    torch.testing.assert_close(fastrnn.keras.from_torch(module)(x), module(x)[0])
+
+
+def test_wrong_arguments_of_the_converters():
+    with pytest.raises(TypeError, match="expected a SimpleRNN, LSTM, GRU or Bidirectional"):
+        fastrnn.keras.to_torch(keras.layers.Dense(3))
+    with pytest.raises(ValueError, match="expected a built layer"):
+        fastrnn.keras.to_torch(keras.layers.LSTM(3))
+    layer = keras.layers.GRU(3, reset_after=False)
+    layer.build((None, None, 2))
+    with pytest.raises(ValueError, match="reset_after=False"):
+        fastrnn.keras.to_torch(layer)
+    with pytest.raises(TypeError, match="expected an RNN, LSTM or GRU"):
+        fastrnn.keras.from_torch(torch.nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="proj_size=2"):
+        fastrnn.keras.from_torch(torch.nn.LSTM(2, 3, proj_size=2))
+
+
+def test_another_backend_is_refused_with_the_setting_to_change():
+    code = (
+        "import sys, types; keras = types.ModuleType('keras'); keras.backend = types.SimpleNamespace(backend=lambda: 'jax');"
+        "sys.modules['keras'] = keras\ntry:\n    import fastrnn.keras\nexcept ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "KERAS_BACKEND=torch" in done.stdout and "'jax'" in done.stdout
