@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,8 @@ def layer_backward(
         weights = Weights(*(at(kind, d) for kind in (w_ih, w_hh, b_ih, b_hh, w_hr)))
         direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
         dys, state = direction.split(rows.of(dy, d, len(w_ih))), direction.state(dh_n, dc_n)
-        dx, dw = [None] * len(dys), Weights()
+        dx: list[Any] = [None] * len(dys)
+        dw = Weights()
         for k in reversed(direction.order):
             block = direction.blocks[k]
             grads, state = block.pull(dys[k], state)
@@ -115,14 +117,16 @@ def layer_double_backward(
         direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
         blocks, order, along = direction.blocks, direction.order, Weights(*(at(kind, d) for kind in vw))
         vxs, dys = direction.split(rows.of(vx)), direction.split(rows.of(dy, d, D))
-        changes, state = [None] * len(blocks), direction.state(vh0, vc0)
+        changes: list[Any] = [None] * len(blocks)
+        state = direction.state(vh0, vc0)
         for k in order:
             changes[k], state = blocks[k].push(vxs[k], along, state)
         ys.append(joined([change.y for change in changes]))
         h_ns.append(state.h)
         c_ns.append(state.c)
         state, bent_state = direction.state(dh_n, dc_n), direction.state(None, None)
-        dx, dw = [None] * len(blocks), Weights()
+        dx: list[Any] = [None] * len(blocks)
+        dw = Weights()
         for k in reversed(order):
             block, change = blocks[k], changes[k]
             grads, state = block.pull(dys[k], state)
@@ -175,8 +179,8 @@ class Rows:
 class Weights(NamedTuple):
     """The weights of a direction, their gradients, or a vector for each; None where there is none."""
 
-    w_ih: Tensor | None = None
-    w_hh: Tensor | None = None
+    w_ih: Any = None
+    w_hh: Any = None
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
@@ -269,7 +273,7 @@ class Block:
         by_x = total(*(self.slopes.select(-2, k) * a for k, a in enumerate(a_inputs)))
         by_x = None if by_x is None else steps_of(by_x, sizes, -2)
         by_w_hr = None if v.w_hr is None else steps_of(torch.mm(self.out, v.w_hr.T), sizes)
-        a_s, h_s, c_s, out_s, y_s = (list(sizes) for _ in range(5))
+        a_s, h_s, c_s, out_s, y_s = self._places(5)
         for t in self.order:
             b = sizes[t]
             h_s[t] = p = h if b == B else h.narrow(0, 0, b)
@@ -307,6 +311,10 @@ class Block:
         both = torch.cat((from_x.narrow(1, 0, shared * H), zeros.expand(self.rows, (cell.gates - shared) * H)), 1)
         return [gates[gate] for gate in cell.input[: cell.hidden]], total(both, from_h)
 
+    def _places(self, count: int) -> list[list[Any]]:
+        """Make lists for something of each step, which `order` fills."""
+        return [[None] * len(self.sizes) for _ in range(count)]
+
     def pull(
         self,
         dy: Tensor | None,
@@ -326,7 +334,7 @@ class Block:
             None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out)
         )
         by_out, by_c = self.by_state[0], self.by_state[-1]
-        a_s, y_s, out_s, c_s = (list(sizes) for _ in range(4))
+        a_s, y_s, out_s, c_s = self._places(4)
         for t in reversed(self.order):
             b = sizes[t]
             d_out = dh if b == B else dh.narrow(0, 0, b)
@@ -432,7 +440,8 @@ class Symbols(torch.fx.proxy.GraphAppendingTracer):
         return torch.fx.GraphModule({}, self.graph).forward
 
 
-class Dual(NamedTuple):
+@dataclass(frozen=True)
+class Dual:
     """A number, None where unknown, and its change, None where it has none. On these a cell's arithmetic derives itself."""
 
     value: Any
