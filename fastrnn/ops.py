@@ -699,7 +699,7 @@ class LayerBackward(_Function):
         if all(grad is None for grad in grads):
             return (None,) * (17 + len(weights))
         cell, reverse, batch_first, segments, directions, *needs = ctx.options
-        grads = [grad if need else None for grad, need in zip(grads, (needs[0], needs[1], needs[1], *(needs[2],) * 5))]
+        vectors = [grad if need else None for grad, need in zip(grads, (needs[0], needs[1], needs[1], *(needs[2],) * 5))]
         layer = x, batch_sizes, h0, c0, *_kinds(weights, directions)
         # y and saved are functions of the rest, and their share of a third derivative is taken through it
         if torch.is_grad_enabled():
@@ -711,7 +711,7 @@ class LayerBackward(_Function):
             any(ctx.needs_input_grad[17:]) and _asks_for_any(ctx, len(weights), y.numel()),
         )
         dy, dh_n, dc_n, dx, dh0, dc0, dw = gradients.layer_double_backward(
-            grads, dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw
+            vectors, dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw
         )
         return dy, dh_n, dc_n, dx, None, dh0, dc0, *(None,) * 10, *(dw or [None] * len(weights))
 
