@@ -60,7 +60,7 @@ def mode_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
         return "LSTM"
     if isinstance(module, (nn.GRU, nn.GRUCell)):
         return "GRU"
-    return module.mode if isinstance(module, nn.RNNBase) else f"RNN_{module.nonlinearity}".upper()  # type: ignore[return-value]
+    return module.mode if isinstance(module, nn.RNNBase) else f"RNN_{module.nonlinearity}".upper()
 
 
 def watched() -> bool:

@@ -19,6 +19,7 @@ from fastrnn.derived import made_class, set_class
 from fastrnn.modules import DROP_INS
 
 M = TypeVar("M", bound=nn.Module)
+_NEWOBJ: Any = copyreg.__newobj__  # type: ignore[attr-defined] # typeshed leaves it out
 
 
 def freeze(model: M) -> M:
@@ -144,7 +145,7 @@ class _Frozen(nn.Module):
         twin = object.__new__(self._fastrnn_own_class)
         twin.__dict__ = {name: value for name, value in self.__dict__.items() if name != "_fastrnn_panels"}
         build, *rest = twin.__reduce_ex__(protocol)
-        return object.__new__ if build is copyreg.__newobj__ else build, *rest  # pickle wants that one to build self's class
+        return object.__new__ if build is _NEWOBJ else build, *rest  # pickle wants that one to build self's class
 
 
 def _frozen_class(own_class: type) -> type:

@@ -408,7 +408,7 @@ class _LSTMChecks(SimpleNamespace):
         )
 
 
-def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih=None, b_hh=None, compressed: bool = False):
+def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, compressed: bool = False):
     """Run one step of one layer, with `fallback` and `compressed` as in `_stack`."""
     states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
     has_biases = b_ih is not None or b_hh is not None

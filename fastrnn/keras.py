@@ -44,7 +44,7 @@ class _Kind:
     gates:      for each gate in torch's order, its place in Keras'.
     """
 
-    keras_cell: type
+    keras_cell: Any
     torch_name: str
     gates: tuple[int, ...]
 
@@ -193,7 +193,8 @@ def _layer(
         reverse=reverse,
         batch_first=steps.batch_sizes is None,
     )
-    final = [list(map(steps.final, after, before)) for after, before in zip(last, states, strict=False)]
+    present = [state for state in last if state is not None]
+    final = [list(map(steps.final, after, before)) for after, before in zip(present, states, strict=True)]
     return y, final
 
 
@@ -254,9 +255,9 @@ def _inputs(layer: Any, sequences: Any, training: Any) -> Tensor:
     return x
 
 
-def _fused(keras_class: type) -> Callable:
+def _fused(keras_class: Any) -> Callable:
     """`inner_loop` of a Keras class: the engines, or what the class has."""
-    by_keras = keras_class.inner_loop  # type: ignore[attr-defined]
+    by_keras = keras_class.inner_loop
 
     @functools.wraps(by_keras)
     def inner_loop(self, sequences, initial_state, mask, training=False):
@@ -275,8 +276,8 @@ def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
     input = keras.ops.convert_to_tensor(input)
     training = torch.is_grad_enabled()
     for layer in layers:
-        if not isinstance(layer, keras.layers.RNN) or (reason := _why_not(layer, input, training)):
-            reason = "not a recurrent layer" if not isinstance(layer, keras.layers.RNN) else reason
+        recurrent = isinstance(layer, keras.layers.RNN)
+        if reason := _why_not(layer, input, training) if recurrent else f"{type(layer).__name__} is not a recurrent layer":
             return dispatch.Explanation("keras", {"fastrnn": reason})
     x = _inputs(layers[0], input, False)
     with torch.set_grad_enabled(training):
@@ -341,7 +342,8 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
         for layer in layers
     ):
         return None
-    forward, backward = cells = [_cells(layer, training)[0] for layer in layers]
+    cells: list[Any] = [_cells(layer, training)[0] for layer in layers]
+    forward, backward = cells
     same = forward.name == backward.name and forward.keras_cell.units == backward.keras_cell.units
     if not same or forward.keras_cell.use_bias != backward.keras_cell.use_bias or layers[0].go_backwards:
         return None
@@ -396,7 +398,9 @@ def patch() -> ExitStack:
         A context manager that is already active; leaving it, or its `close()`, ends the patch.
     """
     patched = ExitStack()
-    wrappers = [(cls, "inner_loop", _fused) for cls in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU)]
+    wrappers: list[tuple[Any, str, Callable[[Any], Callable]]] = [
+        (cls, "inner_loop", _fused) for cls in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU)
+    ]
     wrappers.append((keras.layers.Bidirectional, "call", lambda cls: _both_directions(cls.call)))
     for keras_class, name, wrap in wrappers:
         before = getattr(keras_class, name)

@@ -132,7 +132,7 @@ _ATTRIBUTES = ("mode", "input_size", "hidden_size", "proj_size", "num_layers", "
 _WEIGHTS = "weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"  # and more letters, in layers
 
 
-class DropIn:
+class DropIn(nn.Module):
     """What the six classes share: how they know what they hold.
 
     Each of them, and each class that `convert` makes (see fastrnn.derived), has `_fastrnn_original`, the class it stands for,
@@ -154,7 +154,7 @@ class DropIn:
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         """Apply as torch.nn. What is converted to another dtype is not compressed any more, be it bfloat16."""
-        super()._apply(fn, recurse)  # type: ignore[misc] # nn.Module's, which follows
+        super()._apply(fn, recurse)
         if self._fastrnn_compressed:
             kept = fn(torch.empty(0, dtype=torch.float32)).dtype is torch.float32
             mark_compressed(self, kept and are_compressed(self._parameters.values()))
@@ -162,13 +162,13 @@ class DropIn:
 
     def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save as torch.nn, with a mark beside the version. The keys are torch.nn's."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc] # nn.Module's
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._fastrnn_compressed and hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["fastrnn_compressed"] = True
 
     def _load_from_state_dict(self: Any, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         """Load as torch.nn. With assign=True a layer gets the saved tensors, and so may become compressed, or not be it."""
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc] # nn.Module's
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         marked = self._fastrnn_compressed or local_metadata.get("fastrnn_compressed", False)
         if marked and local_metadata.get("assign_to_params_buffers", False):
             mark_compressed(self, are_compressed(self._parameters.values()))
@@ -181,7 +181,7 @@ def _weights_have_changed(self: nn.RNNBase) -> bool:
 
 def _check_input(self: nn.RNNBase, input: Tensor, batch_sizes: Tensor | None) -> None:
     """Check as torch.nn, which wants input and weights in one dtype, what `compress` made of two."""
-    if self._fastrnn_compressed:  # type: ignore[truthy-function] # _DropIn's
+    if self._fastrnn_compressed:
         if dispatch.has_compressed(input, self._flat_weights):
             input = input.to("meta", torch.bfloat16)
         elif are_compressed(self._flat_weights) and not torch._C._is_any_autocast_enabled():
@@ -217,7 +217,7 @@ def _overrides(cls: type) -> bool:
     The fast path calls no method, and reads attributes where torch.nn's constructor puts them: in the module's own dictionary.
     There a property, or another descriptor that can be set, comes first; a weight comes after any attribute of the class.
     """
-    if cls.__getattribute__ is not object.__getattribute__ or cls.__getattr__ is not nn.Module.__getattr__:  # type: ignore[attr-defined]
+    if any(getattr(cls, name) is not getattr(nn.Module, name) for name in ("__getattribute__", "__getattr__")):
         return True
     if issubclass(cls, nn.RNNBase) and any(getattr(cls, name, None) not in _OURS for name in _VF.METHODS):
         return True

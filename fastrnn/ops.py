@@ -490,7 +490,7 @@ def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor, eager: bool) -> None:
             given.detach() if index in unneeded and index < 9 and not given.requires_grad else given
             for index, given in enumerate(inputs)
         )
-        selectors = _selectors(unneeded, len(inputs))
+        selectors = list(_selectors(unneeded, len(inputs)))
     watched, unwatched, order = selectors
     tensors = *inputs, y, saved
     ctx.save_for_backward(*watched(tensors))
@@ -538,7 +538,7 @@ def _selector(indices: Sequence[int]) -> Callable[[tuple], tuple]:
     return lambda items: tuple(items[index] for index in indices)
 
 
-def _kept(ctx) -> tuple[Tensor | None, ...]:
+def _kept(ctx) -> tuple[Any, ...]:
     """Return x, batch_sizes, h0, c0, y, saved and the weights, of those that `_keep` kept."""
     if ctx.apart is None:
         return ctx.saved_tensors
@@ -640,7 +640,7 @@ class HalfLayer(_Function):
             weights = [weight.float() for weight in weights]
         dy, dh_n, dc_n, x, h0, c0 = (_to(tensor, torch.float32) for tensor in (dy, dh_n, dc_n, x, h0, c0))
         found = Layer.gradients(ctx, dy, dh_n, dc_n, (x, batch_sizes, h0, c0, y, saved, *weights))
-        return tuple(map(_to, found, dtypes))
+        return tuple(_to(grad, dtype) for grad, dtype in zip(found, dtypes, strict=True))
 
 
 class CellLayer(_Function):
@@ -699,19 +699,18 @@ class LayerBackward(_Function):
         if all(grad is None for grad in grads):
             return (None,) * (17 + len(weights))
         cell, reverse, batch_first, segments, directions, *needs = ctx.options
-        vectors = [grad if need else None for grad, need in zip(grads, (needs[0], needs[1], needs[1], *(needs[2],) * 5))]
+        needed = needs[0], needs[1], needs[1], *(needs[2],) * 5
+        wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
         layer = x, batch_sizes, h0, c0, *_kinds(weights, directions)
         # y and saved are functions of the rest, and their share of a third derivative is taken through it
         if torch.is_grad_enabled():
             y, _, _, saved = reference.layer_forward(*layer, cell, reverse, batch_first, True)
         elif segments:
             y, _, _, saved = _forward(*layer, cell, reverse, batch_first, True)
-        need_dx, need_dw = (
-            ctx.needs_input_grad[3],
-            any(ctx.needs_input_grad[17:]) and _asks_for_any(ctx, len(weights), y.numel()),
-        )
+        need_dx = ctx.needs_input_grad[3]
+        need_dw = any(ctx.needs_input_grad[17:]) and _asks_for_any(ctx, len(weights), y.numel())
         dy, dh_n, dc_n, dx, dh0, dc0, dw = gradients.layer_double_backward(
-            vectors, dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw
+            wanted, dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw
         )
         return dy, dh_n, dc_n, dx, None, dh0, dc0, *(None,) * 10, *(dw or [None] * len(weights))
 

@@ -67,7 +67,7 @@ from .tiles import (
     rows_at,
     tile_blocks,
 )
-from .vector import VectorLibrary, load_int, prefetch, store_int
+from .vector import VectorLibrary, load_int, prefetch, prefetch_far, store_int
 
 ROWS_AHEAD = 8  # of the one that is copied: no processor expects so long strides
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
@@ -212,6 +212,23 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return p.y + step_base(p, before) * p.y_step + b * p.y_row
 
     @njit(**options)
+    def kept_at(p, t, b, saved_row):
+        """Address of what forward has kept of step t of row b: its slots, or for a cell without them its output."""
+        if slots == 0:
+            return p.y + step_base(p, t) * p.y_step + b * p.y_row
+        return p.saved + (first_row(p, t) + b) * saved_row
+
+    @njit(**options)
+    def carried_at(p, t, b, saved_row):
+        """Address of the state that step t of row b read element by element, or of any number where a cell reads none."""
+        before = earlier(p, t, b)
+        if not has_cell_state:
+            return hidden_before(p, t, b)
+        if before < 0:
+            return p.c0 + b * p.hidden_size * size
+        return kept_at(p, before, b, saved_row) + (slots - 1) * p.hidden_size * size
+
+    @njit(**options)
     def state_gradient(q, unit, n, sums, panel_sums, dy, more):
         """What reaches vector q of a row, units from `unit` on: through the next step, from outside, and past the gates."""
         at = unit * size
@@ -224,19 +241,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         unit = unit0 + q * lanes
         n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
         dh = state_gradient(q, unit, n, sums, panel_sums, dy, more)
-        if slots == 0:
-            kept = read_slots(p.y + step_base(p, t) * p.y_step + b * p.y_row + at, 0, n)
-        else:
-            kept = read_slots(p.saved + (first_row(p, t) + b) * saved_row + at, gate_stride, n)
+        kept = read_slots(kept_at(p, t, b, saved_row) + at, gate_stride, n)
         if has_cell_state:
-            before = earlier(p, t, b)
-            if before < 0:
-                c = p.c0 + b * gate_stride
-            else:
-                c = p.saved + (first_row(p, before) + b) * saved_row + (slots - 1) * gate_stride
-            return (dh, load(p.dc0 + b * gate_stride + at, n)) + kept + (load(c + at, n),)
+            return (dh, load(p.dc0 + b * gate_stride + at, n)) + kept + (load(carried_at(p, t, b, saved_row) + at, n),)
         if reads_hidden:
-            return (dh, dh) + kept + (load(hidden_before(p, t, b) + at, n),)
+            return (dh, dh) + kept + (load(carried_at(p, t, b, saved_row) + at, n),)
         return (dh, dh) + kept + (dh,)
 
     @njit(**options)
@@ -250,6 +259,20 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             store(p.dc0 + b * gate_stride + at, result[preactivations], n)
         elif reads_hidden:
             store(p.dh0 + b * gate_stride + at, result[preactivations], n)
+
+    @njit(**options)
+    def expect(p, t, first, rows, panel, vectors, saved_row):
+        """Prefetch what the gates of a panel read of `rows` rows from `first` on: it comes while their product is computed."""
+        gate_stride, at = p.hidden_size * size, panel * wide * size
+        for b in range(first, first + rows):
+            dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row + at
+            kept, carried = kept_at(p, t, b, saved_row) + at, carried_at(p, t, b, saved_row) + at
+            for j in range(0, vectors * vector, vector):
+                prefetch_far(dy + j)
+                for s in range(kept_values - has_cell_state):  # c was the state before the step that was done last
+                    prefetch_far(kept + s * gate_stride + j)
+                if has_cell_state or reads_hidden:
+                    prefetch_far(carried + j)
 
     @njit(**options)
     def gate_gradients(vectors, context):
@@ -283,15 +306,18 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             panel = first + there_and_back(turn, 0, groups, index) * together
             next_panel = first + there_and_back(turn, 0, groups, min(index + 1, groups - 1)) * together
             panels = min(together, last - panel)
+            wanted = min(columns, ceil_div(p.output_size, lanes) - (panel + panels - 1) * columns)
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 going_on, weights = min(rows, max(0, live - i)), p.hh_panels + panel * panel_bytes
+                if rows > most and not p.projected:
+                    expect(p, t, r0 + i, rows, panel, panels * columns, saved_row)
                 if p.tiles:
                     tile_product(going_on, rows_at(own_block, i, blocks, PARTS), weights, blocks, scratch)
                 else:
                     product(
-                        going_on, later + 8 * i, size, weights, panel_bytes, panels, panel_row, depth, scratch,
+                        going_on, later + 8 * i, size, weights, panel_bytes, panels, wanted, panel_row, depth, scratch,
                         p.hh_panels + next_panel * panel_bytes,
                     )  # fmt: skip
                 for m in range(rows):
@@ -322,10 +348,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for panel in range(first, last):
             weights = p.hr_panels + panel * depth * panel_row
             following = p.hr_panels + min(panel + 1, last - 1) * depth * panel_row
+            wanted = min(columns, ceil_div(p.hidden_size, lanes) - panel * columns)
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                product(rows, out_rows + 8 * i, size, weights, 0, 1, panel_row, depth, scratch, following)
+                product(rows, out_rows + 8 * i, size, weights, 0, 1, wanted, panel_row, depth, scratch, following)
                 for m in range(rows):
                     b = r0 + i + m
                     unit, row = panel * wide, gradients + (base + b) * row_bytes

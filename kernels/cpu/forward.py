@@ -213,6 +213,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     prefetch(row + part * part_bytes + j * vector)
 
     @njit(**options)
+    def wanted_columns(p, panel):
+        """Count the columns of a panel that stand for units: of a cell of one gate, the last panel may have others."""
+        return min(columns, ceil_div(p.hidden_size, lanes) - panel * columns) if gates == 1 else columns
+
+    @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
         """Input product and biases of `count` rows, for the units of panels first .. last-1."""
         panel_bytes, blocks, parts = p.ih_depth * columns * vector, tile_blocks(p.input_size), 1
@@ -236,7 +241,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 elif p.tiles:
                     tile_product(rows, rows_at(own_rows, i, blocks, PARTS), weights, blocks, scratch)
                 else:
-                    product(rows, x_rows + 8 * i, size, weights, 0, 1, columns * vector, p.input_size, scratch, following)
+                    product(
+                        rows, x_rows + 8 * i, size, weights, 0, 1, wanted_columns(p, panel), columns * vector, p.input_size,
+                        scratch, following,
+                    )  # fmt: skip
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     for j in range(per_panel):
@@ -310,13 +318,13 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         tile_product(rows, own, weights + q * panel_bytes, blocks, sums)
                 elif p.half_panels:
                     product_half(
-                        rows, previous + 8 * i, size, weights, panel_bytes, panels, columns * vector, p.output_size, scratch,
-                        following,
+                        rows, previous + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
+                        columns * vector, p.output_size, scratch, following,
                     )  # fmt: skip
                 else:
                     product(
-                        rows, previous + 8 * i, size, weights, panel_bytes, panels, columns * vector, p.output_size, scratch,
-                        following,
+                        rows, previous + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
+                        columns * vector, p.output_size, scratch, following,
                     )  # fmt: skip
                 vectors = panels * rows * per_panel
                 for q in range(0, vectors, 2):

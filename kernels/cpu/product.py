@@ -20,6 +20,7 @@ from .vector import VectorLibrary, load_int, prefetch, product_tile, store_int
 # part of a panel, at most 32 KiB, stays in L1 while it meets a block of rows.
 CHAIN = 128
 ALONE = 8  # sums of a row alone that are under way at once: with fewer, multipliers would wait for those of the last k
+WIDEST = 4  # columns of a panel so wide that it pays to leave out those past the end of a matrix
 DOT_PART = 512  # numbers of a row of 16 that stay in L1
 
 options = {"error_model": "numpy", "boundscheck": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -50,6 +51,8 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
 
     panels:      the first panel; the next ones lie `panel_bytes` apart.
     panel_row:   bytes from one row of a panel to the next.
+    wanted:      columns of the last of these panels that are multiplied and written, the others' sums stay what they were:
+                 all, or fewer where the matrix ends. In bfloat16, and in panels of fewer than WIDEST columns, all are.
     sums:        the first together * count * columns vectors become the result, panel by panel.
     following:   the panel that comes next, or any: its first part is brought near meanwhile.
 
@@ -64,8 +67,9 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
     vector, group = v.lanes * v.size, 2 if half == "pairs" else 1
     row_bytes = columns * v.lanes * (2 if half == "rows" else v.size)
 
-    def tiles(rows):
-        tile = product_tile(v, rows, columns, half)
+    def tiles(rows, wanted):
+        """Tiles of up to `rows` rows, by the number of rows."""
+        tile = product_tile(v, rows, columns, half, 1, wanted)
         if rows == 1:
 
             @njit(integers(11), **options)
@@ -73,7 +77,7 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
                 tile(a_rows, a_offset, a_stride, panel, 0, panel_row, depth, out, add, ahead, ahead_stride)
 
             return run
-        fewer = tiles(rows - 1)
+        fewer = tiles(rows - 1, wanted)
 
         @njit(integers(11), **options)
         def run(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride):
@@ -84,13 +88,27 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
 
         return run
 
+    def narrowing(wide, narrowest):
+        """Tiles of up to `wide` columns, by the number of columns that are wanted; the narrowest serve fewer, too."""
+        own = tiles(most, wide)
+        narrower = narrowing(wide - 1, narrowest) if wide > narrowest else own
+
+        @njit(integers(12), **options)
+        def run(wanted, count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride):
+            if wanted >= wide or wide == narrowest:
+                own(count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride)
+            else:
+                narrower(wanted, count, a_rows, a_offset, a_stride, panel, panel_row, depth, out, add, ahead, ahead_stride)
+
+        return run
+
     most = tile_rows(target, columns)
-    run = tiles(most)
+    run = narrowing(columns, 1 if columns == WIDEST and not half else columns)
     alone = 1 if half else panels_together(v, columns)[1]
     lonely = product_tile(v, 1, columns, half, alone)
 
-    @njit(integers(10), **options)
-    def product(count, a_rows, a_stride, panels, panel_bytes, together, panel_row, depth, sums, following):
+    @njit(integers(11), **options)
+    def product(count, a_rows, a_stride, panels, panel_bytes, together, wanted, panel_row, depth, sums, following):
         k = 0
         while alone > 1 and count == 1 and together == alone and k < depth:
             length, part = min(depth - k, CHAIN), panels + k * panel_row
@@ -113,8 +131,8 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
                         ahead_stride = min(LINE, ceil_div(row_bytes, tiles - 1))
                         ahead = next_part + (tile - 1) * count_k * ahead_stride
                     run(
-                        rows, a_rows + 8 * i, k * a_stride, group * a_stride, part, panel_row, count_k, out, k, ahead,
-                        ahead_stride,
+                        wanted if index + 1 == together else columns, rows, a_rows + 8 * i, k * a_stride, group * a_stride,
+                        part, panel_row, count_k, out, k, ahead, ahead_stride,
                     )  # fmt: skip
                     i += rows
                     tile += 1
@@ -218,7 +236,7 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
     """
     product, group = make_product(v, target, columns, half), panels_together(v, columns)[0]
     expect, deliver = make_deliver(v, columns)
-    most, vector = tile_rows(target, columns), v.lanes * v.size
+    most, lanes, vector = tile_rows(target, columns), v.lanes, v.lanes * v.size
 
     @njit(integers(13), **options)
     def multiply(
@@ -228,12 +246,15 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
         for panel in range(first, last, together):
             weights, beside = panels + panel * panel_bytes, min(together, last - panel)
             following = panels + min(panel + together, last - 1) * panel_bytes
+            wanted = min(columns, ceil_div(width, lanes) - (panel + beside - 1) * columns)
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
                 for q in range(beside if add else 0):
                     expect(rows, out_rows + 8 * i, panel + q)
-                product(rows, a_rows + 8 * i, a_stride, weights, panel_bytes, beside, panel_row, depth, scratch, following)
+                product(
+                    rows, a_rows + 8 * i, a_stride, weights, panel_bytes, beside, wanted, panel_row, depth, scratch, following
+                )  # fmt: skip
                 for q in range(beside):
                     deliver(rows, out_rows + 8 * i, panel + q, width, add, scratch + q * rows * columns * vector)
                 i += rows

@@ -6,6 +6,7 @@ to the widest registers of the target, whatever LLVM's own loop vectoriser would
 
 from __future__ import annotations
 
+import itertools
 import operator
 from functools import cache
 
@@ -493,6 +494,17 @@ def prefetch(typing_context, address):
 
 
 @intrinsic
+def prefetch_far(typing_context, address):
+    """Begin to bring the cache line of `address` into L2, to be read after other work."""
+
+    def codegen(context, builder, sig, args):
+        _prefetch(builder, args[0], 2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def call(typing_context, function, a, b, c):
     """Call the C function `void (*)(int64_t, int64_t, int64_t)` at address `function`."""
 
@@ -512,12 +524,13 @@ OPAQUE = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
 
 
 @cache
-def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = "", panels: int = 1):
+def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = "", panels: int = 1, wanted: int = 0):
     """The register tile: out[rows, columns * lanes] (=, or += if add) sum over k of a[row, k] * panel[k, :], a chain of FMAs.
 
     a_rows:  address of `rows` int64 addresses; a[row, k] is `a_offset + k * a_stride` bytes after its row's.
     panel:   `depth` groups of `columns` vectors, `panel_stride` bytes apart; the next of `panels` is `panel_bytes` on.
     out:     rows * panels * columns vectors, contiguous.
+    wanted:  so many of the columns are multiplied and written, if not 0: of one panel.
     half:    the panel is in bfloat16. "rows": else as it is otherwise. "pairs": it holds pairs of k, the first of a pair in the
              lower half of a lane: `depth` and strides count pairs, and the numbers of a row of `a` are next to each other.
     ahead:   what is to be brought into L2 meanwhile, a line for each k, `ahead_stride` bytes apart; tiles that have fewer than
@@ -533,7 +546,7 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
             return vectors.emit_pairs(b, address)[member]
         return vectors.emit_half(b, address) if half else _load_at(b, V, address)
 
-    width = panels * columns
+    width = wanted or panels * columns
 
     @intrinsic
     def tile(
@@ -597,8 +610,8 @@ def product_tile(vectors: VectorLibrary, rows: int, columns: int, half: str = ""
             b.cbranch(b.icmp_signed("!=", add, I64(0)), adding, setting)
             for block in (adding, setting):
                 b.position_at_end(block)
-                for i, value in enumerate(value for row in new for value in row):
-                    place = b.add(out, I64(i * lanes * size))
+                for m, n in itertools.product(range(rows), range(width)):
+                    value, place = new[m][n], b.add(out, I64((m * panels * columns + n) * lanes * size))
                     _store_at(b, place, b.fadd(_load_at(b, V, place), value) if block is adding else value)
                 b.branch(after)
             b.position_at_end(after)
