@@ -26,7 +26,7 @@ from fastrnn.kernels.gpu import plan
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
 HEADS = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
-BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream")  # of a CPU
+BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream", "penalty")  # of a CPU
 # What the rows of each table mean.
 ROWS = {
     "processors": "Each row is a processor that was measured, and how fastrnn does there at the sizes of the grid.",
@@ -45,6 +45,10 @@ ROWS = {
     "stream": (
         "Each row is a cell and its units. Each figure is the time in microseconds that one step of one sequence takes: in "
         "torch.nn's module, in onnxruntime, in fastrnn's module, frozen module and `step` with `out`, and in the cells of both."
+    ),
+    "penalty": (
+        "Each row is one size. Each figure is the speed-up over torch.nn of a training step with a gradient penalty, which "
+        "needs a double backward."
     ),
     "roofline": (
         "Each row is a class of sizes. Each figure is how much faster than torch.nn the roofline itself would be, and in "
@@ -296,6 +300,14 @@ def half(content: dict[str, Any]) -> str:
     )
 
 
+def penalty(content: dict[str, Any]) -> str:
+    """Training with a gradient penalty against torch.nn's."""
+    found = {(point_name(case), case["cell"]): case["ratios"]["torch"] for case in content["cases"] if case.get("ratios")}
+    names = dict.fromkeys(point_name(case) for case in content["cases"])
+    rows = [[name, *(_times([found[name, cell]] if (name, cell) in found else []) for cell in CELLS)] for name in names]
+    return f"{ROWS['penalty']}\n\n" + table(["speed-up over torch.nn", *(WORDS[cell] for cell in CELLS)], rows)
+
+
 def stream(content: dict[str, Any]) -> str:
     """Microseconds of one step of one row."""
     names = (
@@ -433,7 +445,8 @@ def section(name: str, contents: dict[str, dict[str, Any]], pictures: str) -> st
         parts += [class_table(results), worst(results), f"![Heat map of the grid]({pictures}/{picture('heatmap', name)})"]
         parts += [apart_table(results), packed(results), peer_table(results)]
         last = origin(grid)
-    for benchmark, write in (("stream", stream), ("memory", memory), ("startup", startup), ("half", half)):
+    writers = {"stream": stream, "penalty": penalty, "memory": memory, "startup": startup, "half": half}
+    for benchmark, write in writers.items():
         if content := contents.get(benchmark):
             parts.append(write(content))
             if taken(content) != taken(grid or {}):

@@ -435,7 +435,7 @@ class Layer(_Function):
         need_dh0, need_dw = any(states), any(ctx.needs_input_grad[9:])
         if torch.is_grad_enabled() or dispatch.forward_mode() or _vmapped_the_old_way(dy, dh_n, dc_n):
             _check_apart(ctx)
-            need_dw = need_dw and _asks_for_any(ctx, len(weights))
+            need_dw = need_dw and _asks_for_any(ctx, len(weights), y.numel())
         needs = need_dx, need_dh0, need_dw
         if _vmapped_the_old_way(dy, dh_n, dc_n):
             grads = _gradients(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, (*ctx.options, *needs))
@@ -546,9 +546,12 @@ def _kept(ctx) -> tuple[Any, ...]:
     return order(ctx.saved_tensors + apart)
 
 
-def _asks_for_any(ctx, last: int) -> bool:
-    """Does this backward pass ask for a gradient of the last inputs? needs_input_grad says only what it could ask for."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def _asks_for_any(ctx, last: int, numbers: int) -> bool:
+    """Does this pass of autograd ask for the gradient of any of the last inputs? needs_input_grad only says if it might.
+
+    True as well where finding out takes longer than a gradient of so few numbers.
+    """
+    if numbers < 4096 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     for node, _ in ctx.next_functions[-last:]:
         try:
@@ -580,9 +583,14 @@ def _version(tensor: Tensor) -> int | None:
 
 def _native_backward(ctx, dy, dh_n, dc_n, saved_tensors):
     """Return what Layer.gradients does, in the same way; None where the dispatcher, or autograd, is to see the call."""
-    if not dispatch.native or torch.compiler.is_compiling() or _vmapped_the_old_way(dy, dh_n, dc_n):
+    return _runtime_backward((dy, dh_n, dc_n), saved_tensors, ctx.options, ctx.needs_input_grad)
+
+
+def _runtime_backward(outer: tuple, kept: tuple, options: tuple, needs: tuple):
+    """Return the gradients of `Layer`'s inputs, from the runtime past the dispatcher, or None."""
+    if not dispatch.native or torch.compiler.is_compiling() or _vmapped_the_old_way(*outer):
         return None
-    return dispatch.native.layer_backward((dy, dh_n, dc_n), saved_tensors, ctx.options, ctx.needs_input_grad)
+    return dispatch.native.layer_backward(outer, kept, options, needs)
 
 
 @contextlib.contextmanager
@@ -661,7 +669,7 @@ class CellLayer(_Function):
 
 
 class LayerBackward(_Function):
-    """The gradients of `Layer`, as layer_backward returns them; their own gradients come from the reference."""
+    """The gradients of `Layer`, as layer_backward returns them; kernels/gradients.py has their own gradients."""
 
     @staticmethod
     def forward(
@@ -671,14 +679,12 @@ class LayerBackward(_Function):
         ctx.options = cell, reverse, batch_first, segments, directions, need_dx, need_dh0, need_dw
         ctx.save_for_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights)
         ctx.set_materialize_grads(False)
-        if dispatch.native and directions == 1 and not torch.compiler.is_compiling():
-            wanted = need_dx, False, need_dh0, need_dh0 and c0 is not None, *(False,) * 5, *(need_dw,) * len(weights)
+        if directions == 1:  # the runtime returns the weights' gradients of each direction apart
             kept = x, batch_sizes, h0, c0, y, saved, *weights
-            found = dispatch.native.layer_backward((dy, dh_n, dc_n), kept, ctx.options[:5], wanted)
+            needs = need_dx, False, need_dh0, need_dh0, *(False,) * 5, *(need_dw,) * len(weights)
+            found = _runtime_backward((dy, dh_n, dc_n), kept, ctx.options[:5], needs)
             if found is not None:
-                w_ih, w_hh, *rest = found[9:]
-                b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-                w_hr = rest[-1] if len(rest) % 2 else None
+                w_ih, w_hh, b_ih, b_hh, w_hr = ((*kind, None)[0] for kind in _kinds(found[9:], 1))
                 grads = found[0], found[2], found[3], w_ih, w_hh, b_ih, b_hh, w_hr
                 return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
         layer = dy, dh_n, dc_n, x, batch_sizes, h0, c0, *_kinds(weights, directions), y, saved, cell, reverse, batch_first
@@ -701,7 +707,8 @@ class LayerBackward(_Function):
             y, _, _, saved = reference.layer_forward(*layer, cell, reverse, batch_first, True)
         elif segments:
             y, _, _, saved = _forward(*layer, cell, reverse, batch_first, True)
-        need_dx, need_dw = ctx.needs_input_grad[3], any(ctx.needs_input_grad[17:]) and _asks_for_any(ctx, len(weights))
+        need_dx = ctx.needs_input_grad[3]
+        need_dw = any(ctx.needs_input_grad[17:]) and _asks_for_any(ctx, len(weights), y.numel())
         dy, dh_n, dc_n, dx, dh0, dc0, dw = gradients.layer_double_backward(
             wanted, dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dw
         )

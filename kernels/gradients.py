@@ -8,19 +8,23 @@ Steps come in blocks, so that the numbers of a block stay in the processor's cac
 Nothing is done in place: autograd, forward mode and vmap pass through all of it, to any order.
 
 Letters as in reference.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of
-a unit; Q as many, and one more where the cell has a `carry`; S states of the cell: h, or h and c.
+a unit; Q as many, and one more, for p, where the cell has a `carry`.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor
 
 from fastrnn.kernels.cells import CELLS, Cell, bind
-from fastrnn.kernels.reference import NAMES, at, first, order_of, preactivations, replace, where_positive
+from fastrnn.kernels.reference import at, first, order_of, replace, where_positive
 
 BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so many numbers fit a core's cache
 
@@ -57,11 +61,12 @@ def layer_backward(
         weights = Weights(*(at(kind, d) for kind in (w_ih, w_hh, b_ih, b_hh, w_hr)))
         direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
         dys, state = direction.split(rows.of(dy, d, len(w_ih))), direction.state(dh_n, dc_n)
-        dx, dw = [None] * len(dys), Weights()
+        dx: list[Any] = [None] * len(dys)
+        dw = Weights()
         for k in reversed(direction.order):
             block = direction.blocks[k]
             grads, state = block.pull(dys[k], state)
-            dx[k] = grads.input @ weights.w_ih if need_dx else None
+            dx[k] = torch.mm(grads.input, weights.w_ih) if need_dx else None
             dw = block.add_weights(dw, grads, block.x, block.h, block.out) if need_dw else dw
         dxs.append(dx)
         dh0s.append(state.h)
@@ -97,7 +102,7 @@ def layer_double_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of dy, dh_n, dc_n, x, h0, c0 and of each weight, or None, from those of layer_backward's results, v.
+    """Return gradients of layer_backward's dy, dh_n, dc_n, x, h0, c0 and each weight, or None, from those of its results, v.
 
     layer_backward is linear in dy, dh_n and dc_n: it is the transpose of the layer's derivative. So its results times v are dy,
     dh_n and dc_n times the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of dy, dh_n
@@ -112,20 +117,22 @@ def layer_double_backward(
         direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
         blocks, order, along = direction.blocks, direction.order, Weights(*(at(kind, d) for kind in vw))
         vxs, dys = direction.split(rows.of(vx)), direction.split(rows.of(dy, d, D))
-        changes, state = [None] * len(blocks), direction.state(vh0, vc0)
+        changes: list[Any] = [None] * len(blocks)
+        state = direction.state(vh0, vc0)
         for k in order:
             changes[k], state = blocks[k].push(vxs[k], along, state)
         ys.append(joined([change.y for change in changes]))
         h_ns.append(state.h)
         c_ns.append(state.c)
         state, bent_state = direction.state(dh_n, dc_n), direction.state(None, None)
-        dx, dw = [None] * len(blocks), Weights()
+        dx: list[Any] = [None] * len(blocks)
+        dw = Weights()
         for k in reversed(order):
             block, change = blocks[k], changes[k]
             grads, state = block.pull(dys[k], state)
             bent, bent_state = block.bend(grads, along, change, bent_state)
             if need_dx:
-                dx[k] = total(bent.input @ weights.w_ih, None if along.w_ih is None else grads.input @ along.w_ih)
+                dx[k] = total(torch.mm(bent.input, weights.w_ih), _times(grads.input, along.w_ih))
             if need_dw:
                 dw = block.add_weights(dw, bent, block.x, block.h, block.out)
                 dw = block.add_weights(dw, grads, change.x, change.h, change.out, biases=False)
@@ -172,8 +179,8 @@ class Rows:
 class Weights(NamedTuple):
     """The weights of a direction, their gradients, or a vector for each; None where there is none."""
 
-    w_ih: Tensor | None = None
-    w_hh: Tensor | None = None
+    w_ih: Any = None
+    w_hh: Any = None
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
@@ -212,92 +219,101 @@ class Direction:
 
     def __init__(self, cell: Cell, rows: Rows, d: int, reverse: bool, x, h0, c0, weights: Weights, y, saved) -> None:
         hidden, sizes, order = weights.w_hh.shape[0] // cell.gates, rows.sizes, order_of(len(rows.sizes), reverse)
-        self.d, self.first = d, State(h0[d], at(c0, d))
-        y = rows.of(y, d, len(h0))
+        h0, c0 = h0[d], at(c0, d)
+        self.d, self.zeros = d, State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
+        y = rows.of(y, d, len(saved))
         slots = saved[d].split(hidden, -1) if cell.slots else (y,)
-        h = p = before(order, sizes, y, self.first.h)
-        if cell.carry == "cell":
-            p = before(order, sizes, slots[cell.slots - 1], self.first.c)
+        h = before(order, sizes, y, h0)
+        p = h if c0 is None else before(order, sizes, slots[cell.slots - 1], c0)
         steps = max(1, BLOCK // max(1, sizes[0] * hidden))
         parts = [sizes[t : t + steps] for t in range(0, len(sizes), steps)]
         self.rows, self.order = [sum(part) for part in parts], order_of(len(parts), reverse)
-        S = 2 if cell.carry == "cell" else 1
-        units = torch.eye(S, dtype=h.dtype, device=h.device).view(S, S, 1, 1)
-        split = [self.split(each) for each in (rows.of(x), h, p, *slots)]
+        if c0 is None:
+            units = h.new_ones(()), None
+        else:  # [2, 1, 1]: a gradient of h, and none; none, and one of c
+            units = torch.eye(2, dtype=h.dtype, device=h.device).view(2, 2, 1, 1).unbind()
+        split = zip(*map(self.split, (rows.of(x), h, p, *slots)), strict=True)
         self.blocks = [
             Block(cell, weights, part, order_of(len(part), reverse), units, *each)
-            for part, *each in zip(parts, *split, strict=True)
+            for part, each in zip(parts, split, strict=True)
         ]
 
-    def split(self, rows: Tensor | None) -> Sequence[Tensor] | list[None]:
+    def split(self, rows: Tensor | None) -> Sequence:
         """Return the rows of each block."""
         return [None] * len(self.rows) if rows is None else steps_of(rows, self.rows)
 
     def state(self, h: Tensor | None, c: Tensor | None) -> State:
         """Return this direction's part of the changes or gradients of states, zeros where there are none."""
-        return State(*(_zeros(own) if t is None else t[self.d] for t, own in zip((h, c), self.first, strict=True)))
+        return State(self.zeros.h if h is None else h[self.d], self.zeros.c if c is None else c[self.d])
 
 
 class Block:
     """Some steps of one direction, one after the other, near the states that they went through."""
 
-    def __init__(self, cell: Cell, weights: Weights, sizes: list[int], order: range, units: Tensor, x, h, p, *slots) -> None:
+    def __init__(self, cell: Cell, weights: Weights, sizes: list[int], order: range, units, x, h, p, *slots) -> None:
         self.cell, self.weights, self.sizes, self.order, self.x, self.h, self.p = cell, weights, sizes, order, x, h, p
         self.slots, self.out = slots[: max(cell.slots, 1)], slots[-1]
         self.rows, self.hidden = x.shape[0], self.out.shape[-1]
-        d_h, *d_c = units.unbind()
-        grads = _BACKWARD[cell.name](d_h, d_c[0] if d_c else None, *self.slots, p)
-        self.slopes = torch.stack(grads, 2) if len(grads) > 1 else grads[0].unsqueeze(2)  # [S, N, Q, H]
+        self.arithmetic = arithmetic(cell.name)
+        self.slopes = self.arithmetic.slopes(*units, *self.slots, p)  # of h [N, Q, H]; for lstm [2, N, Q, H], of c too
+        self.by_state = [steps_of(each, sizes) for each in (self.slopes.unbind() if units[1] is not None else (self.slopes,))]
 
     def push(self, x: Tensor | None, v: Weights, state: State) -> tuple[Change, State]:
-        """Return how all changes where x, the weights (v) and the state before change by these; and how the state after."""
+        """Return how all changes, and the state after, where x, the weights (by v) and the state before change by these."""
         cell, weights, sizes, (h, c) = self.cell, self.weights, self.sizes, state
         G, P, B, w_hh, w_hr = cell.gates, cell.preactivations, h.shape[0], weights.w_hh.T, weights.w_hr
         from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v.b_ih)
         from_h = total(_times(self.h, v.w_hh, True), v.b_hh)
         a_inputs, a_hidden = self._preactivations(from_x, from_h)
         a_hidden = steps_of(a_hidden, sizes)
-        # narrow: a slice of the whole is aten.alias in torch 2.14, which the older of torch's two vmaps does not know
-        slopes = steps_of(self.slopes.narrow(2, cell.hidden, P - cell.hidden).flatten(2), sizes, 1)
-        by_p = steps_of(self.slopes[:, :, P], sizes, 1) if cell.carry else None
+        # narrow and select: in torch 2.14 a slice of all is aten.alias, which the older of torch's two vmaps does not know
+        slopes = steps_of(self.slopes.narrow(-2, cell.hidden, G).reshape(*self.slopes.shape[:-2], -1), sizes, -2)
+        by_p = steps_of(self.slopes.select(-2, P), sizes, -2) if cell.carry else None
         # what the input alone does is known before the loop
-        by_x = total(*(self.slopes[:, :, k] * a for k, a in enumerate(a_inputs)))
-        by_x = None if by_x is None else steps_of(by_x, sizes, 1)
-        by_w_hr = None if v.w_hr is None else steps_of(self.out @ v.w_hr.T, sizes)
-        a_s, h_s, p_s, out_s, y_s = (list(sizes) for _ in range(5))
+        by_x = total(*(self.slopes.select(-2, k) * a for k, a in enumerate(a_inputs)))
+        by_x = None if by_x is None else steps_of(by_x, sizes, -2)
+        by_w_hr = None if v.w_hr is None else steps_of(torch.mm(self.out, v.w_hr.T), sizes)
+        a_s, h_s, c_s, out_s, y_s = self._places(5)
         for t in self.order:
             b = sizes[t]
-            h_s[t] = h if b == B else h.narrow(0, 0, b)
-            a_s[t] = torch.addmm(a_hidden[t], h_s[t], w_hh)
-            after = slopes[t] * a_s[t]  # [S, b, G * H]
+            h_s[t] = p = h if b == B else h.narrow(0, 0, b)
+            a_s[t] = torch.mm(p, w_hh) + a_hidden[t]
+            after = slopes[t] * a_s[t]  # [b, G * H], or [2, b, G * H]
             if G > 1:
-                after = after.view(-1, b, G, self.hidden).sum(2)
+                after = after.reshape(*after.shape[:-1], G, self.hidden).sum(-2)
+            if c is not None:
+                c_s[t] = p = c if b == B else c.narrow(0, 0, b)
             if by_p is not None:
-                p_s[t] = h_s[t] if c is None else c if b == B else c.narrow(0, 0, b)
-                after = torch.addcmul(after, by_p[t], p_s[t])
+                after = torch.addcmul(after, by_p[t], p)
             if by_x is not None:
                 after = after + by_x[t]
-            out_s[t], *c_after = after.unbind()
-            y_s[t] = out_s[t]
+            if c is not None:
+                after, c_after = after.unbind()
+                c = c_after if b == B else replace(c, c_after)
+            out_s[t] = y_s[t] = after
             if w_hr is not None:
-                y_s[t] = out_s[t] @ w_hr.T if by_w_hr is None else torch.addmm(by_w_hr[t], out_s[t], w_hr.T)
+                y_s[t] = torch.mm(after, w_hr.T) if by_w_hr is None else torch.mm(after, w_hr.T) + by_w_hr[t]
             h = y_s[t] if b == B else replace(h, y_s[t])
-            if c_after:
-                c = c_after[0] if b == B else replace(c, c_after[0])
-        a = [*a_inputs, *joined(a_s).view(-1, G, self.hidden).unbind(1)]
-        y = joined(y_s)
-        p = joined(p_s) if cell.carry else None
-        return Change(x, a, joined(h_s), p, y if w_hr is None else joined(out_s), y), State(h, c)
+        a, h_before, y = joined(a_s), joined(h_s), joined(y_s)
+        a = [*a_inputs, *(a.split(self.hidden, -1) if G > 1 else (a,))]
+        p = h_before if c is None else joined(c_s)
+        return Change(x, a, h_before, p, y if w_hr is None else joined(out_s), y), State(h, c)
 
     def _preactivations(self, from_x: Tensor | None, from_h: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Return those of the input alone, each [N, H], and the others [N, G * H], to which the hidden product is added."""
-        whole = self.rows, self.cell.gates * self.hidden
-        if not self.cell.hidden:
+        """Return those of the input alone, each [N, H], and the others [N, G * H], but for the products with h."""
+        cell, H, whole = self.cell, self.hidden, (self.rows, self.cell.gates * self.hidden)
+        zeros = self.h.new_zeros(1, 1)
+        if not cell.hidden:
             a = total(from_x, from_h)
-            return [], (self.h.new_zeros(1, 1) if a is None else a).expand(whole)
-        both = ((self.h.new_zeros(1, 1) if a is None else a).expand(whole) for a in (from_x, from_h))
-        a = list(preactivations(self.cell, *both))
-        return a[: self.cell.hidden], torch.cat(a[self.cell.hidden :], -1)
+            return [], (zeros if a is None else a).expand(whole)
+        from_x = (zeros if from_x is None else from_x).expand(whole)
+        gates, shared = from_x.split(H, -1), len(cell.input) - cell.hidden  # these stand first among torch's gates
+        both = torch.cat((from_x.narrow(1, 0, shared * H), zeros.expand(self.rows, (cell.gates - shared) * H)), 1)
+        return [gates[gate] for gate in cell.input[: cell.hidden]], total(both, from_h)
+
+    def _places(self, count: int) -> list[list[Any]]:
+        """Make lists for something of each step, which `order` fills."""
+        return [[None] * len(self.sizes) for _ in range(count)]
 
     def pull(
         self,
@@ -309,58 +325,49 @@ class Block:
     ) -> tuple[Gradients, State]:
         """Return the gradients of all, and of the state before, from those of y and of the state after.
 
-        more_a [N, Q, H], more_h [N, R] and more_out [N, H] are added to those of pre-activations and p, of the state before
-        each step, and of out.
+        more_a [N, Q, H] is added to those of the pre-activations and p, more_h [N, R] to those of the state before each step,
+        more_out [N, H] to those of out.
         """
         cell, sizes, (dh, dc) = self.cell, self.sizes, state
-        P, B, w_hh, w_hr = cell.preactivations, dh.shape[0], self.weights.w_hh, self.weights.w_hr
+        P, G, B, w_hh, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hh, self.weights.w_hr
         dys, more_a, more_h, more_out = (
             None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out)
         )
-        by_out, *by_c = (steps_of(each, sizes) for each in self.slopes.unbind())
-        a_s, y_s, out_s, c_s = (list(sizes) for _ in range(4))
+        by_out, by_c = self.by_state[0], self.by_state[-1]
+        a_s, y_s, out_s, c_s = self._places(4)
         for t in reversed(self.order):
             b = sizes[t]
             d_out = dh if b == B else dh.narrow(0, 0, b)
             y_s[t] = d_out = d_out if dys is None else d_out + dys[t]
             if w_hr is not None:
-                d_out = d_out @ w_hr if more_out is None else torch.addmm(more_out[t], d_out, w_hr)
+                d_out = torch.mm(d_out, w_hr) if more_out is None else torch.mm(d_out, w_hr) + more_out[t]
             out_s[t], d_out = d_out, d_out.unsqueeze(1)
-            da = by_out[t] * d_out if more_a is None else torch.addcmul(more_a[t], by_out[t], d_out)  # [b, Q, H]
+            a_s[t] = da = by_out[t] * d_out if more_a is None else torch.addcmul(more_a[t], by_out[t], d_out)  # [b, Q, H]
             if dc is not None:
                 c_s[t] = dc if b == B else dc.narrow(0, 0, b)
-                da = torch.addcmul(da, by_c[0][t], c_s[t].unsqueeze(1))
-                dc = da[:, P] if b == B else replace(dc, da[:, P])
-            d_hidden = (da.narrow(1, cell.hidden, cell.gates) if cell.carry else da).reshape(b, -1)
-            d_before = d_hidden @ w_hh if more_h is None else torch.addmm(more_h[t], d_hidden, w_hh)
-            if cell.carry == "hidden":
-                d_before = d_before + da[:, P]
+                a_s[t] = da = torch.addcmul(da, by_c[t], c_s[t].unsqueeze(1))
+            d_p = da.select(1, P) if cell.carry else None
+            d_before = torch.mm((da.narrow(1, cell.hidden, G) if cell.carry else da).reshape(b, -1), w_hh)
+            if dc is not None:
+                dc = d_p if b == B else replace(dc, d_p)
+            elif d_p is not None:
+                d_before = d_before + d_p
+            if more_h is not None:
+                d_before = d_before + more_h[t]
             dh = d_before if b == B else replace(dh, d_before)
-            a_s[t] = da
         a, y = joined(a_s), joined(y_s)
-        hidden = (a.narrow(1, cell.hidden, cell.gates) if cell.carry else a).reshape(self.rows, -1)
-        inputs = torch.cat([a[:, cell.input.index(gate)] for gate in range(cell.gates)], -1) if cell.hidden else hidden
-        return Gradients(inputs, hidden, y, y if w_hr is None else joined(out_s), None if dc is None else joined(c_s)), State(
-            dh, dc
-        )
+        d_hidden = (a.narrow(1, cell.hidden, G) if cell.carry else a).reshape(self.rows, -1)
+        d_input = d_hidden
+        if cell.hidden:  # of those of the input alone in the place of those of h alone
+            alone = [a.select(1, cell.input.index(gate)) for gate in range(len(cell.input) - cell.hidden, G)]
+            d_input = torch.cat((d_hidden.narrow(1, 0, (G - len(alone)) * self.hidden), *alone), 1)
+        out, d_c = y if w_hr is None else joined(out_s), None if dc is None else joined(c_s)
+        return Gradients(d_input, d_hidden, y, out, d_c), State(dh, dc)
 
     def bend(self, grads: Gradients, v: Weights, change: Change, state: State) -> tuple[Gradients, State]:
-        """Return how `grads` and the gradient of the state before change with the block, from that of the state after."""
-        p = None if change.p is None else Dual(self.p, change.p)
-        d_c = None if grads.c is None else Dual(grads.c)
-        da = _DUAL_BACKWARD[self.cell.name](Dual(grads.out), d_c, *self._slots(change, p), p)
-        more_a = [torch.zeros_like(grads.out) if each.change is None else each.change for each in da]
-        more_a = torch.stack(more_a, 1) if len(more_a) > 1 else more_a[0].unsqueeze(1)
+        """Return how `grads` change with the block, and the gradient of the state before, from how the one after does."""
+        more_a = self.arithmetic.bend(grads.out, grads.c, *self.slots, self.p, *change.a, change.p)
         return self.pull(None, state, more_a, _times(grads.hidden, v.w_hh), _times(grads.y, v.w_hr))
-
-    def _slots(self, change: Change, p: Dual | None) -> list[Dual]:
-        """Return the slots and how they change: what the cell's forward function says of its arguments' change."""
-        a_kept, calls_kept = _KEPT[self.cell.name]
-        a = [Dual(None if k is None else self.slots[k], da) for k, da in zip(a_kept, change.a, strict=True)]
-        known = iter([None if k is None else self.slots[k] for k in calls_kept])
-        names = {name: (lambda a, function=function: function(a, next(known))) for name, function in _ELEMENTARY.items()}
-        h, *slots = bind(self.cell.forward, **names)(*a, p)
-        return [Dual(value, slot.change) for value, slot in zip(self.slots, slots or (h,), strict=True)]
 
     def add_weights(self, so_far: Weights, grads: Gradients, x, h, out, biases: bool = True) -> Weights:
         """Add the gradients of weights, from what the steps multiply with them, None for nothing."""
@@ -373,57 +380,102 @@ class Block:
         return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
-class Dual:
-    """A number with how it changes, None for not at all; each worked out when it is asked for.
+class Arithmetic(NamedTuple):
+    """What a cell's two functions give, as straight code on the numbers of many rows; see `arithmetic`.
 
-    On these a cell's arithmetic differentiates itself.
+    slopes:  (gradient of h, of c, slots..., p) -> gradients of the pre-activations and of p, stacked, [..., N, Q, H].
+    bend:    (the same..., changes of the pre-activations..., of p) -> how these gradients change.
     """
 
-    __slots__ = "_change", "_value"
+    slopes: Callable[..., Tensor]
+    bend: Callable[..., Tensor]
 
-    def __init__(self, value: Tensor | Callable | None, change: Tensor | Callable | None = None) -> None:
-        self._value, self._change = value, change
 
-    @property
-    def value(self) -> Tensor:
-        if callable(self._value):
-            self._value = self._value()
-        return self._value
+@functools.cache
+def arithmetic(name: str) -> Arithmetic:
+    """Trace a cell's backward function, and how its results change when the cell's arguments do."""
+    cell = CELLS[name]
+    grads_and_slots = ["d_out", "d_c", *(f"slot{k}" for k in range(max(cell.slots, 1))), "p"]
+    symbols = Symbols()
+    d_out, d_c, *slots, p = symbols.new(*grads_and_slots)
+    slopes = [each.value for each in bind(cell.backward, **_ELEMENTARY)(*map(Dual, (d_out, d_c, *slots, p)))]
+    by_step = symbols.function(torch.stack(slopes, -2))
 
-    @property
-    def change(self) -> Tensor | None:
-        if callable(self._change):
-            self._change = self._change()
-        return self._change
+    symbols = Symbols()
+    d_out, d_c, *slots, p = symbols.new(*grads_and_slots)
+    *changes, change_p = symbols.new(*(f"change{k}" for k in range(cell.preactivations)), "change_p")
+    p = Dual(p, change_p if cell.carry else None)
+    # slots hold the results of forward's elementary functions, which are not worked out again
+    kept_a, kept_calls = _kept(cell)
+    a = [Dual(None if k is None else slots[k], change) for k, change in zip(kept_a, changes, strict=True)]
+    known = iter([None if k is None else slots[k] for k in kept_calls])
+    names = {name: (lambda a, function=function: function(a, next(known))) for name, function in _ELEMENTARY.items()}
+    h, *after = bind(cell.forward, **names)(*a, p)
+    after = [Dual(slot, each.change) for slot, each in zip(slots, after or (h,), strict=True)]
+    grads = bind(cell.backward, **_ELEMENTARY)(Dual(d_out), Dual(d_c), *after, p)
+    bent = [torch.zeros_like(d_out) if each.change is None else each.change for each in grads]
+    return Arithmetic(by_step, symbols.function(torch.stack(bent, -2)))
+
+
+class Symbols(torch.fx.proxy.GraphAppendingTracer):
+    """Records arithmetic, what is written twice once, to print it as a function."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.fx.Graph())
+        self.recorded: dict = {}
+
+    def new(self, *names: str) -> list[torch.fx.Proxy]:
+        return [torch.fx.Proxy(self.graph.placeholder(name), self) for name in names]
+
+    def create_node(self, kind, target, args, kwargs, *more) -> torch.fx.Node:
+        key = target, repr(args), repr(kwargs)
+        if key not in self.recorded:
+            self.recorded[key] = super().create_node(kind, target, args, kwargs, *more)
+        return self.recorded[key]
+
+    def function(self, result: torch.fx.Proxy) -> Callable[..., Tensor]:
+        """Make a function of the symbols in the order in which they came, without what the result does not need."""
+        self.graph.output(result.node)
+        self.graph.eliminate_dead_code()
+        return torch.fx.GraphModule({}, self.graph).forward
+
+
+@dataclass(frozen=True)
+class Dual:
+    """A number, None where unknown, and its change, None where it has none. On these a cell's arithmetic derives itself."""
+
+    value: Any
+    change: Any = None
 
     def __add__(self, other: Dual) -> Dual:
-        return Dual(lambda: self.value + other.value, lambda: total(self.change, other.change))
+        return Dual(_known(operator.add, self.value, other.value), total(self.change, other.change))
 
     def __sub__(self, other: Dual) -> Dual:
-        return Dual(
-            lambda: self.value - other.value, lambda: total(self.change, None if other.change is None else -other.change)
-        )
+        change = self.change if other.change is None else -other.change if self.change is None else self.change - other.change
+        return Dual(_known(operator.sub, self.value, other.value), change)
 
     def __rsub__(self, other: int) -> Dual:
-        return Dual(lambda: torch.rsub(self.value, other), lambda: None if self.change is None else -self.change)
+        return Dual(_known(torch.rsub, self.value, other), None if self.change is None else -self.change)
 
     def __mul__(self, other: Dual) -> Dual:
-        return Dual(lambda: self.value * other.value, lambda: self._product_rule(other))
-
-    def _product_rule(self, other: Dual) -> Tensor | None:
         if self.change is None or other.change is None:
             one, two = (self, other) if self.change is None else (other, self)
-            return None if two.change is None else one.value * two.change
-        return torch.addcmul(self.change * other.value, self.value, other.change)
+            change = None if two.change is None else one.value * two.change
+        else:
+            change = torch.addcmul(self.change * other.value, self.value, other.change)
+        return Dual(_known(operator.mul, self.value, other.value), change)
+
+
+def _known(function: Callable, *values: Any) -> Any:
+    return None if any(value is None for value in values) else function(*values)
 
 
 def _elementary(function: Callable, derivative: Callable) -> Callable:
-    """Make a function of a Dual, whose value may be known, from the derivative's product with a change, given the value."""
+    """Make a function of a Dual, whose result may be known. derivative: of (change, result), the change of the result."""
 
-    def apply(a: Dual, known: Tensor | None = None) -> Dual:
-        result = Dual(lambda: function(a.value) if known is None else known)
-        result._change = lambda: derivative(a.change, result.value)
-        return result
+    def apply(a: Dual, known: Any = None) -> Dual:
+        value = _known(function, a.value) if known is None else known
+        return Dual(value, None if a.change is None else derivative(a.change, value))
 
     return apply
 
@@ -432,35 +484,22 @@ _ELEMENTARY = {
     "sigmoid": _elementary(torch.sigmoid, torch.ops.aten.sigmoid_backward.default),
     "tanh": _elementary(torch.tanh, torch.ops.aten.tanh_backward.default),
     "relu": _elementary(torch.relu, lambda change, h: where_positive(h, change)),
+    "where_positive": lambda h, dh: Dual(where_positive(h.value, dh.value), _known(where_positive, h.value, dh.change)),
 }
 
 
-def _where_positive(h: Dual, dh: Dual) -> Dual:
-    return Dual(None, None if dh.change is None else where_positive(h.value, dh.change))
-
-
 def _kept(cell: Cell) -> tuple[list[int | None], list[int | None]]:
-    """Find which slots hold the cell's pre-activations, and the results of its elementary functions, in turn."""
+    """Find the slots that hold the cell's pre-activations, and those that hold what elementary functions give, call by call."""
 
-    class Symbol:
-        def __add__(self, other: Symbol) -> Symbol:
-            return Symbol()
-
-        __mul__ = __sub__ = __rsub__ = __add__
-
-    def call(a: Symbol) -> Symbol:
-        calls.append(Symbol())
+    def call(a: torch.fx.Proxy) -> torch.fx.Proxy:
+        calls.append(a + a)
         return calls[-1]
 
-    a, calls = [Symbol() for _ in range(cell.preactivations)], []
-    h, *slots = bind(cell.forward, **dict.fromkeys(_ELEMENTARY, call))(*a, Symbol())
+    *a, p = Symbols().new(*(f"a{k}" for k in range(cell.preactivations)), "p")
+    calls: list[torch.fx.Proxy] = []
+    h, *slots = bind(cell.forward, **dict.fromkeys(_ELEMENTARY, call))(*a, p)
     places = {id(slot): k for k, slot in enumerate(slots or [h])}
     return [places.get(id(each)) for each in a], [places.get(id(each)) for each in calls]
-
-
-_KEPT = {name: _kept(cell) for name, cell in CELLS.items()}
-_BACKWARD = {name: bind(cell.backward, **NAMES) for name, cell in CELLS.items()}
-_DUAL_BACKWARD = {name: bind(cell.backward, **_ELEMENTARY, where_positive=_where_positive) for name, cell in CELLS.items()}
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
@@ -473,17 +512,13 @@ def total(*terms: Tensor | None) -> Tensor | None:
 
 
 def _times(a: Tensor | None, b: Tensor | None, transposed: bool = False) -> Tensor | None:
-    return None if a is None or b is None else a @ (b.T if transposed else b)
+    return None if a is None or b is None else torch.mm(a, b.T if transposed else b)
 
 
 def _add_product(so_far: Tensor | None, grads: Tensor, factor: Tensor | None) -> Tensor | None:
     if factor is None:
         return so_far
-    return grads.T @ factor if so_far is None else torch.addmm(so_far, grads.T, factor)
-
-
-def _zeros(like: Tensor | None) -> Tensor | None:
-    return None if like is None else torch.zeros_like(like)
+    return torch.mm(grads.T, factor) if so_far is None else torch.addmm(so_far, grads.T, factor)
 
 
 def before(order: range, sizes: list[int], after: Tensor, state: Tensor) -> Tensor:

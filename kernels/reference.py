@@ -1,6 +1,7 @@
 """The definition the engines are held to: one recurrent layer as a slow, obvious time loop in torch over cells.py.
 
 Plain differentiable torch operations, out of place: any dtype and device, any order of gradient, forward mode, vmap.
+gradients.py has what follows from it, its first and second derivatives.
 Arguments, results and the layout of `saved` are those of the raw ops in fastrnn/ops.py.
 
 Letters: T steps, B rows, I input size, H hidden size, G gates, R projected size or H, D directions, b rows of a step.
@@ -21,14 +22,14 @@ def where_positive(h: Tensor, dh: Tensor) -> Tensor:
 
 
 # The cells' free names are this module's, and the bound functions are too: there Dynamo looks them up.
-NAMES = {
+_NAMES = {
     "__name__": __name__,
     "sigmoid": sigmoid,
     "tanh": tanh,
     "relu": relu,
     "where_positive": where_positive,
 }
-_FORWARD = {name: bind(cell.forward, **NAMES) for name, cell in CELLS.items()}
+_FORWARD = {name: bind(cell.forward, **_NAMES) for name, cell in CELLS.items()}
 
 
 def layer_forward(
@@ -71,7 +72,7 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool
     for t in order_of(len(xs), reverse):
         b = len(xs[t])
         p = first(b, h if c is None else c)
-        a = preactivations(kind, affine(xs[t], w_ih, b_ih), affine(first(b, h), w_hh, b_hh))
+        a = _preactivations(kind, _affine(xs[t], w_ih, b_ih), _affine(first(b, h), w_hh, b_hh))
         out, *slots = _FORWARD[kind.name](*a, p)
         if c is not None:
             c = replace(c, slots[-1])
@@ -83,7 +84,7 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool
     return h, c, ys, kept
 
 
-def preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Tensor]:
+def _preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Tensor]:
     """Arguments of the cell's forward function, each [b, H], from the products [b, G * H] in torch's gate order."""
     inputs, hiddens = a_input.chunk(kind.gates, -1), a_hidden.chunk(kind.gates, -1)
     for k in range(kind.preactivations):
@@ -92,7 +93,7 @@ def preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Te
         yield sum(own[1:], own[0])
 
 
-def affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return x @ w.T if b is None else x @ w.T + b
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from bench import chart, crowded, crowded_calls, half, memory, record, report, roofline, run, stream, timing
+from bench import chart, crowded, crowded_calls, gradient_penalty, half, memory, record, report, roofline, run, stream, timing
 from bench.grid import GRID, Case, Point, cases
 from bench.subjects import Subject, onnx_model
 from fastrnn.timing import difference
@@ -94,6 +94,21 @@ def test_half_is_checked_and_told(mode):
     assert found["errors"]["fastrnn float32"] == 0 < found["errors"]["fastrnn"] < found["errors"]["torch"]
     wrong = half.measure(Case(Point("few", 1, 18, 5, input=4), "gru", mode), seconds=0.01, most=2, tolerance=1e-5)
     assert "times" not in wrong
+
+
+@pytest.mark.parametrize("point", [Point("few", 2, 5, 4, input=3), Point("apart", 3, 4, 9, 0, 2, 2, 0.57)])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_a_gradient_penalty_is_checked_and_told(cell, point):
+    case = Case(point, cell, "train")
+    found = gradient_penalty.measure(case, seconds=0.01, most=2)
+    assert found["faults"] == [] and found["ratios"].keys() == {"torch"}
+    wrong = gradient_penalty.measure(case, seconds=0.01, most=2, tolerance=0)
+    assert wrong["faults"] and "times" not in wrong
+    plain, penalised = Subject(case, fastrnn).results(), gradient_penalty.Critic(case, fastrnn).results()
+    assert difference(penalised["grad weight_hh_l0"], plain["grad weight_hh_l0"]) > 0.01
+    other = "gru" if cell == "lstm" else "lstm"
+    row = report.penalty({"cases": [found, {**wrong, "cell": other}]}).splitlines()[-1]
+    assert row.startswith(f"| {case.point.name} | ") and row.count("x |") == 1
 
 
 def test_difference_is_relative_where_it_can_be():

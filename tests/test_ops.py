@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 import fastrnn
 from fastrnn import ops
+from fastrnn.kernels import gradients
 
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
 FORMS = {
@@ -171,6 +172,69 @@ def test_third_order(make_layer, plain_layer, cell, form):
         return torch.autograd.grad(value, leaves)
 
     _close(third(ours), third(plain), flat.labels)
+
+
+@every_layer
+@pytest.mark.parametrize("block", [1, 12], ids=["one_step", "two_steps"])
+def test_second_derivatives_in_blocks_of_steps(make_layer, plain_layer, monkeypatch, cell, form, block):
+    """States and gradients are handed on from block to block, in either direction and as rows end."""
+    monkeypatch.setattr(gradients, "BLOCK", block)
+    flat, ours, plain = _pair(make_layer, plain_layer, cell, form, sizes=(5, 3, 2, 2))
+
+    def second(function):
+        leaves = flat.leaves()
+        grads = torch.autograd.grad(_scalar(function)(*leaves), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), leaves)
+
+    _close(second(ours), second(plain), flat.labels)
+
+
+@some_layers
+def test_second_derivatives_of_some(make_layer, plain_layer, cell, form):
+    """Of each input's gradient alone, by each input alone: what is not asked for is left out, and nothing else."""
+    flat, ours, plain = _pair(make_layer, plain_layer, cell, form)
+    every = range(len(flat.tensors))
+    found = []
+    for function in (ours, plain):
+        leaves = flat.leaves()
+        value, seconds = _scalar(function)(*leaves), []
+        for index in every:
+            (grad,) = torch.autograd.grad(value, leaves[index], create_graph=True)
+            loss = grad.pow(2).sum()
+            seconds += [torch.autograd.grad(loss, leaf, retain_graph=True, materialize_grads=True)[0] for leaf in leaves]
+        found.append(seconds)
+    _close(*found, [f"d{flat.labels[one]}/{flat.labels[other]}" for one in every for other in every])
+
+
+@some_layers
+def test_second_derivatives_of_many_vectors_at_once(make_layer, cell, form):
+    """is_grads_batched maps by the older of torch's two vmaps, through each operation of the double backward."""
+    flat = Flat(make_layer(cell, **form))
+    leaves = flat.leaves()
+    (grad,) = torch.autograd.grad(_scalar(flat.bind(ops.layer))(*leaves), leaves[0], create_graph=True)
+    vectors = torch.randn(3, *grad.shape, dtype=grad.dtype)
+    together = torch.autograd.grad(grad, leaves, vectors, is_grads_batched=True, retain_graph=True)
+    apart = [torch.autograd.grad(grad, leaves, vector, retain_graph=True) for vector in vectors]
+    _close(together, [torch.stack(each) for each in zip(*apart, strict=True)], flat.labels)
+
+
+def test_a_gradient_by_the_input_alone_takes_none_of_weights(make_layer, monkeypatch):
+    """ctx.needs_input_grad says that weights have gradients, not whether this pass asks for them."""
+    asked, original = [], ops._backward
+
+    def backward(*arguments):
+        asked.append(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(ops, "_backward", backward)
+    monkeypatch.setattr(ops, "_runtime_backward", lambda *arguments: None)
+    flat = Flat(make_layer("gru", sizes=(8, 8, 4, 64)))
+    leaves = flat.leaves()
+    value = _scalar(flat.bind(ops.layer))(*leaves)
+    (grad,) = torch.autograd.grad(value, leaves[0], create_graph=True)
+    (*_, of_all) = torch.autograd.grad(value, leaves, create_graph=True)
+    assert asked == [False, True]
+    assert grad.requires_grad and of_all.requires_grad
 
 
 @every_layer
