@@ -176,7 +176,7 @@ class DropIn(nn.Module):
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:
     """Answer as torch.nn, without eight calls of nn.Module.__getattr__ where every weight is a plain parameter."""
-    own = self._fastrnn_fast_path and _VF.own_weights(self) is not None  # type: ignore[truthy-function] # DropIn's
+    own = self._fastrnn_fast_path and _VF.own_weights(self) is not None
     return not own and nn.RNNBase._weights_have_changed(self)
 
 
