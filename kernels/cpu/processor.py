@@ -82,7 +82,7 @@ def chosen(names: Sequence[str], remedy: str = "") -> Tier:
     Raises:
         ImportError: it is none of them; remedy: what more to say then.
     """
-    name = os.environ.get("FASTRNN_ISA", names[0])
+    name = os.environ.get("FASTRNN_ISA") or names[0]
     if name not in names:
         raise ImportError(f"FASTRNN_ISA={name!r}: expected one of {', '.join(names)}, which this processor runs{remedy}")
     return next(tier for tier in tiers() if tier.name == name)
