@@ -105,7 +105,12 @@ def test_errors_are_torchs(name, wrong, engine_calls):
             errors.append(None)
         except Exception as error:
             errors.append((type(error), str(error)))
-    assert errors[0] == errors[1]
+    if name == "LSTM" and wrong in ("weight_shape", "bias_shape"):
+        # torch hands such weights to oneDNN, which reads past their ends: a shape it happens to notice is all it refuses
+        error, words = errors[0]
+        assert error is RuntimeError and words.startswith("LSTM: the shapes of its weights do not fit 2 layers")
+    else:
+        assert errors[0] == errors[1]
     assert not engine_calls
 
 
