@@ -121,8 +121,6 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_states_and_gradients_are_those_of_keras(name, options, mask):
-    if mask != "none" and options.get("unroll") and options.get("go_backwards"):
-        pytest.skip("Keras raises: it flips a tuple")
     theirs, own = both(name, **options)
     assert_same(theirs, own, mask=MASKS[mask])
 
