@@ -5,6 +5,7 @@
 #   make test-wheel the tests against that wheel (or WHEEL=path), beside another torch: make test-wheel TORCH=2.14.1
 #   make check      linter, formatter and type checker        make format     let the first two repair what they can
 #   make docs       the documentation as a site, in build/site
+#   make examples   every page of the gallery in full (half an hour), or PAGES="language.translation"; see docs/results/
 #   make bench      every benchmark (some 25 minutes), then the figures in README.md and bench/results/
 # All but the wheel is for this machine's processor; others are named by FASTRNN_TIERS (see setup.py).
 # Another interpreter: make PYTHON=python3.12 VENV=.venv312
@@ -23,7 +24,7 @@ WHEEL ?=
 NATIVE := setup.py pyproject.toml $(sort $(shell find kernels csrc -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.map'))
 
 .DELETE_ON_ERROR:
-.PHONY: install wheel demo test test-all test-wheel bench docs check format clean force
+.PHONY: install wheel demo examples test test-all test-wheel bench docs check format clean force
 
 install: $(VENV)/.built $(VENV)/.with-examples
 
@@ -83,10 +84,19 @@ test-wheel: $(if $(WHEEL),,wheel) build/torch-$(TORCH)/.tools
 demo: install
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
 
-test: install $(VENV)/.with-test
+PAGES ?= $(subst /,.,$(patsubst examples/%.py,%,$(sort $(wildcard examples/*/*.py))))
+
+# What a page prints and draws is kept, for the docs.
+examples: install $(VENV)/.with-gallery
+	mkdir -p docs/results
+	set -e; for page in $(PAGES); do echo "fastrnn: examples.$$page"; \
+	    $(BIN)/python -m examples.$$page --output docs/results > build/page.txt; \
+	    mv build/page.txt docs/results/$${page##*.}.txt; done
+
+test: install $(VENV)/.with-test $(VENV)/.with-gallery
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-test-all: install $(VENV)/.with-test
+test-all: install $(VENV)/.with-test $(VENV)/.with-gallery
 	$(BIN)/python -m pytest -m "" $(TEST_ARGS)
 
 bench: install $(VENV)/.with-bench
@@ -104,7 +114,7 @@ bench: install $(VENV)/.with-bench
 docs: install $(VENV)/.with-docs
 	$(BIN)/python -m sphinx --fresh-env --nitpicky --fail-on-warning --keep-going --quiet docs build/site
 
-check: install $(VENV)/.with-test $(VENV)/.with-check build/types
+check: install $(VENV)/.with-test $(VENV)/.with-gallery $(VENV)/.with-check build/types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache

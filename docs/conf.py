@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sphinx.application import Sphinx
+
 import fastrnn
 
 project = "fastrnn"
@@ -14,6 +16,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
+    "sphinx_gallery.gen_gallery",
 ]
 nitpicky = True
 # The documentation of Python and torch is not at hand when this is built, so their names stay plain text.
@@ -34,3 +37,42 @@ html_title = f"fastrnn {release}"
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
 html_show_sphinx = False
+
+# The gallery's pages are not run here, which would take half an hour. `make examples` runs them in full, and keeps what they
+# print and draw in docs/results/. With --quick they would run here in minutes, and show models that have learnt nothing.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "plot_gallery": False,
+    "ignore_pattern": r"(__init__\.py|/examples/[^/]+\.py)$",  # pages lie in folders
+    "within_subsection_order": "FileNameSortKey",
+    "download_all_examples": False,
+    "show_signature": False,
+    "remove_config_comments": True,
+    "write_computation_times": False,
+}
+
+RESULTS = """
+
+Results
+-------
+
+What ``python -m {module}`` printed, run on two cores:
+
+.. literalinclude:: /results/{name}.txt
+   :language: none
+
+.. image:: /results/{name}.png
+   :alt: the figure that the page draws
+"""
+
+
+def add_results(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Append what a page of the gallery printed and drew."""
+    folder, _, name = docname.rpartition("/")
+    if folder.startswith("gallery/") and name != "index":
+        source[0] += RESULTS.format(module=docname.replace("gallery/", "examples/", 1).replace("/", "."), name=name)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", add_results)

@@ -1,0 +1,63 @@
+"""Every page of the gallery runs with --quick, refuses bad input, and has results in the docs that beat its baseline."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+from contract import ROOT
+
+if not (ROOT / "docs").is_dir():
+    pytest.skip("reads the pages of a source tree", allow_module_level=True)
+
+PAGES = {path.stem: path for path in sorted((ROOT / "examples").glob("*/*.py"))}
+RESULTS = ROOT / "docs" / "results"
+# By page: a function of it, arguments that it must refuse, the error and its words.
+REFUSED: dict[str, list[tuple[str, tuple[Any, ...], type[Exception], str]]] = {
+    "text_classification": [
+        ("identify", ("",), ValueError, "text: expected letters"),
+        ("identify", ("\ue000\ue001",), ValueError, "text: expected letters"),
+    ],
+}
+
+
+def run(name: str, directory: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run a page with --quick; its names. Skips where a package with its data is not installed."""
+    module = ".".join(PAGES[name].relative_to(ROOT).with_suffix("").parts)
+    monkeypatch.setattr(sys, "argv", [name, "--quick", "--output", str(directory)])
+    with matplotlib.rc_context():
+        try:
+            return runpy.run_module(module, run_name="__main__", alter_sys=False)
+        except ModuleNotFoundError as error:
+            if error.name and error.name.startswith(("examples", "fastrnn")):
+                raise
+            pytest.skip(f"needs {error.name}: {error}")
+        finally:
+            matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page(name, tmp_path, monkeypatch, capsys):
+    with torch.random.fork_rng():
+        names = run(name, tmp_path, monkeypatch)
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "baseline" in printed
+    for function, arguments, error, words in REFUSED.get(name, ()):
+        with pytest.raises(error, match=re.escape(words)):
+            names[function](*arguments)
+    # What the docs show was printed by this page: the same lines but for numbers, epochs and samples.
+    shown = (RESULTS / f"{name}.txt").read_text()
+    assert "beats the baseline" in shown
+    assert "does not beat" not in shown
+    assert (RESULTS / f"{name}.png").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_short(name):
+    assert len(PAGES[name].read_text().splitlines()) <= 150
