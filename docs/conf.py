@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sphinx.application import Sphinx
 
 import fastrnn
@@ -44,7 +46,8 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "plot_gallery": False,
-    "ignore_pattern": r"(__init__\.py|/examples/[^/]+\.py)$",  # pages lie in folders
+    # pages lie in folders
+    "ignore_pattern": "|".join(path.name for path in (Path(__file__).parent.parent / "examples").glob("*.py")),
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
     "show_signature": False,
@@ -57,7 +60,7 @@ RESULTS = """
 Results
 -------
 
-What ``python -m {module}`` printed, run on two cores:
+What ``python -m {module}`` printed:
 
 .. literalinclude:: /results/{name}.txt
    :language: none

@@ -110,7 +110,7 @@ class Page:
             raise RuntimeError(f"race: expected the same losses on both libraries, got {theirs} and {ours}")
         a, b = (time * len(epoch) / len(some) for time in self.seconds(runs, 8.0).values())
         print(f"loss of the same steps: torch.nn {theirs:.4f}, fastrnn {ours:.4f}")
-        print(f"seconds per epoch: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
+        print(f"seconds per epoch, {torch.get_num_threads()} threads: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
 
     def seconds(self, runs: Mapping[str, Runner], seconds: float) -> dict[str, float]:
         """The median seconds of a call of each, timed in turns for about so many seconds together; with --quick once each."""

@@ -43,8 +43,13 @@ def run(name: str, directory: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page(name, tmp_path, monkeypatch, capsys):
-    with torch.random.fork_rng():
-        names = run(name, tmp_path, monkeypatch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small models: a second thread gains nothing, and other tests run beside this one
+    try:
+        with torch.random.fork_rng():
+            names = run(name, tmp_path, monkeypatch)
+    finally:
+        torch.set_num_threads(threads)
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "baseline" in printed

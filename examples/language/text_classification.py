@@ -44,7 +44,7 @@ Data = list[tuple[str, str]]  # sentences, and the codes of their languages
 chance = random.Random(page.seed)
 held_out: dict[str, bool] = {}  # by the English message
 parts: dict[bool, Data] = {False: [], True: []}
-codes = [code for code in catalogues.languages("django") if "_" not in code or code in ("zh_Hans", "zh_Hant")]
+codes = [code for code in catalogues.languages("django") if code in ("zh_Hans", "zh_Hant") or not re.search("_|en", code)]
 for code in page.pick(codes, ["ar", "de", "it", "ja", "ru"]):
     found = {source: " ".join(NOT_TEXT.sub(" ", text).split()) for source, text in catalogues.messages("django", code).items()}
     found = {source: text for source, text in found.items() if 3 <= len(text) <= 150 and text != source}
