@@ -119,10 +119,13 @@ class Page:
         print(f"seconds per epoch on {threads} threads: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
 
     def seconds(self, runs: Mapping[str, Runner], seconds: float) -> dict[str, float]:
-        """The median seconds of a call of each, timed in turns for about so many seconds together; with --quick once each."""
+        """The least seconds of a call of each, timed in turns for about so many seconds together; with --quick once each.
+
+        Other work on the machine can only add to a time, so the least one is the call's own.
+        """
         if self.quick:
             return {name: elapsed(run, 1) for name, run in runs.items()}
-        return {name: times["median"] for name, times in interleave(runs, seconds, most=50).items()}
+        return {name: min(times["seconds"]) for name, times in interleave(runs, seconds, most=50).items()}
 
     def result(self, metric: str, value: float, baselines: Mapping[str, float], lower: bool = False, unit: str = "") -> None:
         """Print a metric beside that of the baselines, and whether it beats them all.

@@ -130,9 +130,10 @@ with torch.no_grad():
 left.imshow(sound.cpu().reshape(-1, sounds.BANDS).T, origin="lower", aspect="auto", cmap="magma")
 left.set(title=f'"{text}"', ylabel="band")
 left.grid(False)
-for letter in range(1, len(ALPHABET)):
-    if scores[:, letter].max() > 0.3:
-        right.plot(scores[:, letter].cpu())
-        right.annotate(ALPHABET[letter], (int(scores[:, letter].argmax()), float(scores[:, letter].max())), ha="center")
+right.plot(scores[:, 1:].cpu())
+best = scores.argmax(-1).tolist()
+for at, (letter, before) in enumerate(zip(best, [0, *best])):
+    if letter and letter != before:
+        right.annotate(ALPHABET[letter].replace(" ", "␣"), (at, float(scores[at, letter])), ha="center")
 right.set(xlabel="step of 30 ms", ylabel="probability", xlim=(0, len(scores) - 1), title="When it hears which letter")
 page.save(figure)

@@ -30,17 +30,17 @@ from examples.page import Page
 page = Page(__file__, __doc__)
 
 # %%
-# Both languages are written in 4000 pieces of words that they share, so rare words and names can be written too.
+# Both languages are written in 2000 pieces of words that they share, so rare words and names can be written too.
 
 PAD, START, END = 0, 1, 2
 Pair = tuple[str, str]
 
 messages = catalogues.messages("gramps", "es") | catalogues.messages("django", "es")
-pairs = [(source, target) for source, target in sorted(messages.items()) if source != target and len(source) <= 120]
+pairs = [(source, target) for source, target in sorted(messages.items()) if source != target and len(source) <= 80]
 random.Random(page.seed).shuffle(pairs)
 pairs = pairs[: page.pick(None, 600)]
 test_data, train_data = pairs[: len(pairs) // 20], pairs[len(pairs) // 20 :]
-pieces = catalogues.pieces((text for pair in train_data for text in pair), size=page.pick(4000, 600))
+pieces = catalogues.pieces((text for pair in train_data for text in pair), size=page.pick(2000, 600))
 print(f"{len(train_data):,} sentences to train on, {len(test_data):,} held out; {len(pieces):,} pieces of words")
 
 
@@ -53,7 +53,7 @@ def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 class Translator(nn.Module):
     """An encoder, a decoder, and attention between them."""
 
-    def __init__(self, pieces: int, size: int = 256):
+    def __init__(self, pieces: int, size: int = 192):
         super().__init__()
         self.embedding = nn.Embedding(pieces, size, padding_idx=PAD)
         self.encoder = fastrnn.GRU(size, size // 2, batch_first=True, bidirectional=True)
@@ -120,7 +120,7 @@ def translate(text: str, beams: int = 5, most: int = 60) -> str:
 model = Translator(len(pieces)).to(page.device)
 page.race(model, train, page.shuffled(train_data, 64))
 epochs = page.pick(10, 1)
-optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 for epoch in page.progress(range(epochs)):
     print(f"epoch {epoch + 1}: loss {train(model.train(), optimizer, page.shuffled(train_data, 64)):.3f}")

@@ -3,15 +3,11 @@ Many machines: DistributedDataParallel and FSDP2
 ================================================
 
 The character model of ``examples/char_lm.py`` is trained by one process, by two with DistributedDataParallel (each has the
-whole model), and by two with FSDP2 (each has half of every parameter). The pairs write a checkpoint half way, forget everything,
-and resume. All have the same losses. There is nothing here that would be different with torch.nn's layers.
+whole model), and by two with FSDP2 (each has half of every parameter). Both pairs write a checkpoint half way, forget all that
+they know, and resume. The losses are always the same. Nothing here would be different with torch.nn's layers.
 
-The page starts its processes itself. On real machines, ``torchrun`` starts them:
-
-.. code-block:: bash
-
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint HOST:PORT -m \\
-        examples.many_machines.distributed_training --strategy fsdp2 --device cuda
+The page starts its processes itself. On machines with GPUs, ``torchrun --nproc-per-node 8 -m
+examples.many_machines.distributed_training --strategy fsdp2 --device cuda`` starts them.
 
 The text is the Python language reference, which ships with CPython (PSF licence).
 """
@@ -49,8 +45,6 @@ data = torch.tensor([alphabet.index(letter) for letter in text], device=page.dev
 held_out = len(data) // 20
 
 # %%
-# What every process runs
-# -----------------------
 # Every process makes the same model and draws the same batches, of which it takes its own share.
 
 
@@ -117,10 +111,10 @@ def work(strategy: str) -> None:
 
 def launch(strategy: str, folder: str) -> list[float]:
     """The losses of two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    flags = ["--strategy", strategy, "--output", folder, "--seed", str(page.seed), "--device", str(page.device)]
-    module = "examples.many_machines.distributed_training"
-    subprocess.run([*command, module, *flags, *page.pick([], ["--quick"])], check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m"
+    flags = f"--strategy {strategy} --output {folder} --seed {page.seed} --device {page.device} {page.pick('', '--quick')}"
+    command = f"{torchrun} examples.many_machines.distributed_training {flags}"
+    subprocess.run(command.split(), check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
     return json.loads(Path(folder, f"{strategy}.json").read_text())
 
 
@@ -129,8 +123,7 @@ if page.extra["strategy"] != "compare":
     sys.exit()
 
 # %%
-# One process and two
-# -------------------
+# One process and two:
 
 model, optimizer = build("one")
 page.race(model, lambda *arguments: statistics.mean(train(*arguments)), draw(STEPS))
