@@ -37,8 +37,7 @@ page = Page(__file__, __doc__)
 
 ANSWER, END = "\t", "\n"
 pairs = dialogues.pairs()
-questions = sorted({question for question, _ in pairs})
-held_out = set(random.Random(page.seed).sample(questions, len(questions) // 20))
+held_out = set(random.Random(page.seed).sample(sorted({question for question, _ in pairs}), len(pairs) // 20))
 train_data = [q + ANSWER + answer + END for q, answer in pairs if q not in held_out][:: page.pick(1, 100)]
 test_data = [q + ANSWER + answer + END for q, answer in pairs if q in held_out][:: page.pick(1, 100)]
 alphabet = sorted({letter for pair in pairs for letter in "".join(pair) + ANSWER + END})
@@ -87,15 +86,13 @@ def bits(model: nn.Module) -> float:
     return torch.cat(costs).mean().item() / math.log(2)
 
 
-# %%
 # The baseline counts which characters follow the same five.
-
 counts = Counts(train_data)
 baseline = statistics.mean(cost for text in test_data for cost in counts.bits(text, text.index(ANSWER) + 1))
 
 model = Chatbot(len(alphabet)).to(page.device)
 page.race(model, train, page.shuffled(train_data, 32))
-epochs = page.pick(7, 1)
+epochs = page.pick(12, 1)
 optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 curve = []
@@ -106,14 +103,13 @@ for epoch in page.progress(range(epochs)):
     print(f"epoch {epoch + 1}: {loss:.2f} bits per character, {curve[-1]:.2f} in held-out answers")
 page.result("bits per character", curve[-1], {"counts of characters": baseline}, lower=True)
 
+
 # %%
-# Answers, streamed
-# -----------------
-fastrnn.freeze(model.eval())
+# Answers, streamed:
 
 
 @torch.no_grad()
-def answer(question: str, temperature: float = 0.4, most: int = 150) -> Iterator[str]:
+def answer(question: str, temperature: float = 0.3, most: int = 150) -> Iterator[str]:
     """The characters of an answer, each as soon as it is chosen. ValueError: no dialogue has a character of the question."""
     if not len(encode(question)):
         raise ValueError(f"question: expected characters that the dialogues have, got {question!r}")
@@ -128,6 +124,7 @@ def answer(question: str, temperature: float = 0.4, most: int = 150) -> Iterator
         hidden, state = model.lstm.step(model.embedding(character), state)
 
 
+fastrnn.freeze(model.eval())
 for question in ("hello", "who are you", "do you like music", "what is a computer", "can you dream", "where is paris"):
     print(f"\n> {question}\n  ", end="")
     for letter in answer(question):
@@ -137,9 +134,8 @@ for question in ("hello", "who are you", "do you like music", "what is a compute
 # What a character costs, on torch.nn and here:
 
 with torch.no_grad():
-    x = torch.randn(1, 64, device=page.device)
+    x, theirs = torch.randn(1, 64, device=page.device), nn.LSTM(64, model.lstm.hidden_size).to(page.device).eval()
     _, state = model.lstm.step(x)
-    theirs = nn.LSTM(64, model.lstm.hidden_size).to(page.device).eval()
     calls = {"torch.nn's forward": lambda: theirs(x[None], state), "fastrnn's step": lambda: model.lstm.step(x, state)}
     times = page.seconds({name: lambda loops, call=call: [call() for _ in range(loops)] for name, call in calls.items()}, 2.0)
 print("\n\n" + ", ".join(f"{name}: {time * 1e6:.1f} microseconds a character" for name, time in times.items()))
@@ -147,8 +143,8 @@ print("\n\n" + ", ".join(f"{name}: {time * 1e6:.1f} microseconds a character" fo
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 left.plot(range(1, epochs + 1), curve, "o-", label="LSTM")
 left.axhline(baseline, color="C1", linestyle="--", label="counts of characters")
-left.set(xlabel="epoch", ylabel="bits per character", title="Answers to questions that were not seen")
 left.legend()
+left.set(xlabel="epoch", ylabel="bits per character", title="Answers to questions that were not seen")
 right.barh(list(times), [time * 1e6 for time in times.values()], color=["grey", "C0"])
 right.set(xlabel="microseconds a character", title="Writing an answer")
 page.save(figure)
