@@ -138,13 +138,13 @@ for (source, target), text in list(zip(test_data, found[5]))[:6]:
 # What the second GRU looks at while it writes a sentence is the page's figure.
 
 shown = next(source for source, _ in test_data if 25 < len(source) < 40 and "%" not in source)
-source, target = encode([shown])[0], encode([translate(shown)])[0][:, :-1]
+(read, length), written = encode([shown]), encode([translate(shown)])[0][:, :-1]
 with torch.no_grad():
-    states, first = model.read(source, torch.tensor([source.shape[1]]))
-    _, weights = model.attend(states, source, model.decoder(model.embedding(target), first)[0])
+    states, first = model.read(read, length)
+    _, weights = model.attend(states, read, model.decoder(model.embedding(written), first)[0])
 figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
 axes.imshow(weights[0].cpu(), cmap="Blues", aspect="auto")
-axes.set_xticks(range(source.shape[1]), [pieces.id_to_piece(piece) for piece in source[0].tolist()], rotation=60)
-axes.set_yticks(range(target.shape[1]), [*(pieces.id_to_piece(piece) for piece in target[0, 1:].tolist()), "</s>"])
+axes.set_xticks(range(read.shape[1]), [pieces.id_to_piece(piece) for piece in read[0].tolist()], rotation=60)
+axes.set_yticks(range(written.shape[1]), [*(pieces.id_to_piece(piece) for piece in written[0, 1:].tolist()), "</s>"])
 axes.grid(False)
 page.save(figure)
