@@ -120,11 +120,11 @@ class Page:
         theirs, ours = losses["torch.nn"], losses["fastrnn"]
         if not abs(theirs - ours) <= RACE_TOLERANCE * abs(theirs):
             raise RuntimeError(f"race: expected the same losses on both libraries, got {theirs} and {ours}")
-        threads = torch.get_num_threads()
+        threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
         with torch.random.fork_rng():  # so that a page's results do not depend on how often this trained
             a, b = (time * len(epoch) / len(some) for time in self.seconds(runs, 8.0).values())
         print(f"loss of the same steps: torch.nn {theirs:.4f}, fastrnn {ours:.4f}")
-        print(f"seconds per epoch on {threads} threads: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
+        print(f"seconds per epoch on {threads}: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
 
     def seconds(self, calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         """The least seconds of a call of each, timed in turns for about so many seconds together; with --quick once each.
