@@ -66,7 +66,7 @@ def test_page(name, tmp_path, monkeypatch, capsys):
     for function, arguments, error, words in REFUSED.get(name, ()):
         with pytest.raises(error, match=re.escape(words)):
             list(names[function](*arguments))  # of an iterator, too
-    # What the docs show was printed by this page: the same lines but for numbers, epochs and samples.
+    # What the docs show is from a run in full.
     shown = (RESULTS / f"{name}.txt").read_text()
     assert "beats the baseline" in shown
     assert "does not beat" not in shown
