@@ -17,7 +17,7 @@ from fastrnn import machine as host
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 CPUINFO = Path("/proc/cpuinfo")
-PACKAGES = ("torch", "triton", "numba", "numpy", "onnx", "onnxruntime", "openvino")
+PACKAGES = ("torch", "triton", "numba", "numpy", "onnx", "onnxruntime", "openvino", "keras", "tensorflow-cpu", "jax")
 
 # Virtual machines hide a processor's name, but not its family and model: (vendor, family, first and last model).
 PROCESSORS = {

@@ -26,7 +26,7 @@ from fastrnn.kernels.gpu import plan
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
 HEADS = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
-BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream", "penalty")  # of a CPU
+BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream", "penalty", "keras")  # of a CPU
 # What the rows of each table mean.
 ROWS = {
     "processors": "Each row is a processor that was measured, and how fastrnn does there at the sizes of the grid.",
@@ -49,6 +49,11 @@ ROWS = {
     "penalty": (
         "Each row is one size. Each figure is the speed-up over torch.nn of a training step with a gradient penalty, which "
         "needs a double backward."
+    ),
+    "keras": (
+        "Each row is one size, and a call of a layer (infer), a call with all its gradients (train), or an epoch of `fit` of "
+        "two layers and a Dense layer. The three figures are those of LSTM, GRU and SimpleRNN. They say how much faster "
+        "fastrnn.keras is than keras.layers on each backend of Keras, and than fastrnn's own torch module."
     ),
     "roofline": (
         "Each row is a class of sizes. Each figure is how much faster than torch.nn the roofline itself would be, and in "
@@ -308,6 +313,26 @@ def penalty(content: dict[str, Any]) -> str:
     return f"{ROWS['penalty']}\n\n" + table(["speed-up over torch.nn", *(WORDS[cell] for cell in CELLS)], rows)
 
 
+def keras(content: dict[str, Any]) -> str:
+    """fastrnn.keras against keras.layers on each backend, and against the torch module."""
+    rivals = {
+        "torch": "keras.layers on torch",
+        "tensorflow": "on TensorFlow",
+        "jax": "on JAX",
+        "module": "fastrnn's torch module",
+    }
+    by_row: dict[str, dict[str, Any]] = {}
+    for case in content["cases"]:
+        by_row.setdefault(f"{point_name(case)} {case['mode']}", {})[case["cell"]] = case.get("ratios", {})
+
+    def figures(by_cell: dict[str, Any], rival: str) -> str:
+        found = [by_cell.get(cell, {}).get(rival) for cell in CELLS]
+        return ", ".join(f"{ratio:.2f}" if ratio else "-" for ratio in found) if any(found) else ""
+
+    rows = [[name, *(figures(by_cell, rival) for rival in rivals)] for name, by_cell in by_row.items()]
+    return f"{ROWS['keras']}\n\n" + table(["LSTM, GRU, SimpleRNN", *rivals.values()], rows)
+
+
 def stream(content: dict[str, Any]) -> str:
     """Microseconds of one step of one row."""
     names = (
@@ -445,7 +470,7 @@ def section(name: str, contents: dict[str, dict[str, Any]], pictures: str) -> st
         parts += [class_table(results), worst(results), f"![Heat map of the grid]({pictures}/{picture('heatmap', name)})"]
         parts += [apart_table(results), packed(results), peer_table(results)]
         last = origin(grid)
-    writers = {"stream": stream, "penalty": penalty, "memory": memory, "startup": startup, "half": half}
+    writers = {"stream": stream, "penalty": penalty, "keras": keras, "memory": memory, "startup": startup, "half": half}
     for benchmark, write in writers.items():
         if content := contents.get(benchmark):
             parts.append(write(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 import fastrnn
 import fastrnn.kernels
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -12,7 +12,21 @@ import torch
 from torch import nn
 
 import fastrnn
-from bench import chart, crowded, crowded_calls, gradient_penalty, half, memory, record, report, roofline, run, stream, timing
+from bench import (
+    chart,
+    crowded,
+    crowded_calls,
+    gradient_penalty,
+    half,
+    keras_layers,
+    memory,
+    record,
+    report,
+    roofline,
+    run,
+    stream,
+    timing,
+)
 from bench.grid import GRID, Case, Point, cases
 from bench.subjects import Subject, onnx_model
 from fastrnn.timing import difference
@@ -109,6 +123,38 @@ def test_a_gradient_penalty_is_checked_and_told(cell, point):
     other = "gru" if cell == "lstm" else "lstm"
     row = report.penalty({"cases": [found, {**wrong, "cell": other}]}).splitlines()[-1]
     assert row.startswith(f"| {case.point.name} | ") and row.count("x |") == 1
+
+
+@pytest.fixture(scope="module")
+def keras_on_torch():
+    backend = keras_layers.Backend("torch", 1)
+    yield backend
+    backend.close()
+
+
+# Keras' variables do not know numpy 2's `copy` keyword.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["infer", "train", "fit"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_keras_layers_are_checked_and_told(cell, mode, keras_on_torch, monkeypatch):
+    monkeypatch.setattr(keras_layers, "EPOCH", 6)
+    case = Case(Point("few", 3, 5, 4, input=2), cell, mode)
+    found = keras_layers.measure(case, 0.01, 2, [keras_on_torch])
+    assert found["faults"] == [] and found["ratios"].keys() == {"torch"} | ({"module"} if mode != "fit" else set())
+    wrong = keras_layers.measure(case, 0.01, 2, [keras_on_torch], tolerance=-1)
+    assert len(wrong["faults"]) == len(found["ratios"]) and "times" not in wrong
+    row = report.keras({"cases": [found]}).splitlines()[-1]
+    assert row.startswith(f"| {case.point.name} {mode} | ")
+    assert sum(figure not in ("", "-") for cells in row.split("|")[2:] for figure in cells.strip().split(", ")) == len(
+        found["ratios"]
+    )
+
+
+def test_a_backend_of_keras_that_fails_says_how():
+    backend = keras_layers.Backend("torch", 1)
+    with pytest.raises(RuntimeError, match=r"(?s)keras.layers on torch failed:\n.*no/such/file"):
+        backend.ask(cell="gru", mode="infer", hidden=3, batch=1, data="no/such/file", result="")
+    backend.close()
 
 
 def test_difference_is_relative_where_it_can_be():

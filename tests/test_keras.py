@@ -1,11 +1,8 @@
 """fastrnn.keras stands in for keras.layers: Keras is asked what is right, never quoted."""
 
 import itertools
-import os
 import subprocess
 import sys
-
-os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported, which only this file does
 
 import keras
 import numpy as np
