@@ -1,8 +1,8 @@
 """Tables and pictures of every processor measured, from bench/results/*.json: `python -m bench.report`.
 
 The results of a benchmark on a processor are in a file of their own, such as grid-zen-4.json: to show another processor, add
-its files. Tables go between the markers "bench", "roofline" and "gpu" of README.md or docs/*.md, wherever these are; heat maps
-and rooflines are drawn beside the results. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is faster.
+its files. Tables go between the markers "bench", "roofline", "crowded" and "gpu" of README.md or docs/*.md, wherever these
+are; heat maps and rooflines are drawn beside the results. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is faster.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record
+from bench.crowded import GOALS
 from bench.gpu_resources import TARGETS
 from bench.grid import CELLS, GATES, GROUPS, MODES, Point
 from bench.memory import above
@@ -26,7 +27,7 @@ from fastrnn.kernels.gpu import plan
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
 HEADS = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
-BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream", "penalty", "keras")  # of a CPU
+BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream", "penalty", "keras", "crowded")  # of a CPU
 # What the rows of each table mean.
 ROWS = {
     "processors": "Each row is a processor that was measured, and how fastrnn does there at the sizes of the grid.",
@@ -54,6 +55,11 @@ ROWS = {
         "Each row is one size, and a call of a layer (infer), a call with all its gradients (train), or an epoch of `fit` of "
         "two layers and a Dense layer. The three figures are those of LSTM, GRU and SimpleRNN. They say how much faster "
         "fastrnn.keras is than keras.layers on each backend of Keras, and than fastrnn's own torch module."
+    ),
+    "crowded": (
+        "Each row is one size, in inference or training, and each column something that disturbs its calls. The figures are "
+        "the median times of a call in milliseconds: fastrnn's, and torch.nn's where it was measured. Calls that are "
+        "disturbed only now and then (in bursts, or by a quota of 1.5 CPUs) have their mean times."
     ),
     "roofline": (
         "Each row is a class of sizes. Each figure is how much faster than torch.nn the roofline itself would be, and in "
@@ -333,6 +339,29 @@ def keras(content: dict[str, Any]) -> str:
     return f"{ROWS['keras']}\n\n" + table(["LSTM, GRU, SimpleRNN", *rivals.values()], rows)
 
 
+def crowded(content: dict[str, Any]) -> str:
+    """Milliseconds of a call in each situation that was measured."""
+    figures: dict[tuple[str, str, str], float] = {}
+    rows: dict[str, None] = {}
+    columns: dict[str, None] = {}
+    means = {goal.situation for goal in GOALS if goal.figure == "mean"}
+    for case in content["cases"]:
+        if "p50" in case["median"]:
+            row = f"{case['point']} {case['mode']}"
+            figure = "mean" if case["situation"] in means else "p50"
+            figures[row, case["situation"], case["who"]] = case["median"][figure] / 1e3
+            rows[row] = columns[case["situation"]] = None
+
+    def cell(row: str, column: str) -> str:
+        found = (figures.get((row, column, who)) for who in ("now", "torch.nn"))
+        return ", ".join(f"{time:.3g}" for time in found if time is not None)
+
+    name, machine = content["machine"]["name"], content["machine"]
+    lines = [[row, *(cell(row, column) for column in columns)] for row in rows]
+    origin = f"Measured on {machine['cores']} CPUs of {name} with {taken(content)}."
+    return "\n\n".join((ROWS["crowded"], table(["ms", *columns], lines), origin))
+
+
 def stream(content: dict[str, Any]) -> str:
     """Microseconds of one step of one row."""
     names = (
@@ -569,6 +598,8 @@ def main(argv: list[str] | None = None) -> None:
     if processors:
         texts["bench"] = lambda pictures: markdown(processors, pictures)
         texts["roofline"] = lambda pictures: rooflines_of_all(processors, pictures)
+    if found := [contents["crowded"] for contents in processors.values() if "crowded" in contents]:
+        texts["crowded"] = lambda pictures: "\n\n".join(map(crowded, found))
     if (file := folder / "gpu.json").exists():
         texts["gpu"] = lambda pictures: gpu(json.loads(file.read_text()))
     for path in write_pages(root, texts):

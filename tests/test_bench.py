@@ -299,6 +299,22 @@ def test_crowded_goals_are_checked():
     assert {goal.situation for goal in crowded.GOALS} | {goal.other for goal in crowded.GOALS} <= known
 
 
+def test_crowded_calls_are_told():
+    def case(situation, who, **figures):
+        return {"situation": situation, "who": who, "point": "GRU H5 B1 T2", "mode": "infer", "median": figures}
+
+    cases = [
+        case("quiet", "now", p50=1234, mean=9),
+        case("quiet", "torch.nn", p50=5600, mean=9),
+        case("bursts", "now", p50=9, mean=78),
+    ]
+    cases += [case("quiet", "before", p50=9, mean=9), case("smaller team", "now", **{"longest ms": 9})]
+    origin = {"machine": {"name": "Zen 9", "cores": 2}, "versions": {"torch": "2"}, "date": "2026-01-01T00", "commit": "abc"}
+    head, _, row = report.crowded(origin | {"cases": cases}).split("\n\n")[1].splitlines()
+    assert head == "| ms | quiet | bursts |"
+    assert row == "| GRU H5 B1 T2 infer | 1.23, 5.6 | 0.078 |"
+
+
 def test_crowded_runs_processes_and_keeps_what_was_there(tmp_path, capsys):
     output, small = tmp_path / "crowded.json", ["--points", "GRU H96 B1 ", "--runs", "1", "--seconds", "0.01"]
     assert crowded.main(["--only", "^one CPU, one thread infer", *small, "--output", str(output)]) == 0
