@@ -1,0 +1,75 @@
+"""A planner for MiniGrid's memory mazes that sees the whole map: what a page lets a robot imitate."""
+
+from collections import deque
+from collections.abc import Callable
+
+import gymnasium
+import minigrid  # noqa: F401 (registers its mazes with gymnasium)
+import numpy as np
+import torch
+from minigrid.core.constants import OBJECT_TO_IDX
+from minigrid.minigrid_env import MiniGridEnv
+from torch import Tensor
+
+KINDS = len(OBJECT_TO_IDX)  # of cells: wall, key, ball, ...
+LEFT, RIGHT, FORWARD = ACTIONS = range(3)
+Pose = tuple[int, int, int]  # x, y, and the direction: 0 is right, 1 down, 2 left, 3 up
+
+
+def make(size: int, **options: str) -> MiniGridEnv:
+    """A maze of so many cells, 13 or 17, with a corridor of random length."""
+    return gymnasium.make(f"MiniGrid-MemoryS{size}Random-v0", disable_env_checker=True, **options).unwrapped
+
+
+def sight(observation: dict) -> Tensor:
+    """[49]: the kinds of the 7 by 7 cells in sight"""
+    return torch.as_tensor(observation["image"][..., 0], dtype=torch.long).flatten()
+
+
+def search(maze: MiniGridEnv, start: Pose, arrived: Callable[[Pose], bool]) -> tuple[list[int], Pose]:
+    """The fewest actions from `start` to a pose where `arrived`, and that pose: breadth-first search."""
+    came: dict[Pose, tuple[Pose, int]] = {}
+    queue, known = deque([start]), {start}
+    while queue:
+        here = queue.popleft()
+        if arrived(here):
+            actions, pose = [], here
+            while pose != start:
+                pose, action = came[pose]
+                actions.append(action)
+            return actions[::-1], here
+        x, y, direction = here
+        dx, dy = ((1, 0), (0, 1), (-1, 0), (0, -1))[direction]
+        ways = {LEFT: (x, y, (direction - 1) % 4), RIGHT: (x, y, (direction + 1) % 4)}
+        if maze.grid.get(x + dx, y + dy) is None:
+            ways[FORWARD] = (x + dx, y + dy, direction)
+        for action, pose in ways.items():
+            if pose not in known:
+                known.add(pose)
+                came[pose] = here, action
+                queue.append(pose)
+    raise ValueError(f"maze: expected a way to the goal, got none from {start}")
+
+
+def plan(maze: MiniGridEnv) -> list[int]:
+    """The planner's actions: to the nearest pose from where the object in the room is visible, and from there to its like."""
+    start = (int(maze.agent_pos[0]), int(maze.agent_pos[1]), int(maze.agent_dir))
+
+    def sees(pose: Pose) -> bool:
+        maze.agent_pos, maze.agent_dir = np.array(pose[:2]), pose[2]
+        return bool(maze.agent_sees(1, maze.height // 2 - 1))
+
+    there, pose = search(maze, start, sees)
+    onward, _ = search(maze, pose, lambda pose: pose[:2] == maze.success_pos)
+    maze.agent_pos, maze.agent_dir = np.array(start[:2]), start[2]
+    return there + onward
+
+
+def walk(maze: MiniGridEnv, seed: int) -> tuple[Tensor, Tensor]:
+    """A path of the planner's in the maze of that seed: [steps, 49] sights, and the [steps] actions taken there."""
+    observation, _ = maze.reset(seed=seed)
+    actions, sights = plan(maze), []
+    for action in actions:
+        sights.append(sight(observation))
+        observation, *_ = maze.step(action)
+    return torch.stack(sights), torch.tensor(actions)
