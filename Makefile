@@ -84,11 +84,18 @@ test-wheel: $(if $(WHEEL),,wheel) build/torch-$(TORCH)/.tools
 demo: install
 	$(BIN)/python examples/char_lm.py $(DEMO_ARGS)
 
+# Recordings for the page on speech recognition, unpacked from Debian's packages: neither root nor an installation is needed.
+build/sounds:
+	mkdir -p $@.part && cd $@.part && apt-get download asterisk-core-sounds-en asterisk-core-sounds-en-wav
+	for package in $@.part/*.deb; do dpkg-deb --extract $$package $@.part; done
+	mv $@.part $@
+
 PAGES ?= $(subst /,.,$(patsubst examples/%.py,%,$(sort $(wildcard examples/*/*.py))))
 
 # What a page prints and draws is kept, for the docs.
 examples: install $(VENV)/.with-gallery
 	mkdir -p docs/results
+	-$(MAKE) build/sounds
 	set -e; for page in $(PAGES); do echo "fastrnn: examples.$$page"; \
 	    $(BIN)/python -m examples.$$page --output docs/results > build/page.txt; \
 	    mv build/page.txt docs/results/$${page##*.}.txt; done

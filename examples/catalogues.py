@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 import polib
+import sentencepiece
 
 
 @functools.cache
@@ -40,3 +43,21 @@ def read(file: Path) -> dict[str, str]:
         raise ValueError(f"file: expected a compiled gettext catalogue (.mo), got {file}: {error}") from error
     pairs = ((entry.msgid, entry.msgstr or entry.msgstr_plural.get(0, "")) for entry in entries)
     return {source: target for source, target in pairs if source and target}
+
+
+def pieces(texts: Iterable[str], size: int) -> sentencepiece.SentencePieceProcessor:
+    """`size` pieces that the words of some texts are made of. Piece 0 is padding, 1 the start of a text, and 2 its end."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=size,
+        model_type="bpe",
+        character_coverage=1.0,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())

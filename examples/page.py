@@ -26,6 +26,7 @@ from torch import nn
 import fastrnn
 from fastrnn.timing import Runner, elapsed, interleave
 
+ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 RACE_BATCHES = 2  # from all over an epoch
 RACE_TOLERANCE = 1e-3  # of the two libraries' losses after the same few steps
@@ -38,9 +39,10 @@ class Page:
     quick:  little data and few epochs, to see that the page runs; its results are poor.
     device: where the models are.
     seed:   torch was seeded with it.
+    extra:  the page's own options; `Page(..., strategy="ddp")` adds `--strategy`, and its default.
     """
 
-    def __init__(self, file: str, doc: str | None) -> None:
+    def __init__(self, file: str, doc: str | None, **extra: str) -> None:
         self.name = Path(file).stem
         title = next(line for line in (doc or self.name).splitlines() if line.strip("= "))
         parser = argparse.ArgumentParser(description=title)
@@ -48,7 +50,10 @@ class Page:
         parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="(default %(default)s)")
         parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
         parser.add_argument("--output", type=Path, default=Path("build/gallery"), help="for the figure (default %(default)s)")
+        for name, default in extra.items():
+            parser.add_argument(f"--{name}", default=default, help="(default %(default)s)")
         options = parser.parse_args()
+        self.extra: dict[str, str] = {name: getattr(options, name) for name in extra}
         self.quick: bool = options.quick
         self.device: torch.device = options.device
         self.seed: int = options.seed
@@ -108,15 +113,19 @@ class Page:
         theirs, ours = losses["torch.nn"], losses["fastrnn"]
         if not abs(theirs - ours) <= RACE_TOLERANCE * abs(theirs):
             raise RuntimeError(f"race: expected the same losses on both libraries, got {theirs} and {ours}")
+        threads = torch.get_num_threads()
         a, b = (time * len(epoch) / len(some) for time in self.seconds(runs, 8.0).values())
         print(f"loss of the same steps: torch.nn {theirs:.4f}, fastrnn {ours:.4f}")
-        print(f"seconds per epoch, {torch.get_num_threads()} threads: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
+        print(f"seconds per epoch on {threads} threads: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
 
     def seconds(self, runs: Mapping[str, Runner], seconds: float) -> dict[str, float]:
-        """The median seconds of a call of each, timed in turns for about so many seconds together; with --quick once each."""
+        """The least seconds of a call of each, timed in turns for about so many seconds together; with --quick once each.
+
+        Other work on the machine can only add to a time, so the least one is the call's own.
+        """
         if self.quick:
             return {name: elapsed(run, 1) for name, run in runs.items()}
-        return {name: times["median"] for name, times in interleave(runs, seconds, most=50).items()}
+        return {name: min(times["seconds"]) for name, times in interleave(runs, seconds, most=50).items()}
 
     def result(self, metric: str, value: float, baselines: Mapping[str, float], lower: bool = False, unit: str = "") -> None:
         """Print a metric beside that of the baselines, and whether it beats them all.

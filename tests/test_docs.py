@@ -15,6 +15,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -73,6 +74,22 @@ def code_blocks() -> Iterator[tuple[str, str]]:
 def test_code_blocks_run(block):
     known = "import torch, fastrnn\nx = torch.zeros(8, 5, 128)\n" if block.startswith("from fastrnn import") else ""
     python(known + block, OMP_NUM_THREADS="1")
+
+
+SESSION = """
+import doctest, re
+blocks = re.findall(r"^```pycon\\n(.*?)^```", open(PAGE).read(), re.DOTALL | re.MULTILINE)
+session = doctest.DocTestParser().get_doctest("\\n".join(blocks), {}, PAGE, None, 0)
+failed, tried = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session)
+assert tried > 50 and not failed
+"""
+
+
+@pytest.mark.skipif(find_spec("keras") is None, reason="the page's example of Keras needs keras")
+def test_pitfalls_have_the_symptoms_that_they_are_said_to_have():
+    """The page's examples are one session, with the results and messages of torch and Keras."""
+    page = ROOT / "docs" / "pitfalls.md"
+    python(SESSION.replace("PAGE", repr(str(page))), KERAS_BACKEND="torch", OMP_NUM_THREADS="1")
 
 
 def test_what_the_readme_shows_is_what_compare_prints():

@@ -14,6 +14,7 @@ import torch
 
 import fastrnn
 import fastrnn.keras
+from examples import keras_models, models
 
 # Keras' variables do not know numpy 2's `copy` keyword.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
@@ -369,3 +370,27 @@ def test_another_backend_is_refused_with_the_setting_to_change():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "KERAS_BACKEND=torch" in done.stdout and "'jax'" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["RNNModel", "LSTMModel", "GRUModel"])
+def test_textbook_models_equal_their_twins_in_pytorch(name):
+    x = torch.randn(B, T, I)
+    model = getattr(keras_models, name)(H, 3)
+    expected = model(x)
+    twin = keras_models.to_pytorch(model)
+    assert type(twin) is getattr(models, name)
+    torch.testing.assert_close(twin(x), expected, atol=1e-6, rtol=1e-5)
+
+    torch.manual_seed(1)
+    other = getattr(models, name)(I, H, 2, 3)
+    torch.testing.assert_close(keras_models.from_pytorch(other)(x), other(x), atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(other(x), expected)
+
+
+def test_models_without_a_twin_are_refused():
+    with pytest.raises(TypeError, match=r"expected a model of examples\.keras_models, got Sequential"):
+        keras_models.to_pytorch(keras.Sequential())
+    with pytest.raises(TypeError, match=r"expected a model of examples\.models, got LSTM"):
+        keras_models.from_pytorch(torch.nn.LSTM(I, H))
+    with pytest.raises(ValueError, match=r"expected two layers, got num_layers=1"):
+        keras_models.from_pytorch(models.LSTMModel(I, H, 1, 3))

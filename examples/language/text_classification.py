@@ -35,7 +35,7 @@ page = Page(__file__, __doc__)
 # %%
 # The sentences
 # -------------
-# Placeholders and markup are the same in all languages, so they are taken out. A language is used if it has 300 sentences.
+# Placeholders and markup are the same in all languages, so they are taken out. A language is used if it has 250 sentences.
 # Regional variants ("es_MX") are left out: most of their sentences are the same.
 
 NOT_TEXT = re.compile(r"%\(\w+\)\w|%\w|\{[^}]*\}|<[^>]*>|&\w+;|https?:\S+")
@@ -47,8 +47,8 @@ parts: dict[bool, Data] = {False: [], True: []}
 codes = [code for code in catalogues.languages("django") if code in ("zh_Hans", "zh_Hant") or not re.search("_|en", code)]
 for code in page.pick(codes, ["ar", "de", "it", "ja", "ru"]):
     found = {source: " ".join(NOT_TEXT.sub(" ", text).split()) for source, text in catalogues.messages("django", code).items()}
-    found = {source: text for source, text in found.items() if 3 <= len(text) <= 150 and text != source}
-    if len(found) >= 300:
+    found = {source: text for source, text in found.items() if 8 <= len(text) <= 150 and text != source}
+    if len(found) >= 250:
         for source, text in found.items():
             parts[held_out.setdefault(source, chance.random() < 0.2)].append((text, code))
 
@@ -58,11 +58,6 @@ counted = Counter(letter for text, _ in train_data for letter in text)
 vocabulary = {letter: at for at, (letter, _) in enumerate(counted.most_common(page.pick(5000, 300)), start=1)}  # 0: others
 print(f"{len(train_data):,} sentences to train on, {len(test_data):,} held out")
 print(f"{len(labels)} languages, {len(vocabulary):,} letters")
-
-
-# %%
-# The model
-# ---------
 
 
 class Classifier(nn.Module):
