@@ -8,9 +8,8 @@ pendulum moves by watching it under random torques, and then swings it up by pla
 The model is one GRU. While it watches, each input is an observation (the angle; the velocity is hidden) and a torque. While
 it imagines, the observation is blank and only torques come in. So its state has to hold the velocity, and carry it on. A plan
 is a sequence of torques whose imagined cost is low, found by the cross-entropy method (Rubinstein, 1999; PlaNet, Hafner et
-al., 2019). It takes hundreds of imagined futures a step, so the weights are frozen for it (``fastrnn.freeze``).
-
-Data: simulated by ``gymnasium`` (MIT licence), ``Pendulum-v1``.
+al., 2019). It takes hundreds of imagined futures a step, so the weights are frozen for it (``fastrnn.freeze``). Data:
+simulated by ``gymnasium`` (MIT licence), ``Pendulum-v1``.
 """
 
 # sphinx_gallery_thumbnail_path = "results/world_model.png"
@@ -27,13 +26,16 @@ from examples.page import Page
 from examples.pendulums import Pendulums
 
 page = Page(__file__, __doc__)
-STEPS, WATCHED, IMAGINED = 70, 10, 30  # of 0.05 s
+STEPS, WATCHED, IMAGINED = 100, 10, 30  # of 0.05 s
 random = np.random.default_rng(page.seed)
 
 
 def record(episodes: int, steps: int) -> Tensor:
     """[episodes, steps, 4]: cosine and sine, a torque that changes now and then, and a tenth of the cost of the step."""
-    watched, torques = Pendulums(random.uniform(-np.pi, np.pi, episodes), random.uniform(-8, 8, episodes)), np.zeros(episodes)
+    watched, torques = (
+        Pendulums(random.uniform(-np.pi, np.pi, episodes), 8 * random.uniform(-1, 1, episodes) ** 3),
+        np.zeros(episodes),
+    )
     rows = []
     for _ in range(steps):
         torques = np.where(random.random(episodes) < 0.2, random.uniform(-2, 2, episodes), torques)

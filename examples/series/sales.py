@@ -34,15 +34,17 @@ QUANTILES = torch.tensor([0.1, 0.5, 0.9], device=page.device)
 # %%
 # The data
 # --------
-# Some towns reported nothing for a while. A model would take a gap for a fall to nothing, so those towns are left out, by name.
+# Some towns reported nothing for a while. Those towns are left out, by name.
 
 
 def read(town: str) -> np.ndarray:
     """The town's sales, month by month, or a ValueError that names the first month without."""
+    if town not in set(txhousing["city"]):
+        raise ValueError(f"town: expected one of {', '.join(txhousing['city'].unique())}, got {town!r}")
     table = txhousing[txhousing["city"] == town].sort_values(["year", "month"])
     gaps = table[table["sales"].isna()]
     if len(gaps):
-        year, month = gaps.iloc[0][["year", "month"]]
+        year, month = gaps[["year", "month"]].iloc[0]
         raise ValueError(f"{town}: expected sales in each month, got none in {len(gaps)}, the first {year}-{month:02}")
     return table["sales"].to_numpy()
 
@@ -55,16 +57,14 @@ for town in txhousing["city"].unique():
         print("left out:", error)
 sales = np.stack(list(series.values()))  # [towns, months]
 test_start = 13 * 12  # January 2013, in months since January 2000
-print(f"{len(series)} towns, {sales.shape[1]} months")
-
 # Towns differ a hundredfold in size. All that the model sees is relative to the town's mean over the year before.
 season = 2 * np.pi * np.arange(sales.shape[1] + AHEAD) / 12
 calendar = np.stack([np.sin(season), np.cos(season), np.sin(2 * season), np.cos(2 * season)], axis=1)  # [months, 4]
 
 
 def windows(starts: Iterable[int]) -> tuple[Tensor, ...]:
-    """For forecasts that begin in the months `starts`, of all towns: past [rows, PAST, 5], months ahead [rows, AHEAD, 4],
-    the sales that follow [rows, AHEAD], relative as well, and the level [rows] that they are relative to."""
+    """For forecasts that begin in the months `starts`, of all towns: the past [rows, PAST, 5], months ahead [rows, AHEAD, 4],
+    the sales in them [rows, AHEAD], and the level [rows] that sales are relative to."""
     rows = []
     for start in starts:
         level = sales[:, start - 12 : start].mean(1)

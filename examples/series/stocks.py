@@ -42,9 +42,11 @@ TICKERS = ("AAPL", "GOOG", "IBM", "MSFT")
 
 def read(ticker: str) -> pd.DataFrame:
     """By day: the return since the day before, the logarithm of the range, and the change of the traded volume."""
+    if ticker not in TICKERS:
+        raise ValueError(f"ticker: expected one of {', '.join(TICKERS)}, got {ticker!r}")
     table = stocks.data[stocks.data["ticker"] == ticker].set_index("date")
     numbers = table[["high", "low", "adj_close", "volume"]]
-    if numbers.empty or not (numbers > 0).all(axis=None):
+    if not (numbers > 0).all(axis=None):
         raise ValueError(f"{ticker}: expected positive prices and volumes, got {(~(numbers > 0)).sum().to_dict()} without")
     table["range"] = np.log(np.log(table["high"] / table["low"]).clip(lower=1e-3))
     table[["return", "volume"]] = np.log(table[["adj_close", "volume"]]).diff()
@@ -53,9 +55,9 @@ def read(ticker: str) -> pd.DataFrame:
 
 def windows(ticker: str) -> tuple[np.ndarray, ...]:
     """[days, PAST, 3] features up to each day, the [days, 2] return and range of the next one, its date, and the ticker."""
-    table = read(ticker)
-    past = np.lib.stride_tricks.sliding_window_view(table.to_numpy()[:-1], PAST, axis=0).swapaxes(1, 2)
-    return past, table.to_numpy()[PAST:, :2], table.index[PAST:].to_numpy(), np.full(len(past), ticker)
+    values = (table := read(ticker)).to_numpy()
+    past = np.lib.stride_tricks.sliding_window_view(values[:-1], PAST, axis=0).swapaxes(1, 2)
+    return past, values[PAST:, :2], table.index[PAST:].to_numpy(), np.full(len(past), ticker)
 
 
 past, target, dates, tickers = (np.concatenate(part) for part in zip(*(windows(ticker) for ticker in TICKERS)))
@@ -71,10 +73,6 @@ def normalised(values: np.ndarray) -> Tensor:
 
 
 loader = DataLoader(TensorDataset(normalised(past[~later]), normalised(target[~later])), batch_size=128, shuffle=True)
-
-# %%
-# The model
-# ---------
 
 
 class Forecaster(nn.Module):
@@ -122,10 +120,7 @@ errors = {name: float(np.abs(forecast - ranges).mean()) for name, forecast in fo
 page.result("mean absolute error of the log range", errors.pop("LSTM"), errors, lower=True)
 
 # %%
-# How wide the interval has to be
-# -------------------------------
-# An interval of one width for all days is too wide on calm days and too narrow on stormy ones: the days after a month of wide
-# ranges.
+# Stormy days are those after a month of wide ranges. An interval of one width for all days suits no day.
 
 level = QUANTILES.cpu().double()
 fixed = np.broadcast_to(np.quantile(target[~later, 0], level), quantiles[:, 0].shape)
@@ -136,7 +131,7 @@ stormy = month > np.median(month)
 for name, q in intervals.items():
     inside = (q[:, 0] <= returns) & (returns <= q[:, 2])
     print(
-        f"{name}: {inside[~stormy].mean():.0%} of calm and {inside[stormy].mean():.0%} of stormy days inside the 90 % interval"
+        f"{name}: the 90 % interval holds {inside[~stormy].mean():.0%} of calm and {inside[stormy].mean():.0%} of stormy days"
     )
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")

@@ -51,7 +51,7 @@ def pass_by(digit: np.ndarray) -> Tensor:
     share = (places - left)[:, None, None]
     seen = np.stack([wide[:, at : at + SLIT + 1] for at in left])  # between two columns both show
     clip = (1 - share) * seen[:, :, :-1] + share * seen[:, :, 1:]
-    return torch.tensor(clip + random.normal(0, 0.3, clip.shape), dtype=torch.float32)
+    return torch.tensor(clip + random.normal(0, 0.25, clip.shape), dtype=torch.float32)
 
 
 digits = load_digits()
@@ -111,9 +111,9 @@ accuracy: dict[str, float] = {}
 curves: dict[str, list[float]] = {}
 for name, recurrent in {"GRU": True, "votes of the pictures": False}.items():
     model = Classifier(recurrent).to(page.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     curves[name] = []
-    for _ in page.progress(range(page.pick(30, 1)), name):
+    for _ in page.progress(range(page.pick(35, 1)), name):
         train(model, optimizer, batches(train_images, train_labels))
         with torch.no_grad():
             curves[name].append(float((model(test_clips).argmax(1) == test_truth).double().mean()))
