@@ -1,10 +1,13 @@
 """Gymnasium's pendulum, many at once or filmed, from where one wants. The angle is 0 at the top and grows to the left."""
 
+import os
 from collections.abc import Sequence
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control import PendulumEnv
+
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, and no screen is looked for
 
 
 def make(**options: str) -> PendulumEnv:

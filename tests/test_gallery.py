@@ -6,6 +6,8 @@ import re
 import runpy
 import sys
 import wave
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib

@@ -144,9 +144,8 @@ for name, curve in curves.items():
 page.result("mean steps of balance, 500 at most", scores["with memory"], {"memory erased": scores["memory erased"]})
 
 figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-axes.plot(
-    np.arange(1, ROLLOUTS + 1) * STEPS * GAMES / 1000, np.stack(list(curves.values()), axis=1).clip(max=500), label=list(curves)
-)
+lengths = np.stack(list(curves.values()), axis=1).clip(max=500)
+axes.plot(np.arange(1, ROLLOUTS + 1) * STEPS * GAMES / 1000, lengths, label=list(curves))
 axes.set(title="a pole with hidden velocity", xlabel="thousand steps played", ylabel="steps per episode")
 axes.legend()
 page.save(figure)

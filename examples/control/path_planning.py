@@ -53,6 +53,7 @@ class Robot(nn.Module):
         self.remembers = remembers
         self.look = nn.Sequential(nn.Embedding(mazes.KINDS, 8), nn.Flatten(), nn.Linear(49 * 8, 64), nn.ReLU())
         self.gru = fastrnn.GRU(64, hidden_size)
+        nn.init.constant_(self.gru.bias_hh_l0.data[hidden_size : 2 * hidden_size], 2.0)  # it keeps its state at first
         self.action = nn.Linear(hidden_size, len(mazes.ACTIONS))
 
     def forward(self, sights: PackedSequence) -> Tensor:

@@ -32,11 +32,8 @@ random = np.random.default_rng(page.seed)
 
 def record(episodes: int, steps: int) -> Tensor:
     """[episodes, steps, 4]: cosine and sine, a torque that changes now and then, and a tenth of the cost of the step."""
-    watched, torques = (
-        Pendulums(random.uniform(-np.pi, np.pi, episodes), 8 * random.uniform(-1, 1, episodes) ** 3),
-        np.zeros(episodes),
-    )
-    rows = []
+    watched = Pendulums(random.uniform(-np.pi, np.pi, episodes), 8 * random.uniform(-1, 1, episodes) ** 3)
+    torques, rows = np.zeros(episodes), []
     for _ in range(steps):
         torques = np.where(random.random(episodes) < 0.2, random.uniform(-2, 2, episodes), torques)
         rows.append(np.column_stack([watched.look(), torques, watched.push(torques) / 10]))
