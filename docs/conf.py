@@ -48,6 +48,7 @@ sphinx_gallery_conf = {
     "plot_gallery": False,
     # pages lie in folders
     "ignore_pattern": "|".join(path.name for path in (Path(__file__).parent.parent / "examples").glob("*.py")),
+    "subsection_order": [*(f"../examples/{name}" for name in ("basics", "language", "series", "video", "control")), "*"],
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
     "show_signature": False,

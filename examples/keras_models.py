@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import torch
-from torch import nn
 
 from examples import models
 from fastrnn.keras import GRU, LSTM, SimpleRNN, from_torch, to_torch  # the one change: it would be keras.layers
@@ -82,7 +81,7 @@ def to_pytorch(model: Any) -> Any:
     return twin.eval()
 
 
-def from_pytorch(twin: nn.Module) -> Any:
+def from_pytorch(twin: Any) -> Any:
     """Make the model of this file with the weights of a model of examples/models.py that has two layers.
 
     Raises:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,13 +25,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import fastrnn
-from fastrnn.timing import Runner, elapsed, interleave
+from fastrnn.timing import elapsed, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 RACE_BATCHES = 2  # from all over an epoch
 RACE_TOLERANCE = 1e-3  # of the two libraries' losses after the same few steps
-STYLE = {"axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "grid.alpha": 0.3, "figure.dpi": 100}
+STYLE: dict[Any, Any] = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.alpha": 0.3,
+    "figure.dpi": 100,
+}
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 class Page:
@@ -104,25 +116,22 @@ class Page:
                 torch.manual_seed(self.seed)  # dropout draws the same numbers for both
                 losses[name] = train(copied, optimizer, some)
 
-            def run(loops: int, copied: nn.Module = copied, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                with torch.random.fork_rng():
-                    for _ in range(loops):
-                        train(copied, optimizer, some)
-
-            runs[name] = run
+            runs[name] = functools.partial(train, copied, optimizer, some)
         theirs, ours = losses["torch.nn"], losses["fastrnn"]
         if not abs(theirs - ours) <= RACE_TOLERANCE * abs(theirs):
             raise RuntimeError(f"race: expected the same losses on both libraries, got {theirs} and {ours}")
-        threads = torch.get_num_threads()
-        a, b = (time * len(epoch) / len(some) for time in self.seconds(runs, 8.0).values())
+        threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
+        with torch.random.fork_rng():  # so that a page's results do not depend on how often this trained
+            a, b = (time * len(epoch) / len(some) for time in self.seconds(runs, 8.0).values())
         print(f"loss of the same steps: torch.nn {theirs:.4f}, fastrnn {ours:.4f}")
-        print(f"seconds per epoch on {threads} threads: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
+        print(f"seconds per epoch on {threads}: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
 
-    def seconds(self, runs: Mapping[str, Runner], seconds: float) -> dict[str, float]:
+    def seconds(self, calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         """The least seconds of a call of each, timed in turns for about so many seconds together; with --quick once each.
 
         Other work on the machine can only add to a time, so the least one is the call's own.
         """
+        runs = {name: functools.partial(_repeat, call) for name, call in calls.items()}
         if self.quick:
             return {name: elapsed(run, 1) for name, run in runs.items()}
         return {name: min(times["seconds"]) for name, times in interleave(runs, seconds, most=50).items()}

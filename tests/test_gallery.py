@@ -18,6 +18,8 @@ from contract import ROOT
 if not (ROOT / "docs").is_dir():
     pytest.skip("reads the pages of a source tree", allow_module_level=True)
 
+# Matplotlib and Keras ask tensors for arrays in the words of numpy 2, which torch does not know.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 PAGES = {path.stem: path for path in sorted((ROOT / "examples").glob("*/*.py"))}
 RESULTS = ROOT / "docs" / "results"
 # By page: a function of it, arguments that it must refuse (or what makes them of the page's names), the error and its words.

@@ -12,6 +12,7 @@ Repository, licence CC BY 4.0). A quarter is held out.
 """
 
 # sphinx_gallery_thumbnail_path = "results/keras_model.png"
+import functools
 import os
 
 os.environ["KERAS_BACKEND"] = "torch"  # before keras is imported
@@ -72,10 +73,8 @@ theirs(x[:1])
 theirs.set_weights(model.get_weights())
 print(f"largest difference of a score from keras.layers: {(theirs(x[held_out]) - model(x[held_out])).abs().max():.0e}")
 some = known[: page.pick(640, 64)]
-fits = {
-    name: lambda loops, one=one: [one.fit(x[some], y[some], batch_size=64, verbose=0) for _ in range(loops)]
-    for name, one in (("keras.layers", theirs), ("fastrnn.keras", model))
-}
+models = {"keras.layers": theirs, "fastrnn.keras": model}
+fits = {name: functools.partial(one.fit, x[some], y[some], batch_size=64, verbose=0) for name, one in models.items()}
 a, b = (seconds * len(known) / len(some) for seconds in page.seconds(fits, 8.0).values())
 print(f"seconds per epoch of fit: keras.layers {a:.2f}, fastrnn.keras {b:.2f}: {a / b:.2f} times as fast")
 

@@ -82,7 +82,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[
 @torch.no_grad()
 def bits(model: nn.Module) -> float:
     """Bits per character of held-out answers, given their questions."""
-    costs = [cross_entropy(*model([text]), reduction="none")[text.index(ANSWER) :] for text in test_data]
+    outputs = [(*model([text]), text.index(ANSWER)) for text in test_data]
+    costs = [cross_entropy(logits[start:], following[start:], reduction="none") for logits, following, start in outputs]
     return torch.cat(costs).mean().item() / math.log(2)
 
 
@@ -132,12 +133,11 @@ for question in ("hello", "who are you", "do you like music", "what is a compute
 
 # %%
 # What a character costs, on torch.nn and here:
-
 with torch.no_grad():
     x, theirs = torch.randn(1, 64, device=page.device), nn.LSTM(64, model.lstm.hidden_size).to(page.device).eval()
     _, state = model.lstm.step(x)
     calls = {"torch.nn's forward": lambda: theirs(x[None], state), "fastrnn's step": lambda: model.lstm.step(x, state)}
-    times = page.seconds({name: lambda loops, call=call: [call() for _ in range(loops)] for name, call in calls.items()}, 2.0)
+    times = page.seconds(calls, 2.0)
 print("\n\n" + ", ".join(f"{name}: {time * 1e6:.1f} microseconds a character" for name, time in times.items()))
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")

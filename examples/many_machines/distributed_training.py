@@ -97,12 +97,13 @@ def work(strategy: str) -> None:
     batches, saved = draw(STEPS), page.output / f"checkpoint-{strategy}"
     model, optimizer = build(strategy)
     losses = train(model, optimizer, batches[: STEPS // 2])
-    checkpoint.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=saved)
+    parts = get_state_dict(model, optimizer)
+    checkpoint.save({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=saved)
 
     model, optimizer = build(strategy)  # as if the machines had been switched off
-    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-    checkpoint.load(state, checkpoint_id=saved)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    parts = get_state_dict(model, optimizer)
+    checkpoint.load({"model": parts[0], "optimizer": parts[1]}, checkpoint_id=saved)
+    set_state_dict(model, optimizer, model_state_dict=parts[0], optim_state_dict=parts[1])
     losses += train(model, optimizer, batches[STEPS // 2 :])
     if dist.get_rank() == 0:
         (page.output / f"{strategy}.json").write_text(json.dumps(losses))
@@ -121,9 +122,6 @@ def launch(strategy: str, folder: str) -> list[float]:
 if page.extra["strategy"] != "compare":
     work(page.extra["strategy"])
     sys.exit()
-
-# %%
-# One process and two:
 
 model, optimizer = build("one")
 page.race(model, lambda *arguments: statistics.mean(train(*arguments)), draw(STEPS))
