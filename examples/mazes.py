@@ -65,11 +65,13 @@ def plan(maze: MiniGridEnv) -> list[int]:
     return there + onward
 
 
-def walk(maze: MiniGridEnv, seed: int) -> tuple[Tensor, Tensor]:
-    """A path of the planner's in the maze of that seed: [steps, 49] sights, and the [steps] actions taken there."""
+def walk(maze: MiniGridEnv, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A path of the planner's in the maze of that seed: [steps, 49] sights, the [steps] actions taken there, and [steps] times
+    what the goal is: 1 for a key, 0 for a ball."""
     observation, _ = maze.reset(seed=seed)
     actions, sights = plan(maze), []
     for action in actions:
         sights.append(sight(observation))
         observation, *_ = maze.step(action)
-    return torch.stack(sights), torch.tensor(actions)
+    goal = int(maze.grid.get(1, maze.height // 2 - 1).type == "key")
+    return torch.stack(sights), torch.tensor(actions), torch.full((len(actions),), goal)

@@ -26,7 +26,7 @@ RESULTS = ROOT / "docs" / "results"
 Arguments = tuple[Any, ...] | Callable[[dict[str, Any]], tuple[Any, ...]]
 REFUSED: dict[str, list[tuple[str, Arguments, type[Exception], str]]] = {
     "actions": [
-        ("model", (torch.zeros(1, 0, 1, 32, 32),), ValueError, "clips: expected at least one frame"),
+        ("model", (torch.zeros(1, 0, 1, 24, 24),), ValueError, "clips: expected at least one frame"),
         ("film", ("jumps", 20, 32, None), ValueError, "action: expected one of spins left"),
     ],
     "clips": [("pass_by", (torch.zeros(0, 8).numpy(),), ValueError, "digit: expected pixels")],

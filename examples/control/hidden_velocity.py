@@ -89,8 +89,7 @@ def advantages(played: dict[str, Tensor]) -> Tensor:
 
 def minibatches(played: dict[str, Tensor], remembers: bool, count: int = 4) -> list[tuple]:
     """The pieces in `count` packed groups: looks, the states that the pieces begin with, and more of each step."""
-    games = played["action"].shape[1]
-    index = torch.arange(played["action"].numel()).view(-1, games)
+    index = torch.arange(played["action"].numel()).view(-1, games := played["action"].shape[1])
     cuts = (played["fresh"] | (not remembers))[1:].cpu()
     pieces = [piece for game in range(games) for piece in index[:, game].tensor_split(cuts[:, game].nonzero().flatten() + 1)]
     gain = advantages(played)

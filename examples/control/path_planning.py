@@ -7,8 +7,9 @@ then walk down a corridor to a fork, where it has to turn to the object of the s
 sight.
 
 The robot learns from a planner that sees the whole map, in ``examples/mazes.py``: a breadth-first search over positions and
-directions. The robot imitates its steps and turns from what is in sight, and a GRU is its memory. Paths have different
-lengths, so they are packed. On its way the robot uses ``gru.step``.
+directions. The robot imitates its steps and turns from what is in sight, and a GRU is its memory. It also learns to say which
+object it looks for, which teaches the memory what to keep. Paths have different lengths, so they are packed. On its way the
+robot uses ``gru.step``.
 
 The baseline is the same network, trained on the same paths, whose memory is erased at every step.
 
@@ -36,8 +37,8 @@ page = Page(__file__, __doc__)
 # -------------------
 
 maze = mazes.make(13)
-paths = [mazes.walk(maze, seed) for seed in page.progress(range(page.pick(4000, 40)), "walking")]
-lengths = [len(actions) for _, actions in paths]
+paths = [mazes.walk(maze, seed) for seed in page.progress(range(page.pick(2000, 40)), "walking")]
+lengths = [len(actions) for _, actions, _ in paths]
 print(f"{len(paths)} paths of {min(lengths)} to {max(lengths)} steps")
 
 # %%
@@ -53,15 +54,16 @@ class Robot(nn.Module):
         self.remembers = remembers
         self.look = nn.Sequential(nn.Embedding(mazes.KINDS, 8), nn.Flatten(), nn.Linear(49 * 8, 64), nn.ReLU())
         self.gru = fastrnn.GRU(64, hidden_size)
-        nn.init.constant_(self.gru.bias_hh_l0.data[hidden_size : 2 * hidden_size], 2.0)  # it keeps its state at first
-        self.action = nn.Linear(hidden_size, len(mazes.ACTIONS))
+        self.action, self.goal = nn.Linear(hidden_size, len(mazes.ACTIONS)), nn.Linear(hidden_size, 2)
 
-    def forward(self, sights: PackedSequence) -> Tensor:
-        """Packed [49] sights -> logits of actions, in packed order"""
+    def forward(self, sights: PackedSequence) -> tuple[Tensor, Tensor]:
+        """Packed [49] sights -> logits of actions and of goals, in packed order"""
         seen = self.look(sights.data)
-        if not self.remembers:
-            return self.action(self.gru(seen[None])[0][0])  # each step is a sequence of its own
-        return self.action(self.gru(PackedSequence(seen, *sights[1:]))[0].data)
+        if self.remembers:
+            hidden = self.gru(PackedSequence(seen, *sights[1:]))[0].data
+        else:
+            hidden = self.gru(seen[None])[0][0]  # each step is a sequence of its own
+        return self.action(hidden), self.goal(hidden)
 
     def choose(self, sights: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[robots, 49] sights and the state before -> [robots] actions and the state after"""
@@ -69,18 +71,20 @@ class Robot(nn.Module):
         return self.action(hidden).argmax(-1), state
 
 
-def batches(size: int = 64) -> Iterable[tuple[PackedSequence, Tensor]]:
+def batches(size: int = 64) -> Iterable[tuple[PackedSequence, Tensor, Tensor]]:
     """An epoch: all paths in a new order, packed."""
     for chosen in torch.randperm(len(paths)).split(size):
-        sights, actions = (pack_sequence([paths[at][part] for at in chosen], enforce_sorted=False) for part in (0, 1))
-        yield sights.to(page.device), actions.data.to(page.device)
+        parts = (pack_sequence([paths[at][part] for at in chosen], enforce_sorted=False).to(page.device) for part in range(3))
+        sights, actions, goals = parts
+        yield sights, actions.data, goals.data
 
 
 def train(robot: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable) -> float:
     """Take a step for each batch, and return the mean loss."""
     losses = []
-    for sights, actions in batches:
-        loss = cross_entropy(robot(sights), actions)
+    for sights, actions, goals in batches:
+        action, goal = robot(sights)
+        loss = cross_entropy(action, actions) + cross_entropy(goal, goals)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,7 +114,7 @@ losses: dict[str, list[float]] = {name: [] for name in robots}
 found: dict[tuple[str, int], tuple[float, float]] = {}
 for name, robot in robots.items():
     optimizer = torch.optim.Adam(robot.to(page.device).parameters(), lr=3e-3)
-    for _ in page.progress(range(page.pick(40, 1)), name):
+    for _ in page.progress(range(page.pick(10, 1)), name):
         losses[name].append(train(robot, optimizer, batches()))
     for size in (13, 17):
         found[name, size] = test(robot.eval(), size, page.pick(100, 5))

@@ -26,7 +26,7 @@ from examples.page import Page
 from examples.pendulums import ACTIONS, film
 
 page = Page(__file__, __doc__)
-FRAMES, PIXELS = 20, 32
+FRAMES, PIXELS = 16, 24
 random = np.random.default_rng(page.seed)
 
 # %%
@@ -39,11 +39,11 @@ def record(count: int, what: str) -> tuple[Tensor, Tensor]:
     """[count, FRAMES, 1, PIXELS, PIXELS] clips, and their labels."""
     labels = np.arange(count) % len(ACTIONS)
     clips = np.stack([film(ACTIONS[label], FRAMES, PIXELS, random) for label in page.progress(labels.tolist(), what)])
-    clips = clips * random.uniform(0.5, 1, (count, 1, 1, 1)) + random.normal(0, 0.15, clips.shape)
+    clips = clips * random.uniform(0.5, 1, (count, 1, 1, 1)) + random.normal(0, 0.1, clips.shape)
     return torch.tensor(clips, dtype=torch.float32, device=page.device).unsqueeze(2), torch.tensor(labels, device=page.device)
 
 
-train_clips, train_labels = record(page.pick(800, 40), "filming for training")
+train_clips, train_labels = record(page.pick(1000, 40), "filming for training")
 test_clips, test_labels = record(page.pick(300, 20), "filming for the test")
 
 
@@ -100,8 +100,8 @@ accuracy, confusion = {}, torch.zeros(len(ACTIONS), len(ACTIONS))
 for name, frames in {"GRU": everything, "pictures without order": everything, "one picture": middle}.items():
     recurrent = name == "GRU"
     model = Recogniser(recurrent).to(page.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in page.progress(range(page.pick(15, 2)), name):
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in page.progress(range(page.pick(25, 2)), name):
         train(model, optimizer, batches(frames))
     with torch.no_grad():
         named = model(test_clips[:, frames]).argmax(1)
