@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import fastrnn
-from fastrnn.timing import elapsed, interleave
+from fastrnn.timing import TF32_TOLERANCE, elapsed, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class Page:
 
             runs[name] = functools.partial(train, copied, optimizer, some)
         theirs, ours = losses["torch.nn"], losses["fastrnn"]
-        if not abs(theirs - ours) <= RACE_TOLERANCE * abs(theirs):
+        if not abs(theirs - ours) <= (RACE_TOLERANCE if self.device.type == "cpu" else TF32_TOLERANCE) * abs(theirs):
             raise RuntimeError(f"race: expected the same losses on both libraries, got {theirs} and {ours}")
         threads = "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads"
         with torch.random.fork_rng():  # so that a page's results do not depend on how often this trained

@@ -15,6 +15,8 @@ import pytest
 import torch
 from contract import ROOT
 
+from examples.counts import Counts
+
 if not (ROOT / "docs").is_dir():
     pytest.skip("reads the pages of a source tree", allow_module_level=True)
 
@@ -88,7 +90,7 @@ def test_page(name, tmp_path, monkeypatch, capsys):
     for function, arguments, error, words in REFUSED.get(name, ()):
         with pytest.raises(error, match=re.escape(words)):
             list(names[function](*(arguments(names) if callable(arguments) else arguments)))  # of an iterator, too
-    # What the docs show was printed by this page: the same lines but for numbers, epochs and samples.
+    # What the docs show is from a run in full.
     shown = (RESULTS / f"{name}.txt").read_text()
     assert "beats the baseline" in shown
     assert "does not beat" not in shown
@@ -119,3 +121,11 @@ def test_wrong_files_are_refused(tmp_path):
     for file in (quiet, fast):
         with pytest.raises(ValueError, match="file: expected 256 or more 16-bit samples, 8000 a second"):
             sounds.read(file)
+
+
+@pytest.mark.parametrize("context", ["", "br", "zz"])
+def test_counts_are_probabilities(context):
+    counts = Counts(["abracadabra"], width=2)
+    costs = [counts.bits(context + letter, len(context))[0] for letter in "abcdr"]
+    assert sum(2**-cost for cost in costs) == pytest.approx(1)
+    assert min(costs) < costs[3]  # d is rare
