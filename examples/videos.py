@@ -32,3 +32,11 @@ def greedy(far: np.ndarray, budget: int) -> list[int]:
         picks.append(int(np.minimum(nearest[:, None], far).mean(0).argmin()))
         nearest = np.minimum(nearest, far[:, picks[-1]])
     return sorted(picks)
+
+
+def pick(scores: np.ndarray, far: np.ndarray, budget: int) -> list[int]:
+    """The frames with the highest products of score and distance to those picked before."""
+    picks = [int(scores.argmax())]
+    while len(picks) < budget:
+        picks.append(int((scores * far[:, picks].min(1)).argmax()))
+    return sorted(picks)

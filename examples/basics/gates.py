@@ -140,7 +140,7 @@ page.race(Remember("LSTM", longest).to(page.device), train, batches(longest))
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
 for cell in CELLS:
-    left.semilogy(gradients[cell].clamp(min=1e-20), label=cell)
+    left.semilogy(gradients[cell].clamp(min=1e-20).numpy(), label=cell)
     right.plot(DELAYS, [100 * accuracy[cell, delay] for delay in DELAYS], "o-", label=cell)
 left.set(title="gradient, before training", xlabel="steps back in time", ylabel="norm, relative to the last step's")
 right.axhline(100 * chance, color="k", linestyle=":", label="chance")

@@ -49,12 +49,13 @@ def read(town: str) -> np.ndarray:
     return table["sales"].to_numpy()
 
 
-series = {}
+series, left_out = {}, []
 for town in txhousing["city"].unique():
     try:
         series[town] = read(town)
     except ValueError as error:
-        print("left out:", error)
+        left_out.append(str(error))
+print(f"{len(series)} towns; {len(left_out)} left out, such as {left_out[0]}")
 sales = np.stack(list(series.values()))  # [towns, months]
 test_start = 13 * 12  # January 2013, in months since January 2000
 # Towns differ a hundredfold in size. All that the model sees is relative to the town's mean over the year before.
@@ -144,7 +145,6 @@ for axes, town in zip(plots, ("Houston", "Austin", "San Antonio")):
     axes.fill_between(future, quantiles[row, :, 0], quantiles[row, :, 2], color="tab:blue", alpha=0.25, label="80 % interval")
     axes.plot(future, quantiles[row, :, 1], color="tab:blue", label="forecast")
     axes.plot(future, history[row], "--", color="tab:orange", linewidth=1, label="seasonal naive")
-    axes.set(title=town, ylim=(0, None))
-plots[0].set_ylabel("houses a month")
+    axes.set(title=town, ylabel="houses a month", ylim=(0, None))
 plots[0].legend()
 page.save(figure)

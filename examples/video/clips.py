@@ -23,7 +23,7 @@ from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 import fastrnn
@@ -125,7 +125,7 @@ page.result("digits recognised behind the slit", accuracy.pop("GRU"), accuracy, 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3), width_ratios=(1.5, 1), layout="constrained")
 random = np.random.default_rng(2)
 clip = pass_by(test_images[0])[:24]
-left.imshow(torch.nn.functional.pad(clip, (0, 1), value=float("nan")).transpose(0, 1).flatten(1), cmap="gray_r")
+left.imshow(pad(clip, (0, 1), value=float("nan")).transpose(0, 1).flatten(1).numpy(), cmap="gray_r")
 left.set(title=f"the first pictures of a clip: a {test_labels[0]}", xticks=[], yticks=[])
 left.grid(False)
 for name, curve in curves.items():
