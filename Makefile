@@ -96,7 +96,7 @@ PAGES ?= $(subst /,.,$(patsubst examples/%.py,%,$(sort $(wildcard examples/*/*.p
 examples: install $(VENV)/.with-gallery
 	mkdir -p docs/results
 	-$(MAKE) build/sounds
-	set -e; for page in $(PAGES); do echo "fastrnn: examples.$$page"; \
+	@set -e; for page in $(PAGES); do echo "fastrnn: examples.$$page"; \
 	    $(BIN)/python -m examples.$$page --output docs/results > build/page.txt; \
 	    mv build/page.txt docs/results/$${page##*.}.txt; done
 
