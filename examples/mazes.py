@@ -3,12 +3,11 @@
 from collections import deque
 from collections.abc import Callable
 
-import gymnasium
-import minigrid  # noqa: F401 (registers its mazes with gymnasium)
 import numpy as np
 import torch
 from minigrid.core.constants import OBJECT_TO_IDX
-from minigrid.minigrid_env import MiniGridEnv
+from minigrid.core.world_object import Key
+from minigrid.envs import MemoryEnv
 from torch import Tensor
 
 KINDS = len(OBJECT_TO_IDX)  # of cells: wall, key, ball, ...
@@ -16,9 +15,9 @@ LEFT, RIGHT, FORWARD = ACTIONS = range(3)
 Pose = tuple[int, int, int]  # x, y, and the direction: 0 is right, 1 down, 2 left, 3 up
 
 
-def make(size: int, **options: str) -> MiniGridEnv:
-    """A maze of so many cells, 13 or 17, with a corridor of random length."""
-    return gymnasium.make(f"MiniGrid-MemoryS{size}Random-v0", disable_env_checker=True, **options).unwrapped
+def make(size: int) -> MemoryEnv:
+    """The maze MiniGrid-MemoryS13Random-v0 (or 17), without Gymnasium's wrappers: its corridor's length is random."""
+    return MemoryEnv(size=size, random_length=True, render_mode="rgb_array")
 
 
 def sight(observation: dict) -> Tensor:
@@ -26,7 +25,7 @@ def sight(observation: dict) -> Tensor:
     return torch.as_tensor(observation["image"][..., 0], dtype=torch.long).flatten()
 
 
-def search(maze: MiniGridEnv, start: Pose, arrived: Callable[[Pose], bool]) -> tuple[list[int], Pose]:
+def search(maze: MemoryEnv, start: Pose, arrived: Callable[[Pose], bool]) -> tuple[list[int], Pose]:
     """The fewest actions from `start` to a pose where `arrived`, and that pose: breadth-first search."""
     came: dict[Pose, tuple[Pose, int]] = {}
     queue, known = deque([start]), {start}
@@ -51,7 +50,7 @@ def search(maze: MiniGridEnv, start: Pose, arrived: Callable[[Pose], bool]) -> t
     raise ValueError(f"maze: expected a way to the goal, got none from {start}")
 
 
-def plan(maze: MiniGridEnv) -> list[int]:
+def plan(maze: MemoryEnv) -> list[int]:
     """The planner's actions: to the nearest pose from where the object in the room is visible, and from there to its like."""
     start = (int(maze.agent_pos[0]), int(maze.agent_pos[1]), int(maze.agent_dir))
 
@@ -65,7 +64,7 @@ def plan(maze: MiniGridEnv) -> list[int]:
     return there + onward
 
 
-def walk(maze: MiniGridEnv, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def walk(maze: MemoryEnv, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """A path of the planner's in the maze of that seed: [steps, 49] sights, the [steps] actions taken there, and [steps] times
     what the goal is: 1 for a key, 0 for a ball."""
     observation, _ = maze.reset(seed=seed)
@@ -73,5 +72,5 @@ def walk(maze: MiniGridEnv, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     for action in actions:
         sights.append(sight(observation))
         observation, *_ = maze.step(action)
-    goal = int(maze.grid.get(1, maze.height // 2 - 1).type == "key")
+    goal = int(isinstance(maze.grid.get(1, maze.height // 2 - 1), Key))
     return torch.stack(sights), torch.tensor(actions), torch.full((len(actions),), goal)

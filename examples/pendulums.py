@@ -3,23 +3,17 @@
 import os
 from collections.abc import Sequence
 
-import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control import PendulumEnv
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures are drawn in memory, and no screen is looked for
 
 
-def make(**options: str) -> PendulumEnv:
-    """A pendulum without Gymnasium's wrappers, which would limit its steps."""
-    return gymnasium.make("Pendulum-v1", disable_env_checker=True, **options).unwrapped
-
-
 class Pendulums:
     """Pendulums with these angles and angular velocities."""
 
     def __init__(self, angles: Sequence[float] | np.ndarray, velocities: Sequence[float] | np.ndarray) -> None:
-        self.environments = [make() for _ in angles]
+        self.environments = [PendulumEnv() for _ in angles]
         for environment, angle, velocity in zip(self.environments, angles, velocities):
             environment.reset()
             environment.state = np.array([angle, velocity])
@@ -41,7 +35,7 @@ def film(action: str, frames: int, pixels: int, random: np.random.Generator) -> 
     """A clip [frames, pixels, pixels] of a pendulum that does this, one of ACTIONS. White is 1. ValueError: another action."""
     if action not in ACTIONS:
         raise ValueError(f"action: expected one of {', '.join(ACTIONS)}, got {action!r}")
-    pendulum = make(render_mode="rgb_array")
+    pendulum = PendulumEnv("rgb_array")
     pendulum.screen_dim = pixels
     pendulum.reset()
     if action == "is held up":

@@ -103,8 +103,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[
 def reach(model: nn.Module, steps: int) -> Tensor:
     """[steps] norms of the loss' gradient by the distance of an input to the end; the first is 1."""
     rows = delayed(images[test_at], steps)[:, -steps:].requires_grad_()
-    cross_entropy(model(rows), labels[test_at]).backward()
-    norms = rows.grad.norm(dim=(0, 2)).flip(0).cpu()
+    (gradient,) = torch.autograd.grad(cross_entropy(model(rows), labels[test_at]), rows)
+    norms = gradient.norm(dim=(0, 2)).flip(0).cpu()
     return norms / norms[0]
 
 

@@ -74,7 +74,9 @@ class Robot(nn.Module):
 def batches(size: int = 64) -> Iterable[tuple[PackedSequence, Tensor, Tensor]]:
     """An epoch: all paths in a new order, packed."""
     for chosen in torch.randperm(len(paths)).split(size):
-        parts = (pack_sequence([paths[at][part] for at in chosen], enforce_sorted=False).to(page.device) for part in range(3))
+        parts = (
+            pack_sequence([paths[at][part] for at in chosen], enforce_sorted=False).to(device=page.device) for part in range(3)
+        )
         sights, actions, goals = parts
         yield sights, actions.data, goals.data
 
@@ -104,7 +106,7 @@ def test(robot: Robot, size: int, count: int) -> tuple[float, float]:
         for at, (maze, action) in enumerate(zip(tested, actions.tolist())):
             if going[at]:
                 observation, reward, over, *_ = maze.step(action)
-                sights[at], going[at], found[at] = mazes.sight(observation), not over, step if reward > 0 else 0
+                sights[at], going[at], found[at] = mazes.sight(observation), not over, step if float(reward) > 0 else 0
     ratios = [steps / best for steps, best in zip(found, planned) if steps]
     return len(ratios) / count, float(np.mean(ratios)) if ratios else float("nan")
 
@@ -127,7 +129,7 @@ baseline = {"memory erased": found["memory erased", 17][0]}
 page.result("in larger mazes, of 17 cells and not 13", found["with memory", 17][0], baseline, unit="%")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(1, 1.3), layout="constrained")
-shown = mazes.make(13, render_mode="rgb_array")
+shown = mazes.make(13)
 shown.reset(seed=3)
 left.imshow(shown.render())
 left.set(title="a maze; the light cells are in sight", xticks=[], yticks=[])

@@ -95,9 +95,7 @@ with torch.no_grad():
 before, last = torch.atan2(test_set[..., 1], test_set[..., 0])[:, WATCHED - 2 : WATCHED].split(1, dim=1)
 turned = last + (last - before) * torch.arange(1, IMAGINED + 1, device=page.device)
 forecasts = {"GRU": imagined, "keeps turning": torch.stack([turned.cos(), turned.sin()], dim=-1)}
-errors = {
-    name: (forecast - test_set[:, WATCHED:, :2]).norm(dim=-1).mean(0).cpu().numpy() for name, forecast in forecasts.items()
-}
+errors = {name: (at - test_set[:, WATCHED:, :2]).norm(dim=-1).mean(0).cpu().numpy() for name, at in forecasts.items()}
 means = {name: float(error.mean()) for name, error in errors.items()}
 page.result(f"mean distance over {IMAGINED} imagined steps", means.pop("GRU"), means, lower=True)
 

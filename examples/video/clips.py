@@ -64,7 +64,7 @@ def batches(images: np.ndarray, labels: np.ndarray, size: int = 64) -> Iterator[
     """An epoch: every digit passes by once, in a new order, and each time anew."""
     for at in np.array_split(random.permutation(len(images)), max(1, len(images) // size)):
         clips = pack_sequence([pass_by(image) for image in images[at]], enforce_sorted=False)
-        yield clips.to(page.device), torch.tensor(labels[at], device=page.device)
+        yield clips.to(device=page.device), torch.tensor(labels[at], device=page.device)
 
 
 # %%
