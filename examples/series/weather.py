@@ -142,7 +142,7 @@ for start in range(150, 150 + 8 * AHEAD, AHEAD):
 shown = slice(ahead[150 - AHEAD, 0], ahead[150 + 8 * AHEAD, 0])
 (dots,) = left.plot(table.index[shown], temperature[shown], "k.-", linewidth=0.5)
 left.legend([dots, line, band], ["measured", "forecast", "80 % interval"])
-left.set(title="eight forecasts, each made on the day before it begins", ylabel="highest temperature (°C)")
+left.set(title="forecasts, each made the day before", ylabel="temperature (°C)", xticks=table.index[shown][::14])
 for name, error in errors.items():
     right.plot(range(1, AHEAD + 1), error, ".-", label=name)
 right.set(title="error against distance", xlabel="days ahead", ylabel="mean absolute error (°C)")
