@@ -102,7 +102,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[
 
 def reach(model: nn.Module, steps: int) -> Tensor:
     """[steps] norms of the loss' gradient by the distance of an input to the end; the first is 1."""
-    rows = delayed(images[test_at], steps)[:, -steps:].requires_grad_()
+    rows = delayed(images[test_at], steps)[:, -steps:].double().requires_grad_()
     (gradient,) = torch.autograd.grad(cross_entropy(model(rows), labels[test_at]), rows)
     norms = gradient.norm(dim=(0, 2)).flip(0).cpu()
     return norms / norms[0]
@@ -111,7 +111,7 @@ def reach(model: nn.Module, steps: int) -> Tensor:
 gradients, longest = {}, DELAYS[-1]
 for cell in CELLS:
     torch.manual_seed(page.seed)
-    gradients[cell] = reach(Remember(cell, longest).to(page.device), longest)
+    gradients[cell] = reach(Remember(cell, longest).to(page.device).double(), longest)
     print(f"{cell}: a step {len(gradients[cell])} steps ago has {gradients[cell][-1]:.1e} of the last step's gradient")
 
 # %%
@@ -140,7 +140,7 @@ page.race(Remember("LSTM", longest).to(page.device), train, batches(longest))
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
 for cell in CELLS:
-    left.semilogy(gradients[cell].clamp(min=1e-20).numpy(), label=cell)
+    left.semilogy(gradients[cell].numpy(), label=cell)
     right.plot(DELAYS, [100 * accuracy[cell, delay] for delay in DELAYS], "o-", label=cell)
 left.set(title="gradient, before training", xlabel="steps back in time", ylabel="norm, relative to the last step's")
 right.axhline(100 * chance, color="k", linestyle=":", label="chance")

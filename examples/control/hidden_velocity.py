@@ -97,7 +97,7 @@ def minibatches(played: dict[str, Tensor], remembers: bool, count: int = 4) -> l
     parts = [played["action"], played["likelihood"], scaled, gain + played["value"], played["counts"]]
     groups = []
     for chosen in torch.randperm(len(pieces)).tensor_split(count):
-        packed = pack_sequence([pieces[at] for at in chosen], enforce_sorted=False).to(device=page.device)
+        packed = pack_sequence([pieces[at].to(page.device) for at in chosen], enforce_sorted=False)
         first = torch.stack([pieces[at][0] for at in chosen]).to(page.device)
         states = played["begin"][first % games] * (first < games)[:, None]  # the others begin an episode
         looks = PackedSequence(played["look"].flatten(0, 1)[packed.data], *packed[1:])

@@ -114,7 +114,7 @@ for name, frames in {"GRU": everything, "pictures without order": everything, "o
 page.result("actions recognised", accuracy.pop("GRU"), accuracy, unit="%")
 
 figure = plt.figure(figsize=(11, 4), layout="constrained")
-left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1.6, 1)))
+left, right = figure.subfigures(1, 2, width_ratios=(1.6, 1), squeeze=False)[0]
 plots = left.subplots(len(ACTIONS), 1)
 for action, axes in enumerate(plots):
     clip = train_clips[action, ::2, 0].cpu()  # the labels go round

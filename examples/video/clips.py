@@ -63,8 +63,8 @@ train_images, test_images, train_labels, test_labels = train_test_split(
 def batches(images: np.ndarray, labels: np.ndarray, size: int = 64) -> Iterator[tuple[PackedSequence, Tensor]]:
     """An epoch: every digit passes by once, in a new order, and each time anew."""
     for at in np.array_split(random.permutation(len(images)), max(1, len(images) // size)):
-        clips = pack_sequence([pass_by(image) for image in images[at]], enforce_sorted=False)
-        yield clips.to(device=page.device), torch.tensor(labels[at], device=page.device)
+        clips = pack_sequence([pass_by(image).to(page.device) for image in images[at]], enforce_sorted=False)
+        yield clips, torch.tensor(labels[at], device=page.device)
 
 
 # %%
