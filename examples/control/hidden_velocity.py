@@ -89,7 +89,7 @@ def advantages(played: dict[str, Tensor]) -> Tensor:
 
 def minibatches(played: dict[str, Tensor], remembers: bool, count: int = 4) -> list[tuple]:
     """The pieces in `count` packed groups: looks, the states that the pieces begin with, and more of each step."""
-    index = torch.arange(played["action"].numel()).view(-1, games := played["action"].shape[1])
+    index = torch.arange(played["action"].numel(), device=page.device).view(-1, games := played["action"].shape[1])
     cuts = (played["fresh"] | (not remembers))[1:].cpu()
     pieces = [piece for game in range(games) for piece in index[:, game].tensor_split(cuts[:, game].nonzero().flatten() + 1)]
     gain = advantages(played)
@@ -97,8 +97,8 @@ def minibatches(played: dict[str, Tensor], remembers: bool, count: int = 4) -> l
     parts = [played["action"], played["likelihood"], scaled, gain + played["value"], played["counts"]]
     groups = []
     for chosen in torch.randperm(len(pieces)).tensor_split(count):
-        packed = pack_sequence([pieces[at].to(page.device) for at in chosen], enforce_sorted=False)
-        first = torch.stack([pieces[at][0] for at in chosen]).to(page.device)
+        packed = pack_sequence([pieces[at] for at in chosen], enforce_sorted=False)
+        first = torch.stack([pieces[at][0] for at in chosen])
         states = played["begin"][first % games] * (first < games)[:, None]  # the others begin an episode
         looks = PackedSequence(played["look"].flatten(0, 1)[packed.data], *packed[1:])
         groups.append((looks, states[None], *(part.flatten()[packed.data] for part in parts)))

@@ -37,7 +37,9 @@ page = Page(__file__, __doc__)
 # -------------------
 
 maze = mazes.make(13)
-paths = [mazes.walk(maze, seed) for seed in page.progress(range(page.pick(2000, 40)), "walking")]
+paths = [
+    [part.to(page.device) for part in mazes.walk(maze, seed)] for seed in page.progress(range(page.pick(2000, 40)), "walking")
+]
 lengths = [len(actions) for _, actions, _ in paths]
 print(f"{len(paths)} paths of {min(lengths)} to {max(lengths)} steps")
 
@@ -74,9 +76,7 @@ class Robot(nn.Module):
 def batches(size: int = 64) -> Iterable[tuple[PackedSequence, Tensor, Tensor]]:
     """An epoch: all paths in a new order, packed."""
     for chosen in torch.randperm(len(paths)).split(size):
-        parts = (
-            pack_sequence([paths[at][part] for at in chosen], enforce_sorted=False).to(device=page.device) for part in range(3)
-        )
+        parts = (pack_sequence([paths[at][part] for at in chosen], enforce_sorted=False) for part in range(3))
         sights, actions, goals = parts
         yield sights, actions.data, goals.data
 
