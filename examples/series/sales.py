@@ -141,7 +141,7 @@ time = 2000 + np.arange(sales.shape[1]) / 12
 for axes, town in zip(plots, ("Houston", "Austin", "San Antonio")):
     row = list(series).index(town) + len(series) * (len(test_starts) - 1)  # the last forecast
     future = time[test_starts[-1] : test_starts[-1] + AHEAD]
-    axes.plot(time[-60:], series[town][-60:], "k.-", linewidth=0.5, markersize=3, label="sold")
+    axes.plot(time[-36:], series[town][-36:], "k.-", linewidth=0.5, markersize=3, label="sold")
     axes.fill_between(future, quantiles[row, :, 0], quantiles[row, :, 2], color="tab:blue", alpha=0.25, label="80 % interval")
     axes.plot(future, quantiles[row, :, 1], color="tab:blue", label="forecast")
     axes.plot(future, history[row], "--", color="tab:orange", linewidth=1, label="seasonal naive")
