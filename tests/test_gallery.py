@@ -6,6 +6,8 @@ import re
 import runpy
 import sys
 import wave
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,8 +24,28 @@ if not (ROOT / "docs").is_dir():
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 PAGES = {path.stem: path for path in sorted((ROOT / "examples").glob("*/*.py"))}
 RESULTS = ROOT / "docs" / "results"
-# By page: a function of it, arguments that it must refuse, the error and its words.
-REFUSED: dict[str, list[tuple[str, tuple[Any, ...], type[Exception], str]]] = {
+# By page: a function of it, arguments that it must refuse (or what makes them of the page's names), the error and its words.
+Arguments = tuple[Any, ...] | Callable[[dict[str, Any]], tuple[Any, ...]]
+REFUSED: dict[str, list[tuple[str, Arguments, type[Exception], str]]] = {
+    "actions": [
+        ("model", (torch.zeros(1, 0, 1, 24, 24),), ValueError, "clips: expected at least one frame"),
+        ("film", ("jumps", 20, 32, None), ValueError, "action: expected one of spins left"),
+    ],
+    "clips": [("pass_by", (torch.zeros(0, 8).numpy(),), ValueError, "digit: expected pixels")],
+    "sales": [
+        ("read", ("Waco",), ValueError, "Waco: expected sales in each month, got none in 19, the first 2001-03"),
+        ("read", ("Atlantis",), ValueError, "town: expected one of Abilene"),
+    ],
+    "stocks": [("read", ("ACME",), ValueError, "ticker: expected one of AAPL")],
+    "summary": [("read", (Path(__file__),), ValueError, "path: expected a video")],
+    "weather": [
+        (
+            "check_days",
+            lambda names: (names["table"].drop(names["table"].index[5]),),
+            ValueError,
+            "table: expected a value for each day, got 1 gap(s), the first on 2012-01-06",
+        )
+    ],
     "text_classification": [
         ("identify", ("",), ValueError, "text: expected letters"),
         ("identify", ("\ue000\ue001",), ValueError, "text: expected letters"),
@@ -67,7 +89,7 @@ def test_page(name, tmp_path, monkeypatch, capsys):
     assert "baseline" in printed
     for function, arguments, error, words in REFUSED.get(name, ()):
         with pytest.raises(error, match=re.escape(words)):
-            list(names[function](*arguments))  # of an iterator, too
+            list(names[function](*(arguments(names) if callable(arguments) else arguments)))  # of an iterator, too
     # What the docs show is from a run in full.
     shown = (RESULTS / f"{name}.txt").read_text()
     assert "beats the baseline" in shown
