@@ -1,7 +1,7 @@
 """First and second derivatives of a layer in plain torch operations, from the states that it went through.
 
 Near those states each direction of a layer is linear, and what a step does to small changes is known before any loop over time:
-`slopes`, which the cell's own backward function gives. `Block.push` carries changes forward through time and `Block.pull`
+`slopes`, which the cell's derivative gives. `Block.push` carries changes forward through time and `Block.pull`
 carries gradients back. A step of either is one product and a few operations; all other products are of many rows at once.
 Steps come in blocks, so that the numbers of a block stay in the processor's cache from one operation to the next.
 
@@ -14,17 +14,16 @@ a unit; Q as many, and one more, for p, where the cell has a `carry`.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx
 from torch import Tensor
 
-from fastrnn.kernels.cells import CELLS, Cell, bind
-from fastrnn.kernels.reference import at, first, order_of, replace, where_positive
+from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.derive import Printer
+from fastrnn.kernels.reference import NAMES, at, first, order_of, replace
+from fastrnn.kernels.symbols import Symbol, is_number
 
 BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so many numbers fit a core's cache
 
@@ -229,7 +228,7 @@ class Direction:
         parts = [sizes[t : t + steps] for t in range(0, len(sizes), steps)]
         self.rows, self.order = [sum(part) for part in parts], order_of(len(parts), reverse)
         if c0 is None:
-            units = h.new_ones(()), None
+            units = (h.new_ones(()),)
         else:  # [2, 1, 1]: a gradient of h, and none; none, and one of c
             units = torch.eye(2, dtype=h.dtype, device=h.device).view(2, 2, 1, 1).unbind()
         split = zip(*map(self.split, (rows.of(x), h, p, *slots)), strict=True)
@@ -252,11 +251,12 @@ class Block:
 
     def __init__(self, cell: Cell, weights: Weights, sizes: list[int], order: range, units, x, h, p, *slots) -> None:
         self.cell, self.weights, self.sizes, self.order, self.x, self.h, self.p = cell, weights, sizes, order, x, h, p
-        self.slots, self.out = slots[: max(cell.slots, 1)], slots[-1]
+        self.out = slots[-1]
+        self.kept = *slots[: max(cell.slots, 1)], *(p,)[: cell.carry is not None]
         self.rows, self.hidden = x.shape[0], self.out.shape[-1]
         self.arithmetic = arithmetic(cell.name)
-        self.slopes = self.arithmetic.slopes(*units, *self.slots, p)  # of h [N, Q, H]; for lstm [2, N, Q, H], of c too
-        self.by_state = [steps_of(each, sizes) for each in (self.slopes.unbind() if units[1] is not None else (self.slopes,))]
+        self.slopes = self.arithmetic.slopes(*units, *self.kept)  # of h [N, Q, H]; for lstm [2, N, Q, H], of c too
+        self.by_state = [steps_of(each, sizes) for each in (self.slopes.unbind() if len(units) > 1 else (self.slopes,))]
 
     def push(self, x: Tensor | None, v: Weights, state: State) -> tuple[Change, State]:
         """Return how all changes, and the state after, where x, the weights (by v) and the state before change by these."""
@@ -366,7 +366,8 @@ class Block:
 
     def bend(self, grads: Gradients, v: Weights, change: Change, state: State) -> tuple[Gradients, State]:
         """Return how `grads` change with the block, and the gradient of the state before, from how the one after does."""
-        more_a = self.arithmetic.bend(grads.out, grads.c, *self.slots, self.p, *change.a, change.p)
+        outer = (grads.out,) if grads.c is None else (grads.out, grads.c)
+        more_a = self.arithmetic.bend(*outer, *self.kept, *change.a, *(change.p,)[: self.cell.carry is not None])
         return self.pull(None, state, more_a, _times(grads.hidden, v.w_hh), _times(grads.y, v.w_hr))
 
     def add_weights(self, so_far: Weights, grads: Gradients, x, h, out, biases: bool = True) -> Weights:
@@ -381,10 +382,10 @@ class Block:
 
 
 class Arithmetic(NamedTuple):
-    """What a cell's two functions give, as straight code on the numbers of many rows; see `arithmetic`.
+    """What is derived from a cell, on the numbers of many rows; see `derive.Derivation`.
 
-    slopes:  (gradient of h, of c, slots..., p) -> gradients of the pre-activations and of p, stacked, [..., N, Q, H].
-    bend:    (the same..., changes of the pre-activations..., of p) -> how these gradients change.
+    slopes:  (parameters of backward...) -> gradients of the pre-activations and of p, stacked, [..., N, Q, H].
+    bend:    (the same..., changes of the pre-activations and of p...) -> how these gradients change.
     """
 
     slopes: Callable[..., Tensor]
@@ -393,113 +394,46 @@ class Arithmetic(NamedTuple):
 
 @functools.cache
 def arithmetic(name: str) -> Arithmetic:
-    """Trace a cell's backward function, and how its results change when the cell's arguments do."""
-    cell = CELLS[name]
-    grads_and_slots = ["d_out", "d_c", *(f"slot{k}" for k in range(max(cell.slots, 1))), "p"]
-    symbols = Symbols()
-    d_out, d_c, *slots, p = symbols.new(*grads_and_slots)
-    slopes = [each.value for each in bind(cell.backward, **_ELEMENTARY)(*map(Dual, (d_out, d_c, *slots, p)))]
-    by_step = symbols.function(torch.stack(slopes, -2))
-
-    symbols = Symbols()
-    d_out, d_c, *slots, p = symbols.new(*grads_and_slots)
-    *changes, change_p = symbols.new(*(f"change{k}" for k in range(cell.preactivations)), "change_p")
-    p = Dual(p, change_p if cell.carry else None)
-    # slots hold the results of forward's elementary functions, which are not worked out again
-    kept_a, kept_calls = _kept(cell)
-    a = [Dual(None if k is None else slots[k], change) for k, change in zip(kept_a, changes, strict=True)]
-    known = iter([None if k is None else slots[k] for k in kept_calls])
-    names = {name: (lambda a, function=function: function(a, next(known))) for name, function in _ELEMENTARY.items()}
-    h, *after = bind(cell.forward, **names)(*a, p)
-    after = [Dual(slot, each.change) for slot, each in zip(slots, after or (h,), strict=True)]
-    grads = bind(cell.backward, **_ELEMENTARY)(Dual(d_out), Dual(d_c), *after, p)
-    bent = [torch.zeros_like(d_out) if each.change is None else each.change for each in grads]
-    return Arithmetic(by_step, symbols.function(torch.stack(bent, -2)))
+    """Make these functions of a cell."""
+    derived, names = CELLS[name].derived, NAMES | FUSED
+    functions = (code.bind(names, Fused) for code in (derived.backward, derived.bend))
+    return Arithmetic(*(functools.partial(_stacked, function) for function in functions))
 
 
-class Symbols(torch.fx.proxy.GraphAppendingTracer):
-    """Records arithmetic, what is written twice once, to print it as a function."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.fx.Graph())
-        self.recorded: dict = {}
-
-    def new(self, *names: str) -> list[torch.fx.Proxy]:
-        return [torch.fx.Proxy(self.graph.placeholder(name), self) for name in names]
-
-    def create_node(self, kind, target, args, kwargs, *more) -> torch.fx.Node:
-        key = target, repr(args), repr(kwargs)
-        if key not in self.recorded:
-            self.recorded[key] = super().create_node(kind, target, args, kwargs, *more)
-        return self.recorded[key]
-
-    def function(self, result: torch.fx.Proxy) -> Callable[..., Tensor]:
-        """Make a function of the symbols in the order in which they came, without what the result does not need."""
-        self.graph.output(result.node)
-        self.graph.eliminate_dead_code()
-        return torch.fx.GraphModule({}, self.graph).forward
+def _stacked(function: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> Tensor:
+    found = function(*given)
+    shape = torch.broadcast_shapes(*(each.shape for each in found))
+    return torch.stack([each if each.shape == shape else each.expand(shape) for each in found], -2)
 
 
-@dataclass(frozen=True)
-class Dual:
-    """A number, None where unknown, and its change, None where it has none. On these a cell's arithmetic derives itself."""
-
-    value: Any
-    change: Any = None
-
-    def __add__(self, other: Dual) -> Dual:
-        return Dual(_known(operator.add, self.value, other.value), total(self.change, other.change))
-
-    def __sub__(self, other: Dual) -> Dual:
-        change = self.change if other.change is None else -other.change if self.change is None else self.change - other.change
-        return Dual(_known(operator.sub, self.value, other.value), change)
-
-    def __rsub__(self, other: int) -> Dual:
-        return Dual(_known(torch.rsub, self.value, other), None if self.change is None else -self.change)
-
-    def __mul__(self, other: Dual) -> Dual:
-        if self.change is None or other.change is None:
-            one, two = (self, other) if self.change is None else (other, self)
-            change = None if two.change is None else one.value * two.change
-        else:
-            change = torch.addcmul(self.change * other.value, self.value, other.change)
-        return Dual(_known(operator.mul, self.value, other.value), change)
-
-
-def _known(function: Callable, *values: Any) -> Any:
-    return None if any(value is None for value in values) else function(*values)
-
-
-def _elementary(function: Callable, derivative: Callable) -> Callable:
-    """Make a function of a Dual, whose result may be known. derivative: of (change, result), the change of the result."""
-
-    def apply(a: Dual, known: Any = None) -> Dual:
-        value = _known(function, a.value) if known is None else known
-        return Dual(value, None if a.change is None else derivative(a.change, value))
-
-    return apply
-
-
-_ELEMENTARY = {
-    "sigmoid": _elementary(torch.sigmoid, torch.ops.aten.sigmoid_backward.default),
-    "tanh": _elementary(torch.tanh, torch.ops.aten.tanh_backward.default),
-    "relu": _elementary(torch.relu, lambda change, h: where_positive(h, change)),
-    "where_positive": lambda h, dh: Dual(where_positive(h.value, dh.value), _known(where_positive, h.value, dh.change)),
+FUSED = {
+    "addcmul": torch.addcmul,
+    "sigmoid_backward": torch.ops.aten.sigmoid_backward.default,
+    "tanh_backward": torch.ops.aten.tanh_backward.default,
 }
 
 
-def _kept(cell: Cell) -> tuple[list[int | None], list[int | None]]:
-    """Find the slots that hold the cell's pre-activations, and those that hold what elementary functions give, call by call."""
+class Fused(Printer):
+    """Writes operations of torch's that do several at once: each reads and writes whole tensors."""
 
-    def call(a: torch.fx.Proxy) -> torch.fx.Proxy:
-        calls.append(a + a)
-        return calls[-1]
+    def operation(self, node: Symbol) -> tuple:
+        function, first, last = node.operation, node.operands[0], node.operands[-1]
+        if function == "mul" and self._is(last, "sub") and is_number(last.operands[0], 1):
+            inner = last.operands[1]
+            if self._is(first, "mul", once=True) and first.operands[1] is inner:
+                return "sigmoid_backward", *first.operands
+            if self._is(inner, "mul") and inner.operands[0] is inner.operands[1]:
+                return "tanh_backward", first, inner.operands[0]
+        if function in ("add", "sub") and self._is(last, "mul", once=True) and isinstance(first, Symbol) and len(last.inputs) == 2:
+            return "addcmul", first, *last.operands, *["value=-1"][: function == "sub"]
+        if function == "add" and self._is(first, "mul", once=True) and isinstance(last, Symbol) and len(first.inputs) == 2:
+            return "addcmul", last, *first.operands
+        return super().operation(node)
 
-    *a, p = Symbols().new(*(f"a{k}" for k in range(cell.preactivations)), "p")
-    calls: list[torch.fx.Proxy] = []
-    h, *slots = bind(cell.forward, **dict.fromkeys(_ELEMENTARY, call))(*a, p)
-    places = {id(slot): k for k, slot in enumerate(slots or [h])}
-    return [places.get(id(each)) for each in a], [places.get(id(each)) for each in calls]
+    def _is(self, node: Any, operation: str, once: bool = False) -> bool:
+        """Is a node the result of an operation, which nothing else needs?"""
+        found = isinstance(node, Symbol) and node.operation == operation and node.index not in self.names
+        return found and (node.index in self.single or not once)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

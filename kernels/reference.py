@@ -12,24 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, relu, sigmoid, tanh
+from torch import Tensor, full_like, relu, sigmoid, tanh, where
 
-from fastrnn.kernels.cells import CELLS, Cell, bind
+from fastrnn.kernels.cells import CELLS, Cell
 
-
-def where_positive(h: Tensor, dh: Tensor) -> Tensor:
-    return torch.where(h <= 0, torch.zeros_like(dh), dh)
-
-
-# The cells' free names are this module's, and the bound functions are too: there Dynamo looks them up.
-_NAMES = {
+# The elementary functions are this module's, and the bound functions are too: there Dynamo looks them up.
+NAMES = {
     "__name__": __name__,
+    "full_like": full_like,
+    "relu": relu,
     "sigmoid": sigmoid,
     "tanh": tanh,
-    "relu": relu,
-    "where_positive": where_positive,
+    "where": where,
 }
-_FORWARD = {name: bind(cell.forward, **_NAMES) for name, cell in CELLS.items()}
+_FORWARD = {name: cell.derived.forward.bind(NAMES) for name, cell in CELLS.items()}
 
 
 def layer_forward(
@@ -71,9 +67,9 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool
     kept: list = [None] * len(xs)
     for t in order_of(len(xs), reverse):
         b = len(xs[t])
-        p = first(b, h if c is None else c)
+        p = (first(b, h if c is None else c),) if kind.carry else ()
         a = _preactivations(kind, _affine(xs[t], w_ih, b_ih), _affine(first(b, h), w_hh, b_hh))
-        out, *slots = _FORWARD[kind.name](*a, p)
+        out, *slots = _FORWARD[kind.name](*a, *p)
         if c is not None:
             c = replace(c, slots[-1])
         if w_hr is not None:
@@ -85,7 +81,7 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool
 
 
 def _preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Tensor]:
-    """Arguments of the cell's forward function, each [b, H], from the products [b, G * H] in torch's gate order."""
+    """Pre-activations in the cell's order, each [b, H], from the products [b, G * H] in torch's gate order."""
     inputs, hiddens = a_input.chunk(kind.gates, -1), a_hidden.chunk(kind.gates, -1)
     for k in range(kind.preactivations):
         own = [inputs[kind.input[k]]] if k < len(kind.input) else []

@@ -99,8 +99,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     tile_multiply_both_apart = tools(make_tile_multiply, v, target, columns, PARTS, PARTS)
     input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
-    kept_values, results = max(slots, 1), preactivations + (cell.carry is not None)
-    differentiate, differentiate_twice = over_vectors(cell.backward, 2 + kept_values + 1, results, v, target)
+    kept_values = max(slots, 1)
+    differentiate, differentiate_twice = over_vectors(cell.derived.backward, v, target)
 
     def slot_reader(count):
         """Slots 0 .. count-1 of one vector of units, as a tuple."""
@@ -245,8 +245,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         if has_cell_state:
             return (dh, load(p.dc0 + b * gate_stride + at, n)) + kept + (load(carried_at(p, t, b, saved_row) + at, n),)
         if reads_hidden:
-            return (dh, dh) + kept + (load(carried_at(p, t, b, saved_row) + at, n),)
-        return (dh, dh) + kept + (dh,)
+            return (dh,) + kept + (load(carried_at(p, t, b, saved_row) + at, n),)
+        return (dh,) + kept
 
     @njit(**options)
     def keep(q, result, context):

@@ -6,7 +6,6 @@ longer than a processor looks ahead. A second vector fills what one would wait; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,10 +15,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..cells import bind
+from ..derive import Code
 from .processor import Target
 from .product import options
-from .vector import I32, Vector, VectorLibrary, constant, fma, register_arithmetic
+from .vector import I32, Vector, VectorLibrary, constant, fma, register_arithmetic, spread
 
 # (e^r - 1) / r for |r| <= ln 2 / 2, highest power first. Single: e^r has the least relative error of its degree, 3e-9, found by
 # linear programming, each coefficient rounded before the next; double: Taylor's, 4e-18.
@@ -29,7 +28,7 @@ EXP_DOUBLE = tuple(1.0 / float(factorial) for factorial in np.cumprod(np.arange(
 
 @cache
 def elementary(V: Vector, target: Target) -> dict[str, Any]:
-    """sigmoid, tanh, relu and where_positive of vectors V, as Numba intrinsics."""
+    """What a cell may do with vectors V beside arithmetic, as Numba intrinsics."""
     size, lanes = V.scalar.bitwidth // 8, V.lanes
     single = size == 4
 
@@ -134,18 +133,22 @@ def elementary(V: Vector, target: Target) -> dict[str, Any]:
         return function
 
     @intrinsic
-    def where_positive(typing_context, x, y):
-        """0 where x <= 0, else y: where x is NaN, as in torch, y."""
+    def where(typing_context, condition, a, b):
+        """a in the lanes where the condition holds, else b."""
 
         def codegen(context, builder, sig, args):
-            x, y = args
-            zero = constant(V, 0.0)
-            return builder.select(builder.fcmp_ordered("<=", x, zero), zero, y)
+            condition, a, b = args
+            return builder.select(condition, spread(builder, V, a), spread(builder, V, b))
 
-        return V(V, V), codegen
+        return V(condition, a, b), codegen
+
+    @intrinsic
+    def full_like(typing_context, vector, number):
+        """The number in every lane."""
+        return V(vector, number), lambda context, builder, sig, args: spread(builder, V, args[1])
 
     unary_functions = {"sigmoid": emit_sigmoid, "tanh": emit_tanh, "relu": emit_relu}
-    return {name: unary(emit) for name, emit in unary_functions.items()} | {"where_positive": where_positive}
+    return {name: unary(emit) for name, emit in unary_functions.items()} | {"full_like": full_like, "where": where}
 
 
 def parts(builder, value, count: int) -> list:
@@ -162,15 +165,15 @@ def concatenated(builder, a, b):
 
 
 @cache
-def over_vectors(function: Callable, arguments: int, results: int, v: VectorLibrary, target: Target):
-    """(one, two): a cell's function of so many arguments and results, all vectors of units.
+def over_vectors(code: Code, v: VectorLibrary, target: Target):
+    """(one, two): a cell's function, its parameters and results vectors of units.
 
     one: of a tuple of arguments, a tuple of results.
     two: of two such tuples, two: as `one` of each, to the bit.
     """
     pair = Vector(v.type.scalar, 2 * v.lanes)
     register_arithmetic(pair)
-    own, of_pairs = (njit(bind(function, **elementary(kind, target)), **options) for kind in (v.type, pair))
+    own, of_pairs = (njit(code.bind(elementary(kind, target)), **options) for kind in (v.type, pair))
 
     @intrinsic
     def join(typing_context, a, b):
@@ -195,7 +198,7 @@ def over_vectors(function: Callable, arguments: int, results: int, v: VectorLibr
         before, last = half(which, count - 1), count - 1
         return njit(lambda both: before(both) + (split(both[last])[which],), **options)
 
-    joined, first, second = joining(arguments), half(0, results), half(1, results)
+    joined, first, second = joining(len(code.parameters)), *(half(which, len(code.results)) for which in (0, 1))
 
     @njit(**options)
     def one(a):

@@ -80,7 +80,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
     input_order, hidden_order = cell.input, tuple(range(gates))
     has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
-    apply, apply_twice = over_vectors(cell.forward, preactivations + 1, slots + 1, v, target)
+    apply, apply_twice = over_vectors(cell.derived.forward, v, target)
     # Panels that a row alone meets before its gate maths, which takes two vectors at a time.
     alone = max(panels_together(v, columns)[1], 2 // per_panel)
 
@@ -272,7 +272,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             return a + (load(c_rows + m * p.hidden_size * size + at, n),)
         if reads_hidden:
             return a + (load(load_int(previous + 8 * m) + at, n),)
-        return a + (a[0],)
+        return a
 
     @njit(**options)
     def keep(p, m, unit, result, z_rows, h_rows, c_rows):

@@ -52,8 +52,8 @@ def relu(x):
 
 
 @triton.jit
-def where_positive(h, dh):
-    return tl.where(h <= 0, 0.0, dh)
+def full_like(x, number):
+    return tl.full(x.shape, number, x.dtype)
 
 
 class Cells:
@@ -63,9 +63,10 @@ class Cells:
         elementary = {"exp2": exp2, "reciprocal": reciprocal, "tl": tl}
         self.sigmoid, self.tanh = (triton.jit(bind(function, **elementary)) for function in (_sigmoid, _tanh))
         self.relu = relu
-        names = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where_positive": where_positive, "tl": tl}
-        self.forward = {name: triton.jit(bind(cell.forward, **names)) for name, cell in CELLS.items()}
-        self.backward = {name: triton.jit(bind(cell.backward, **names)) for name, cell in CELLS.items()}
+        functions = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where": tl.where, "full_like": full_like}
+        names = {"__name__": __name__, **functions}
+        self.forward = {name: triton.jit(cell.derived.forward.bind(names)) for name, cell in CELLS.items()}
+        self.backward = {name: triton.jit(cell.derived.backward.bind(names)) for name, cell in CELLS.items()}
 
 
 PTX, PLAIN = Cells(_exp2_ptx, _reciprocal_ptx), Cells(_exp2, _reciprocal)
