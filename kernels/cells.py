@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 
 from .derive import Derivation
 from .symbols import Symbol, relu, sigmoid, tanh
@@ -40,6 +38,9 @@ class State(Symbol):
     """A value that is carried from step to step."""
 
 
+KINDS = "Input", "Gate", "Hidden", "State"
+
+
 def rnn_tanh(a: Gate):
     return tanh(a)
 
@@ -58,61 +59,32 @@ def gru(r: Gate, z: Gate, n_x: Input, n_h: Hidden, h: State):
     return n + sigmoid(z) * (h - n)
 
 
-@dataclass(frozen=True)
 class Cell:
     """A recurrent cell as the engines see it. They keep pre-activations of the input alone first, those of the state alone last.
 
-    name:     the key under which ops and engines know the cell.
-    mode:     torch.nn's name for it.
-    function: what it is.
+    name:           the key under which ops and engines know the cell.
+    mode:           torch.nn's name for it.
+    derived:        what engines calculate: forward and backward.
+    gates:          row blocks of each of torch's weight matrices, `hidden_size` rows each.
+    hidden:         pre-activations of the input alone: so many come before the first that has a hidden part.
+    input:          row block in weight_ih of each pre-activation that has an input part.
+    preactivations: of a unit: more than `gates` where input and hidden parts of a gate are apart.
+    slots:          values that a step keeps for backward, of each unit; the last is its state.
+    carry:          what enters element by element: "cell" (c, the last slot), "hidden" (h) or None.
+
+    Attributes are plain values: Dynamo reads them.
     """
 
-    name: str
-    mode: str
-    function: Callable
-
-    def of_kind(self, *kinds: type[Symbol]) -> list[str]:
-        """List the arguments of these kinds, in order."""
-        names = {kind.__name__ for kind in kinds}
-        return [name for name, kind in self.function.__annotations__.items() if kind in names]
-
-    @cached_property
-    def derived(self) -> Derivation:
-        """What engines calculate: forward and backward."""
-        by_kind = [self.of_kind(kind) for kind in (Input, Gate, Hidden, State)]
-        return Derivation(self.name, self.function, *by_kind, list(self.function.__annotations__))
-
-    @cached_property
-    def gates(self) -> int:
-        """Row blocks of each of torch's weight matrices, `hidden_size` rows each."""
-        return len(self.of_kind(Gate, Input))
-
-    @cached_property
-    def hidden(self) -> int:
-        """Pre-activations of the input alone: so many come before the first that has a hidden part."""
-        return len(self.of_kind(Input))
-
-    @cached_property
-    def input(self) -> tuple[int, ...]:
-        """Row block in weight_ih of each pre-activation that has an input part."""
-        blocks = self.of_kind(Gate, Input)
-        return tuple(blocks.index(name) for name in (*self.of_kind(Input), *self.of_kind(Gate)))
-
-    @cached_property
-    def preactivations(self) -> int:
-        """Pre-activations of a unit: more than `gates` where input and hidden parts of a gate are apart."""
-        return self.hidden + self.gates
-
-    @cached_property
-    def slots(self) -> int:
-        """Values that a step keeps for backward, of each unit; the last are its states."""
-        return len(self.derived.kept) + len(self.derived.after)
-
-    @cached_property
-    def carry(self) -> str | None:
-        """What enters element by element: "cell" (c, the last slot), "hidden" (h) or None."""
-        states = self.of_kind(State)
-        return "hidden" if states == ["h"] else "cell" if states else None
+    def __init__(self, name: str, mode: str, function: Callable) -> None:
+        self.name, self.mode = name, mode
+        kinds = function.__annotations__  # names of kinds, as this module's annotations are not evaluated
+        alone, shared, hidden, states = ([each for each in kinds if kinds[each] == kind] for kind in KINDS)
+        blocks = [each for each in kinds if each in alone or each in shared]
+        self.derived = Derivation(name, function, alone, shared, hidden, states, list(kinds))
+        self.gates, self.hidden, self.preactivations = len(blocks), len(alone), len(alone) + len(shared) + len(hidden)
+        self.input = tuple(blocks.index(each) for each in (*alone, *shared))
+        self.slots = len(self.derived.kept) + len(self.derived.after)
+        self.carry = "hidden" if states == ["h"] else "cell" if states else None
 
 
 CELLS = {
