@@ -77,7 +77,7 @@ def kernels_header(tiers, units, conversions, cells, fields) -> str:
             fits += " && tiles_allowed()"
         tables += [f'    {{"{tier.name}", [] {{ return {fits}; }}, {", ".join(converting)}, {{', *entries, "    }},"]
     cell_table = [
-        f'    {{"{c.name}", "{c.mode}", {c.gates}, {c.slots}, {"true" if c.carry == "cell" else "false"}}},'
+        f'    {{"{c.name}", "{c.mode}", {c.gates}, {c.slots}, {c.states}, {c.weights}}},'
         for c in cells.values()
     ]
     return "\n".join(
@@ -93,7 +93,7 @@ def kernels_header(tiers, units, conversions, cells, fields) -> str:
             "namespace fastrnn {",
             "bool tiles_allowed();",
             f"struct Record {{ int64_t {', '.join(fields)}; }};",
-            "struct Cell { const char *name, *mode; int64_t gates, slots; bool has_cell_state; };",
+            "struct Cell { const char *name, *mode; int64_t gates, slots, states, weights; };",
             "struct Unit { void (*run)(int64_t, int64_t); int64_t (*arrange)(int64_t, int64_t); };",
             "// widen, round: numbers in bfloat16 to float32 and back; of the address of int64 source, destination and count.",
             "// units: float32's, then float64's; of each a cell's in the order of CELLS; of each forward, then backward.",

@@ -14,6 +14,7 @@
 namespace fastrnn {
 
 const Tier* tier;
+std::atomic<const AddedCell*> last_added;
 
 int64_t l2_bytes() {
   static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 * 1024);
@@ -137,8 +138,11 @@ void Call::scratch(int64_t Record::*field, int64_t numbers_a_direction) {
 }
 
 const Unit& Call::unit(bool forward) const {
-  const auto index = ((dtype_ == Dtype::f64) * (std::end(CELLS) - std::begin(CELLS)) + (&cell - CELLS)) * 2 + !forward;
-  return tier->units[index];
+  const bool wide = dtype_ == Dtype::f64, built_in = std::begin(CELLS) <= &cell && &cell < std::end(CELLS);
+  if (built_in) return tier->units[(wide * (std::end(CELLS) - std::begin(CELLS)) + (&cell - CELLS)) * 2 + !forward];
+  const Unit& found = static_cast<const AddedCell&>(cell).units[wide * 2 + !forward];
+  STD_TORCH_CHECK(found.run, "fastrnn: ", forward ? "forward" : "backward", " of ", cell.name, " is not compiled for this dtype");
+  return found;
 }
 
 void Call::run(bool forward) { run(unit(forward), records.data(), 2, patience(forward), team_limit().threads()); }
@@ -251,8 +255,8 @@ Call call_of(const Layer& layer) {
   give(call, layer.w_hh, &Record::w_hh, gate_rows, r.output_size);
   if (r.projected) give(call, layer.w_hr, &Record::w_hr, r.output_size, r.hidden_size);
   call.states(layer.h0, &Record::h0, r.batch * r.output_size);
-  STD_TORCH_CHECK(!call.cell.has_cell_state || layer.c0.dims, "fastrnn: ", call.cell.name, " needs c0");
-  if (call.cell.has_cell_state) call.states(layer.c0, &Record::c0, r.batch * r.hidden_size);
+  STD_TORCH_CHECK(!call.cell.states || layer.c0.dims, "fastrnn: ", call.cell.name, " needs c0");
+  if (call.cell.states) call.states(layer.c0, &Record::c0, r.batch * call.cell.states * r.hidden_size);
   return call;
 }
 
@@ -263,7 +267,7 @@ int64_t saved_width(const Call& call) { return (call.cell.slots + call.records[0
 
 }  // namespace
 
-Reads::Reads(const Layer& layer, const Gradients& gradients) : x(gradients.need_dw), w_ih(gradients.need_dx), biases(false) {
+Reads::Reads(const Layer& layer, const Gradients& gradients) : x(gradients.need_dw), w_ih(gradients.need_dx), biases(layer.cell->weights > 0) {
   const Layout layout = layout_of(layer);
   const bool one_step = layout == Layout::batch || (layout == Layout::packed && layer.batch_sizes.numel() == 1) ||
                         (is_dense(layout) && layer.x.dims == 3 && layer.x.size(layer.batch_first ? 1 : 0) == 1);
@@ -275,15 +279,16 @@ Call forward_call(const Layer& layer, bool save, const Make& make) {
   const Record& r = call.records[0];
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, width = saved_width(call);
   const Dtype dtype = layer.x.dtype;
+  STD_TORCH_CHECK(r.bias || !call.cell.weights, "fastrnn: ", call.cell.name, " has weights of its own, which are in b_ih");
   if (r.bias) {
-    give(call, layer.b_ih, &Record::b_ih, call.cell.gates * H);
+    give(call, layer.b_ih, &Record::b_ih, (call.cell.gates + call.cell.weights) * H);
     give(call, layer.b_hh, &Record::b_hh, call.cell.gates * H);
   }
   std::vector<int64_t> y_sizes = sizes_of(layer.x);
   y_sizes.back() = D * R;
   call.states(make(H_N, sizes_of(layer.h0), dtype, 0), &Record::h_n, B * R);
   call.rows(make(Y, y_sizes, dtype, 0), &Record::y, &Record::y_step, &Record::y_row, R);
-  if (call.cell.has_cell_state) call.states(make(C_N, sizes_of(layer.c0), dtype, 0), &Record::c_n, B * H);
+  if (call.cell.states) call.states(make(C_N, sizes_of(layer.c0), dtype, 0), &Record::c_n, B * call.cell.states * H);
   if (save) call.states(make(SAVED, {D, r.rows, width}, dtype, 0), &Record::saved, r.rows * width);
   for (Record& record : call.records) record.save = save;
   return call;
@@ -310,7 +315,9 @@ Call backward_call(const Layer& layer, const Gradients& gradients, const View& y
     call.states(make(result, sizes_of(initial), dtype, 0), carried, B * width);
   };
   state(layer.h0, gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, R);
-  if (call.cell.has_cell_state) state(layer.c0, gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, H);
+  const int64_t S = call.cell.states * H, W = call.cell.weights * H;
+  if (S) state(layer.c0, gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, S);
+  if (W) give(call, layer.b_ih, &Record::b_ih, G + W);
   if (gradients.need_dx) {
     const View dx = make(DX, sizes_of(layer.x), dtype, 0);
     call.rows(dx, &Record::dx, &Record::dx_step, &Record::dx_row, 0);
@@ -325,7 +332,7 @@ Call backward_call(const Layer& layer, const Gradients& gradients, const View& y
     matrix(DW_IH, &Record::dw_ih, &Record::dw_ih_half, G, r.input_size);
     matrix(DW_HH, &Record::dw_hh, &Record::dw_hh_half, G, R);
     if (r.bias) {
-      each(DB_IH, &Record::db_ih, {G}, dtype);
+      each(DB_IH, &Record::db_ih, {G + W}, dtype);
       each(DB_HH, &Record::db_hh, {G}, dtype);
     }
     if (r.projected) matrix(DW_HR, &Record::dw_hr, &Record::dw_hr_half, R, H);

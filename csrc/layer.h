@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <forward_list>
@@ -18,11 +19,21 @@ namespace fastrnn {
 
 extern const Tier* tier;  // whose kernels run; set by `prepare`, python.cpp
 
+// A cell whose kernels were compiled at run time, and the one that was added before it. Neither goes before the process does.
+struct AddedCell : Cell {
+  std::array<Unit, 4> units;  // as a Tier has them
+  const AddedCell* before;
+};
+extern std::atomic<const AddedCell*> last_added;
+
 // The cell of which this is true, or null.
 template <class Matches>
 const Cell* find_cell(const Matches& matches) {
-  const Cell* found = std::find_if(std::begin(CELLS), std::end(CELLS), matches);
-  return found == std::end(CELLS) ? nullptr : found;
+  for (const Cell& cell : CELLS)
+    if (matches(cell)) return &cell;
+  for (const AddedCell* cell = last_added; cell; cell = cell->before)
+    if (matches(*cell)) return cell;
+  return nullptr;
 }
 
 enum class Dtype { f32, f64, bf16, byte, i64, other };  // of a tensor's numbers; other: also where it is not on the CPU

@@ -161,7 +161,7 @@ class Stack {
       };
       initial(h0, &Record::h0, output_size);
       call.states(h_n, &Record::h_n, batch * output_size, layer, layers);
-      if (cell->has_cell_state) {
+      if (cell->states) {
         initial(c0, &Record::c0, hidden_size);
         call.states(*c_n, &Record::c_n, batch * hidden_size, layer, layers);
       }
@@ -319,7 +319,7 @@ class Stack {
     if (kinds < 2 || kinds > 5) return false;
     bias = kinds > 3;
     projected = kinds % 2;
-    if (weights[0].dims != 2 || weights[1].dims != 2 || (projected && !cell->has_cell_state)) return false;
+    if (weights[0].dims != 2 || weights[1].dims != 2 || (projected && !cell->states)) return false;
     const int64_t gate_rows = weights[1].size(0);
     if (gate_rows == 0) return false;
     input_size = weights[0].size(1);
@@ -492,14 +492,14 @@ std::array<Owned, 2> zero_states(const Stack& stack, PyObject* x_object, const V
     return made;
   };
   states[0] = make(stack.output_size);
-  if (stack.cell->has_cell_state)
+  if (stack.cell->states)
     states[1] = stack.hidden_size == stack.output_size ? kept(states[0].get()) : make(stack.hidden_size);
   return states;
 }
 
 // All layers of a call that is differentiated.
 Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, const States& before) {
-  const size_t kinds = stack.cell->has_cell_state ? 2 : 1;
+  const size_t kinds = stack.cell->states ? 2 : 1;
   const int64_t D = stack.directions;
   std::array<Owned, 2> zeros;
   if (!before.h_or_none) zeros = zero_states(stack, x_object, x, {D, stack.batch});
@@ -542,7 +542,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
-    const bool pair = stack.cell->has_cell_state;
+    const bool pair = stack.cell->states > 0;
     if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
     if (differentiates(stack, x_object, before)) {
@@ -571,7 +571,7 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before, after;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.directions != 1) return nullptr;
-    const bool pair = stack.cell->has_cell_state;
+    const bool pair = stack.cell->states > 0;
     if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
     const int64_t B = stack.batch, R = stack.output_size;
@@ -606,7 +606,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1])) return nullptr;
-    const bool pair = stack.cell->has_cell_state;
+    const bool pair = stack.cell->states > 0;
     if (!before.read(args[3], pair)) return nullptr;
     // torch.nn makes absent states of the size that the module says it has
     if (!before.h_or_none && number(attributes, HIDDEN_SIZE) != stack.hidden_size) return nullptr;

@@ -580,4 +580,4 @@ def _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str
 def _reference(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first):
     """`ops.layer` through plain operations."""
     y, h_n, c_n, _ = reference.layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
-    return y, h_n, c_n if cell == "lstm" else None
+    return y, h_n, None if c0 is None else c_n

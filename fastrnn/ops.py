@@ -9,15 +9,15 @@ They assume T >= 1, B >= 1, one dtype and one device.
 
     x            dense [T, B, I], or [B, T, I] with batch_first; or packed [N, I] with
     batch_sizes  int64 [T] on the CPU, rows of each step, never increasing, sum N
-    h0, c0       [D, B, R], [D, B, H] (lstm only)
+    h0, c0       [D, B, R], [D, B, S*H] (only of cells with states but h: S of these side by side; lstm has one)
     w_ih, ...    one tensor a direction, D in {1, 2}: w_ih [G*H, I], w_hh [G*H, R], b_* [G*H] or no tensors,
-                 w_hr [R, H] or no tensors. Direction 1 runs opposite to direction 0. On the CPU, where all else is
+                 w_hr [R, H] or no tensors. b_ih is [(G+W)*H] for a cell with W weights of its own. Direction 1 runs opposite to direction 0. On the CPU, where all else is
                  float32 and R is even, matrices may be bfloat16, and their gradients are then, rounded once.
     cell         a key of fastrnn.kernels.cells.CELLS
     reverse      direction 0 runs from the last step to the first
     save         keep what layer_backward needs
     y            contiguous [T, B, D*R] | [B, T, D*R] | [N, D*R]
-    h_n, c_n     [D, B, R], [D, B, H] (lstm, otherwise [0])
+    h_n, c_n     [D, B, R], like c0 ([0] where there is none)
     saved        [D, rows, slots*H], rows step-major (also when batch_first) or packed; one more slot, the output before
                  the projection, where there is one. [0] without `save`.
     dx, dw_*     like x, contiguous; weights' gradients one below the other, dw_ih [D*G*H, I] and so on. [0] where not needed
@@ -31,7 +31,7 @@ The same two in the recompute mode, over the raw ops of any engine, see checkpoi
 
     segments     parts of about equal rows into which the steps are divided, from 1 to max(1, T // 2)
     weights      in x's dtype, all
-    kept         [D, segments - 1, B, H], cell states before each segment but a direction's first, in the order they run; [0]
+    kept         [D, segments - 1, B, S*H], states before each segment but a direction's first, in the order they run; [0]
                  for cells that have none
 
 `layer` is the entry from Python. Reverse mode runs through the autograd.Function `Layer`, whose backward is the op
@@ -245,7 +245,7 @@ def _fake_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
     hidden, width = w_hh[0].shape[0] // CELLS[cell].gates, w_hh[0].shape[1]
     slots = CELLS[cell].slots + bool(w_hr)
     saved = (directions, math.prod(rows), slots * hidden) if save else (0,)
-    c_n = (directions, batch, hidden) if CELLS[cell].carry == "cell" else (0,)
+    c_n = (directions, batch, CELLS[cell].states * hidden) if CELLS[cell].states else (0,)
     return (
         x.new_empty((*rows, directions * width)),
         x.new_empty((directions, batch, width)),
@@ -344,7 +344,7 @@ def layer(
     else:
         arguments = x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first
         y, h_n, c_n, _ = _checkpoint_forward(*arguments, segments) if segments else _forward(*arguments, False)
-    return y, h_n, c_n if cell == "lstm" else None
+    return y, h_n, None if c0 is None else c_n
 
 
 def _in_float32(x, batch_sizes, h0, c0, weights, cell, reverse, batch_first, of_cell):
@@ -506,20 +506,20 @@ def _is_eager(segments: int) -> bool:
 def _unneeded(needs: tuple[bool, ...], cell: str, directions: int, one_step: bool) -> tuple:
     """Which inputs of `Layer` its backward does not need where `needs` are asked for, by index; and _selectors of these.
 
-    Cells that read the state itself, GRU's, always need h0.
+    Cells that read the state itself, as GRU's, always need h0, those with weights of their own the biases they stand behind.
     """
     w_ih, w_hh, *biases = (range(9 + k * directions, 9 + (k + 1) * directions) for k in range((len(needs) - 9) // directions))
     unneeded: list[int] = []
     if not any(needs[index] for index in w_ih):
         unneeded += [0]
-    if not any(needs[index] for index in w_hh) and cell != "gru":
+    if not any(needs[index] for index in w_hh) and not CELLS[cell].reads_hidden:
         unneeded += [2]
     if not needs[0]:
         unneeded += w_ih
     if one_step and not needs[2]:
         unneeded += w_hh
     if len(biases) > 1:  # one alone is W_hr
-        unneeded += [*biases[0], *biases[1]]
+        unneeded += [*([] if CELLS[cell].weights else biases[0]), *biases[1]]
     return tuple(unneeded), *_selectors(tuple(unneeded), len(needs))
 
 

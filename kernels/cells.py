@@ -5,6 +5,7 @@ Kinds of arguments, by their annotations, per unit:
     Input    the input's product and bias alone
     Hidden   the hidden state's product and bias alone
     State    what the step before has left; `h` is the output itself as it enters element by element
+    Weight   a learned value
 
 A function returns the output, then each state but h in their order. Row blocks of weight_ih and weight_hh stand in the order of
 the arguments that have them. Derivatives, and what is kept for backward, are derived (derive.py).
@@ -15,9 +16,12 @@ Formulas: https://docs.pytorch.org/docs/stable/generated/torch.nn.{RNN,LSTM,GRU}
 
 from __future__ import annotations
 
+import hashlib
+import json
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from . import symbols
 from .derive import Derivation
 from .symbols import Symbol, relu, sigmoid, tanh
 
@@ -35,10 +39,14 @@ class Hidden(Symbol):
 
 
 class State(Symbol):
-    """A value that is carried from step to step."""
+    """A value that is carried from step to step. `h` is the output, where it enters element by element."""
 
 
-KINDS = "Input", "Gate", "Hidden", "State"
+class Weight(Symbol):
+    """A learned value."""
+
+
+KINDS = {kind.__name__: kind for kind in (Gate, Input, Hidden, State, Weight)}
 
 
 def rnn_tanh(a: Gate):
@@ -62,38 +70,81 @@ def gru(r: Gate, z: Gate, n_x: Input, n_h: Hidden, h: State):
 class Cell:
     """A recurrent cell as the engines see it. They keep pre-activations of the input alone first, those of the state alone last.
 
+    Both weight matrices have as many row blocks: where a cell has more parts of the one kind than of the other, some have a row
+    block of zeros in the other matrix.
+
     name:           the key under which ops and engines know the cell.
-    mode:           torch.nn's name for it.
+    mode:           torch.nn's name for it, or none.
+    kinds:          of the function's arguments, names of KINDS.
     derived:        what engines calculate: forward and backward.
-    gates:          row blocks of each of torch's weight matrices, `hidden_size` rows each.
+    gates:          row blocks of each weight matrix, `hidden_size` rows each.
     hidden:         pre-activations of the input alone: so many come before the first that has a hidden part.
-    input:          row block in weight_ih of each pre-activation that has an input part.
+    input:          row block in weight_ih of each pre-activation that has an input part; weight_hh's stand in the engines' order.
     preactivations: of a unit: more than `gates` where input and hidden parts of a gate are apart.
-    slots:          values that a step keeps for backward, of each unit; the last is its state.
-    carry:          what enters element by element: "cell" (c, the last slot), "hidden" (h) or None.
+    states:         states but h, of each unit. c0 has them side by side.
+    reads_hidden:   whether h enters element by element.
+    weights:        learned values of each unit. They stand behind the gates' biases in b_ih.
+    slots:          values that a step keeps for backward, of each unit. The first `kept` are derived.kept, the last are the states.
+                    There is room for the gates' pre-activations.
+
+    carry:          "cell" where one state enters element by element, "hidden" where h does, None where nothing does, and "several".
 
     Attributes are plain values: Dynamo reads them.
     """
 
-    def __init__(self, name: str, mode: str, function: Callable) -> None:
-        self.name, self.mode = name, mode
-        kinds = function.__annotations__  # names of kinds, as this module's annotations are not evaluated
-        alone, shared, hidden, states = ([each for each in kinds if kinds[each] == kind] for kind in KINDS)
-        blocks = [each for each in kinds if each in alone or each in shared]
-        self.derived = Derivation(name, function, alone, shared, hidden, states, list(kinds))
-        self.gates, self.hidden, self.preactivations = len(blocks), len(alone), len(alone) + len(shared) + len(hidden)
-        self.input = tuple(blocks.index(each) for each in (*alone, *shared))
-        self.slots = len(self.derived.kept) + len(self.derived.after)
-        self.carry = "hidden" if states == ["h"] else "cell" if states else None
+    def __init__(self, name: str, mode: str, function: Callable, kinds: Mapping[str, str]) -> None:
+        self.name, self.mode, self.function, self.kinds = name, mode, function, dict(kinds)
+        alone, shared, hidden, states, weights = (
+            [each for each in kinds if kinds[each] == kind] for kind in ("Input", "Gate", "Hidden", "State", "Weight")
+        )
+        pairs = min(len(alone), len(hidden))
+        self.input_parts = [each for each in kinds if each in shared or each in alone or each in hidden[pairs:]]
+        self.hidden_parts = [*(each for each in kinds if each in shared or each in alone[pairs:] or each in hidden[pairs:]), *hidden[:pairs]]
+        shared = self.hidden_parts[: len(self.hidden_parts) - pairs]
+        alone, hidden = alone[:pairs], hidden[:pairs]
+        self.derived = Derivation(name, function, alone, shared, hidden, states, weights, list(kinds))
+        self.gates, self.hidden, self.preactivations = len(self.input_parts), pairs, len(shared) + 2 * pairs
+        self.input = tuple(self.input_parts.index(each) for each in (*alone, *shared))
+        self.states, self.reads_hidden, self.weights = len(self.derived.after), "h" in states, len(weights)
+        self.carry = {(0, False): None, (0, True): "hidden", (1, False): "cell"}.get((self.states, self.reads_hidden), "several")
+        self.kept = len(self.derived.kept)
+        self.slots = self.kept + self.states
+        if self.slots or self.gates > 1:
+            self.slots = max(self.slots, self.gates)
+
+
+    @property
+    def definition(self) -> str:
+        """The cell as text, from which `read` makes it again."""
+        return json.dumps({"name": self.derived.name, "kinds": self.kinds, "source": self.derived.definition.source()})
+
+
+def define(function: Callable, kinds: Mapping[str, str]) -> Cell:
+    """Make a cell of a function and its arguments' kinds, names of KINDS. Its name says what it is, whoever defines it.
+
+    Raises:
+        Refused: the function does what no engine can.
+    """
+    cell = Cell(function.__name__, "", function, kinds)
+    cell.name += f"_{hashlib.sha256(cell.definition.encode()).hexdigest()[:12]}"
+    return cell
+
+
+def read(definition: str) -> Cell:
+    """Make a cell of its definition."""
+    given = json.loads(definition)
+    space = {name: getattr(symbols, name) for name in symbols.NUMBERS if hasattr(symbols, name)}
+    exec(given["source"], space)
+    return define(space[given["name"]], given["kinds"])
 
 
 CELLS = {
-    cell.name: cell
-    for cell in (
-        Cell("rnn_tanh", "RNN_TANH", rnn_tanh),
-        Cell("rnn_relu", "RNN_RELU", rnn_relu),
-        Cell("lstm", "LSTM", lstm),
-        Cell("gru", "GRU", gru),
+    name: Cell(name, mode, function, function.__annotations__)  # which are names, as this module does not evaluate them
+    for name, mode, function in (
+        ("rnn_tanh", "RNN_TANH", rnn_tanh),
+        ("rnn_relu", "RNN_RELU", rnn_relu),
+        ("lstm", "LSTM", lstm),
+        ("gru", "GRU", gru),
     )
 }
 

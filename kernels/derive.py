@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
-from .symbols import COMPARISONS, COSTS, Graph, Symbol, Value, ancestors, changes, gradients
+from .symbols import COMPARISONS, CONDITIONS, COSTS, Graph, Refused, Symbol, Value, ancestors, changes, gradients
 
 SLOT = 64  # operations that a slot is worth: it is written and read in each step, and takes memory for all of them
 NEVER = 1 << 30  # more than all costs together
@@ -49,9 +49,12 @@ class Code:
 class Printer:
     """Writes `Code` as Python: a line for each result, and for what is used more than once."""
 
-    OPERATORS = {"add": ("+", 2), "sub": ("-", 2), "mul": ("*", 3), "div": ("/", 3)} | {
-        name: (sign, 1) for name, sign in (("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">="))
-    }
+    # how each is written, and how tightly it binds
+    OPERATORS = {
+        "or": ("|", 2), "and": ("&", 3), "add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "div": ("/", 5),
+        **{name: (sign, 1) for name, sign in zip(COMPARISONS, ("<", "<=", ">", ">=", "==", "!="), strict=True)},
+    }  # fmt: skip
+    UNARY = {"neg": "-", "not": "~"}
 
     def __init__(self, code: Code) -> None:
         self.code = code
@@ -101,16 +104,16 @@ class Printer:
     def _text(self, node: Value) -> tuple[str, int]:
         """Return an expression, and how tightly its outermost operator binds."""
         if not isinstance(node, Symbol):
-            return repr(int(node) if float(node).is_integer() else float(node)), 5 if node >= 0 else 4
-        return (self.names[node.index], 5) if node.index in self.names else self._expression(*self.operations[node.index])
+            return repr(int(node) if float(node).is_integer() else float(node)), 7 if node >= 0 else 6
+        return (self.names[node.index], 7) if node.index in self.names else self._expression(*self.operations[node.index])
 
     def _expression(self, function: str, *operands: Any) -> tuple[str, int]:
-        if function == "neg":
-            return f"-{self._within(operands[0], 4)}", 4
+        if function in self.UNARY:
+            return f"{self.UNARY[function]}{self._within(operands[0], 6)}", 6
         if function in self.OPERATORS:
             sign, binds = self.OPERATORS[function]
             return f"{self._within(operands[0], binds)} {sign} {self._within(operands[1], binds + 1)}", binds
-        return f"{function}({', '.join(each if isinstance(each, str) else self._text(each)[0] for each in operands)})", 5
+        return f"{function}({', '.join(each if isinstance(each, str) else self._text(each)[0] for each in operands)})", 7
 
     def _within(self, node: Value, binds: int) -> str:
         text, own = self._text(node)
@@ -122,11 +125,13 @@ class Derivation:
 
     alone, shared, hidden: names of the pre-activations of the input's product alone, of both products, of the state's alone.
     states:                names of the states; "h", if it is among them, is the output.
+    weights:               names of the learned values.
     order:                 all of these in the order of the function's arguments.
 
-    preactivations, before, after, kept: names and nodes; before and after: the states, without h in after. kept: what the step
-                                         keeps beside those, a slot each.
-    reads_output:                        whether backward reads the step's output.
+    inputs:       names and nodes of the pre-activations, of the states before the step, and of the weights, in this order.
+    before, after, kept: names and nodes; before and after: the states, without h in after. kept: what the step keeps beside
+                  those, a slot each.
+    reads_output: whether backward reads the step's output.
     """
 
     def __init__(
@@ -137,55 +142,70 @@ class Derivation:
         shared: Sequence[str],
         hidden: Sequence[str],
         states: Sequence[str],
+        weights: Sequence[str],
         order: Sequence[str],
     ) -> None:
         graph = Graph()
         symbols = {each: graph.argument(each) for each in order}
-        results = function(*symbols.values())
-        output, *after = results if isinstance(results, tuple) else (results,)
+        results = function(**symbols)
+        results = tuple(results) if isinstance(results, (tuple, list)) else (results,)
         carried = [state for state in states if state != "h"]
-        self.name = name
-        self.preactivations = tuple((each, symbols[each]) for each in (*alone, *shared, *hidden))
+        if len(results) != 1 + len(carried):
+            raise Refused(f"{len(results)} results, expected {1 + len(carried)}: the output" + "".join(f", {n}" for n in carried))
+        output, *after = (each if isinstance(each, Symbol) else _refuse_constant(each) for each in results)
+        self.name, self._order = name, tuple(symbols.items())
         self.before = tuple((state, symbols[state]) for state in states)
+        self.inputs = *((each, symbols[each]) for each in (*alone, *shared, *hidden, *states, *weights)),
         self.after = tuple((f"{state}_new", node) for state, node in zip(carried, after, strict=True))
+        self._weights = self.inputs[len(self.inputs) - len(weights) :]
         self._output = ("h_new", output)
         self._seeds = tuple((f"d_{each}", graph.argument(f"d_{each}")) for each in ("h_new", *(n for n, _ in self.after)))
-        inputs = *self.preactivations, *self.before
         seeds = [node for _, node in self._seeds]
-        found = gradients([output, *after], seeds, [node for _, node in inputs])
-        self._gradients = tuple((f"d_{each}", gradient) for (each, _), gradient in zip(inputs, found, strict=True))
-        self._changes = tuple((f"change_{each}", graph.argument(f"change_{each}")) for each, _ in inputs)
+        found = gradients([output, *after], seeds, [node for _, node in self.inputs])
+        self._gradients = tuple((f"d_{each}", gradient) for (each, _), gradient in zip(self.inputs, found, strict=True))
+        self._changes = tuple((f"change_{each}", graph.argument(f"change_{each}")) for each, _ in self.inputs)
 
-        at_hand = {node.index for _, node in (*self.before, *self.after, self._output)}
-        kept = choose_kept(found, seeds, {node.index for node in ancestors([output, *after])}, at_hand)
-        places = {node.index: place for place, (_, node) in enumerate(inputs)}
+        forward = {node.index for node in ancestors([output, *after])}
+        for each, node in self.inputs:
+            if node.index not in forward:
+                raise Refused(f"{each} is not used: leave the argument out")
+        at_hand = {node.index for _, node in (*self.before, *self.after, *self._weights, self._output)}
+        kept = choose_kept(found, seeds, forward, at_hand)
+        places = {node.index: place for place, (_, node) in enumerate(self.inputs)}
         kept.sort(key=lambda node: min(places[each.index] for each in ancestors([node]) if each.index in places))
         self.kept = tuple((label(node), node) for node in kept)
-        given = {node.index for _, node in (*self.kept, *self.before, *self.after)}
+        given = {node.index for _, node in (*self.kept, *self.before, *self.after, *self._weights)}
         self.reads_output = output.index in {node.index for node in ancestors(found, given)} - given
 
     @property
+    def definition(self) -> Code:
+        """The cell's function itself, as it was traced."""
+        return Code(self.name, self._order, (self._output, *self.after))
+
+    @property
     def forward(self) -> Code:
-        """(pre-activations..., states before...) -> (output, kept..., states after...)."""
-        parameters, results = (*self.preactivations, *self.before), (self._output, *self.kept, *self.after)
-        return Code(f"{self.name}_forward", parameters, results)
+        """(pre-activations..., states before..., weights...) -> (output, kept..., states after...)."""
+        return Code(f"{self.name}_forward", self.inputs, (self._output, *self.kept, *self.after))
 
     @property
     def backward(self) -> Code:
-        """(gradients of the output and the states after..., kept..., states after..., the output if it is read, states before...)
-        -> gradients of (pre-activations..., states before...)."""
+        """(gradients of the output and the states after..., kept..., states after..., the output if it is read, states before...,
+        weights...) -> gradients of (pre-activations..., states before..., weights...)."""
         output = (self._output,) if self.reads_output else ()
-        parameters = *self._seeds, *self.kept, *self.after, *output, *self.before
+        parameters = *self._seeds, *self.kept, *self.after, *output, *self.before, *self._weights
         return Code(f"{self.name}_backward", parameters, self._gradients)
 
     @cached_property
     def bend(self) -> Code:
-        """(parameters of backward..., changes of pre-activations and states before...) -> changes of backward's results."""
-        inputs = *self.preactivations, *self.before
-        by_index = {node.index: change for (_, node), (_, change) in zip(inputs, self._changes, strict=True)}
+        """(parameters of backward..., changes of pre-activations, states before and weights...) -> changes of backward's results."""
+        by_index = {node.index: change for (_, node), (_, change) in zip(self.inputs, self._changes, strict=True)}
         found = changes([gradient for _, gradient in self._gradients], by_index)
         results = tuple((f"change_of_{name}", change) for (name, _), change in zip(self._gradients, found, strict=True))
         return Code(f"{self.name}_bend", (*self.backward.parameters, *self._changes), results)
+
+
+def _refuse_constant(value: Any) -> Any:
+    raise Refused(f"the result {value!r}: a cell returns values that are calculated from its arguments")
 
 
 def label(node: Symbol) -> str:
@@ -223,7 +243,7 @@ def choose_kept(found: Sequence[Value], seeds: Sequence[Symbol], forward: Collec
     candidates = [node for node in ancestors(wanted, at_hand) if node.index not in at_hand]
     for node in candidates:
         own, again = ("wanted", node.index), ("again", node.index)
-        edge(own, again, SLOT if node.index in forward and node.operation not in COMPARISONS else NEVER)
+        edge(own, again, SLOT if node.index in forward and node.operation not in CONDITIONS else NEVER)
         edge(again, "sink", NEVER if node.operation == "argument" else COSTS.get(node.operation, 1))
         for each in node.inputs:
             if each.index not in at_hand:

@@ -8,7 +8,7 @@ Steps come in blocks, so that the numbers of a block stay in the processor's cac
 Nothing is done in place: autograd, forward mode and vmap pass through all of it, to any order.
 
 Letters as in reference.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of
-a unit; Q as many, and one more, for p, where the cell has a `carry`.
+a unit; Q as many, and one more for each state that enters element by element and each weight of the cell's own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.derive import Printer
-from fastrnn.kernels.reference import NAMES, at, first, order_of, replace
+from fastrnn.kernels.reference import NAMES, apart, at, first, order_of, replace, states_before
 from fastrnn.kernels.symbols import Symbol, is_number
 
 BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so many numbers fit a core's cache
@@ -186,7 +186,7 @@ class Weights(NamedTuple):
 
 
 class State(NamedTuple):
-    """A direction's state, a change of it, or its gradient: [B, R] and, for lstm, [B, H]."""
+    """A direction's states, a change of them, or their gradients: [B, R] and, where there are others, [B, S * H]."""
 
     h: Tensor
     c: Tensor | None
@@ -198,7 +198,7 @@ class Change(NamedTuple):
     x: Tensor | None  # [N, I]
     a: Sequence[Tensor]  # P times [N, H], pre-activations
     h: Tensor  # [N, R], the state before each step
-    p: Tensor | None  # [N, H]
+    inner: Sequence[Tensor]  # each [N, H], the states that enter element by element, and the cell's own weights
     out: Tensor  # [N, H], the cell's h, before the projection
     y: Tensor  # [N, R]
 
@@ -208,9 +208,10 @@ class Gradients(NamedTuple):
 
     input: Tensor  # [N, G * H], of the products with x, in torch's gate order
     hidden: Tensor  # [N, G * H], of the products with h
+    own: Tensor | None  # [N, W * H], of the cell's own weights
     y: Tensor  # [N, R]
     out: Tensor  # [N, H]
-    c: Tensor | None  # [N, H], of the cell state, but for what reaches it through the same step's h
+    c: Tensor | None  # [N, S * H], of the states, but for what reaches them through the same step
 
 
 class Direction:
@@ -221,17 +222,22 @@ class Direction:
         h0, c0 = h0[d], at(c0, d)
         self.d, self.zeros = d, State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
         y = rows.of(y, d, len(saved))
-        slots = saved[d].split(hidden, -1) if cell.slots else (y,)
-        h = before(order, sizes, y, h0)
-        p = h if c0 is None else before(order, sizes, slots[cell.slots - 1], c0)
+        slots = saved[d].split(hidden, -1) if cell.slots else ()
+        h, c = before(order, sizes, y, h0), None
+        if c0 is not None:
+            c = before(order, sizes, saved[d].narrow(-1, (cell.slots - cell.states) * hidden, cell.states * hidden), c0)
+        out = y if weights.w_hr is None else slots[-1]
+        kept = [*slots[: cell.kept], *slots[cell.slots - cell.states : cell.slots], *(out,)[: cell.derived.reads_output]]
+        kept += states_before(cell, h, c)
         steps = max(1, BLOCK // max(1, sizes[0] * hidden))
         parts = [sizes[t : t + steps] for t in range(0, len(sizes), steps)]
         self.rows, self.order = [sum(part) for part in parts], order_of(len(parts), reverse)
         if c0 is None:
-            units = (h.new_ones(()),)
-        else:  # [2, 1, 1]: a gradient of h, and none; none, and one of c
-            units = torch.eye(2, dtype=h.dtype, device=h.device).view(2, 2, 1, 1).unbind()
-        split = zip(*map(self.split, (rows.of(x), h, p, *slots)), strict=True)
+            units: Sequence[Tensor] = (h.new_ones(()),)
+        else:  # [1 + S, 1, 1]: a gradient of h, and none of the others; one of the first of these, and so on
+            count = 1 + cell.states
+            units = torch.eye(count, dtype=h.dtype, device=h.device).view(count, count, 1, 1).unbind()
+        split = zip(*map(self.split, (rows.of(x), h, out, *kept)), strict=True)
         self.blocks = [
             Block(cell, weights, part, order_of(len(part), reverse), units, *each)
             for part, each in zip(parts, split, strict=True)
@@ -249,28 +255,30 @@ class Direction:
 class Block:
     """Some steps of one direction, one after the other, near the states that they went through."""
 
-    def __init__(self, cell: Cell, weights: Weights, sizes: list[int], order: range, units, x, h, p, *slots) -> None:
-        self.cell, self.weights, self.sizes, self.order, self.x, self.h, self.p = cell, weights, sizes, order, x, h, p
-        self.out = slots[-1]
-        self.kept = *slots[: max(cell.slots, 1)], *(p,)[: cell.carry is not None]
-        self.rows, self.hidden = x.shape[0], self.out.shape[-1]
+    def __init__(self, cell: Cell, weights: Weights, sizes: list[int], order: range, units, x, h, out, *kept) -> None:
+        self.cell, self.weights, self.sizes, self.order, self.x, self.h, self.out = cell, weights, sizes, order, x, h, out
+        self.rows, self.hidden = x.shape[0], out.shape[-1]
+        self.kept = *kept, *apart(cell, weights.b_ih)[1]
         self.arithmetic = arithmetic(cell.name)
-        self.slopes = self.arithmetic.slopes(*units, *self.kept)  # of h [N, Q, H]; for lstm [2, N, Q, H], of c too
+        self.slopes = self.arithmetic.slopes(*units, *self.kept)  # of h [N, Q, H]; with states [1 + S, N, Q, H], of them too
         self.by_state = [steps_of(each, sizes) for each in (self.slopes.unbind() if len(units) > 1 else (self.slopes,))]
 
     def push(self, x: Tensor | None, v: Weights, state: State) -> tuple[Change, State]:
         """Return how all changes, and the state after, where x, the weights (by v) and the state before change by these."""
         cell, weights, sizes, (h, c) = self.cell, self.weights, self.sizes, state
         G, P, B, w_hh, w_hr = cell.gates, cell.preactivations, h.shape[0], weights.w_hh.T, weights.w_hr
-        from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v.b_ih)
+        v_b_ih, v_own = apart(cell, v.b_ih)
+        from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v_b_ih)
         from_h = total(_times(self.h, v.w_hh, True), v.b_hh)
         a_inputs, a_hidden = self._preactivations(from_x, from_h)
         a_hidden = steps_of(a_hidden, sizes)
         # narrow and select: in torch 2.14 a slice of all is aten.alias, which the older of torch's two vmaps does not know
         slopes = steps_of(self.slopes.narrow(-2, cell.hidden, G).reshape(*self.slopes.shape[:-2], -1), sizes, -2)
-        by_p = steps_of(self.slopes.select(-2, P), sizes, -2) if cell.carry else None
-        # what the input alone does is known before the loop
-        by_x = total(*(self.slopes.select(-2, k) * a for k, a in enumerate(a_inputs)))
+        states = range(P, P + len(cell.derived.before))
+        by_states = [steps_of(self.slopes.select(-2, k), sizes, -2) for k in states]
+        # what the input alone and the cell's own weights do is known before the loop
+        known = [*enumerate(a_inputs), *enumerate(v_own, states.stop)]
+        by_x = total(*(self.slopes.select(-2, k) * a for k, a in known))
         by_x = None if by_x is None else steps_of(by_x, sizes, -2)
         by_w_hr = None if v.w_hr is None else steps_of(torch.mm(self.out, v.w_hr.T), sizes)
         a_s, h_s, c_s, out_s, y_s = self._places(5)
@@ -282,13 +290,14 @@ class Block:
             if G > 1:
                 after = after.reshape(*after.shape[:-1], G, self.hidden).sum(-2)
             if c is not None:
-                c_s[t] = p = c if b == B else c.narrow(0, 0, b)
-            if by_p is not None:
-                after = torch.addcmul(after, by_p[t], p)
+                c_s[t] = c if b == B else c.narrow(0, 0, b)
+            for by_one, before_one in zip(by_states, states_before(cell, p, c_s[t]), strict=True):
+                after = torch.addcmul(after, by_one[t], before_one)
             if by_x is not None:
                 after = after + by_x[t]
             if c is not None:
-                after, c_after = after.unbind()
+                after, *others = after.unbind()
+                c_after = others[0] if cell.states == 1 else torch.cat(others, -1)
                 c = c_after if b == B else replace(c, c_after)
             out_s[t] = y_s[t] = after
             if w_hr is not None:
@@ -296,8 +305,9 @@ class Block:
             h = y_s[t] if b == B else replace(h, y_s[t])
         a, h_before, y = joined(a_s), joined(h_s), joined(y_s)
         a = [*a_inputs, *(a.split(self.hidden, -1) if G > 1 else (a,))]
-        p = h_before if c is None else joined(c_s)
-        return Change(x, a, h_before, p, y if w_hr is None else joined(out_s), y), State(h, c)
+        inner = states_before(cell, h_before, None if c is None else joined(c_s))
+        inner += [each.expand_as(self.out) for each in v_own] or [torch.zeros_like(self.out)] * cell.weights
+        return Change(x, a, h_before, inner, y if w_hr is None else joined(out_s), y), State(h, c)
 
     def _preactivations(self, from_x: Tensor | None, from_h: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Return those of the input alone, each [N, H], and the others [N, G * H], but for the products with h."""
@@ -307,9 +317,9 @@ class Block:
             a = total(from_x, from_h)
             return [], (zeros if a is None else a).expand(whole)
         from_x = (zeros if from_x is None else from_x).expand(whole)
-        gates, shared = from_x.split(H, -1), len(cell.input) - cell.hidden  # these stand first among torch's gates
-        both = torch.cat((from_x.narrow(1, 0, shared * H), zeros.expand(self.rows, (cell.gates - shared) * H)), 1)
-        return [gates[gate] for gate in cell.input[: cell.hidden]], total(both, from_h)
+        blocks = from_x.split(H, -1)
+        alone, shared = ([blocks[k] for k in part] for part in (cell.input[: cell.hidden], cell.input[cell.hidden :]))
+        return alone, total(torch.cat((*shared, zeros.expand(self.rows, cell.hidden * H)), 1), from_h)
 
     def _places(self, count: int) -> list[list[Any]]:
         """Make lists for something of each step, which `order` fills."""
@@ -325,15 +335,16 @@ class Block:
     ) -> tuple[Gradients, State]:
         """Return the gradients of all, and of the state before, from those of y and of the state after.
 
-        more_a [N, Q, H] is added to those of the pre-activations and p, more_h [N, R] to those of the state before each step,
-        more_out [N, H] to those of out.
+        more_a [N, Q, H] is added to those of the pre-activations, states and weights, more_h [N, R] to those of the hidden state
+        before each step, more_out [N, H] to those of out.
         """
         cell, sizes, (dh, dc) = self.cell, self.sizes, state
         P, G, B, w_hh, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hh, self.weights.w_hr
         dys, more_a, more_h, more_out = (
             None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out)
         )
-        by_out, by_c = self.by_state[0], self.by_state[-1]
+        by_out, *by_others = self.by_state
+        states = [name for name, _ in cell.derived.before]
         a_s, y_s, out_s, c_s = self._places(4)
         for t in reversed(self.order):
             b = sizes[t]
@@ -345,29 +356,31 @@ class Block:
             a_s[t] = da = by_out[t] * d_out if more_a is None else torch.addcmul(more_a[t], by_out[t], d_out)  # [b, Q, H]
             if dc is not None:
                 c_s[t] = dc if b == B else dc.narrow(0, 0, b)
-                a_s[t] = da = torch.addcmul(da, by_c[t], c_s[t].unsqueeze(1))
-            d_p = da.select(1, P) if cell.carry else None
-            d_before = torch.mm((da.narrow(1, cell.hidden, G) if cell.carry else da).reshape(b, -1), w_hh)
+                for by_one, d_one in zip(by_others, c_s[t].unsqueeze(1).chunk(cell.states, -1), strict=True):
+                    a_s[t] = da = torch.addcmul(da, by_one[t], d_one)
+            d_before = torch.mm(_narrow(da, cell.hidden, G).reshape(b, -1), w_hh)
+            d_states = {name: da.select(1, P + k) for k, name in enumerate(states)}
+            if "h" in d_states:
+                d_before = d_before + d_states.pop("h")
             if dc is not None:
-                dc = d_p if b == B else replace(dc, d_p)
-            elif d_p is not None:
-                d_before = d_before + d_p
+                d_c = torch.cat([*d_states.values()], -1) if cell.states > 1 else next(iter(d_states.values()))
+                dc = d_c if b == B else replace(dc, d_c)
             if more_h is not None:
                 d_before = d_before + more_h[t]
             dh = d_before if b == B else replace(dh, d_before)
         a, y = joined(a_s), joined(y_s)
-        d_hidden = (a.narrow(1, cell.hidden, G) if cell.carry else a).reshape(self.rows, -1)
+        d_hidden = _narrow(a, cell.hidden, G).reshape(self.rows, -1)
         d_input = d_hidden
-        if cell.hidden:  # of those of the input alone in the place of those of h alone
-            alone = [a.select(1, cell.input.index(gate)) for gate in range(len(cell.input) - cell.hidden, G)]
-            d_input = torch.cat((d_hidden.narrow(1, 0, (G - len(alone)) * self.hidden), *alone), 1)
+        if cell.hidden:
+            d_input = torch.cat([a.select(1, cell.input.index(block)) for block in range(G)], 1)
         out, d_c = y if w_hr is None else joined(out_s), None if dc is None else joined(c_s)
-        return Gradients(d_input, d_hidden, y, out, d_c), State(dh, dc)
+        own = a.narrow(1, a.shape[1] - cell.weights, cell.weights).reshape(self.rows, -1) if cell.weights else None
+        return Gradients(d_input, d_hidden, own, y, out, d_c), State(dh, dc)
 
     def bend(self, grads: Gradients, v: Weights, change: Change, state: State) -> tuple[Gradients, State]:
         """Return how `grads` change with the block, and the gradient of the state before, from how the one after does."""
-        outer = (grads.out,) if grads.c is None else (grads.out, grads.c)
-        more_a = self.arithmetic.bend(*outer, *self.kept, *change.a, *(change.p,)[: self.cell.carry is not None])
+        outer = (grads.out,) if grads.c is None else (grads.out, *grads.c.chunk(self.cell.states, -1))
+        more_a = self.arithmetic.bend(*outer, *self.kept, *change.a, *change.inner)
         return self.pull(None, state, more_a, _times(grads.hidden, v.w_hh), _times(grads.y, v.w_hr))
 
     def add_weights(self, so_far: Weights, grads: Gradients, x, h, out, biases: bool = True) -> Weights:
@@ -377,15 +390,16 @@ class Block:
         if self.weights.w_hr is not None:
             w_hr = _add_product(w_hr, grads.y, out)
         if biases and self.weights.b_ih is not None:
-            b_ih, b_hh = total(b_ih, grads.input.sum(0)), total(b_hh, grads.hidden.sum(0))
+            of_input = grads.input if grads.own is None else torch.cat((grads.input, grads.own), 1)
+            b_ih, b_hh = total(b_ih, of_input.sum(0)), total(b_hh, grads.hidden.sum(0))
         return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
 class Arithmetic(NamedTuple):
     """What is derived from a cell, on the numbers of many rows; see `derive.Derivation`.
 
-    slopes:  (parameters of backward...) -> gradients of the pre-activations and of p, stacked, [..., N, Q, H].
-    bend:    (the same..., changes of the pre-activations and of p...) -> how these gradients change.
+    slopes:  (parameters of backward...) -> gradients of the pre-activations, states and weights, stacked, [..., N, Q, H].
+    bend:    (the same..., changes of the pre-activations, states and weights...) -> how these gradients change.
     """
 
     slopes: Callable[..., Tensor]
@@ -434,6 +448,11 @@ class Fused(Printer):
         """Is a node the result of an operation, which nothing else needs?"""
         found = isinstance(node, Symbol) and node.operation == operation and node.index not in self.names
         return found and (node.index in self.single or not once)
+
+
+def _narrow(a: Tensor, start: int, length: int) -> Tensor:
+    """Return a part of axis 1; all of it as it is, because torch's older vmap does not know aten.alias."""
+    return a if length == a.shape[1] else a.narrow(1, start, length)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

@@ -9,23 +9,54 @@ Letters: T steps, B rows, I input size, H hidden size, G gates, R projected size
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, full_like, relu, sigmoid, tanh, where
+from torch import Tensor, abs, erf, exp, expm1, full_like, log, log1p, relu, sigmoid, sqrt, tanh, where  # noqa: A004
+from torch.nn.functional import logsigmoid
 
 from fastrnn.kernels.cells import CELLS, Cell
 
+
+def maximum(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """torch.maximum, of which one may be a number."""
+    return torch.maximum(*_tensors(a, b))
+
+
+def minimum(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """torch.minimum, of which one may be a number."""
+    return torch.minimum(*_tensors(a, b))
+
+
+def _tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    a = a if isinstance(a, Tensor) else full_like(b, a)
+    return a, b if isinstance(b, Tensor) else full_like(a, b)
+
+
 # The elementary functions are this module's, and the bound functions are too: there Dynamo looks them up.
-NAMES = {
-    "__name__": __name__,
-    "full_like": full_like,
-    "relu": relu,
-    "sigmoid": sigmoid,
-    "tanh": tanh,
-    "where": where,
-}
-_FORWARD = {name: cell.derived.forward.bind(NAMES) for name, cell in CELLS.items()}
+NAMES = {"__name__": __name__} | {
+    function.__name__: function
+    for function in (
+        abs, erf, exp, expm1, full_like, log, log1p, maximum, minimum, relu, sigmoid, sqrt, tanh, where
+    )
+} | {"logsigmoid": logsigmoid}  # fmt: skip
+_FORWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+
+
+def of_tensors(name: str, *operands: Any) -> Tensor:
+    """Apply an elementary function."""
+    return NAMES[name](*operands)
+
+
+def register(cell: Cell) -> None:
+    """Make a cell known under its name."""
+    CELLS[cell.name] = cell
+    _FORWARD[cell.name] = cell.derived.forward.bind(NAMES)
+
+
+for _cell in CELLS.values():
+    register(_cell)
 
 
 def layer_forward(
@@ -43,7 +74,7 @@ def layer_forward(
     batch_first: bool = False,
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The layer's outputs y, h_n [D, B, R], c_n [D, B, H] or [0], and saved [D, rows, slots * H] or [0]."""
+    """The layer's outputs y, h_n [D, B, R], c_n [D, B, S * H] or [0], and saved [D, rows, slots * H] or [0]."""
     kind = CELLS[cell]
     xs = _steps(x, batch_sizes, batch_first)
     ys, states, carries, kept = [], [], [], []
@@ -56,22 +87,24 @@ def layer_forward(
         carries.append(c)
     y = _join([torch.cat(step, -1) for step in zip(*ys, strict=True)], batch_sizes, batch_first)
     empty = x.new_empty(0)
-    c_n = torch.stack(carries) if kind.carry == "cell" else empty
+    c_n = torch.stack(carries) if kind.states else empty
     return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
 
 
 def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool):
-    """One direction: last h [B, R] and c [B, H]; of each step in time's order, outputs [b, R], slots [b, slots*H]."""
+    """One direction: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H]."""
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    b_ih, own_weights = apart(kind, b_ih)
     ys: list = [None] * len(xs)
     kept: list = [None] * len(xs)
     for t in order_of(len(xs), reverse):
         b = len(xs[t])
-        p = (first(b, h if c is None else c),) if kind.carry else ()
+        before = states_before(kind, first(b, h), None if c is None else first(b, c))
         a = _preactivations(kind, _affine(xs[t], w_ih, b_ih), _affine(first(b, h), w_hh, b_hh))
-        out, *slots = _FORWARD[kind.name](*a, *p)
+        out, *slots = _FORWARD[kind.name](*a, *before, *own_weights)
         if c is not None:
-            c = replace(c, slots[-1])
+            c = replace(c, slots[-1] if kind.states == 1 else torch.cat(slots[kind.kept :], -1))
+        slots[kind.kept : kind.kept] = [out] * (kind.slots - kind.kept - kind.states)  # where there is no value
         if w_hr is not None:
             slots.append(out)
             out = out @ w_hr.T
@@ -87,6 +120,20 @@ def _preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[T
         own = [inputs[kind.input[k]]] if k < len(kind.input) else []
         own += [hiddens[k - kind.hidden]] if k >= kind.hidden else []
         yield sum(own[1:], own[0])
+
+
+def states_before(kind: Cell, h: Tensor, c: Tensor | None) -> list[Tensor]:
+    """States as the cell takes them, each [b, H]."""
+    others = iter(() if c is None else c.chunk(kind.states, -1))
+    return [h if name == "h" else next(others) for name, _ in kind.derived.before]
+
+
+def apart(kind: Cell, b_ih: Tensor | None) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """Biases of the input products [G * H], and the cell's own weights [H], which stand behind them."""
+    if not kind.weights or b_ih is None:
+        return b_ih, ()
+    parts = b_ih.chunk(kind.gates + kind.weights)
+    return torch.cat(parts[: kind.gates]), parts[kind.gates :]
 
 
 def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

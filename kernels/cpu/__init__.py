@@ -7,7 +7,11 @@ time and called from Python (fallback.py).
 from __future__ import annotations
 
 import importlib
+import itertools
+import sys
+import time
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +88,47 @@ def load() -> tuple[str, Tier]:
         stacklevel=2,
     )
     return "run time", tier
+
+
+def prepare_cell(cell: str, dtype: torch.dtype, training: bool) -> None:
+    """Have the kernels of a cell that is not built in ready to run: from the user's cache, or compiled, which one line tells.
+
+    cell: a name of cells.CELLS. dtype: of what is computed with; half precision is float32. training: backward too.
+
+    Raises:
+        RuntimeError: there is no numba to compile with, or the cell does not compile.
+    """
+    if CELLS[cell].mode or load()[0] != "compiled":  # built in; or each pass is compiled when it runs
+        return
+    _prepare_cell(cell, "f64" if dtype is torch.float64 else "f32", training)
+
+
+# What torch.compiler.assume_constant_result would do, but without importing Dynamo: it does not look into this function.
+prepare_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undeclared
+
+
+@cache
+def _prepare_cell(cell: str, scalar: str, training: bool) -> None:
+    try:
+        import llvmlite.binding  # noqa: F401
+
+        from . import fallback
+    except ImportError as error:
+        raise RuntimeError(f"a cell of one's own is compiled by numba, which is not installed: {error}") from error
+    _, tier = load()
+    passes = ("forward", "backward") if training else ("forward",)
+    begin, name = time.monotonic(), CELLS[cell].derived.name
+    if fallback.compile_units(cell, scalar, passes, tier):
+        what, seconds = " and ".join(passes), time.monotonic() - begin
+        print(f"fastrnn: compiled {name} ({scalar}, {what}) in {seconds:.0f} s, kept in {fallback.cache_path()}", file=sys.stderr)
+    for which in passes:
+        _ADDRESSES[cell, scalar, which] = fallback.addresses(cell, scalar, which, tier)
+    found = [_ADDRESSES.get((cell, *unit), (0, 0)) for unit in itertools.product(("f32", "f64"), ("forward", "backward"))]
+    kind = CELLS[cell]
+    runtime_module().add_cell(cell, (kind.gates, kind.slots, kind.states, kind.weights), tuple(itertools.chain(*found)))
+
+
+_ADDRESSES: dict[tuple[str, str, str], Sequence[int]] = {}
 
 
 def team() -> tuple[int, str]:

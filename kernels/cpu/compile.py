@@ -9,7 +9,7 @@ conversions of convert.py.
 
     python -m kernels.cpu.compile BASE TIER CELL TYPE PASS
 
-writes one unit to BASE/kernels-*/. In a process of its own: Numba is made to do half its work here (see `Lowered`).
+writes one unit to BASE/kernels-*/. CELL is a name of cells.CELLS; of another cell its definition comes on stdin. In a process of its own: Numba is made to do half its work here (see `Lowered`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Codegen(codegen.AOTCPUCodegen):
 cpu_target.target_context._internal_codegen = Codegen("fastrnn")
 
 # After that, as some of the kernels' functions compile where they are defined.
-from ..cells import CELLS  # noqa: E402
+from ..cells import CELLS, read  # noqa: E402
 from .arrange import make_arrange  # noqa: E402
 from .backward import make_backward  # noqa: E402
 from .convert import make_conversion  # noqa: E402
@@ -138,4 +138,6 @@ def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
 if __name__ == "__main__":
     base, name, cell, scalar, which = sys.argv[1:]
     (tier,) = (tier for tier in tiers() if tier.name == name)
+    if cell not in CELLS:
+        CELLS[cell] = read(sys.stdin.read())
     write_unit(object_directory(Path(base), name), tier, (cell, scalar, which))

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..cells import CELLS
 from . import processor
 from .plan import FIELDS, L2_BYTES
+from .processor import Tier
 from .source import KERNELS, object_directory
 
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
@@ -58,7 +60,7 @@ def _engine():
 
 
 @cache
-def tier() -> processor.Tier:
+def tier() -> Tier:
     """The tier that kernels are compiled for.
 
     Raises:
@@ -71,26 +73,49 @@ def tier() -> processor.Tier:
     return processor.chosen(names)
 
 
+def compile_units(cell: str, scalar: str, passes: Sequence[str], tier: Tier) -> bool:
+    """Write the objects of a cell's passes that the cache has not yet, at once; is there anything to write?
+
+    Raises:
+        RuntimeError: they do not compile.
+    """
+    base, running = cache_directory(), {}
+    for which in passes:
+        if not all(path.exists() for path in _objects(base, tier, (cell, scalar, which))):
+            # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
+            command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier.name, cell, scalar, which]
+            pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            running[which] = subprocess.Popen([sys.executable, *command], cwd=KERNELS.parent, **pipes)  # type: ignore[call-overload]
+            running[which].stdin.write(CELLS[cell].definition)
+            running[which].stdin.close()
+    for which, process in running.items():
+        words = process.stderr.read()
+        if process.wait() != 0:
+            raise RuntimeError(f"fastrnn could not compile {' '.join((cell, scalar, which))}:\n{words}")
+    return bool(running)
+
+
+def _objects(base: Path, tier: Tier, unit: tuple[str, str, str]) -> list[Path]:
+    return [object_directory(base, tier.name) / f"{entry}.o" for entry in tier.entries(unit)]
+
+
 @cache
-def unit(cell: str, scalar: str, which: str):
-    """(run, arrange): the compiled kernel of one pass and the function that lays out its workspace."""
+def addresses(cell: str, scalar: str, which: str, tier: Tier) -> list[int]:
+    """Addresses of the compiled kernel of one pass, and of the function that lays out its workspace."""
     import llvmlite.binding as llvm
 
-    base = cache_directory()
-    entries = tier().entries((cell, scalar, which))
-    paths = [object_directory(base, tier().name) / f"{entry}.o" for entry in entries]
-    if not all(path.exists() for path in paths):
-        # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
-        command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier().name, cell, scalar, which]
-        done = subprocess.run([sys.executable, *command], cwd=KERNELS.parent, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"fastrnn could not compile {' '.join((cell, scalar, which))}:\n{done.stderr}")
-    engine = _engine()
-    for path in paths:
+    compile_units(cell, scalar, (which,), tier)
+    unit, engine = (cell, scalar, which), _engine()
+    for path in _objects(cache_directory(), tier, unit):
         engine.add_object_file(llvm.object_file.ObjectFileRef.from_path(str(path)))
     engine.finalize_object()
-    int64 = ctypes.c_int64
-    run, arrange = map(engine.get_function_address, entries)
+    return [engine.get_function_address(entry) for entry in tier.entries(unit)]
+
+
+@cache
+def unit(cell: str, scalar: str, which: str):
+    """(run, arrange) of one pass, as Python calls them."""
+    int64, (run, arrange) = ctypes.c_int64, addresses(cell, scalar, which, tier())
     return ctypes.CFUNCTYPE(None, int64, int64)(run), ctypes.CFUNCTYPE(int64, int64, int64)(arrange)
 
 
@@ -173,7 +198,7 @@ def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
     slots = CELLS[cell].slots + bool(w_hr)
     y = x.new_empty(*x.shape[:-1], D * R)
     h_n = x.new_empty(D, B, R)
-    c_n = x.new_empty(D, B, H) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
+    c_n = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
     saved = x.new_empty(D, rows, slots * H) if save else x.new_empty(0)
     call.records["save"] = save
     call.rows("x", x)
@@ -200,11 +225,11 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
     H, G, inputs = int(call.records["hidden_size"][0]), CELLS[cell].gates, x.shape[-1]
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dh0 = x.new_empty(D, B, R)
-    dc0 = x.new_empty(D, B, H) if c0 is not None else x.new_empty(0)
+    dc0 = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)
     shapes = {
         "dw_ih": (D * G * H, inputs),
         "dw_hh": (D * G * H, R),
-        "db_ih": (D * G * H,) if b_ih else None,
+        "db_ih": (D * (G + CELLS[cell].weights) * H,) if b_ih else None,
         "db_hh": (D * G * H,) if b_ih else None,
         "dw_hr": (D * R, H) if w_hr else None,
     }
@@ -227,7 +252,7 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
     for name, tensor in weights.items():
         if tensor.numel():
             call.point(f"{name}_half" if tensor.dtype == torch.bfloat16 else name, tensor.chunk(D))
-    for name, given in (("w_ih", w_ih), ("w_hh", w_hh), ("w_hr", w_hr)):
+    for name, given in (("w_ih", w_ih), ("w_hh", w_hh), ("w_hr", w_hr), ("b_ih", b_ih)):
         call.point(name, [w.contiguous() for w in given])
     call.run("backward")
     if not need_dh0:  # they were the carried gradients' place

@@ -80,6 +80,11 @@ def register_arithmetic(vector: Vector) -> None:
         (operator.le, numbers, mask, compare("<=")),
         (operator.gt, numbers, mask, compare(">")),
         (operator.ge, numbers, mask, compare(">=")),
+        (operator.eq, numbers, mask, compare("==")),
+        (operator.ne, numbers, mask, lambda builder, a, b: builder.fcmp_unordered("!=", a, b)),
+        (operator.and_, [(mask, mask)], mask, apply("and_")),
+        (operator.or_, [(mask, mask)], mask, apply("or_")),
+        (operator.invert, [(mask,)], mask, apply("not_")),
     ):
 
         @infer_global(function)
@@ -87,7 +92,7 @@ def register_arithmetic(vector: Vector) -> None:
             cases = [signature(result, *each) for each in operands]
 
         def lower(context, builder, sig, args, emit=emit):
-            return emit(builder, *(spread(builder, vector, each) for each in args))
+            return emit(builder, *(spread(builder, vector, each) for each in args))  # conditions as they are
 
         for case in Typing.cases:
             lower_builtin(function, *case.args)(lower)
@@ -95,7 +100,7 @@ def register_arithmetic(vector: Vector) -> None:
 
 def spread(builder, vector: Vector, value):
     """A vector as it is; one of Python's numbers in every lane."""
-    if value.type == vector.llvm:
+    if isinstance(value.type, ir.VectorType):
         return value
     if isinstance(value.type, ir.IntType):
         value = builder.sitofp(value, vector.element)
