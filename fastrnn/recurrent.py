@@ -231,8 +231,9 @@ class Recurrent(nn.Module):
         definition, D, training = self.cell.definition, 1 + self.bidirectional, torch.is_grad_enabled()
         layers = [self._weights(layer) for layer in range(self.num_layers)]
         engine = dispatch.choose(x, batch_sizes, states, [weight for kinds in layers for kind in kinds for weight in kind])
-        run = ops.layer if engine == "cpu" else functional._reference
-        if engine == "cpu":
+        fused = engine == "cpu" and cpu.why_not_cell(definition.name) is None
+        run = ops.layer if fused else functional._reference
+        if fused:
             cpu.prepare_cell(definition.name, x.dtype, training)
         h0, *others = states
         c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
@@ -281,10 +282,13 @@ class Recurrent(nn.Module):
     def _fastrnn_explain(module: Recurrent, input: Any, hx: Any = None) -> dispatch.Explanation:
         x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
         weights = list(module.parameters())
-        engine = dispatch.choose(x, batch_sizes, (), weights)
-        declined = {} if engine == "cpu" else {"cpu": dispatch.why_not("cpu", x, batch_sizes, (), weights, False) or "not a CPU"}
-        declined["triton"] = "it has the built-in cells alone"
-        return dispatch.Explanation(engine if engine == "cpu" else "reference", declined)
+        reason = dispatch.why_not("cpu", x, batch_sizes, (), weights, False) or cpu.why_not_cell(module.cell.definition.name)
+        if dispatch.choose(x, batch_sizes, (), weights) != "cpu":
+            reason = reason or f"{dispatch.forced} is forced"
+        declined = {"triton": "it has the built-in cells alone", "torch": "torch.nn has no such cell"}
+        if reason:
+            return dispatch.Explanation("reference", {"cpu": reason, **declined})
+        return dispatch.Explanation("cpu", {**declined, "reference": "the definition, slow"}, (), cpu.team()[1])
 
 
 def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> Tensor:

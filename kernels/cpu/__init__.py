@@ -6,7 +6,7 @@ time and called from Python (fallback.py).
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 import sys
 import time
@@ -93,10 +93,11 @@ def load() -> tuple[str, Tier]:
 def prepare_cell(cell: str, dtype: torch.dtype, training: bool) -> None:
     """Have the kernels of a cell that is not built in ready to run: from the user's cache, or compiled, which one line tells.
 
-    cell: a name of cells.CELLS. dtype: of what is computed with; half precision is float32. training: backward too.
+    cell: a name of cells.CELLS, which `why_not_cell` has nothing against. dtype: of what is computed with; half precision is
+    float32. training: backward too.
 
     Raises:
-        RuntimeError: there is no numba to compile with, or the cell does not compile.
+        RuntimeError: the cell does not compile.
     """
     if CELLS[cell].mode or load()[0] != "compiled":  # built in; or each pass is compiled when it runs
         return
@@ -109,12 +110,8 @@ prepare_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # und
 
 @cache
 def _prepare_cell(cell: str, scalar: str, training: bool) -> None:
-    try:
-        import llvmlite.binding  # noqa: F401
+    from . import fallback
 
-        from . import fallback
-    except ImportError as error:
-        raise RuntimeError(f"a cell of one's own is compiled by numba, which is not installed: {error}") from error
     _, tier = load()
     passes = ("forward", "backward") if training else ("forward",)
     begin, name = time.monotonic(), CELLS[cell].derived.name
@@ -126,6 +123,18 @@ def _prepare_cell(cell: str, scalar: str, training: bool) -> None:
     found = [_ADDRESSES.get((cell, *unit), (0, 0)) for unit in itertools.product(("f32", "f64"), ("forward", "backward"))]
     kind = CELLS[cell]
     runtime_module().add_cell(cell, (kind.gates, kind.slots, kind.states, kind.weights), tuple(itertools.chain(*found)))
+
+
+@cache
+def why_not_cell(cell: str) -> str | None:
+    """Say why the kernels of a cell cannot be had, or None."""
+    missing = [name for name in ("numba", "llvmlite", "numpy") if importlib.util.find_spec(name) is None]
+    if CELLS[cell].mode or not missing:
+        return None
+    return f"a cell that is not built in is compiled when it first runs, and {' and '.join(missing)} are not installed"
+
+
+why_not_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
 _ADDRESSES: dict[tuple[str, str, str], Sequence[int]] = {}
