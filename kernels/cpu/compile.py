@@ -7,9 +7,9 @@ named by `Tier.entry`:
 records is the address of one record of plan.FIELDS a direction, or a layer of those that run at once. Beside these the
 conversions of convert.py.
 
-    python -m kernels.cpu.compile BASE TIER CELL TYPE PASS
+    python -m kernels.cpu.compile BASE TIER CELL TYPE PASS DEFINITION
 
-writes one unit to BASE/kernels-*/. CELL is a name of cells.CELLS; of another cell its definition comes on stdin. In a process of its own: Numba is made to do half its work here (see `Lowered`).
+writes one unit to BASE/kernels-*/. CELL is a name of cells.CELLS, or of the cell that DEFINITION defines. In a process of its own: Numba is made to do half its work here (see `Lowered`).
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
 
 
 if __name__ == "__main__":
-    base, name, cell, scalar, which = sys.argv[1:]
+    base, name, cell, scalar, which, definition = sys.argv[1:]
     (tier,) = (tier for tier in tiers() if tier.name == name)
     if cell not in CELLS:
-        CELLS[cell] = read(sys.stdin.read())
+        CELLS[cell] = read(definition)
     write_unit(object_directory(Path(base), name), tier, (cell, scalar, which))

@@ -83,14 +83,13 @@ def compile_units(cell: str, scalar: str, passes: Sequence[str], tier: Tier) -> 
     for which in passes:
         if not all(path.exists() for path in _objects(base, tier, (cell, scalar, which))):
             # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
-            command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier.name, cell, scalar, which]
-            pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            running[which] = subprocess.Popen([sys.executable, *command], cwd=KERNELS.parent, **pipes)  # type: ignore[call-overload]
-            running[which].stdin.write(CELLS[cell].definition)
-            running[which].stdin.close()
+            command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier.name, cell, scalar, which, CELLS[cell].definition]
+            running[which] = subprocess.Popen(
+                [sys.executable, *command], cwd=KERNELS.parent, stderr=subprocess.PIPE, text=True
+            )
     for which, process in running.items():
-        words = process.stderr.read()
-        if process.wait() != 0:
+        _, words = process.communicate()
+        if process.returncode != 0:
             raise RuntimeError(f"fastrnn could not compile {' '.join((cell, scalar, which))}:\n{words}")
     return bool(running)
 
