@@ -64,7 +64,7 @@ class Cells:
         self.sigmoid, self.tanh = (triton.jit(bind(function, **elementary)) for function in (_sigmoid, _tanh))
         self.relu = relu
         functions = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where": tl.where, "full_like": full_like}
-        names = {"__name__": __name__, **functions}
+        names = {"__name__": __name__, "tl": tl, **functions}  # tl: Triton's interpreter looks for it
         self.forward = {name: triton.jit(cell.derived.forward.bind(names)) for name, cell in CELLS.items()}
         self.backward = {name: triton.jit(cell.derived.backward.bind(names)) for name, cell in CELLS.items()}
 
