@@ -60,7 +60,7 @@ def gru(r: Gate, z: Gate, n_x: Input, n_h: Hidden, h: State):
 
 
 class Cell:
-    """A recurrent cell as the engines see it. They keep pre-activations of the input alone first, those of the state alone last.
+    """A recurrent cell as the engines see it. They keep pre-activations of the input alone first, of the state alone last.
 
     name:           the key under which ops and engines know the cell.
     mode:           torch.nn's name for it.

@@ -86,7 +86,9 @@ class Printer:
                 lines.append(f"    {name} = {self._expression(*operation)[0]}")
                 self.names[index] = name
         like = self.code.parameters[0][0]
-        found = [self._text(node)[0] if isinstance(node, Symbol) else f"full_like({like}, {node})" for _, node in self.code.results]
+        found = [
+            self._text(node)[0] if isinstance(node, Symbol) else f"full_like({like}, {node})" for _, node in self.code.results
+        ]
         lines.append(f"    return {', '.join(found)}{',' * (len(found) == 1)}")
         return "\n".join(lines) + "\n"
 
@@ -172,7 +174,7 @@ class Derivation:
 
     @property
     def backward(self) -> Code:
-        """(gradients of the output and the states after..., kept..., states after..., the output if it is read, states before...)
+        """(gradients of output and states after..., kept..., states after..., the output if it is read, states before...)
         -> gradients of (pre-activations..., states before...)."""
         output = (self._output,) if self.reads_output else ()
         parameters = *self._seeds, *self.kept, *self.after, *output, *self.before
@@ -196,11 +198,13 @@ def label(node: Symbol) -> str:
     return f"{node.operation}_{node.inputs[0].operands[0] if single else node.index}"
 
 
-def choose_kept(found: Sequence[Value], seeds: Sequence[Symbol], forward: Collection[int], at_hand: Collection[int]) -> list[Symbol]:
+def choose_kept(
+    found: Sequence[Value], seeds: Sequence[Symbol], forward: Collection[int], at_hand: Collection[int]
+) -> list[Symbol]:
     """Choose the nodes that a step keeps for backward, at the least cost of keeping and of calculating again.
 
-    A minimal cut finds it. A node is wanted or not, and if it is wanted it is kept, which costs a SLOT, or calculated again, which
-    costs its operation and makes its operands wanted.
+    A minimal cut finds it. A node is wanted or not. If it is, it is kept, which costs a SLOT, or calculated again, which costs
+    its operation and makes its operands wanted.
 
     found, seeds: backward's results, and the gradients they are calculated from. forward: nodes that forward calculates, which
     alone can be kept. at_hand: nodes that backward has anyway.

@@ -424,7 +424,12 @@ class Fused(Printer):
                 return "sigmoid_backward", *first.operands
             if self._is(inner, "mul") and inner.operands[0] is inner.operands[1]:
                 return "tanh_backward", first, inner.operands[0]
-        if function in ("add", "sub") and self._is(last, "mul", once=True) and isinstance(first, Symbol) and len(last.inputs) == 2:
+        if (
+            function in ("add", "sub")
+            and self._is(last, "mul", once=True)
+            and isinstance(first, Symbol)
+            and len(last.inputs) == 2
+        ):
             return "addcmul", first, *last.operands, *["value=-1"][: function == "sub"]
         if function == "add" and self._is(first, "mul", once=True) and isinstance(last, Symbol) and len(first.inputs) == 2:
             return "addcmul", last, *first.operands

@@ -40,9 +40,9 @@ class Graph:
     def _simplified(self, operation: str, operands: tuple) -> Value | None:
         """Return what is equal, to the bit, and takes fewer operations, or None."""
         a, b = operands[0], operands[-1]
-        if operation in ("add", "sub") and is_number(b, 0) or operation in ("mul", "div") and is_number(b, 1):
+        if (operation in ("add", "sub") and is_number(b, 0)) or (operation in ("mul", "div") and is_number(b, 1)):
             return a
-        if operation == "add" and is_number(a, 0) or operation == "mul" and is_number(a, 1):
+        if (operation == "add" and is_number(a, 0)) or (operation == "mul" and is_number(a, 1)):
             return b
         if operation == "sub" and is_number(a, 0):
             return -b
@@ -172,7 +172,7 @@ COSTS = {"div": 6, "sigmoid": 14, "tanh": 16}
 
 
 def ancestors(results: Iterable[Value], known: Iterable[int] = ()) -> list[Symbol]:
-    """Find the nodes that results are calculated from, themselves among them, in order; none beyond those with a known index."""
+    """Find the nodes that results are calculated from, and themselves, in order; none beyond those with a known index."""
     found: dict[int, Symbol] = {}
     waiting, known = [each for each in results if isinstance(each, Symbol)], set(known)
     while waiting:
