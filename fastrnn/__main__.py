@@ -1,7 +1,7 @@
 """The command line: `python -m fastrnn info`, `bench` and `compile`.
 
-`info` says what is installed and which engine runs where. `bench` times one layer on torch.nn and on fastrnn. `compile` compiles
-the kernels of cells of one's own beforehand.
+`info` says what is installed and which engine runs where. `bench` times one layer on torch.nn and on fastrnn. `compile`
+compiles the kernels of cells of one's own beforehand.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default %(default)s)")
     timed.add_argument("--seconds", type=_seconds, default=3.0, metavar="S", help="of timing, about (default %(default)s)")
     compiled = commands.add_parser(
-        "compile", help="compile kernels of cells beforehand", description="Compile the kernels of cells of one's own beforehand."
+        "compile",
+        help="compile kernels of cells beforehand",
+        description="Compile the kernels of cells of one's own beforehand.",
     )
     compiled.add_argument("cells", nargs="+", metavar="package.module:name", help="a cell that fastrnn.cell has made")
     compiled.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default %(default)s)")

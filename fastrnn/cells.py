@@ -13,12 +13,12 @@
     GRU = fastrnn.recurrent(gru)
 
 The signature says what the function is given, per unit: a `Gate` is a pre-activation, the row block's products with the input
-and with the hidden state and both biases; `Input` and `Hidden` are one of the two alone; a `State` is carried from step to step,
-and `h` is the output itself as it enters element by element; a `Weight` is a learned value. Row blocks stand in weight_ih and
-weight_hh in the order of the arguments that have them. An argument with a number as its default is a constant.
+and with the hidden state and both biases; `Input` and `Hidden` are one of the two alone; a `State` is carried from step to
+step, and `h` is the output itself as it enters element by element; a `Weight` is a learned value. Row blocks stand in
+weight_ih and weight_hh in the order of the arguments that have them. An argument with a number as its default is a constant.
 
-The function returns the output, then each State but h in their order. It may use + - * /, whole powers, comparisons, & | ~ between
-them, abs, Python's numbers, and the functions here, which also take tensors.
+The function returns the output, then each State but h in their order. It may use + - * /, whole powers, comparisons, & | ~
+between them, abs, Python's numbers, and the functions here, which also take tensors.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def _kinds(function: Callable[..., Any]) -> dict[str, str]:
         elif parameter.default is parameter.empty:
             raise Refused(f"{name}: expected a kind, one of {', '.join(cells.KINDS)}; write {name}: Gate, for example")
         elif not isinstance(parameter.default, (int, float)):
-            raise Refused(f"{name}={parameter.default!r}: a constant is a Python number; write {name}: Weight for a learned value")
+            raise Refused(
+                f"{name}={parameter.default!r}: a constant is a Python number; write {name}: Weight for a learned value"
+            )
     if not {"Gate", "Input"} & {*found.values()}:
         raise Refused("no argument of kind Gate or Input: a layer needs one, for its input")
     if found.get("h", "State") != "State":
@@ -172,7 +174,9 @@ def _kinds(function: Callable[..., Any]) -> dict[str, str]:
         if kind == "Weight" and name in ("ih", "hh"):
             raise Refused(f"{name}: Weight: the parameter weight_{name} is a matrix; write another name")
         if name.startswith(("d_", "change_")) or name.endswith("_new"):
-            raise Refused(f"{name}: names that begin with d_ or change_ or end with _new are those of what is derived; write another")
+            raise Refused(
+                f"{name}: names that begin with d_ or change_ or end with _new are those of what is derived; write another"
+            )
     return found
 
 

@@ -77,8 +77,8 @@ def segments_wanted(x: Tensor, batch_sizes: Tensor | None, batch: int, cell: str
 def count_segments(steps: int, rows: int, batch: int, cell: str, projected: bool = False) -> int:
     """How many segments take the least memory: n of them keep n * batch times the states, and the slots of rows / n rows.
 
-    That is least at n = sqrt(rows * slots / (states * batch)). A cell without a cell state keeps nothing for a segment, so n is then
-    bound by SEGMENT_ROWS alone. steps T, rows N, batch B; 1 <= n <= max(1, T // 2).
+    That is least at n = sqrt(rows * slots / (states * batch)). A cell without a state but h keeps nothing for a segment, so n
+    is then bound by SEGMENT_ROWS alone. steps T, rows N, batch B; 1 <= n <= max(1, T // 2).
     """
     most = min(steps // 2, rows // SEGMENT_ROWS)
     if states := CELLS[cell].states:

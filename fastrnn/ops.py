@@ -11,8 +11,9 @@ They assume T >= 1, B >= 1, one dtype and one device.
     batch_sizes  int64 [T] on the CPU, rows of each step, never increasing, sum N
     h0, c0       [D, B, R], [D, B, S*H] (only of cells with states but h: S of these side by side; lstm has one)
     w_ih, ...    one tensor a direction, D in {1, 2}: w_ih [G*H, I], w_hh [G*H, R], b_* [G*H] or no tensors,
-                 w_hr [R, H] or no tensors. b_ih is [(G+W)*H] for a cell with W weights of its own. Direction 1 runs opposite to direction 0. On the CPU, where all else is
-                 float32 and R is even, matrices may be bfloat16, and their gradients are then, rounded once.
+                 w_hr [R, H] or no tensors. Of a cell with W weights of its own for each unit, b_ih is [(G+W)*H], and these
+                 stand behind the biases. Direction 1 runs opposite to direction 0. On the CPU, where all else is float32 and
+                 R is even, matrices may be bfloat16, and their gradients are then, rounded once.
     cell         a key of fastrnn.kernels.cells.CELLS
     reverse      direction 0 runs from the last step to the first
     save         keep what layer_backward needs

@@ -32,7 +32,9 @@ def recurrent(cell: CellFunction) -> type[Recurrent]:
         TypeError: cell is something else.
     """
     if not isinstance(cell, CellFunction):
-        raise TypeError(f"cell: expected a cell that fastrnn.cell has made, got {cell!r}; write @fastrnn.cell above the function")
+        raise TypeError(
+            f"cell: expected a cell that fastrnn.cell has made, got {cell!r}; write @fastrnn.cell above the function"
+        )
     if cell not in _CLASSES:
         name = "".join(part[:1].upper() + part[1:] for part in cell.__name__.split("_"))  # type: ignore[attr-defined]
         _CLASSES[cell] = type(name, (Recurrent,), {"cell": cell, "__module__": cell.__module__, "__doc__": Recurrent.__doc__})
@@ -68,7 +70,7 @@ class Recurrent(nn.Module):
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
-        hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, in order, each so. Zeros where it is missing.
+        hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, each so. Zeros where it is missing.
         output: as input, with D * H features.
         state after the last step: as hx.
 
@@ -95,7 +97,12 @@ class Recurrent(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers), ("num_heads", num_heads)):
+        for name, size in (
+            ("input_size", input_size),
+            ("hidden_size", hidden_size),
+            ("num_layers", num_layers),
+            ("num_heads", num_heads),
+        ):
             if not isinstance(size, int) or isinstance(size, bool):
                 raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
             if size <= 0:
@@ -104,7 +111,12 @@ class Recurrent(nn.Module):
             raise ValueError(
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
             )
-        for name, flag in (("bias", bias), ("batch_first", batch_first), ("bidirectional", bidirectional), ("recompute", recompute)):
+        for name, flag in (
+            ("bias", bias),
+            ("batch_first", batch_first),
+            ("bidirectional", bidirectional),
+            ("recompute", recompute),
+        ):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} should be a bool, got {flag!r}")
         if hidden_size % num_heads:
@@ -198,12 +210,13 @@ class Recurrent(nn.Module):
         if x.dim() not in dims:
             raise ValueError(f"RNN: Expected input to be {'2D' if len(dims) == 1 else '2D or 3D'}, got {x.dim()}D instead")
         if x.shape[-1] != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
-            )
+            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}")
         dtype = next(self.parameters()).dtype
         if x.dtype != dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). Convert input: input.to({dtype}), or convert model: model.to({x.dtype})")
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). Convert input: input.to({dtype}), "
+                f"or convert model: model.to({x.dtype})"
+            )
         if batch_sizes is not None:
             return int(batch_sizes[0])
         return 1 if x.dim() == 2 else x.shape[0 if self.batch_first else 1]
@@ -220,7 +233,8 @@ class Recurrent(nn.Module):
         expected = (depth, batch, self.hidden_size)
         for state in states:
             if state.dim() != (3 if batched else 2):
-                raise RuntimeError(f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx should also be {3 if batched else 2}-D but got {state.dim()}-D tensor")
+                wanted = "batched 3-D input, hx should also be 3-D" if batched else "unbatched 2-D input, hx should also be 2-D"
+                raise RuntimeError(f"For {wanted} but got {state.dim()}-D tensor")
             own = tuple(state.shape) if batched else (state.shape[0], 1, state.shape[1])
             if own != expected:
                 raise RuntimeError(f"Expected hidden size {expected}, got {list(own)}")
@@ -243,7 +257,9 @@ class Recurrent(nn.Module):
             if layer and self.training and self.dropout:
                 y = F.dropout(y, self.dropout, True)
             with recompute(self.recompute):
-                y, h, c = run(y, batch_sizes, h0[own], None if c0 is None else c0[own], *kinds, definition.name, False, batch_first)
+                y, h, c = run(
+                    y, batch_sizes, h0[own], None if c0 is None else c0[own], *kinds, definition.name, False, batch_first
+                )
             h_n.append(h)
             c_n.append(c)
         after = [_joined(h_n)]

@@ -50,7 +50,7 @@ def cifg(f: Gate, g: Gate, o: Gate, c: State):
 
 @cell
 def mgu(f: Gate, n_x: Input, n_h: Hidden, h: State):
-    """The minimal gated unit (Zhou et al. 2016, eqs. 4 to 6), with its gate after the recurrent product, as GRU's reset gate is."""
+    """The minimal gated unit (Zhou et al. 2016, eqs. 4 to 6), its gate after the recurrent product as GRU's reset gate is."""
     f = sigmoid(f)
     return h + f * (tanh(n_x + f * n_h) - h)
 
@@ -63,7 +63,7 @@ def indrnn(a: Input, h: State, u: Weight):
 
 @cell
 def leaky_rnn(a: Gate, h: State, rate: Weight):
-    """Leaky integration (Jaeger et al. 2007, eq. 4) in steps of 1, with 1 / (time constant) = sigmoid(rate) learned for each unit."""
+    """Leaky integration (Jaeger et al. 2007, eq. 4) in steps of 1; sigmoid(rate) is 1 / (time constant), for each unit."""
     return h + sigmoid(rate) * (tanh(a) - h)
 
 

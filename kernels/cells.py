@@ -68,7 +68,7 @@ def gru(r: Gate, z: Gate, n_x: Input, n_h: Hidden, h: State):
 
 
 class Cell:
-    """A recurrent cell as the engines see it. They keep pre-activations of the input alone first, those of the state alone last.
+    """A recurrent cell as the engines see it. They keep pre-activations of the input alone first, of the state alone last.
 
     Both weight matrices have as many row blocks: where a cell has more parts of the one kind than of the other, some have a row
     block of zeros in the other matrix.
@@ -79,15 +79,14 @@ class Cell:
     derived:        what engines calculate: forward and backward.
     gates:          row blocks of each weight matrix, `hidden_size` rows each.
     hidden:         pre-activations of the input alone: so many come before the first that has a hidden part.
-    input:          row block in weight_ih of each pre-activation that has an input part; weight_hh's stand in the engines' order.
+    input:          row block in weight_ih of each pre-activation that has an input part; in weight_hh they stand in order.
     preactivations: of a unit: more than `gates` where input and hidden parts of a gate are apart.
     states:         states but h, of each unit. c0 has them side by side.
     reads_hidden:   whether h enters element by element.
     weights:        learned values of each unit. They stand behind the gates' biases in b_ih.
-    slots:          values that a step keeps for backward, of each unit. The first `kept` are derived.kept, the last are the states.
-                    There is room for the gates' pre-activations.
-
-    carry:          "cell" where one state enters element by element, "hidden" where h does, None where nothing does, and "several".
+    kept, slots:    values that a step keeps for backward, of each unit. Of the slots the first `kept` are derived.kept, the
+                    last are the states. There is room for the gates' pre-activations.
+    carry:          what enters element by element: "cell" (one state), "hidden" (h), None, or "several".
 
     Attributes are plain values: Dynamo reads them.
     """
@@ -99,19 +98,23 @@ class Cell:
         )
         pairs = min(len(alone), len(hidden))
         self.input_parts = [each for each in kinds if each in shared or each in alone or each in hidden[pairs:]]
-        self.hidden_parts = [*(each for each in kinds if each in shared or each in alone[pairs:] or each in hidden[pairs:]), *hidden[:pairs]]
+        self.hidden_parts = [
+            *(each for each in kinds if each in shared or each in alone[pairs:] or each in hidden[pairs:]),
+            *hidden[:pairs],
+        ]
         shared = self.hidden_parts[: len(self.hidden_parts) - pairs]
         alone, hidden = alone[:pairs], hidden[:pairs]
         self.derived = Derivation(name, function, alone, shared, hidden, states, weights, list(kinds))
         self.gates, self.hidden, self.preactivations = len(self.input_parts), pairs, len(shared) + 2 * pairs
         self.input = tuple(self.input_parts.index(each) for each in (*alone, *shared))
         self.states, self.reads_hidden, self.weights = len(self.derived.after), "h" in states, len(weights)
-        self.carry = {(0, False): None, (0, True): "hidden", (1, False): "cell"}.get((self.states, self.reads_hidden), "several")
+        self.carry = {(0, False): None, (0, True): "hidden", (1, False): "cell"}.get(
+            (self.states, self.reads_hidden), "several"
+        )
         self.kept = len(self.derived.kept)
         self.slots = self.kept + self.states
         if self.slots or self.gates > 1:
             self.slots = max(self.slots, self.gates)
-
 
     @property
     def definition(self) -> str:

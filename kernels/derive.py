@@ -18,6 +18,10 @@ from .symbols import COMPARISONS, CONDITIONS, COSTS, Graph, Refused, Symbol, Val
 
 SLOT = 64  # operations that a slot is worth: it is written and read in each step, and takes memory for all of them
 NEVER = 1 << 30  # more than all costs together
+# How each operation is written, and how tightly it binds.
+BINARY = {"or": ("|", 2), "and": ("&", 3), "add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "div": ("/", 5)}
+BINARY |= {name: (sign, 1) for name, sign in zip(COMPARISONS, ("<", "<=", ">", ">=", "==", "!="), strict=True)}
+UNARY = {"neg": "-", "not": "~"}
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,6 @@ class Code:
 
 class Printer:
     """Writes `Code` as Python: a line for each result, and for what is used more than once."""
-
-    # how each is written, and how tightly it binds
-    OPERATORS = {
-        "or": ("|", 2), "and": ("&", 3), "add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "div": ("/", 5),
-        **{name: (sign, 1) for name, sign in zip(COMPARISONS, ("<", "<=", ">", ">=", "==", "!="), strict=True)},
-    }  # fmt: skip
-    UNARY = {"neg": "-", "not": "~"}
 
     def __init__(self, code: Code) -> None:
         self.code = code
@@ -89,7 +86,9 @@ class Printer:
                 lines.append(f"    {name} = {self._expression(*operation)[0]}")
                 self.names[index] = name
         like = self.code.parameters[0][0]
-        found = [self._text(node)[0] if isinstance(node, Symbol) else f"full_like({like}, {node})" for _, node in self.code.results]
+        found = [
+            self._text(node)[0] if isinstance(node, Symbol) else f"full_like({like}, {node})" for _, node in self.code.results
+        ]
         lines.append(f"    return {', '.join(found)}{',' * (len(found) == 1)}")
         return "\n".join(lines) + "\n"
 
@@ -108,10 +107,10 @@ class Printer:
         return (self.names[node.index], 7) if node.index in self.names else self._expression(*self.operations[node.index])
 
     def _expression(self, function: str, *operands: Any) -> tuple[str, int]:
-        if function in self.UNARY:
-            return f"{self.UNARY[function]}{self._within(operands[0], 6)}", 6
-        if function in self.OPERATORS:
-            sign, binds = self.OPERATORS[function]
+        if function in UNARY:
+            return f"{UNARY[function]}{self._within(operands[0], 6)}", 6
+        if function in BINARY:
+            sign, binds = BINARY[function]
             return f"{self._within(operands[0], binds)} {sign} {self._within(operands[1], binds + 1)}", binds
         return f"{function}({', '.join(each if isinstance(each, str) else self._text(each)[0] for each in operands)})", 7
 
@@ -151,11 +150,13 @@ class Derivation:
         results = tuple(results) if isinstance(results, (tuple, list)) else (results,)
         carried = [state for state in states if state != "h"]
         if len(results) != 1 + len(carried):
-            raise Refused(f"{len(results)} results, expected {1 + len(carried)}: the output" + "".join(f", {n}" for n in carried))
+            raise Refused(
+                f"{len(results)} results, expected {1 + len(carried)}: the output" + "".join(f", {n}" for n in carried)
+            )
         output, *after = (each if isinstance(each, Symbol) else _refuse_constant(each) for each in results)
         self.name, self._order = name, tuple(symbols.items())
         self.before = tuple((state, symbols[state]) for state in states)
-        self.inputs = *((each, symbols[each]) for each in (*alone, *shared, *hidden, *states, *weights)),
+        self.inputs = (*((each, symbols[each]) for each in (*alone, *shared, *hidden, *states, *weights)),)
         self.after = tuple((f"{state}_new", node) for state, node in zip(carried, after, strict=True))
         self._weights = self.inputs[len(self.inputs) - len(weights) :]
         self._output = ("h_new", output)
@@ -189,7 +190,7 @@ class Derivation:
 
     @property
     def backward(self) -> Code:
-        """(gradients of the output and the states after..., kept..., states after..., the output if it is read, states before...,
+        """(gradients of output and states after..., kept..., states after..., the output if it is read, states before...,
         weights...) -> gradients of (pre-activations..., states before..., weights...)."""
         output = (self._output,) if self.reads_output else ()
         parameters = *self._seeds, *self.kept, *self.after, *output, *self.before, *self._weights
@@ -197,7 +198,7 @@ class Derivation:
 
     @cached_property
     def bend(self) -> Code:
-        """(parameters of backward..., changes of pre-activations, states before and weights...) -> changes of backward's results."""
+        """(parameters of backward..., changes of pre-activations, states before and weights...) -> changes of its results."""
         by_index = {node.index: change for (_, node), (_, change) in zip(self.inputs, self._changes, strict=True)}
         found = changes([gradient for _, gradient in self._gradients], by_index)
         results = tuple((f"change_of_{name}", change) for (name, _), change in zip(self._gradients, found, strict=True))
@@ -216,11 +217,13 @@ def label(node: Symbol) -> str:
     return f"{node.operation}_{node.inputs[0].operands[0] if single else node.index}"
 
 
-def choose_kept(found: Sequence[Value], seeds: Sequence[Symbol], forward: Collection[int], at_hand: Collection[int]) -> list[Symbol]:
+def choose_kept(
+    found: Sequence[Value], seeds: Sequence[Symbol], forward: Collection[int], at_hand: Collection[int]
+) -> list[Symbol]:
     """Choose the nodes that a step keeps for backward, at the least cost of keeping and of calculating again.
 
-    A minimal cut finds it. A node is wanted or not, and if it is wanted it is kept, which costs a SLOT, or calculated again, which
-    costs its operation and makes its operands wanted.
+    A minimal cut finds it. A node is wanted or not. If it is, it is kept, which costs a SLOT, or calculated again, which costs
+    its operation and makes its operands wanted.
 
     found, seeds: backward's results, and the gradients they are calculated from. forward: nodes that forward calculates, which
     alone can be kept. at_hand: nodes that backward has anyway.

@@ -335,8 +335,8 @@ class Block:
     ) -> tuple[Gradients, State]:
         """Return the gradients of all, and of the state before, from those of y and of the state after.
 
-        more_a [N, Q, H] is added to those of the pre-activations, states and weights, more_h [N, R] to those of the hidden state
-        before each step, more_out [N, H] to those of out.
+        more_a [N, Q, H] is added to those of the pre-activations, states and weights, more_h [N, R] to those of the hidden
+        state before each step, more_out [N, H] to those of out.
         """
         cell, sizes, (dh, dc) = self.cell, self.sizes, state
         P, G, B, w_hh, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hh, self.weights.w_hr
@@ -438,7 +438,12 @@ class Fused(Printer):
                 return "sigmoid_backward", *first.operands
             if self._is(inner, "mul") and inner.operands[0] is inner.operands[1]:
                 return "tanh_backward", first, inner.operands[0]
-        if function in ("add", "sub") and self._is(last, "mul", once=True) and isinstance(first, Symbol) and len(last.inputs) == 2:
+        if (
+            function in ("add", "sub")
+            and self._is(last, "mul", once=True)
+            and isinstance(first, Symbol)
+            and len(last.inputs) == 2
+        ):
             return "addcmul", first, *last.operands, *["value=-1"][: function == "sub"]
         if function == "add" and self._is(first, "mul", once=True) and isinstance(last, Symbol) and len(first.inputs) == 2:
             return "addcmul", last, *first.operands

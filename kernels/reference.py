@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, abs, erf, exp, expm1, full_like, log, log1p, relu, sigmoid, sqrt, tanh, where  # noqa: A004
+from torch import Tensor, abs, erf, exp, expm1, full_like, log, log1p, relu, sigmoid, sqrt, tanh, where
 from torch.nn.functional import logsigmoid
 
 from fastrnn.kernels.cells import CELLS, Cell

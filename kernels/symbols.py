@@ -29,7 +29,7 @@ class Graph:
         """Return the result of an operation: a number, one of the operands, or a node.
 
         Raises:
-            Refused: an operand is neither a symbol nor a number, or a condition where a number is wanted, or the other way round.
+            Refused: an operand is neither a symbol nor a number, or a condition in the place of a number, or the reverse.
         """
         if not any(isinstance(each, Symbol) for each in operands):
             return NUMBERS[operation](*operands)
@@ -47,9 +47,9 @@ class Graph:
     def _simplified(self, operation: str, operands: tuple) -> Value | None:
         """Return what is equal, to the bit, and takes fewer operations, or None."""
         a, b = operands[0], operands[-1]
-        if operation in ("add", "sub") and is_number(b, 0) or operation in ("mul", "div") and is_number(b, 1):
+        if (operation in ("add", "sub") and is_number(b, 0)) or (operation in ("mul", "div") and is_number(b, 1)):
             return a
-        if operation == "add" and is_number(a, 0) or operation == "mul" and is_number(a, 1):
+        if (operation == "add" and is_number(a, 0)) or (operation == "mul" and is_number(a, 1)):
             return b
         if operation == "sub" and is_number(a, 0):
             return -b
@@ -122,7 +122,9 @@ class Symbol:
             return result if power > 0 else 1 / result
         if power == 0.5:
             return sqrt(self)
-        raise Refused(f"** {power!r}: the power of a value is a whole number from -8 to 8, or 0.5; write exp(p * log(x)) for others")
+        raise Refused(
+            f"** {power!r}: the power of a value is a whole number from -8 to 8, or 0.5; write exp(p * log(x)) for others"
+        )
 
     def __neg__(self) -> Any:
         return self.graph.apply("neg", self)
@@ -168,7 +170,9 @@ class Symbol:
         )
 
     def __iter__(self) -> Any:
-        raise Refused("a loop over a value: a cell's function is of one unit, which is a single number; write it without the loop")
+        raise Refused(
+            "a loop over a value: a cell's function is of one unit, which is a single number; write it without the loop"
+        )
 
     def __len__(self) -> int:
         raise Refused("len() of a value: a cell's function is of one unit, which is a single number")
@@ -182,7 +186,9 @@ class Symbol:
     __int__ = __index__ = __float__  # type: ignore[assignment]
 
     def __matmul__(self, other: Any) -> Any:
-        raise Refused("@ on a value: the products with weight_ih and weight_hh are the layer's; declare an argument as Gate, Input or Hidden")
+        raise Refused(
+            "@ on a value: products with weight_ih and weight_hh are the layer's; declare an argument as Gate, Input or Hidden"
+        )
 
     __rmatmul__ = __matmul__
 
@@ -194,7 +200,9 @@ class Symbol:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        remedy = f"write {name}(x)" if name in NUMBERS else "a value has + - * /, comparisons and the functions of fastrnn.cells"
+        remedy = (
+            f"write {name}(x)" if name in NUMBERS else "a value has + - * /, comparisons and the functions of fastrnn.cells"
+        )
         raise Refused(f".{name} of a value: {remedy}")
 
     __array_ufunc__ = None  # so that NumPy's numbers leave arithmetic to a symbol
@@ -361,7 +369,7 @@ COSTS = {
 
 
 def ancestors(results: Iterable[Value], known: Iterable[int] = ()) -> list[Symbol]:
-    """Find the nodes that results are calculated from, themselves among them, in order; none beyond those with a known index."""
+    """Find the nodes that results are calculated from, and themselves, in order; none beyond those with a known index."""
     found: dict[int, Symbol] = {}
     waiting, known = [each for each in results if isinstance(each, Symbol)], set(known)
     while waiting:

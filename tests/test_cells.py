@@ -84,7 +84,9 @@ def by_hand(layer, x: Tensor, states: list[Tensor]) -> list[Tensor]:
                     w = get["weight_hh"].view(-1, heads, H // heads, H // heads)
                     of_state = torch.einsum("bki,gkoi->bgko", now["h"].view(-1, heads, H // heads), w).flatten(1)
                     of_state = of_state + get.get("bias_hh", torch.zeros(()))
-                    for n, part in zip([n for n in kinds if kinds[n] in ("Gate", "Hidden")], of_state.split(H, -1), strict=True):
+                    for n, part in zip(
+                        [n for n in kinds if kinds[n] in ("Gate", "Hidden")], of_state.split(H, -1), strict=True
+                    ):
                         given[n] = given[n] + part if n in given else part
                 given |= {n: now[n] for n in kinds if kinds[n] == "State"}
                 given |= {n: get[f"weight_{n}"] for n in kinds if kinds[n] == "Weight"}
@@ -125,10 +127,16 @@ def test_a_layer_is_its_cell_step_by_step(name, form, monkeypatch):
         torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", [*NATIVE, *(pytest.param(n, marks=pytest.mark.slow) for n in [*cells.SHIPPED, "odd"] if n not in NATIVE)])
+@pytest.mark.parametrize(
+    "name", [*NATIVE, *(pytest.param(n, marks=pytest.mark.slow) for n in [*cells.SHIPPED, "odd"] if n not in NATIVE)]
+)
 def test_compiled_kernels_are_within_the_contract(name, monkeypatch):
     """Each number in float32 against the truth in float64, and what plain operations make of it."""
-    for form, hidden, steps, batch in (("two layers, two directions", 33, 5, 7), ("two heads", 70, 3, 50), ("no bias", 16, 1, 1)):
+    for form, hidden, steps, batch in (
+        ("two layers, two directions", 33, 5, 7),
+        ("two heads", 70, 3, 50),
+        ("no bias", 16, 1, 1),
+    ):
         torch.manual_seed(0)
         layer = layer_of(name, form, hidden=hidden)
         x, states = sample(layer, steps, batch)
@@ -435,7 +443,7 @@ def test_bad_arguments():
         Layer(3, 4, num_heads=3)
     layer = Layer(3, 4)
     for error, words, arguments in (
-        (RuntimeError, "input.size", (torch.zeros(2, 1, 5),)),
+        (RuntimeError, r"input\.size", (torch.zeros(2, 1, 5),)),
         (ValueError, "does not match weight dtype", (torch.zeros(2, 1, 3).double(),)),
         (TypeError, r"a tuple \(h, c, n, m\)", (torch.zeros(2, 1, 3), torch.zeros(1, 1, 4))),
         (RuntimeError, "Expected hidden size", (torch.zeros(2, 1, 3), (torch.zeros(1, 2, 4),) * 4)),
@@ -492,7 +500,9 @@ def test_slstm_is_that_of_xlstm(monkeypatch):
     torch.testing.assert_close(y, states[0, 1:])
     seed = torch.randn_like(y)
     weights = [*layer.parameters()]
-    for one, other in zip(torch.autograd.grad(y, weights, seed), torch.autograd.grad(states[0, 1:], weights, seed), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(y, weights, seed), torch.autograd.grad(states[0, 1:], weights, seed), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 

@@ -10,6 +10,8 @@ import torch
 
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS
+from fastrnn.kernels.derive import Derivation
+from fastrnn.kernels.symbols import tanh, where
 
 KEPT = {
     "rnn_tanh": [],
@@ -39,9 +41,7 @@ def test_gradients_are_those_of_autograd(cell):
     own = derived.backward.bind(reference.NAMES)(*numbers(derived.backward, given))
     outer = [given[name] for name in ("h_new", *(name for name, _ in derived.after))]
     seeds = [given[name] for name in given if name.startswith("d_")]
-    for (name, _), found, truth in zip(
-        derived.forward.parameters, own, torch.autograd.grad(outer, inputs, seeds), strict=True
-    ):
+    for (name, _), found, truth in zip(derived.forward.parameters, own, torch.autograd.grad(outer, inputs, seeds), strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-13, atol=1e-14, msg=lambda text, name=name: f"d_{name}: {text}")
 
 
@@ -85,4 +85,12 @@ def test_no_more_operations_than_by_hand(cell):
 
 
 def test_a_result_that_is_constant():
-    """A state that reaches nothing has a gradient of zeros."""
+    """A state that no gradient reaches has one of zeros, not a number."""
+
+    def step(a, c):
+        return tanh(a), where(c > 0, a, 2 * a)
+
+    derived = Derivation("step", step, [], ["a"], [], ["c"], [], ["a", "c"])
+    given: dict = {}
+    d_a, d_c = derived.backward.bind(reference.NAMES)(*numbers(derived.backward, given))
+    assert torch.equal(d_c, torch.zeros(5, 7, dtype=torch.float64)) and d_a.shape == d_c.shape

@@ -9,7 +9,8 @@ conversions of convert.py.
 
     python -m kernels.cpu.compile BASE TIER CELL TYPE PASS DEFINITION
 
-writes one unit to BASE/kernels-*/. CELL is a name of cells.CELLS, or of the cell that DEFINITION defines. In a process of its own: Numba is made to do half its work here (see `Lowered`).
+writes one unit to BASE/kernels-*/. CELL is a name of cells.CELLS, or of the cell that DEFINITION defines. In a process of its
+own: Numba is made to do half its work here (see `Lowered`).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ ERF_NEAR, ERF_ONE, ERF_CENTRE = 0.5, 6.0, 2.0
 
 
 def _erf_tables() -> tuple[dict, tuple[float, float], dict]:
-    """(coefficients of erf(x) / x in x^2, highest first; the interval of t as (shift, scale) to -1..1; Chebyshev's, highest first)."""
+    """(coefficients of erf(x) / x in x^2; the interval of t as (shift, scale) to -1..1; Chebyshev's), the highest first."""
     series = [2 / math.sqrt(math.pi) * (-1) ** k / (math.factorial(k) * (2 * k + 1)) for k in range(14)]
     low, high = ((a - ERF_CENTRE) / (a + ERF_CENTRE) for a in (ERF_NEAR, ERF_ONE))
     scale, shift = 2 / (high - low), -(high + low) / (high - low)
@@ -169,7 +169,9 @@ def elementary(V: Vector, target: Target) -> dict[str, Any]:
 
     def call(builder, name, *operands):
         full = f"llvm.{name}.v{lanes}f{V.element.intrinsic_name[1:]}"
-        return builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(V.llvm, [V.llvm] * len(operands)), full), operands)
+        return builder.call(
+            cgutils.get_or_insert_function(builder.module, ir.FunctionType(V.llvm, [V.llvm] * len(operands)), full), operands
+        )
 
     def emit_exp(builder, x):
         # 2^n e^r, in two factors, of which each is a number where the result is none, or nearly

@@ -84,9 +84,7 @@ def compile_units(cell: str, scalar: str, passes: Sequence[str], tier: Tier) -> 
         if not all(path.exists() for path in _objects(base, tier, (cell, scalar, which))):
             # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
             command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier.name, cell, scalar, which, CELLS[cell].definition]
-            running[which] = subprocess.Popen(
-                [sys.executable, *command], cwd=KERNELS.parent, stderr=subprocess.PIPE, text=True
-            )
+            running[which] = subprocess.Popen([sys.executable, *command], cwd=KERNELS.parent, stderr=subprocess.PIPE, text=True)
     for which, process in running.items():
         _, words = process.communicate()
         if process.returncode != 0:

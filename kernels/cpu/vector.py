@@ -69,7 +69,9 @@ def register_arithmetic(vector: Vector) -> None:
         return lambda builder, a, b: builder.fcmp_ordered(sign, a, b)
 
     mask = Mask(vector.lanes)
-    numbers = [(vector, vector)] + [pair for number in (types.int64, types.float64) for pair in ((number, vector), (vector, number))]
+    numbers = [(vector, vector)] + [
+        pair for number in (types.int64, types.float64) for pair in ((number, vector), (vector, number))
+    ]
     for function, operands, result, emit in (
         (operator.add, numbers, vector, apply("fadd")),
         (operator.sub, numbers, vector, apply("fsub")),
@@ -89,7 +91,7 @@ def register_arithmetic(vector: Vector) -> None:
 
         @infer_global(function)
         class Typing(ConcreteTemplate):
-            cases = [signature(result, *each) for each in operands]
+            cases = tuple(signature(result, *each) for each in operands)
 
         def lower(context, builder, sig, args, emit=emit):
             return emit(builder, *(spread(builder, vector, each) for each in args))  # conditions as they are

@@ -52,6 +52,11 @@ def relu(x):
 
 
 @triton.jit
+def where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+@triton.jit
 def full_like(x, number):
     return tl.full(x.shape, number, x.dtype)
 
@@ -63,8 +68,8 @@ class Cells:
         elementary = {"exp2": exp2, "reciprocal": reciprocal, "tl": tl}
         self.sigmoid, self.tanh = (triton.jit(bind(function, **elementary)) for function in (_sigmoid, _tanh))
         self.relu = relu
-        functions = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where": tl.where, "full_like": full_like}
-        names = {"__name__": __name__, **functions}
+        functions = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where": where, "full_like": full_like}
+        names = {"__name__": __name__, "tl": tl, **functions}  # tl: Triton's interpreter looks for it
         self.forward = {name: triton.jit(cell.derived.forward.bind(names)) for name, cell in CELLS.items()}
         self.backward = {name: triton.jit(cell.derived.backward.bind(names)) for name, cell in CELLS.items()}
 
