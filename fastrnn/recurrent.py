@@ -127,7 +127,10 @@ class Recurrent(nn.Module):
         parts, H = self._parts(), hidden_size
         for layer in range(num_layers):
             inputs = input_size if layer == 0 else H * (1 + bidirectional)
-            shapes = {"weight_ih": (len(parts["ih"]) * H, inputs), "weight_hh": (len(parts["hh"]) * H, H // num_heads)}
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (len(parts["ih"]) * H, inputs),
+                "weight_hh": (len(parts["hh"]) * H, H // num_heads),
+            }
             if bias:
                 shapes |= {"bias_ih": (len(parts["ih"]) * H,), "bias_hh": (len(parts["hh"]) * H,)}
             shapes |= {f"weight_{name}": (H,) for name in parts["own"]}
@@ -157,9 +160,9 @@ class Recurrent(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the sizes, and what is not as by default."""
-        named = ("num_layers", 1), ("bias", True), ("batch_first", False), ("dropout", 0.0), ("bidirectional", False)
-        named += ("num_heads", 1), ("recompute", False)
-        given = [f"{name}={getattr(self, name)}" for name, default in named if getattr(self, name) != default]
+        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        defaults |= {"num_heads": 1, "recompute": False}
+        given = [f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *given])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -179,9 +182,8 @@ class Recurrent(nn.Module):
             after = [state.index_select(1, back) for state in after]
         if not batched:
             y, after = y.squeeze(1), [state.squeeze(1) for state in after]
-        if batch_sizes is not None:
-            y = PackedSequence(y, batch_sizes, order, back)
-        return y, after[0] if len(after) == 1 else tuple(after)
+        output = y if batch_sizes is None else PackedSequence(y, batch_sizes, order, back)
+        return output, after[0] if len(after) == 1 else tuple(after)
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.
@@ -315,5 +317,5 @@ def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> T
     return torch.cat([blocks[name] if name in blocks else w.new_zeros(H, *w.shape[1:]) for name in wanted])
 
 
-def _joined(states: Sequence[Tensor]) -> Tensor:
+def _joined(states: Sequence[Any]) -> Tensor:
     return states[0] if len(states) == 1 else torch.cat(list(states))

@@ -35,7 +35,7 @@ def _tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
 
 
 # The elementary functions are this module's, and the bound functions are too: there Dynamo looks them up.
-NAMES = {"__name__": __name__} | {
+NAMES: dict[str, Any] = {"__name__": __name__} | {
     function.__name__: function
     for function in (
         abs, erf, exp, expm1, full_like, log, log1p, maximum, minimum, relu, sigmoid, sqrt, tanh, where

@@ -183,7 +183,7 @@ class Symbol:
     def __float__(self) -> float:
         raise Refused("a value used as a Python number: write functions of fastrnn.cells in the place of math's")
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __float__
 
     def __matmul__(self, other: Any) -> Any:
         raise Refused(

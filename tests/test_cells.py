@@ -430,7 +430,7 @@ def test_bad_cells_are_refused_with_the_line_and_the_remedy(function):
 
 def test_bad_arguments():
     Layer = fastrnn.recurrent(cells.slstm)
-    with pytest.raises(TypeError, match="cell: expected a cell that fastrnn.cell has made"):
+    with pytest.raises(TypeError, match=r"cell: expected a cell that fastrnn.cell has made"):
         fastrnn.recurrent(tanh)
     for error, words, arguments in (
         (TypeError, "hidden_size should be of type int, got: float", (3, 4.0)),
