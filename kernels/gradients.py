@@ -14,6 +14,7 @@ a unit; Q as many, and one more for each state that enters element by element an
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -416,8 +417,10 @@ def arithmetic(name: str) -> Arithmetic:
 
 def _stacked(function: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> Tensor:
     found = function(*given)
-    shape = torch.broadcast_shapes(*(each.shape for each in found))
-    return torch.stack([each if each.shape == shape else each.expand(shape) for each in found], -2)
+    if any(each.shape != found[0].shape for each in found):
+        shape = torch.broadcast_shapes(*(each.shape for each in found))
+        found = tuple(each if each.shape == shape else each.expand(shape) for each in found)
+    return torch.stack(found, -2)
 
 
 FUSED = {
@@ -428,7 +431,19 @@ FUSED = {
 
 
 class Fused(Printer):
-    """Writes operations of torch's that do several at once: each reads and writes whole tensors."""
+    """Writes operations of torch's that do several at once: each reads and writes whole tensors.
+
+    A variable is freed after its last use, so that the next takes its memory, which is in the processor's cache.
+    """
+
+    def source(self) -> str:
+        head, *lines = super().source().splitlines()
+        last = {name: index for index, line in enumerate(lines) for name in re.findall(r"[a-z_]\w*", line)}
+        made = {line.split()[0] for line in lines[:-1]}
+        for name, index in last.items():
+            if name in made and index < len(lines) - 1:
+                lines[index] += f"; {name} = None"
+        return "\n".join((head, *lines)) + "\n"
 
     def operation(self, node: Symbol) -> tuple:
         function, first, last = node.operation, node.operands[0], node.operands[-1]
