@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.derive import Printer
-from fastrnn.kernels.reference import NAMES, apart, at, first, order_of, replace, states_before
+from fastrnn.kernels.reference import NAMES, apart, at, first, order_of, replace, states_before, taken_apart
 from fastrnn.kernels.symbols import Symbol, is_number
 
 BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so many numbers fit a core's cache
@@ -357,7 +357,7 @@ class Block:
             a_s[t] = da = by_out[t] * d_out if more_a is None else torch.addcmul(more_a[t], by_out[t], d_out)  # [b, Q, H]
             if dc is not None:
                 c_s[t] = dc if b == B else dc.narrow(0, 0, b)
-                for by_one, d_one in zip(by_others, c_s[t].unsqueeze(1).chunk(cell.states, -1), strict=True):
+                for by_one, d_one in zip(by_others, taken_apart(cell, c_s[t].unsqueeze(1)), strict=True):
                     a_s[t] = da = torch.addcmul(da, by_one[t], d_one)
             d_before = torch.mm(_narrow(da, cell.hidden, G).reshape(b, -1), w_hh)
             d_states = {name: da.select(1, P + k) for k, name in enumerate(states)}
@@ -380,7 +380,7 @@ class Block:
 
     def bend(self, grads: Gradients, v: Weights, change: Change, state: State) -> tuple[Gradients, State]:
         """Return how `grads` change with the block, and the gradient of the state before, from how the one after does."""
-        outer = (grads.out,) if grads.c is None else (grads.out, *grads.c.chunk(self.cell.states, -1))
+        outer = grads.out, *taken_apart(self.cell, grads.c)
         more_a = self.arithmetic.bend(*outer, *self.kept, *change.a, *change.inner)
         return self.pull(None, state, more_a, _times(grads.hidden, v.w_hh), _times(grads.y, v.w_hr))
 

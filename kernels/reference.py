@@ -124,8 +124,13 @@ def _preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[T
 
 def states_before(kind: Cell, h: Tensor, c: Tensor | None) -> list[Tensor]:
     """States as the cell takes them, each [b, H]."""
-    others = iter(() if c is None else c.chunk(kind.states, -1))
+    others = iter(taken_apart(kind, c))
     return [h if name == "h" else next(others) for name, _ in kind.derived.before]
+
+
+def taken_apart(kind: Cell, c: Tensor | None) -> Sequence[Tensor]:
+    """States but h, each [..., H], which are side by side in c."""
+    return () if c is None else (c,) if kind.states == 1 else c.chunk(kind.states, -1)
 
 
 def apart(kind: Cell, b_ih: Tensor | None) -> tuple[Tensor | None, Sequence[Tensor]]:
