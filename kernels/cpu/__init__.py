@@ -127,16 +127,20 @@ def _prepare_cell(cell: str, scalar: str, training: bool) -> None:
     runtime_module().add_cell(cell, (kind.gates, kind.slots, kind.states, kind.weights), tuple(itertools.chain(*found)))
 
 
-@cache
 def why_not_cell(cell: str) -> str | None:
     """Say why the kernels of a cell cannot be had, or None."""
+    return _why_not_cell(cell)
+
+
+why_not_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
+
+
+@cache
+def _why_not_cell(cell: str) -> str | None:
     missing = [name for name in ("numba", "llvmlite", "numpy") if importlib.util.find_spec(name) is None]
     if CELLS[cell].mode or not missing:
         return None
     return f"a cell that is not built in is compiled when it first runs, and {' and '.join(missing)} are not installed"
-
-
-why_not_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
 _ADDRESSES: dict[tuple[str, str, str], Sequence[int]] = {}
