@@ -62,7 +62,7 @@ def sample(layer, steps: int = 4, batch: int = 3) -> tuple[Tensor, list[Tensor]]
 
 
 def run(layer, x, states) -> list[Tensor]:
-    y, after = layer(x, states[0] if len(states) == 1 else tuple(states))
+    y, after = layer(x, None if not states else states[0] if len(states) == 1 else tuple(states))
     return [y, *((after,) if isinstance(after, Tensor) else after)]
 
 
