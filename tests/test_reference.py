@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import CELLS
 from torch import nn
 
 from fastrnn.kernels import cells, gradients, reference
@@ -16,8 +17,7 @@ FORMS = {
     "packed": {"packed": True},
     "packed_two": {"packed": True, "directions": 2},
 }
-BUILT_IN = [name for name, cell in cells.CELLS.items() if cell.mode]  # other tests add cells of their own
-CASES = [(cell, form, False) for cell in BUILT_IN for form in FORMS] + [("lstm", form, True) for form in FORMS]
+CASES = [(cell, form, False) for cell in CELLS for form in FORMS] + [("lstm", form, True) for form in FORMS]
 
 
 @pytest.fixture(params=CASES, ids=[f"{cell}-{form}{'-projected' * project}" for cell, form, project in CASES])
@@ -114,7 +114,7 @@ def test_backward_is_the_gradient_of_forward(arguments, reverse):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("cell", BUILT_IN)
+@pytest.mark.parametrize("cell", CELLS)
 def test_any_dtype(make_layer, cell, dtype):
     found = reference.layer_forward(**make_layer(cell, dtype=dtype), save=True)
     assert all(out.dtype == dtype for out in found)

@@ -4,10 +4,9 @@ import random
 
 import pytest
 import torch
-from contract import ROOT, python, same_bits
+from contract import CELLS, ROOT, python, same_bits
 
 import fastrnn
-from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.cpu.plan import FIELDS
 
 np = pytest.importorskip("numpy")
