@@ -1,7 +1,7 @@
 """The operators differentiated: `run_layer` is the entry from Python.
 
-Reverse mode runs through the autograd.Function `LayerFunction`, whose backward is the op layer_backward, itself differentiable by
-`BackwardFunction` to any order through the reference. Forward mode runs the reference on dual numbers.
+Reverse mode runs through the autograd.Function `LayerFunction`, whose backward is the op layer_backward, itself differentiable
+by `BackwardFunction` to any order through the reference. Forward mode runs the reference on dual numbers.
 
 Each transform of torch.func is a level of the dispatcher, and each level calls the ops' kernels anew, with tensors of that
 level. So the autograd.Functions here see one level at a time (torch calls that `_SingleLevelFunction`), and grad, vmap, jvp and
@@ -62,6 +62,7 @@ def _in_float32(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell
     Matrices in bfloat16 are read as they are, but where a transform, a compiler or recompute mode wants plain operations.
     """
     dtype, autocast = inputs.x.dtype, torch.is_autocast_enabled("cpu")
+    c_n: Tensor | None
     if autocast:  # as torch.nn does: of its GRU, and of LSTMCell, only the products are cast
         dtype, carried = torch.get_autocast_dtype("cpu"), inputs.h0 if layer.cell == "gru" else inputs.c0 if of_cell else None
         dtype = dtype if carried is None else torch.promote_types(dtype, carried.dtype)
@@ -369,7 +370,7 @@ def _outer_levels() -> Iterator[None]:
 
 
 class HalfFunction(_Function):
-    """`LayerFunction` of matrices in bfloat16, and of all else in any dtype: in float32, each result and gradient rounded once."""
+    """`LayerFunction` of matrices in bfloat16, all else in any dtype: in float32, each result and gradient rounded once."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -394,7 +395,7 @@ class HalfFunction(_Function):
             return found
         dispatch.check_memory(*outer, *kept)
         *tensors, y, saved = kept[:_WEIGHTS]
-        inputs, weights = Inputs(*tensors), kept[_WEIGHTS:]
+        inputs, weights = Inputs(*tensors), list(kept[_WEIGHTS:])
         dtypes = inputs.x.dtype, None, inputs.h0.dtype, inputs.h0.dtype, None, None, *[weight.dtype for weight in weights]
         plain = not (dispatch.forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         if not plain or _mapped_by_old_vmap(outer):
@@ -405,7 +406,7 @@ class HalfFunction(_Function):
 
 
 class CellFunction(_Function):
-    """`LayerFunction` of one step, without the axes of time and directions: x [B, I], h [B, R], c [B, H] -> h, and c for lstm."""
+    """`LayerFunction` of one step, without axes of time and directions: x [B, I], h [B, R], c [B, H] -> h, and c for lstm."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -466,7 +467,7 @@ class BackwardFunction(_Function):
         need_dw = any(ctx.needs_input_grad[12:]) and _asks_for_any(ctx, len(weights), y.numel())
         needs = Needs(ctx.needs_input_grad[3], True, need_dw)
         outer, inputs, dw = gradients.layer_double_backward(v, outer, inputs, weights, y, saved, layer_of(text), needs)
-        return *outer, *inputs, *(None,) * 5, *(dw or [None] * len(weights))
+        return *outer, *inputs, *(None,) * 5, *(dw or (None,) * len(weights))
 
 
 def _gradients(outer: Outer, inputs: Inputs, weights: Sequence[Tensor], text: str, needs: list[bool]):

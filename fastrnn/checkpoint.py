@@ -131,7 +131,7 @@ def backward(
     if segments == 1:
         saved = _layer_forward(*inputs, weights, text, True)[3]
         return _layer_backward(dy, dh_n, dc_n, *inputs, weights, y, saved, text, needs)
-    D, B, R = h0.shape
+    R = h0.shape[2]
     dx = x.new_empty(x.shape if need_dx else (0,))
     # gradients of the states after the segments that are still to come, in the end of the first ones
     dh = torch.zeros_like(h0, memory_format=torch.contiguous_format)

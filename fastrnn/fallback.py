@@ -25,7 +25,7 @@ METHODS = ("check_forward_args", "check_input", "check_hidden_size", "get_expect
            "permute_hidden", "_update_flat_weights", "_weights_have_changed", "_init_flat_weights")  # fmt: skip
 
 
-def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
+def module_forward(module: Any, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
     """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3 or x.is_nested:
         return None

@@ -250,9 +250,7 @@ def run_layers(
         if time_major and (index == 0 or last):
             y = y.transpose(0, 1)
         given = Inputs(y, batch_sizes, h0[own], None if c0 is None else c0[own])
-        y, h, c = _run(
-            engine, given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer
-        )
+        y, h, c = _run(engine, given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer)
         hs.append(h)
         cs += [] if c is None else [c]
         if dropout > 0 and not last:
@@ -264,8 +262,7 @@ def inputs_of(cell: str, x: Any, batch_sizes: Any, hx: Any) -> Inputs:
     """What a caller gave. No state at all in the place of what is no pair: no engine takes that."""
     if cell != "lstm":
         return Inputs(x, batch_sizes, hx, None)
-    h0, c0 = hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (None, None)
-    return Inputs(x, batch_sizes, h0, c0)
+    return Inputs(x, batch_sizes, *(hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (None, None)))
 
 
 def _wide(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -302,11 +299,12 @@ def call_outside_of_the_graph(function: Callable, args: tuple):
 def _check_lstm(layer: Layer, inputs: Inputs, params: Sequence[Tensor], num_layers: int) -> None:
     """Raise where an LSTM's input, states or weights do not fit each other and torch would hand them to oneDNN as they are.
 
-    oneDNN takes sizes from some tensors and reads past the ends of others. torch's other path fails in an operation, with words of
-    its own. torch.nn checks input and states against a module's attributes, which packed input and functions have not: here the
-    same checks are against the weights.
+    oneDNN takes sizes from some tensors and reads past the ends of others. torch's other path fails in an operation, with words
+    of its own. torch.nn checks input and states against a module's attributes, which packed input and functions have not: here
+    the same checks are against the weights.
     """
-    x, batch_sizes, *states = inputs
+    x, batch_sizes = inputs[:2]
+    states: tuple[Any, ...] = inputs[2:]
     if not all(isinstance(tensor, Tensor) for tensor in (x, *states, *params)):
         return
     if 0 in (states[0].dim(), states[1].dim()) or states[0].shape[-1] != states[1].shape[-1]:  # torch sees a projection

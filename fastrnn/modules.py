@@ -9,7 +9,7 @@ longer than a small step does. So constructors, checks, error words, initial val
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ def _drop_in(cls: _Class) -> _Class:
 
     A base could not bring it along: torch.nn's class comes first among the bases.
     """
-    torch_class = cls.__bases__[0]
+    torch_class: Any = cls.__bases__[0]
     DROP_INS[torch_class] = cls
     own: dict[str, Any] = {"_fastrnn_original": torch_class}
     if issubclass(torch_class, nn.RNNBase):

@@ -78,7 +78,7 @@ def _loop(op, size: int, in_dims: Sequence, arguments: Sequence) -> tuple[Any, .
             return [member(each, own, v) for each, own in zip(argument, dim or [None] * len(argument), strict=True)]
         return argument if dim is None else ops.unit_stride(argument.select(dim, v))
 
-    def stacked(members: Sequence) -> Any:
+    def stacked(members: Any) -> Any:
         if isinstance(members[0], (list, tuple)):
             return [torch.stack(each) for each in zip(*members, strict=True)]
         return torch.stack(members)

@@ -64,8 +64,8 @@ def layer_double_backward(
     """Return gradients of layer_backward's `outer`, `inputs` and weights, from those of its results: v, with None for zeros.
 
     layer_backward is linear in `outer`: it is the transpose of the layer's derivative. So its results times v are `outer` times
-    the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of `outer` is that change, and the
-    gradient of the layer's inputs is the change of layer_backward's results.
+    the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of `outer` is that change, and
+    the gradient of the layer's inputs is the change of layer_backward's results.
     """
     steps, (dy, dh_n, dc_n), c0 = Steps(layer, inputs), outer, inputs.c0
     vx, vh0, vc0, vw = v

@@ -47,7 +47,7 @@ class Layer(NamedTuple):
         return ("w_ih", "w_hh", *("b_ih", "b_hh") * self.bias, *("w_hr",) * self.projected)
 
     def by_direction(self, weights: Sequence) -> list[Weights]:
-        """Take a layer's weights, or something for each of them, apart: torch.nn lists those of a direction one after another."""
+        """Take a layer's weights apart, or something for each of them: torch.nn lists those of one direction after another."""
         kinds = self.kinds()
         return [Weights(**dict(zip(kinds, weights[d * len(kinds) :], strict=False))) for d in range(self.directions)]
 
@@ -165,7 +165,7 @@ class Steps:
 def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int = 1) -> str | None:
     """Say which tensor does not have the shape, or batch_sizes the dtype, that the others ask for; None where all fit.
 
-    layers: how many layers stand on top of each other, whose weights these are and whose states h0 and c0 hold, the lowest first.
+    layers: so many layers stand on top of each other, of which these are the weights and the states, the lowest first.
     That batch_sizes sum up to the rows of x, and that weights are of one dtype and device, is not looked at here.
     """
     (x, batch_sizes, h0, c0), cell, D, kinds = inputs, CELLS[layer.cell], layer.directions, layer.kinds()

@@ -69,9 +69,7 @@ def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype) -
     return plan.Sizes(T, B, H, R, layer.directions, CELLS[layer.cell].gates, dtype.itemsize, precision_of(dtype))
 
 
-def describe(
-    layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool
-) -> str:
+def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
     """How the engine would run a layer, in words. T steps, B rows, H units, R outputs (projection, or H)."""
     target, sizes = device_of(device), sizes_of(layer, T, B, H, R, dtype)
     passes = {"forward": True, "backward": False} if training else {"forward": True}
