@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import autograd, dispatch, ops
 from fastrnn.kernels import reference
 from fastrnn.kernels.cells import CELLS
-from fastrnn.kernels.layer import Inputs, Layer, Weights, misfit
+from fastrnn.kernels.layer import Inputs, Layer, Weights, misfit, misfit_of_weights
 
 __all__ = [
     "gru",
@@ -312,10 +312,11 @@ def _check_lstm(layer: Layer, inputs: Inputs, params: Sequence[Tensor], num_laye
     dtype = params[0].dtype
     if not x.is_cpu or dtype is torch.float64 or any(tensor.dtype is not dtype for tensor in (x, *states)):
         return
+    input_size = params[0].shape[-1] if params[0].dim() else 0
     if params[0].dim() == params[1].dim() == 2:
         checks = _LSTMChecks(
             _flat_weights=params,
-            input_size=params[0].shape[1],
+            input_size=input_size,
             hidden_size=params[1].shape[1],
             proj_size=0,
             num_layers=num_layers,
@@ -325,7 +326,7 @@ def _check_lstm(layer: Layer, inputs: Inputs, params: Sequence[Tensor], num_laye
         checks.check_forward_args(x, states, batch_sizes)
     layer = layer._replace(projected=False)  # which oneDNN has not, and torch leaves further tensors alone
     count = len(layer.kinds()) * layer.directions * num_layers
-    if reason := misfit(layer, inputs, params[:count], num_layers):
+    if reason := misfit_of_weights(layer, params[:count], input_size, num_layers):
         raise RuntimeError(f"LSTM: {reason}")
 
 

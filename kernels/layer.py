@@ -168,13 +168,29 @@ def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int 
     layers: so many layers stand on top of each other, of which these are the weights and the states, the lowest first.
     That batch_sizes sum up to the rows of x, and that weights are of one dtype and device, is not looked at here.
     """
-    (x, batch_sizes, h0, c0), cell, D, kinds = inputs, CELLS[layer.cell], layer.directions, layer.kinds()
+    x, batch_sizes, h0, c0 = inputs
+    has_c, D = CELLS[layer.cell].carry == "cell", layer.directions
     if x.dim() != (3 if batch_sizes is None else 2):
         return f"x: expected {'[T, B, I]' if batch_sizes is None else '[N, I]'}, got {tuple(x.shape)}"
     if batch_sizes is not None and (batch_sizes.dtype is not torch.int64 or batch_sizes.dim() != 1):
         return f"batch_sizes: expected int64 [T], got {batch_sizes.dtype} {tuple(batch_sizes.shape)}"
-    if (c0 is None) != (cell.carry != "cell"):
-        return f"c0: {'needed by' if c0 is None else 'not an argument of'} cell {layer.cell!r}"
+    if (c0 is not None) != has_c:
+        return f"c0: {'needed by' if has_c else 'not an argument of'} cell {layer.cell!r}"
+    if reason := misfit_of_weights(layer, weights, x.shape[-1], layers):
+        return reason
+    rows, width = weights[1].shape
+    batch = h0.shape[1] if batch_sizes is not None and h0.dim() == 3 else x.shape[0 if layer.batch_first else 1]
+    if type(batch_sizes) is Tensor and not torch.compiler.is_compiling() and int(batch_sizes[0]) != batch:
+        return f"batch_sizes: expected {batch} rows in the first step, as the states have, got {int(batch_sizes[0])}"
+    for name, state, size in (("h0", h0, width), ("c0", c0, rows // CELLS[layer.cell].gates)):
+        if state is not None and state.shape != (layers * D, batch, size):
+            return f"{name}: expected {(layers * D, batch, size)}, got {tuple(state.shape)}"
+    return None
+
+
+def misfit_of_weights(layer: Layer, weights: Sequence[Tensor], input_size: int, layers: int = 1) -> str | None:
+    """Say which weight does not have the shape that the layer and the others ask for; None where all fit. As in `misfit`."""
+    cell, D, kinds = CELLS[layer.cell], layer.directions, layer.kinds()
     if layer.projected and cell.carry != "cell":
         return f"w_hr: cell {layer.cell!r} has no projection"
     if len(weights) != layers * D * len(kinds):
@@ -185,13 +201,7 @@ def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int 
     hidden = rows // cell.gates
     if hidden * cell.gates != rows or (width != hidden and not layer.projected):
         return f"w_hh: expected {cell.gates} * H rows and {'R' if layer.projected else 'H'} columns, got {(rows, width)}"
-    batch = h0.shape[1] if batch_sizes is not None and h0.dim() == 3 else x.shape[0 if layer.batch_first else 1]
-    if type(batch_sizes) is Tensor and not torch.compiler.is_compiling() and int(batch_sizes[0]) != batch:
-        return f"batch_sizes: expected {batch} rows in the first step, as the states have, got {int(batch_sizes[0])}"
-    for name, state, size in (("h0", h0, width), ("c0", c0, hidden)):
-        if state is not None and state.shape != (layers * D, batch, size):
-            return f"{name}: expected {(layers * D, batch, size)}, got {tuple(state.shape)}"
-    expected: list[tuple[int, ...]] = [(rows, x.shape[-1]), (rows, width), *[(rows,), (rows,)] * layer.bias]
+    expected: list[tuple[int, ...]] = [(rows, input_size), (rows, width), *[(rows,), (rows,)] * layer.bias]
     expected += [(width, hidden)] * layer.projected
     for index, weight in enumerate(weights):
         if index == D * len(kinds):
