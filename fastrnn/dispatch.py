@@ -331,7 +331,7 @@ def _schedule(
     def describe(T: int, B: int, I: int, R: int, layers: int = 1) -> str:
         if x.is_cuda:
             return gpu.describe(layer, T, B, H, R, x.dtype, x.device, training)
-        return cpu.describe(layer, T, B, I, H, R, cpu.team()[0], training, half, layers, module.input_size, size)
+        return cpu.describe(layer, T, B, I, H, R, training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):
         return (describe(1, x.shape[0] if x.dim() == 2 else 1, I, H),)

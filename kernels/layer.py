@@ -59,10 +59,12 @@ def layer_of(text: str) -> Layer:
     Raises:
         ValueError: there is no such cell, or a layer has no such property.
     """
-    cell, *words = text.split()
-    pairs = [word.partition("=") for word in words]
-    properties: dict[str, Any] = {name: int(value) if sign else True for name, sign, value in pairs}
-    if cell not in CELLS or not properties.keys() <= set(Layer._fields[1:]):
+    cell, *words = text.split() or [""]
+    properties: dict[str, Any] = {}
+    for name, sign, value in (word.partition("=") for word in words):
+        if type(Layer._field_defaults.get(name)) is (int if sign else bool):
+            properties[name] = int(value) if sign else True
+    if cell not in CELLS or len(properties) != len(words):
         raise ValueError(f"layer: expected one of {', '.join(CELLS)}, and some of {', '.join(Layer._fields[1:])}, got {text!r}")
     return Layer(cell, **properties)
 

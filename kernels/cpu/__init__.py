@@ -112,7 +112,6 @@ def describe(
     I: int,
     H: int,
     R: int,
-    threads: int,
     training: bool,
     half: bool,
     layers: int = 1,
@@ -126,7 +125,7 @@ def describe(
     the lowest. size: bytes of a number that is computed with.
     """
     how, tier = load()
-    target, threads = tier.target, threads if how == "compiled" else 1
+    target, threads = tier.target, team()[0]
     gates, D, lanes = CELLS[layer.cell].gates, layer.directions, target.vector_bytes // size
     columns = plan.unit_vectors(gates, target.registers) * gates
     l2_bytes = runtime_module().l2_bytes if how == "compiled" else plan.L2_BYTES
