@@ -1,4 +1,5 @@
-// The fast path of a layer's autograd.Function, see fastrnn/autograd.py: the raw ops past the dispatcher. None means that it declines.
+// The fast path of a layer's autograd.Function, see fastrnn/autograd.py: the raw ops past the dispatcher. None means that it
+// declines.
 #include <array>
 #include <iterator>
 
@@ -12,23 +13,23 @@ namespace {
 
 // What layer_forward and layer_backward have in common. Numbers in bfloat16 but for matrices are widened first, where there are
 // few: the ops get float32.
-class LayerArguments {
+class Arguments {
  public:
-  // The first four of a tuple: x, batch_sizes, h0, c0; and its weights, from the seventh on. False where that is not what a kernel
-  // reads.
+  // The first four of a tuple: x, batch_sizes, h0, c0; and its weights, from the seventh on. False where that is not what a
+  // kernel reads.
   bool tensors(PyObject* tuple, const Reads& reads) {
     const Py_ssize_t count = PyTuple_Size(tuple) - FIRST_WEIGHT;
     results.like(imported.float32_pattern, FLOAT32);
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* object = PyTuple_GetItem(tuple, FIRST_WEIGHT + i);
-      View& seen = layer.weights.emplace_back();
-      const Kind::Weight which = layer.kind.weight(i);
-      const bool matrix = which != Kind::B_IH && which != Kind::B_HH, unread = !reads.weight(which);
+      View& seen = inputs.weights.emplace_back();
+      const Layer::Weight which = inputs.layer.weight(i);
+      const bool matrix = which != Layer::B_IH && which != Layer::B_HH, unread = !reads.weight(which);
       if (matrix ? !whole(object, seen, unread) : !numbers(object, seen, bias, true, unread)) return false;
     }
-    return numbers(PyTuple_GetItem(tuple, 0), layer.x, x, false, !reads.x) &&
-           maybe(PyTuple_GetItem(tuple, 1), layer.batch_sizes) &&
-           numbers(PyTuple_GetItem(tuple, 2), layer.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), layer.c0, c);
+    return numbers(PyTuple_GetItem(tuple, 0), inputs.x, x, false, !reads.x) &&
+           maybe(PyTuple_GetItem(tuple, 1), inputs.batch_sizes) &&
+           numbers(PyTuple_GetItem(tuple, 2), inputs.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), inputs.c0, c);
   }
   // Two of a tuple: the layer as text, and segments. False in recompute mode.
   bool options(PyObject* tuple, Py_ssize_t at) {
@@ -36,9 +37,9 @@ class LayerArguments {
     const char* text = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(tuple, at), &length);
     const auto segments = PyLong_AsLong(PyTuple_GetItem(tuple, at + 1));
     if (PyErr_Occurred()) throw PythonError();
-    const auto kind = Kind::of({text, static_cast<size_t>(length)});
-    if (kind) layer.kind = *kind;
-    return kind && !segments;
+    const auto layer = Layer::of({text, static_cast<size_t>(length)});
+    if (layer) inputs.layer = *layer;
+    return layer && !segments;
   }
   bool whole(PyObject* object, View& seen, bool unread = false) {
     if (!look(object, seen, true, unread)) return false;
@@ -60,7 +61,7 @@ class LayerArguments {
 
   static constexpr Py_ssize_t FIRST_WEIGHT = 6;  // among the arguments of a Function, and among what it keeps
 
-  Layer layer{};
+  Inputs inputs{};
   Dtype x{}, h{}, c{}, bias{};
   Widened wide;
   Results results;
@@ -76,7 +77,7 @@ template <size_t Count>
 class MadeResults {
  public:
   // dtypes: of each result, where it is float32 for the op. wide: the result that is to be had unrounded too.
-  MadeResults(LayerArguments& own, const std::array<Dtype, Count>& dtypes, size_t wide = Count)
+  MadeResults(Arguments& own, const std::array<Dtype, Count>& dtypes, size_t wide = Count)
       : own_(own), dtypes_(dtypes), wide_result_(wide) {}
 
   Make make() {
@@ -106,7 +107,7 @@ class MadeResults {
   Owned unrounded;
 
  private:
-  LayerArguments& own_;
+  Arguments& own_;
   std::array<Dtype, Count> dtypes_;
   size_t wide_result_;
   std::vector<std::pair<View, View>> to_round_;
@@ -114,15 +115,15 @@ class MadeResults {
 
 }  // namespace
 
-// layer_forward(arguments of fastrnn.autograd.LayerFunction) -> its results, None for those that are not there, and y before it was rounded,
-// or None. Declines a call that is watched.
+// layer_forward(arguments of fastrnn.autograd.LayerFunction) -> its results, None for those that are not there, and y before it
+// was rounded, or None. Declines a call that is watched.
 PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
-    LayerArguments own;
+    Arguments own;
     if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < own.FIRST_WEIGHT || is_watched()) return nullptr;
     if (!own.options(args[0], 4) || !own.tensors(args[0], Reads())) return nullptr;
     MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Dtype::f32}, Y);
-    results.run(forward_call(own.layer, true, results.make()), true);
+    results.run(forward_call(own.inputs, true, results.make()), true);
     auto& made = results.made[0];
     std::vector<Owned> found(std::make_move_iterator(made.begin()), std::make_move_iterator(made.end()));
     found.push_back(std::move(results.unrounded));
@@ -135,7 +136,7 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
 PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *outer = args[0], *tensors = args[1], *options = args[2], *needs = args[3];
-    LayerArguments own;
+    Arguments own;
     const Py_ssize_t inputs = PyTuple_Size(needs);
     if (PyErr_Occurred()) throw PythonError();
     if (aoti_torch_grad_mode_is_enabled() || is_watched() || inputs < own.FIRST_WEIGHT) return nullptr;
@@ -148,9 +149,9 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     for (Py_ssize_t i = own.FIRST_WEIGHT; i < inputs; ++i) gradients.need_dw |= needed(i);
     View x, y, saved;
     if (!look(PyTuple_GetItem(tensors, 0), x, true, true)) return nullptr;
-    if (!own.maybe(PyTuple_GetItem(tensors, 1), own.layer.batch_sizes)) return nullptr;
-    own.layer.x = x;
-    if (!own.tensors(tensors, Reads(own.layer, gradients))) return nullptr;
+    if (!own.maybe(PyTuple_GetItem(tensors, 1), own.inputs.batch_sizes)) return nullptr;
+    own.inputs.x = x;
+    if (!own.tensors(tensors, Reads(own.inputs, gradients))) return nullptr;
     Dtype any;
     if (!own.numbers(PyTuple_GetItem(tensors, 4), y, any, false)) return nullptr;
     if (!own.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;
@@ -165,15 +166,15 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     }
     const Dtype as_made = Dtype::f32;
     MadeResults<BACKWARD_RESULTS> results(own, {own.x, own.h, own.c, as_made, as_made, own.bias, own.bias, as_made});
-    results.run(backward_call(own.layer, gradients, y, saved, results.make()), false);
+    results.run(backward_call(own.inputs, gradients, y, saved, results.make()), false);
     auto& made = results.made;
     std::vector<Owned> found(static_cast<size_t>(inputs));
     found[0] = std::move(made[0][DX]);
     found[2] = std::move(made[0][DH0]);
     found[3] = std::move(made[0][DC0]);
-    const Kind& kind = own.layer.kind;
-    for (size_t i = 0; i < own.layer.weights.size(); ++i)
-      found[own.FIRST_WEIGHT + i] = std::move(made[i / kind.weights()][gradient_of(kind.weight(i))]);
+    const Layer& layer = own.inputs.layer;
+    for (size_t i = 0; i < own.inputs.weights.size(); ++i)
+      found[own.FIRST_WEIGHT + i] = std::move(made[i / layer.weights()][gradient_of(layer.weight(i))]);
     return tuple_of(std::move(found));
   });
 }

@@ -64,8 +64,8 @@ enum class Layout { time_batch, batch_time, packed, batch };  // batch: one step
 inline bool is_dense(Layout layout) { return layout == Layout::time_batch || layout == Layout::batch_time; }
 
 // What a layer is, apart from its numbers; kernels/layer.py says what each of these is, and has the same text.
-struct Kind {
-  static std::optional<Kind> of(std::string_view text);
+struct Layer {
+  static std::optional<Layer> of(std::string_view text);
   std::string text() const;
 
   // Weights that a direction has, and what each of those of all directions is, in the order of torch.nn's lists.
@@ -76,7 +76,7 @@ struct Kind {
     return place < 2 || (bias && place < 4) ? static_cast<Weight>(place) : W_HR;
   }
 
-  bool operator==(const Kind&) const = default;
+  bool operator==(const Layer&) const = default;
 
   const Cell* cell = nullptr;
   int64_t directions = 1;
@@ -85,11 +85,11 @@ struct Kind {
 
 struct LayerSizes {
   // By the weights of a layer; nothing where these do not fit each other. vectors: what dtype biases have to have; other: any.
-  static std::optional<LayerSizes> of(const Kind& kind, const View* weights, size_t count, Dtype vectors);
+  static std::optional<LayerSizes> of(const Layer& layer, const View* weights, size_t count, Dtype vectors);
 
   bool operator==(const LayerSizes&) const = default;
 
-  Kind kind;
+  Layer layer;
   Dtype dtype = Dtype::other;  // of all but the matrices, which are bf16 if half
   int64_t input_size = 0, hidden_size = 0, output_size = 0;
   bool half = false;
@@ -106,11 +106,11 @@ class Call {
   // Those of all directions, which the sizes are of.
   void weights(const View* given);
   void packs(const Packs& given) {
-    for (int64_t d = 0; d < kind.directions; ++d) records[d].pack = given[d];
+    for (int64_t d = 0; d < layer.directions; ++d) records[d].pack = given[d];
   }
 
-  // A tensor with a leading axis for directions, or for those of `layers` layers, of which this is the one with index `layer`.
-  void states(const View& given, int64_t Record::*field, int64_t numbers_a_direction, int64_t layer = 0, int64_t layers = 1);
+  // A tensor with a leading axis for directions, or for those of `layers` layers, of which this is the one at `index`.
+  void states(const View& given, int64_t Record::*field, int64_t numbers_a_direction, int64_t index = 0, int64_t layers = 1);
 
   // A sequence in x's layout; direction d starts d * width numbers into a row, which has those of all directions; 0: of x's own.
   void rows(const View& given, int64_t Record::*field, int64_t Record::*step, int64_t Record::*row, int64_t width);
@@ -130,7 +130,7 @@ class Call {
   // Pack the weights to where `packs` says; only learns the bytes it takes where it says nothing. Returns those of a direction.
   int64_t pack();
 
-  const Kind kind;
+  const Layer layer;
 
  private:
   const Unit& unit(bool forward) const;
@@ -149,8 +149,8 @@ class Call {
 // What the raw ops are given, see fastrnn/ops.py; what is absent has no dimensions. All but x, y and dy is contiguous. An x of
 // one step [B, I] goes with states of a single direction, [B, R] and [B, H].
 using Views = std::vector<View>;
-struct Layer {
-  Kind kind;
+struct Inputs {
+  Layer layer;
   View x, batch_sizes, h0, c0;
   Views weights;
 };
@@ -162,26 +162,26 @@ struct Gradients {
 // Which of its inputs a call reads: all of them in forward. The memory of others may have been freed.
 struct Reads {
   Reads() = default;
-  Reads(const Layer& layer, const Gradients& gradients);  // layer: x and batch_sizes are known
+  Reads(const Inputs& inputs, const Gradients& gradients);  // inputs: x and batch_sizes are known
 
-  bool weight(Kind::Weight which) const {
-    return which == Kind::W_IH ? w_ih : which == Kind::W_HH ? w_hh : which == Kind::W_HR || biases;
+  bool weight(Layer::Weight which) const {
+    return which == Layer::W_IH ? w_ih : which == Layer::W_HH ? w_hh : which == Layer::W_HR || biases;
   }
 
   bool x = true, w_ih = true, w_hh = true, biases = true;
 };
 
-// Their results, in order; those of the weights in the order of Kind::Weight.
+// Their results, in order; those of the weights in the order of Layer::Weight.
 enum ForwardResult : size_t { Y, H_N, C_N, SAVED, FORWARD_RESULTS };
 enum BackwardResult : size_t { DX, DH0, DC0, DW_IH, DW_HH, DB_IH, DB_HH, DW_HR, BACKWARD_RESULTS };
-inline size_t gradient_of(Kind::Weight weight) { return static_cast<size_t>(DW_IH) + static_cast<size_t>(weight); }
+inline size_t gradient_of(Layer::Weight weight) { return static_cast<size_t>(DW_IH) + static_cast<size_t>(weight); }
 
 // Makes one of them, contiguous, of any content: of a weight's gradient one direction's part at a time, in turn. Those that are
 // not asked for, or that the cell has not, are not made.
 using Make = std::function<View(size_t result, const std::vector<int64_t>& sizes, Dtype dtype, size_t direction)>;
 
 // The ops themselves, but for `run`.
-Call forward_call(const Layer& layer, bool save, const Make& make);
-Call backward_call(const Layer& layer, const Gradients& gradients, const View& y, const View& saved, const Make& make);
+Call forward_call(const Inputs& inputs, bool save, const Make& make);
+Call backward_call(const Inputs& inputs, const Gradients& gradients, const View& y, const View& saved, const Make& make);
 
 }  // namespace fastrnn

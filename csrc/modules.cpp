@@ -104,20 +104,21 @@ class Stack {
     if (!set_cell(mode)) return false;
     layers = number(attributes, NUM_LAYERS);
     if (layers < 1) return false;
-    kind.directions = 1 + flag(attributes, BIDIRECTIONAL);
-    kind.batch_first = flag(attributes, BATCH_FIRST);
-    kind.bias = flag(attributes, BIAS);
+    described.directions = 1 + flag(attributes, BIDIRECTIONAL);
+    described.batch_first = flag(attributes, BATCH_FIRST);
+    described.bias = flag(attributes, BIAS);
     const int64_t projection = number(attributes, PROJ_SIZE);
-    kind.projected = projection > 0;
+    described.projected = projection > 0;
     if (drops(attributes)) return false;
     PyObject *parameters = find(attributes, PARAMETERS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
     if (!is_plain_dictionary(parameters) || !names || !PyList_Check(names)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
     if (!(pack ? read_pack(pack, parameters) : read_weights(attributes, parameters, names))) return false;
-    if (number(attributes, INPUT_SIZE) != sizes.input_size || number(attributes, HIDDEN_SIZE) != sizes.hidden_size) return false;
-    if (kind.bias != sizes.kind.bias || kind.projected != sizes.kind.projected) return false;  // what was packed
-    if (kind.projected && projection != sizes.output_size) return false;
-    sizes.kind = kind;
+    if (number(attributes, INPUT_SIZE) != sizes.input_size) return false;
+    if (number(attributes, HIDDEN_SIZE) != sizes.hidden_size) return false;
+    if (described.bias != sizes.layer.bias || described.projected != sizes.layer.projected) return false;  // what was packed
+    if (described.projected && projection != sizes.output_size) return false;
+    sizes.layer = described;
     return !has_overrides(attributes, imported.of_layer, (pack != nullptr) + compressed, names);
   }
 
@@ -133,7 +134,7 @@ class Stack {
     if (!state) return true;
     const bool shaped = state->dims == dims && state->size(-1) == width && state->size(-2) == batch;
     return shaped && state->dtype == given_dtype() && state->is_contiguous() &&
-           (dims == 2 || state->size(0) == layers * sizes.kind.directions);
+           (dims == 2 || state->size(0) == layers * sizes.layer.directions);
   }
 
   // Writes y, h_n and c_n (where the cell has it), which may be h0 and c0 where there is one step. Absent states are zero.
@@ -165,14 +166,14 @@ class Stack {
       };
       initial(h0, &Record::h0, sizes.output_size);
       call.states(h_n, &Record::h_n, batch * sizes.output_size, layer, layers);
-      if (sizes.kind.cell->has_cell_state) {
+      if (sizes.layer.cell->has_cell_state) {
         initial(c0, &Record::c0, sizes.hidden_size);
         call.states(*c_n, &Record::c_n, batch * sizes.hidden_size, layer, layers);
       }
       View output = y;
       torch::stable::Tensor made;
       if (layer < layers - 1) {
-        shape.back() = sizes.kind.directions * sizes.output_size;
+        shape.back() = sizes.layer.directions * sizes.output_size;
         made = empty_tensor(shape, sizes.dtype == Dtype::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
         output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), sizes.dtype};
       }
@@ -192,7 +193,7 @@ class Stack {
   }
 
   Dtype given_dtype() const { return all_half ? Dtype::bf16 : sizes.dtype; }
-  Layout sequence_layout() const { return sizes.kind.batch_first ? Layout::batch_time : Layout::time_batch; }
+  Layout sequence_layout() const { return sizes.layer.batch_first ? Layout::batch_time : Layout::time_batch; }
 
   // The weights of all layers, packed, in a tensor of `allocate`(bytes).
   Owned pack(PyObject* allocate) const {
@@ -206,7 +207,8 @@ class Stack {
     };
     std::vector<int64_t> bytes;
     int64_t total = sizeof(PackHeader) * layers;
-    for (int64_t layer = 0; layer < layers; ++layer) total += sizes.kind.directions * bytes.emplace_back(pack_layer(layer, {}));
+    for (int64_t layer = 0; layer < layers; ++layer)
+      total += sizes.layer.directions * bytes.emplace_back(pack_layer(layer, {}));
     Owned tensor = owned(PyObject_CallFunction(allocate, "L", static_cast<long long>(total)));
     View t;
     if (!tensor || !look(tensor.get(), t) || t.dtype != Dtype::byte || t.numel() != total) throw PythonError();
@@ -215,7 +217,7 @@ class Stack {
     for (int64_t layer = 0; layer < layers; ++layer) {
       headers[layer] = {tier - TIERS, layers, bytes[layer], sizes_of(layer)};
       pack_layer(layer, {at, at + bytes[layer]});
-      at += sizes.kind.directions * bytes[layer];
+      at += sizes.layer.directions * bytes[layer];
     }
     return tensor;
   }
@@ -229,7 +231,7 @@ class Stack {
 
   double operations(const View& x) const {
     const auto rows = static_cast<double>(x.numel() / x.size(-1));
-    const auto units = static_cast<double>(layers * sizes.kind.directions * sizes.kind.cell->gates * sizes.hidden_size);
+    const auto units = static_cast<double>(layers * sizes.layer.directions * sizes.layer.cell->gates * sizes.hidden_size);
     return 2 * rows * units * static_cast<double>(sizes.input_size + sizes.output_size);
   }
 
@@ -248,8 +250,8 @@ class Stack {
                                                         {RNN_TANH, cell_of("RNN_TANH")},
                                                         {RNN_RELU, cell_of("RNN_RELU")}};
     for (const auto& [key, found] : cells)
-      if (key == mode) kind.cell = found;
-    return kind.cell;
+      if (key == mode) described.cell = found;
+    return described.cell;
   }
   static const Cell* cell_of(const char* mode) {
     return find_cell([&](const Cell& c) { return std::strcmp(mode, c.mode) == 0; });
@@ -272,7 +274,7 @@ class Stack {
       if (!weight) return false;
       objects.push_back(kept(weight));
     }
-    kind.bias = objects.size() > 2;
+    described.bias = objects.size() > 2;
     return look_at_weights(attributes);
   }
 
@@ -311,11 +313,11 @@ class Stack {
 
   // The sizes, by the weights' own; false where they do not fit each other.
   bool understand() {
-    const size_t each = kind.weights() * static_cast<size_t>(kind.directions);
+    const size_t each = described.weights() * static_cast<size_t>(described.directions);
     if (weights.size() != each * static_cast<size_t>(layers)) return false;
     const Dtype vectors = compressed ? Dtype::f32 : weights[0].dtype;
     for (int64_t layer = 0; layer < layers; ++layer) {
-      const auto own = LayerSizes::of(kind, &weights[static_cast<size_t>(layer) * each], each, vectors);
+      const auto own = LayerSizes::of(described, &weights[static_cast<size_t>(layer) * each], each, vectors);
       if (!own) return false;
       if (layer == 0) sizes = *own;
       if (*own != sizes_of(layer)) return false;
@@ -325,7 +327,7 @@ class Stack {
 
   LayerSizes sizes_of(int64_t layer) const {
     LayerSizes own = sizes;
-    if (layer > 0) own.input_size = sizes.kind.directions * sizes.output_size;
+    if (layer > 0) own.input_size = sizes.layer.directions * sizes.output_size;
     return own;
   }
 
@@ -345,18 +347,18 @@ class Stack {
     if (t.size(0) / static_cast<int64_t>(sizeof(PackHeader)) < layers) return false;
     const auto* headers = reinterpret_cast<const PackHeader*>(t.address);
     sizes = headers[0].sizes;
-    if (headers[0].tier != tier - TIERS || headers[0].layers != layers || sizes.kind.cell != kind.cell) return false;
-    if (sizes.kind.directions != kind.directions) return false;
+    if (headers[0].tier != tier - TIERS || headers[0].layers != layers) return false;
+    if (sizes.layer.cell != described.cell || sizes.layer.directions != described.directions) return false;
     int64_t at = reinterpret_cast<int64_t>(headers + layers);
     for (int64_t layer = 0; layer < layers; ++layer) {
       packs.push_back({at, at + headers[layer].bytes});
-      at += kind.directions * headers[layer].bytes;
+      at += described.directions * headers[layer].bytes;
     }
     return at == t.address + t.size(0);
   }
 
   void give_weights(Call& call, int64_t layer) const {
-    const size_t each = sizes.kind.weights() * static_cast<size_t>(sizes.kind.directions);
+    const size_t each = sizes.layer.weights() * static_cast<size_t>(sizes.layer.directions);
     const View* own = &weights[static_cast<size_t>(layer) * each];
     if (!all_half) return call.weights(own);
     Views given(own, own + each);
@@ -374,7 +376,7 @@ class Stack {
     return reinterpret_cast<int64_t>(many.get());
   }
 
-  Kind kind;  // by the module's attributes
+  Layer described;  // by the module's attributes
   mutable Widened wide;
   Views weights;  // of each layer in turn
   std::vector<Packs> packs;   // of each layer, in the place of weights
@@ -443,7 +445,7 @@ Owned differentiated(PyObject* function, const Stack& stack, int64_t layer, PyOb
   arguments.push_back(nullptr);
   arguments.push_back(std::move(states[0]));
   arguments.push_back(std::move(states[1]));
-  arguments.push_back(owned(PyUnicode_FromString(stack.sizes.kind.text().c_str())));
+  arguments.push_back(owned(PyUnicode_FromString(stack.sizes.layer.text().c_str())));
   arguments.push_back(owned(PyLong_FromLong(0)));
   const size_t each = stack.objects.size() / static_cast<size_t>(stack.layers), first = static_cast<size_t>(layer) * each;
   for (size_t i = first; i < first + each; ++i) arguments.push_back(kept(stack.objects[i].get()));
@@ -466,15 +468,15 @@ std::array<Owned, 2> zero_states(const Stack& stack, PyObject* x_object, const V
   };
   const LayerSizes& own = stack.sizes;
   states[0] = make(own.output_size);
-  if (own.kind.cell->has_cell_state)
+  if (own.layer.cell->has_cell_state)
     states[1] = own.hidden_size == own.output_size ? kept(states[0].get()) : make(own.hidden_size);
   return states;
 }
 
 // All layers of a call that is differentiated.
 Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, const States& before) {
-  const size_t kinds = stack.sizes.kind.cell->has_cell_state ? 2 : 1;
-  const int64_t D = stack.sizes.kind.directions;
+  const size_t kinds = stack.sizes.layer.cell->has_cell_state ? 2 : 1;
+  const int64_t D = stack.sizes.layer.directions;
   std::array<Owned, 2> zeros;
   if (!before.h_or_none) zeros = zero_states(stack, x_object, x, {D, stack.batch});
   Owned y = kept(x_object);
@@ -516,7 +518,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
-    const bool pair = stack.sizes.kind.cell->has_cell_state;
+    const bool pair = stack.sizes.layer.cell->has_cell_state;
     if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
     if (differentiates(stack, x_object, before)) {
@@ -525,7 +527,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (stack.layers > 1 && !lowest_differentiates(stack, x_object, before)) return nullptr;
       return differentiated(stack, x_object, x, before);
     }
-    const int64_t D = stack.sizes.kind.directions, B = stack.batch, R = stack.sizes.output_size;
+    const int64_t D = stack.sizes.layer.directions, B = stack.batch, R = stack.sizes.output_size;
     View y, h_n, c_n;
     Results results = like(x_object, x, before);
     Owned h_object = results.make({stack.layers * D, B, R}, x.dtype, h_n);
@@ -544,8 +546,8 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     View x, y, h_n, c_n;
     States before, after;
     if (!is_plain(x_object) || is_watched()) return nullptr;
-    if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.sizes.kind.directions != 1) return nullptr;
-    const bool pair = stack.sizes.kind.cell->has_cell_state;
+    if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.sizes.layer.directions != 1) return nullptr;
+    const bool pair = stack.sizes.layer.cell->has_cell_state;
     if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
     const int64_t B = stack.batch, R = stack.sizes.output_size;
@@ -580,7 +582,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1])) return nullptr;
-    const bool pair = stack.sizes.kind.cell->has_cell_state;
+    const bool pair = stack.sizes.layer.cell->has_cell_state;
     if (!before.read(args[3], pair)) return nullptr;
     // torch.nn makes absent states of the size that the module says it has
     if (!before.h_or_none && number(attributes, HIDDEN_SIZE) != stack.sizes.hidden_size) return nullptr;

@@ -58,21 +58,21 @@ class Copies {
   }
 
   // gradients: which of them are asked for, in backward.
-  Layer layer(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0, const Tensors& weights,
-              const std::string& text, const Gradients* gradients = nullptr) {
-    const auto kind = Kind::of(text);
-    STD_TORCH_CHECK(kind, "fastrnn: unknown layer '", text, "'");
+  Inputs inputs(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0,
+                const Tensors& weights, const std::string& text, const Gradients* gradients = nullptr) {
+    const auto layer = Layer::of(text);
+    STD_TORCH_CHECK(layer, "fastrnn: unknown layer '", text, "'");
     STD_TORCH_CHECK(batch_sizes || x.dim() == 3, "fastrnn: x has ", x.dim(), " dimensions");
     STD_TORCH_CHECK(!batch_sizes || batch_sizes->dim() == 1, "fastrnn: expected batch_sizes of int64 [T] on the CPU");
-    Layer seen{};
-    seen.kind = *kind;
+    Inputs seen{};
+    seen.layer = *layer;
     seen.x = view(x, true);
     seen.batch_sizes = contiguous(batch_sizes);
     const Reads reads = gradients ? Reads(seen, *gradients) : Reads();
     seen.x = rows(x, reads.x);
     seen.h0 = contiguous(h0);
     seen.c0 = contiguous(c0);
-    for (size_t i = 0; i < weights.size(); ++i) seen.weights.push_back(contiguous(weights[i], reads.weight(kind->weight(i))));
+    for (size_t i = 0; i < weights.size(); ++i) seen.weights.push_back(contiguous(weights[i], reads.weight(layer->weight(i))));
     return seen;
   }
 
@@ -96,10 +96,10 @@ class Outputs {
   // One that was not made is a tensor without numbers, its own: outputs of an op may not share memory.
   Tensor take(size_t result) { return made_[0][result] ? *made_[0][result] : empty_tensor({0}, code_of(dtype_)); }
   // Those of the weights, if they were made.
-  Tensors take_weights(const Kind& kind, size_t count) {
+  Tensors take_weights(const Layer& layer, size_t count) {
     Tensors taken;
     for (size_t i = 0; i < count; ++i)
-      if (MaybeTensor& made = made_[i / kind.weights()][gradient_of(kind.weight(i))]) taken.push_back(*made);
+      if (MaybeTensor& made = made_[i / layer.weights()][gradient_of(layer.weight(i))]) taken.push_back(*made);
     return taken;
   }
 
@@ -112,9 +112,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const 
                                                          const MaybeTensor& c0, const Tensors& weights, const std::string& text,
                                                          bool save) {
   Copies copies;
-  const Layer layer = copies.layer(x, batch_sizes, h0, c0, weights, text);
-  Outputs<FORWARD_RESULTS> results(layer.x.dtype);
-  forward_call(layer, save, results.make()).run(true);
+  const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text);
+  Outputs<FORWARD_RESULTS> results(inputs.x.dtype);
+  forward_call(inputs, save, results.make()).run(true);
   return {results.take(Y), results.take(H_N), results.take(C_N), results.take(SAVED)};
 }
 
@@ -124,13 +124,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy
                                                            const MaybeTensor& c0, const Tensors& weights, const Tensor& y,
                                                            const Tensor& saved, const std::string& text,
                                                            const std::vector<bool>& needs) {
+  STD_TORCH_CHECK(needs.size() == 3, "fastrnn: needs has ", needs.size(), " members, expected those of dx, dh0 and dw");
   Copies copies;
   const View outer = dy ? copies.rows(*dy) : copies.zeros_like(y);
   const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), needs[0], needs[1], needs[2]};
-  const Layer layer = copies.layer(x, batch_sizes, h0, c0, weights, text, &gradients);
-  Outputs<BACKWARD_RESULTS> results(layer.x.dtype);
-  backward_call(layer, gradients, copies.rows(y), copies.contiguous(saved), results.make()).run(false);
-  return {results.take(DX), results.take(DH0), results.take(DC0), results.take_weights(layer.kind, weights.size())};
+  const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text, &gradients);
+  Outputs<BACKWARD_RESULTS> results(inputs.x.dtype);
+  backward_call(inputs, gradients, copies.rows(y), copies.contiguous(saved), results.make()).run(false);
+  return {results.take(DX), results.take(DH0), results.take(DC0), results.take_weights(inputs.layer, weights.size())};
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {
