@@ -174,7 +174,7 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     found[3] = std::move(made[0][DC0]);
     const Layer& layer = own.inputs.layer;
     for (size_t i = 0; i < own.inputs.weights.size(); ++i)
-      found[own.FIRST_WEIGHT + i] = std::move(made[i / layer.weights()][gradient_of(layer.weight(i))]);
+      found[own.FIRST_WEIGHT + i] = std::move(made[layer.direction(i)][gradient_of(layer.weight(i))]);
     return tuple_of(std::move(found));
   });
 }

@@ -159,9 +159,8 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, const int64_t*
 
 void Call::weights(const View* given) {
   static constexpr int64_t Record::*FIELDS[] = {&Record::w_ih, &Record::w_hh, &Record::b_ih, &Record::b_hh, &Record::w_hr};
-  const size_t each = layer.weights();
-  for (size_t i = 0; i < each * static_cast<size_t>(layer.directions); ++i)
-    records[i / each].*FIELDS[layer.weight(i)] = given[i].address;
+  for (size_t i = 0; i < layer.weights() * static_cast<size_t>(layer.directions); ++i)
+    records[layer.direction(i)].*FIELDS[layer.weight(i)] = given[i].address;
 }
 
 void Call::states(const View& given, int64_t Record::*field, int64_t numbers_a_direction, int64_t index, int64_t layers) {

@@ -68,11 +68,13 @@ struct Layer {
   static std::optional<Layer> of(std::string_view text);
   std::string text() const;
 
-  // Weights that a direction has, and what each of those of all directions is, in the order of torch.nn's lists.
+  // Weights that a direction has; and of those of all directions, in the order of torch.nn's lists, whose and which one is.
+  // Without a division: this is for every call.
   enum Weight : size_t { W_IH, W_HH, B_IH, B_HH, W_HR };
   size_t weights() const { return 2U + 2U * bias + projected; }
+  size_t direction(size_t index) const { return index >= weights(); }
   Weight weight(size_t index) const {
-    const size_t place = index % weights();
+    const size_t place = direction(index) ? index - weights() : index;
     return place < 2 || (bias && place < 4) ? static_cast<Weight>(place) : W_HR;
   }
 

@@ -99,7 +99,7 @@ class Outputs {
   Tensors take_weights(const Layer& layer, size_t count) {
     Tensors taken;
     for (size_t i = 0; i < count; ++i)
-      if (MaybeTensor& made = made_[i / layer.weights()][gradient_of(layer.weight(i))]) taken.push_back(*made);
+      if (MaybeTensor& made = made_[layer.direction(i)][gradient_of(layer.weight(i))]) taken.push_back(*made);
     return taken;
   }
 
