@@ -348,14 +348,15 @@ def _cell(cell: str, x, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, compressed: boo
         engine = "torch"  # one step costs less than a launch from Python
     inputs = None
     if engine != "torch":
-        inputs = Inputs(x.unsqueeze(0), None, h.unsqueeze(0), None if c is None else c.unsqueeze(0))
+        x_step = ops.unit_stride(x.unsqueeze(0))
+        inputs = Inputs(x_step, None, h.unsqueeze(0), None if c is None else c.unsqueeze(0))
     if compressed and (inputs is None or engine not in dispatch.FUSED):
         w_ih, w_hh = params[:2] = _wide(x, params)[:2]
     if inputs is None or misfit(layer, inputs, params):
         if cell == "lstm" and _unchecked_by_torch_cell(x, h, w_hh):
             raise ValueError(f"LSTMCell: Expected hx[0] to have as many dimensions as input, got {tuple(h.shape)}")
         return getattr(_VF, f"{cell}_cell")(x, hx, w_ih, w_hh, b_ih, b_hh)
-    _, h, c = _run(engine, inputs._replace(x=ops.unit_stride(inputs.x)), params, layer, of_cell=True)
+    _, h, c = _run(engine, inputs, params, layer, of_cell=True)
     return h.squeeze(0) if c is None else (h.squeeze(0), c.squeeze(0))
 
 
