@@ -100,6 +100,11 @@ class CellFunction:
     """A cell, made by `fastrnn.cell`: still a function, of tensors, which runs one step.
 
     Called on tensors of any shapes that broadcast, it does what was written, with torch's operations.
+
+    Attributes:
+        definition: the cell as the engines know it.
+        parts: names of the arguments that have a row block in weight_ih, one in weight_hh, a weight of their own ("ih", "hh",
+            "own").
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -110,6 +115,8 @@ class CellFunction:
         except (Refused, TypeError) as error:
             raise _located(function, error) from error
         reference.register(self.definition)
+        kinds, of = self.definition.kinds, {"ih": ("Gate", "Input"), "hh": ("Gate", "Hidden"), "own": ("Weight",)}
+        self.parts = {part: [name for name in kinds if kinds[name] in own] for part, own in of.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)

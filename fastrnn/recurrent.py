@@ -15,6 +15,7 @@ from fastrnn import dispatch, functional, ops
 from fastrnn.cells import CellFunction
 from fastrnn.checkpoint import recompute
 from fastrnn.kernels import cpu
+from fastrnn.kernels.layer import Inputs, Layer
 
 _CLASSES: dict[CellFunction, type[Recurrent]] = {}
 
@@ -124,7 +125,7 @@ class Recurrent(nn.Module):
         self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
         self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bidirectional
         self.num_heads, self.recompute = num_heads, recompute
-        parts, H = self._parts(), hidden_size
+        parts, H = self.cell.parts, hidden_size
         for layer in range(num_layers):
             inputs = input_size if layer == 0 else H * (1 + bidirectional)
             shapes: dict[str, tuple[int, ...]] = {
@@ -145,15 +146,6 @@ class Recurrent(nn.Module):
         bound = 1 / math.sqrt(self.hidden_size)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
-
-    def _parts(self) -> dict[str, list[str]]:
-        """Names of the cell's arguments that have a row block in weight_ih, one in weight_hh, a weight of their own."""
-        kinds = self.cell.definition.kinds
-        return {
-            "ih": [name for name in kinds if kinds[name] in ("Gate", "Input")],
-            "hh": [name for name in kinds if kinds[name] in ("Gate", "Hidden")],
-            "own": [name for name in kinds if kinds[name] == "Weight"],
-        }
 
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"][: 1 + self.bidirectional]
@@ -213,7 +205,7 @@ class Recurrent(nn.Module):
             raise ValueError(f"RNN: Expected input to be {'2D' if len(dims) == 1 else '2D or 3D'}, got {x.dim()}D instead")
         if x.shape[-1] != self.input_size:
             raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}")
-        dtype = next(self.parameters()).dtype
+        dtype = self.weight_ih_l0.dtype
         if x.dtype != dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). Convert input: input.to({dtype}), "
@@ -244,24 +236,25 @@ class Recurrent(nn.Module):
 
     def _run(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], batch_first: bool) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
-        definition, D, training = self.cell.definition, 1 + self.bidirectional, torch.is_grad_enabled()
-        layers = [self._weights(layer) for layer in range(self.num_layers)]
-        engine = dispatch.choose(x, batch_sizes, states, [weight for kinds in layers for kind in kinds for weight in kind])
-        fused = engine == "cpu" and cpu.why_not_cell(definition.name) is None
-        run = ops.layer if fused else functional._reference
-        if fused:
-            cpu.prepare_cell(definition.name, x.dtype, training)
+        definition, D = self.cell.definition, 1 + self.bidirectional
+        weights = [self._weights(layer) for layer in range(self.num_layers)]
+        engine = dispatch.choose(x, batch_sizes, states, [each for own in weights for each in own])
+        if engine != "cpu" or cpu.why_not_cell(definition.name):
+            engine = "reference"
+        else:
+            cpu.prepare_cell(definition.name, x.dtype, torch.is_grad_enabled())
         h0, *others = states
         c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
+        bias = self.bias or definition.weights > 0
+        described = Layer(definition.name, D, bias=bias, batch_first=batch_first)
         y, h_n, c_n = ops.unit_stride(x), [], []
-        for layer, kinds in enumerate(layers):
-            own = slice(layer * D, (layer + 1) * D)
+        for layer, own in enumerate(weights):
+            part = slice(layer * D, (layer + 1) * D)
             if layer and self.training and self.dropout:
                 y = F.dropout(y, self.dropout, True)
+            inputs = Inputs(y, batch_sizes, h0[part], None if c0 is None else c0[part])
             with recompute(self.recompute):
-                y, h, c = run(
-                    y, batch_sizes, h0[own], None if c0 is None else c0[own], *kinds, definition.name, False, batch_first
-                )
+                y, h, c = functional._run(engine, inputs, own, described)
             h_n.append(h)
             c_n.append(c)
         after = [_joined(h_n)]
@@ -269,24 +262,26 @@ class Recurrent(nn.Module):
             after += _joined(c_n).chunk(definition.states, -1)
         return [y, *after]
 
-    def _weights(self, layer: int) -> ops.Kinds:
-        """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih, b_hh, w_hr of each direction."""
-        definition, parts, H = self.cell.definition, self._parts(), self.hidden_size
-        w_ih, w_hh, b_ih, b_hh = [], [], [], []
+    def _weights(self, layer: int) -> list[Tensor]:
+        """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
+        definition, parts, H = self.cell.definition, self.cell.parts, self.hidden_size
+        found: list[Tensor] = []
         for suffix in self._suffixes(layer):
             own = [getattr(self, f"weight_{name}{suffix}") for name in parts["own"]]
             matrix = getattr(self, f"weight_ih{suffix}")
-            w_ih.append(_blocks(matrix, parts["ih"], definition.input_parts, H))
             recurrent = getattr(self, f"weight_hh{suffix}", None)
             recurrent = matrix.new_zeros(0, H) if recurrent is None else self._dense(recurrent)
-            w_hh.append(_blocks(recurrent, parts["hh"], definition.hidden_parts, H))
+            found += (
+                _blocks(matrix, parts["ih"], definition.input_parts, H),
+                _blocks(recurrent, parts["hh"], definition.hidden_parts, H),
+            )
             if self.bias or own:
                 biases = [getattr(self, f"bias_{kind}{suffix}", None) if self.bias else None for kind in ("ih", "hh")]
                 of_input, of_hidden = (matrix.new_zeros(0) if bias is None else bias for bias in biases)
                 of_input = _blocks(of_input, parts["ih"] if len(of_input) else [], definition.input_parts, H)
-                b_ih.append(torch.cat([of_input, *own]) if own else of_input)
-                b_hh.append(_blocks(of_hidden, parts["hh"] if len(of_hidden) else [], definition.hidden_parts, H))
-        return w_ih, w_hh, b_ih, b_hh, []
+                found.append(torch.cat([of_input, *own]) if own else of_input)
+                found.append(_blocks(of_hidden, parts["hh"] if len(of_hidden) else [], definition.hidden_parts, H))
+        return found
 
     def _dense(self, w: Tensor) -> Tensor:
         """Return w_hh [blocks * H, H] of its heads' blocks [blocks * H, H / num_heads], with zeros elsewhere."""

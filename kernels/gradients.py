@@ -7,8 +7,8 @@ Steps come in blocks, so that the numbers of a block stay in the processor's cac
 
 Nothing is done in place: autograd, forward mode and vmap pass through all of it, to any order.
 
-Letters as in reference.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of
-a unit; Q as many, and one more for each state that enters element by element and each weight of the cell's own.
+Letters as in layer.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of a
+unit; Q as many, and one more for each state that enters element by element and each weight of the cell's own.
 """
 
 from __future__ import annotations
@@ -23,100 +23,58 @@ from torch import Tensor
 
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.derive import Printer
-from fastrnn.kernels.reference import NAMES, apart, at, first, order_of, replace, states_before, taken_apart
+from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, Steps, Weights
+from fastrnn.kernels.reference import NAMES, apart, first, order_of, replace, states_before, taken_apart
 from fastrnn.kernels.symbols import Symbol, is_number
 
 BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so many numbers fit a core's cache
 
 
 def layer_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    b_ih: Sequence[Tensor],
-    b_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
-    y: Tensor,
-    saved: Tensor,
-    cell: str,
-    reverse: bool = False,
-    batch_first: bool = False,
-    need_dx: bool = True,
-    need_dh0: bool = True,
-    need_dw: bool = True,
-) -> tuple[Tensor, ...]:
-    """Return the gradients dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; [0] where there is none.
-
-    The two directions' gradients of a weight are one below the other.
-    """
-    rows, empty = Rows(x, batch_sizes, batch_first), x.new_empty(0)
+    outer: Outer, inputs: Inputs, weights: Sequence[Tensor], y: Tensor, saved: Tensor, layer: Layer, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return the gradients dx, dh0, dc0, [0] where there is none, and those of all weights in a list, empty if not needed."""
+    steps, empty = Steps(layer, inputs), inputs.x.new_empty(0)
     dxs, dh0s, dc0s, dws = [], [], [], []
-    for d in range(len(w_ih)):
-        weights = Weights(*(at(kind, d) for kind in (w_ih, w_hh, b_ih, b_hh, w_hr)))
-        direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
-        dys, state = direction.split(rows.of(dy, d, len(w_ih))), direction.state(dh_n, dc_n)
+    for d, own in enumerate(layer.by_direction(weights)):
+        direction = Direction(layer, steps, d, inputs, own, y, saved)
+        dys, state = direction.split(direction.columns(outer.dy)), direction.state(outer.dh_n, outer.dc_n)
         dx: list[Any] = [None] * len(dys)
         dw = Weights()
         for k in reversed(direction.order):
             block = direction.blocks[k]
             grads, state = block.pull(dys[k], state)
-            dx[k] = torch.mm(grads.input, weights.w_ih) if need_dx else None
-            dw = block.add_weights(dw, grads, block.x, block.h, block.out) if need_dw else dw
+            dx[k] = torch.mm(grads.input, own.w_ih) if needs.dx else None
+            dw = block.add_weights(dw, grads, block.x, block.h, block.out) if needs.dw else dw
         dxs.append(dx)
         dh0s.append(state.h)
         dc0s.append(state.c)
-        dws.append(dw)
+        dws += [each for each in dw if each is not None]
     return (
-        rows.join(total(*map(joined, dxs))) if need_dx else empty,
-        torch.stack(dh0s) if need_dh0 else empty,
-        torch.stack(dc0s) if need_dh0 and c0 is not None else empty,
-        *(empty if dw[0] is None else torch.cat(dw) for dw in zip(*dws, strict=True)),
+        steps.join(total(*map(joined, dxs))) if needs.dx else empty,
+        torch.stack(dh0s) if needs.dh0 else empty,
+        torch.stack(dc0s) if needs.dh0 and inputs.c0 is not None else empty,
+        dws,
     )
 
 
 def layer_double_backward(
-    v: Sequence[Tensor | None],
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    b_ih: Sequence[Tensor],
-    b_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
-    y: Tensor,
-    saved: Tensor,
-    cell: str,
-    reverse: bool,
-    batch_first: bool,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return gradients of layer_backward's dy, dh_n, dc_n, x, h0, c0 and each weight, or None, from those of its results, v.
+    v: Sequence, outer: Outer, inputs: Inputs, weights: Sequence[Tensor], y: Tensor, saved: Tensor, layer: Layer, needs: Needs
+) -> tuple[Outer, Inputs, list[Tensor]]:
+    """Return gradients of layer_backward's `outer`, `inputs` and weights, from those of its results: v, with None for zeros.
 
-    layer_backward is linear in dy, dh_n and dc_n: it is the transpose of the layer's derivative. So its results times v are dy,
-    dh_n and dc_n times the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of dy, dh_n
-    and dc_n is that change, and the gradient of the layer's inputs is the change of layer_backward's results.
+    layer_backward is linear in `outer`: it is the transpose of the layer's derivative. So its results times v are `outer` times
+    the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of `outer` is that change, and
+    the gradient of the layer's inputs is the change of layer_backward's results.
     """
-    rows, D = Rows(x, batch_sizes, batch_first), len(w_ih)
-    vx, vh0, vc0, *vw = v
-    vw = [None if each is None else each.chunk(D) for each in vw]
+    steps, (dy, dh_n, dc_n), c0 = Steps(layer, inputs), outer, inputs.c0
+    vx, vh0, vc0, vw = v
     ys, h_ns, c_ns, dxs, dh0s, dc0s, dws = [], [], [], [], [], [], []
-    for d in range(D):
-        weights = Weights(*(at(kind, d) for kind in (w_ih, w_hh, b_ih, b_hh, w_hr)))
-        direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
-        blocks, order, along = direction.blocks, direction.order, Weights(*(at(kind, d) for kind in vw))
-        vxs, dys = direction.split(rows.of(vx)), direction.split(rows.of(dy, d, D))
+    vws = layer.by_direction(vw or [None] * len(weights))
+    for d, (own, along) in enumerate(zip(layer.by_direction(weights), vws, strict=True)):
+        direction = Direction(layer, steps, d, inputs, own, y, saved)
+        blocks, order = direction.blocks, direction.order
+        vxs, dys = direction.split(None if vx is None else steps.flat(vx)), direction.split(direction.columns(dy))
         changes: list[Any] = [None] * len(blocks)
         state = direction.state(vh0, vc0)
         for k in order:
@@ -131,59 +89,22 @@ def layer_double_backward(
             block, change = blocks[k], changes[k]
             grads, state = block.pull(dys[k], state)
             bent, bent_state = block.bend(grads, along, change, bent_state)
-            if need_dx:
-                dx[k] = total(torch.mm(bent.input, weights.w_ih), _times(grads.input, along.w_ih))
-            if need_dw:
+            if needs.dx:
+                dx[k] = total(torch.mm(bent.input, own.w_ih), _times(grads.input, along.w_ih))
+            if needs.dw:
                 dw = block.add_weights(dw, bent, block.x, block.h, block.out)
                 dw = block.add_weights(dw, grads, change.x, change.h, change.out, biases=False)
         dxs.append(dx)
         dh0s.append(bent_state.h)
         dc0s.append(bent_state.c)
-        dws.append(dw)
-    return (
-        None if dy is None else rows.join(ys[0] if D == 1 else torch.cat(ys, -1)),
+        dws += [each for each in dw if each is not None]
+    changed = Outer(
+        None if dy is None else steps.join(ys[0] if len(ys) == 1 else torch.cat(ys, -1)),
         None if dh_n is None else torch.stack(h_ns),
         None if dc_n is None else torch.stack(c_ns),
-        rows.join(total(*map(joined, dxs))) if need_dx else None,
-        torch.stack(dh0s),
-        None if c0 is None else torch.stack(dc0s),
-        [each for kind in zip(*dws, strict=True) if kind[0] is not None for each in kind],
     )
-
-
-class Rows:
-    """Where the rows of all steps lie in x, y and their gradients, and how many each step has."""
-
-    def __init__(self, x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> None:
-        self.packed, self.batch_first = batch_sizes is not None, batch_first
-        if batch_sizes is None:
-            self.batch, self.steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-            self.sizes = [self.batch] * self.steps
-        else:
-            self.sizes = batch_sizes.tolist()
-
-    def of(self, tensor: Tensor | None, d: int = 0, directions: int = 1) -> Tensor | None:
-        """Return [N, ...]; of a tensor that holds both directions, the columns of one."""
-        if tensor is not None and not self.packed:
-            tensor = (tensor.transpose(0, 1) if self.batch_first else tensor).reshape(-1, tensor.shape[-1])
-        return tensor if tensor is None or directions == 1 else tensor.chunk(directions, -1)[d]
-
-    def join(self, rows: Tensor) -> Tensor:
-        """Undo `of`."""
-        if self.packed:
-            return rows
-        rows = rows.reshape(self.steps, self.batch, -1)
-        return rows.transpose(0, 1).contiguous() if self.batch_first else rows
-
-
-class Weights(NamedTuple):
-    """The weights of a direction, their gradients, or a vector for each; None where there is none."""
-
-    w_ih: Any = None
-    w_hh: Any = None
-    b_ih: Tensor | None = None
-    b_hh: Tensor | None = None
-    w_hr: Tensor | None = None
+    dx_all, dc0 = steps.join(total(*map(joined, dxs))) if needs.dx else None, None if c0 is None else torch.stack(dc0s)
+    return changed, Inputs(dx_all, None, torch.stack(dh0s), dc0), dws
 
 
 class State(NamedTuple):
@@ -218,11 +139,13 @@ class Gradients(NamedTuple):
 class Direction:
     """One direction of a layer, near the states that it went through, as blocks of steps."""
 
-    def __init__(self, cell: Cell, rows: Rows, d: int, reverse: bool, x, h0, c0, weights: Weights, y, saved) -> None:
-        hidden, sizes, order = weights.w_hh.shape[0] // cell.gates, rows.sizes, order_of(len(rows.sizes), reverse)
-        h0, c0 = h0[d], at(c0, d)
-        self.d, self.zeros = d, State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
-        y = rows.of(y, d, len(saved))
+    def __init__(self, layer: Layer, steps: Steps, d: int, inputs: Inputs, weights: Weights, y: Tensor, saved: Tensor) -> None:
+        self.layer, self.steps, self.d = layer, steps, d
+        cell, sizes, reverse, x = CELLS[layer.cell], steps.sizes, layer.reverse != bool(d), steps.flat(inputs.x)
+        hidden, order = weights.w_hh.shape[0] // cell.gates, order_of(len(sizes), reverse)
+        h0, c0 = inputs.h0[d], None if inputs.c0 is None else inputs.c0[d]
+        self.zeros = State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
+        y = self.columns(y)
         slots = saved[d].split(hidden, -1) if cell.slots else ()
         h, c = before(order, sizes, y, h0), None
         if c0 is not None:
@@ -230,19 +153,26 @@ class Direction:
         out = y if weights.w_hr is None else slots[-1]
         kept = [*slots[: cell.kept], *slots[cell.slots - cell.states : cell.slots], *(out,)[: cell.derived.reads_output]]
         kept += states_before(cell, h, c)
-        steps = max(1, BLOCK // max(1, sizes[0] * hidden))
-        parts = [sizes[t : t + steps] for t in range(0, len(sizes), steps)]
+        length = max(1, BLOCK // max(1, sizes[0] * hidden))
+        parts = [sizes[t : t + length] for t in range(0, len(sizes), length)]
         self.rows, self.order = [sum(part) for part in parts], order_of(len(parts), reverse)
         if c0 is None:
             units: Sequence[Tensor] = (h.new_ones(()),)
         else:  # [1 + S, 1, 1]: a gradient of h, and none of the others; one of the first of these, and so on
             count = 1 + cell.states
             units = torch.eye(count, dtype=h.dtype, device=h.device).view(count, count, 1, 1).unbind()
-        split = zip(*map(self.split, (rows.of(x), h, out, *kept)), strict=True)
+        split = zip(*map(self.split, (x, h, out, *kept)), strict=True)
         self.blocks = [
             Block(cell, weights, part, order_of(len(part), reverse), units, *each)
             for part, each in zip(parts, split, strict=True)
         ]
+
+    def columns(self, sequence: Tensor | None) -> Tensor | None:
+        """Return this direction's share [N, R] of y, or of its gradient."""
+        if sequence is None:
+            return None
+        rows = self.steps.flat(sequence)
+        return rows if self.layer.directions == 1 else rows.chunk(2, -1)[self.d]
 
     def split(self, rows: Tensor | None) -> Sequence:
         """Return the rows of each block."""

@@ -2,9 +2,7 @@
 
 Plain differentiable torch operations, out of place: any dtype and device, any order of gradient, forward mode, vmap.
 gradients.py has what follows from it, its first and second derivatives.
-Arguments, results and the layout of `saved` are those of the raw ops in fastrnn/ops.py.
-
-Letters: T steps, B rows, I input size, H hidden size, G gates, R projected size or H, D directions, b rows of a step.
+Results and the layout of `saved` are those of the raw ops in fastrnn/ops.py, letters those of layer.py.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from torch import Tensor, abs, erf, exp, expm1, full_like, log, log1p, relu, sig
 from torch.nn.functional import logsigmoid
 
 from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.layer import Inputs, Layer, Steps, Weights
 
 
 def maximum(a: Tensor | float, b: Tensor | float) -> Tensor:
@@ -60,38 +59,25 @@ for _cell in CELLS.values():
 
 
 def layer_forward(
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    b_ih: Sequence[Tensor],
-    b_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
-    cell: str,
-    reverse: bool = False,
-    batch_first: bool = False,
-    save: bool = False,
+    inputs: Inputs, weights: Sequence[Tensor], layer: Layer, save: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layer's outputs y, h_n [D, B, R], c_n [D, B, S * H] or [0], and saved [D, rows, slots * H] or [0]."""
-    kind = CELLS[cell]
-    xs = _steps(x, batch_sizes, batch_first)
+    kind, steps, (x, _, h0, c0) = CELLS[layer.cell], Steps(layer, inputs), inputs
+    xs = steps.each(x)
     ys, states, carries, kept = [], [], [], []
-    for d in range(len(w_ih)):
-        weights = w_ih[d], w_hh[d], at(b_ih, d), at(b_hh, d), at(w_hr, d)
-        h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], weights, reverse != bool(d))
+    for d, own in enumerate(layer.by_direction(weights)):
+        h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], own, layer.reverse != bool(d))
         ys.append(out)
         kept.append(torch.cat(slots))
         states.append(h)
         carries.append(c)
-    y = _join([torch.cat(step, -1) for step in zip(*ys, strict=True)], batch_sizes, batch_first)
+    y = steps.gathered([torch.cat(step, -1) for step in zip(*ys, strict=True)])
     empty = x.new_empty(0)
     c_n = torch.stack(carries) if kind.states else empty
     return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
 
 
-def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool):
+def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, reverse: bool):
     """One direction: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H]."""
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     b_ih, own_weights = apart(kind, b_ih)
@@ -157,19 +143,3 @@ def replace(state: Tensor, rows: Tensor) -> Tensor:
     """The first rows replaced: a row that has ended keeps its last state, in reverse one yet to begin its first."""
     b, B = len(rows), len(state)
     return rows if b == B else torch.cat((rows, state.narrow(0, b, B - b)))
-
-
-def _steps(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Sequence[Tensor]:
-    """Rows [b, ...] of every step."""
-    if batch_sizes is not None:
-        return x.split(batch_sizes.tolist())
-    return x.unbind(1 if batch_first else 0)
-
-
-def _join(steps: list[Tensor], batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
-    """The inverse of `_steps`."""
-    return torch.cat(steps) if batch_sizes is not None else torch.stack(steps, 1 if batch_first else 0)
-
-
-def at(tensors, d: int) -> Tensor | None:
-    return tensors[d] if tensors is not None and len(tensors) else None

@@ -22,6 +22,7 @@ import fastrnn
 from fastrnn import cells, dispatch
 from fastrnn.cells import Gate, Hidden, Input, State, Weight, exp, maximum, relu, sigmoid, tanh, where
 from fastrnn.kernels import gradients, reference
+from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 
 NATIVE = ["slstm", "peephole_lstm", "mgu", "indrnn"]  # what the others have is among what these have
 FORMS = {
@@ -162,54 +163,32 @@ def test_derived_gradients_are_those_of_autograd(name, packed):
     """kernels/gradients.py, first and second order, through the ops' reference; two directions."""
     kind = cell_of(name).definition
     T, B, I, H, D = 3, 3, 2, 2, 2
-    sizes = torch.tensor([3, 3, 1]) if packed else None
+    layer, sizes = Layer(kind.name, D, bias=True), torch.tensor([3, 3, 1]) if packed else None
     x = torch.randn(*((7, I) if packed else (T, B, I)), dtype=torch.float64)
     h0 = torch.rand(D, B, H, dtype=torch.float64) + 0.5
     c0 = torch.rand(D, B, kind.states * H, dtype=torch.float64) + 0.5 if kind.states else None
-    w_ih, w_hh, b_ih, b_hh = (
-        [torch.randn(rows * H, *width, dtype=torch.float64) for _ in range(D)]
-        for rows, width in ((kind.gates, (I,)), (kind.gates, (H,)), (kind.gates + kind.weights, ()), (kind.gates, ()))
-    )
-    leaves = [x, h0, *([] if c0 is None else [c0]), *w_ih, *w_hh, *b_ih, *b_hh]
-
-    def arguments(leaves):
-        x, h0, *rest = leaves
-        c0, rest = (rest[0], rest[1:]) if kind.states else (None, rest)
-        return x, sizes, h0, c0, *(rest[D * k : D * k + D] for k in range(4)), []
-
-    def forward(*leaves):
-        y, h_n, c_n, saved = reference.layer_forward(*arguments(leaves), kind.name, False, False, True)
-        return (y, h_n, c_n, saved) if kind.states else (y, h_n, saved)
-
-    for leaf in leaves:
-        leaf.requires_grad_()
-    *outputs, saved = forward(*leaves)
-    seeds = [torch.randn_like(each) for each in outputs]
+    shapes = (kind.gates * H, I), (kind.gates * H, H), ((kind.gates + kind.weights) * H,), (kind.gates * H,)
+    weights = [torch.randn(shape, dtype=torch.float64) for _ in range(D) for shape in shapes]
+    leaves = [each.requires_grad_() for each in (x, h0, c0, *weights) if each is not None]
+    inputs = Inputs(x, sizes, h0, c0)
+    y, h_n, c_n, saved = reference.layer_forward(inputs, weights, layer, True)
+    outputs = [y, h_n, *([c_n] if kind.states else [])]
+    seeds = [torch.randn_like(each, requires_grad=True) for each in outputs]
+    outer = Outer(*seeds, *[None] * (3 - len(seeds)))
     truth = torch.autograd.grad(outputs, leaves, seeds, create_graph=True)
-
-    def backward(leaves, seeds, saved, y):
-        dc_n = seeds[2] if kind.states else None
-        return gradients.layer_backward(*seeds[:2], dc_n, *arguments(leaves), y, saved, kind.name, False, False)
-
-    found = [each for each in backward(leaves, seeds, saved, outputs[0]) if each.numel()]
-    split = [*found[: 2 + bool(kind.states)], *(part for each in found[2 + bool(kind.states) :] for part in each.chunk(D))]
-    for k, (own, right) in enumerate(zip(split, truth, strict=True)):
+    dx, dh0, dc0, dw = gradients.layer_backward(outer, inputs, weights, y, saved, layer, Needs())
+    found = [dx, dh0, *([dc0] if kind.states else []), *dw]
+    for k, (own, right) in enumerate(zip(found, truth, strict=True)):
         torch.testing.assert_close(own, right, rtol=1e-10, atol=1e-11, msg=lambda text, k=k: f"gradient {k}: {text}")
 
     # the gradient of <backward, v> by what is derived, and by autograd twice
     v = [torch.randn_like(each) for each in truth]
-    for seed in seeds:
-        seed.requires_grad_()
-    truth = torch.autograd.grad(outputs, leaves, seeds, create_graph=True)
     right = torch.autograd.grad(truth, [*seeds, *leaves], v)
-    joined = [*v[: 2 + bool(kind.states)], *(torch.cat(v[k : k + D]) for k in range(2 + bool(kind.states), len(v), D))]
-    of = [joined[0], joined[1], joined[2] if kind.states else None, *joined[2 + bool(kind.states) :], None]
+    states = v[1], v[2] if kind.states else None
+    of = v[0], *states, v[len(v) - len(weights) :]
     with torch.no_grad():
-        dc_n = seeds[2] if kind.states else None
-        bent = gradients.layer_double_backward(
-            of, *seeds[:2], dc_n, *arguments(leaves), outputs[0], saved, kind.name, False, False, True, True
-        )  # fmt: skip
-    own = [*bent[: 2 + bool(kind.states)], bent[3], bent[4], *([bent[5]] if kind.states else []), *bent[6]]
+        changed, bent, dw = gradients.layer_double_backward(of, outer, inputs, weights, y, saved, layer, Needs())
+    own = [each for each in (*changed, bent.x, bent.h0, bent.c0, *dw) if each is not None]
     for k, (one, other) in enumerate(zip(own, right, strict=True)):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10, msg=lambda text, k=k: f"second gradient {k}: {text}")
 

@@ -115,6 +115,7 @@ def test_every_source_counts_as_one():
         "cpu.fallback",
         "reference",
         "gradients",
+        "layer",
         "gpu",
         "gpu.plan",
         "gpu.precision",

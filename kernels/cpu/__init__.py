@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..cells import CELLS
+from ..layer import Layer
 from . import plan, processor
 from .processor import Tier
 from .source import source_hash
@@ -165,14 +166,12 @@ def team() -> tuple[int, str]:
 
 
 def describe(
-    cell: str,
+    layer: Layer,
     T: int,
     B: int,
     I: int,
     H: int,
     R: int,
-    D: int,
-    threads: int,
     training: bool,
     half: bool,
     layers: int = 1,
@@ -181,13 +180,13 @@ def describe(
 ) -> str:
     """How the engine would share a dense layer's work out, in words.
 
-    cell: a name of cells.CELLS; T steps, B rows, I inputs, H units, R outputs (projection, or H), D directions.
+    T steps, B rows, I inputs, H units, R outputs (projection, or H).
     half: matrices are in bfloat16. layers: of which this is one, on top of each other and called together; lowest: inputs of
     the lowest. size: bytes of a number that is computed with.
     """
     how, tier = load()
-    target, threads = tier.target, threads if how == "compiled" else 1
-    gates, lanes = CELLS[cell].gates, target.vector_bytes // size
+    target, threads = tier.target, team()[0]
+    gates, D, lanes = CELLS[layer.cell].gates, layer.directions, target.vector_bytes // size
     columns = plan.unit_vectors(gates, target.registers) * gates
     l2_bytes = runtime_module().l2_bytes if how == "compiled" else plan.L2_BYTES
     words = []

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
+from ..layer import Inputs, Layer, Steps, layer_of
 from . import processor
 from .plan import FIELDS, L2_BYTES
 from .processor import Tier
@@ -119,37 +120,41 @@ def unit(cell: str, scalar: str, which: str):
 class Call:
     """One record a direction, filled field by field as csrc/layer.cpp does, and everything they point to kept alive."""
 
-    def __init__(self, cell: str, x: Tensor, batch_sizes: Tensor | None, h0: Tensor, w_ih, b_ih, w_hr, reverse: bool,
-                 batch_first: bool):  # fmt: skip
-        D = len(w_ih)
+    def __init__(self, layer: Layer, inputs: Inputs, weights: Sequence[Tensor]) -> None:
+        x, D = inputs.x, layer.directions
         self.records = np.zeros(D, [(name, np.int64) for name in FIELDS])
         self.keep: list = [self.records]
-        self.cell, self.scalar = cell, TYPES[x.dtype]
-        self.batch_first, self.packed = batch_first, batch_sizes is not None
-        T = x.shape[1 if batch_first else 0] if batch_sizes is None else len(batch_sizes)
-        B, R, H = h0.shape[1], h0.shape[2], w_ih[0].shape[0] // CELLS[cell].gates
-        rows = x.shape[0] if self.packed else T * B
+        self.cell, self.scalar, self.steps = CELLS[layer.cell], TYPES[x.dtype], Steps(layer, inputs)
+        self.H, self.R = weights[0].shape[0] // self.cell.gates, inputs.h0.shape[2]
+        if weights[0].dtype == torch.bfloat16 and self.R % 2 == 0:  # matrices as kernels read them
+            self.weights = [w.contiguous() for w in weights]
+        else:
+            self.weights = [w.to(x.dtype).contiguous() for w in weights]
         sizes = {
-            "steps": T,
-            "batch": B,
-            "rows": rows,
+            "steps": self.steps.steps,
+            "batch": self.steps.batch,
+            "rows": self.steps.rows,
             "input_size": x.shape[-1],
-            "hidden_size": H,
-            "output_size": R,
-            "bias": bool(b_ih),
-            "projected": bool(w_hr),
-            "half": w_ih[0].dtype == torch.bfloat16,
+            "hidden_size": self.H,
+            "output_size": self.R,
+            "bias": layer.bias,
+            "projected": layer.projected,
+            "half": self.weights[0].dtype == torch.bfloat16,
             "directions": D,
             "l2_bytes": L2_BYTES,
         }
         for name, value in sizes.items():
             self.records[name] = value
+        batch_sizes = inputs.batch_sizes
         if batch_sizes is not None:
             offsets = torch.cumsum(batch_sizes, 0) - batch_sizes
             self.point("batch_sizes", [batch_sizes.contiguous()] * D)
             self.point("offsets", [offsets] * D)
         self.records["direction"] = np.arange(D)
-        self.records["reverse"] = [reverse ^ bool(d) for d in range(D)]
+        self.records["reverse"] = [layer.reverse ^ bool(d) for d in range(D)]
+        self.rows("x", x)
+        for name in layer.kinds():
+            self.point(name, [getattr(own, name) for own in layer.by_direction(self.weights)])
 
     def point(self, field: str, tensors) -> None:
         """Pointers to each direction's tensor."""
@@ -162,17 +167,17 @@ class Call:
         if tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
         size = tensor.element_size()
-        if self.packed:
+        if self.steps.packed:
             step = row = tensor.stride(0)
         else:
-            step, row = (tensor.stride(1), tensor.stride(0)) if self.batch_first else tensor.stride()[:2]
+            step, row = tensor.stride(self.steps.axis), tensor.stride(1 - self.steps.axis)
         self.keep.append(tensor)
         for d in range(len(self.records)):
             self.records[field][d] = tensor.data_ptr() + d * width * size
         self.records[f"{field}_step"], self.records[f"{field}_row"] = step * size, row * size
 
     def run(self, which: str) -> None:
-        run, arrange = unit(self.cell, self.scalar, which)
+        run, arrange = unit(self.cell.name, self.scalar, which)
         address = self.records.ctypes.data
         workspace = torch.empty(arrange(address, 1) + 64, dtype=torch.uint8)
         self.records["workspace"] = -(-workspace.data_ptr() // 64) * 64
@@ -180,25 +185,16 @@ class Call:
         run(address, 0)
 
 
-def readable(dtype: torch.dtype, R: int, *matrices: list[Tensor]) -> tuple[list[Tensor], ...]:
-    """Matrices as kernels read them: in the dtype of all else, or in bfloat16 where the output size is even."""
-    if matrices[0][0].dtype == torch.bfloat16 and R % 2 == 0:
-        return matrices
-    return tuple([w.to(dtype) for w in each] for each in matrices)
-
-
-def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
-    D, B, R = h0.shape
-    w_ih, w_hh, w_hr = readable(x.dtype, R, w_ih, w_hh, w_hr)
-    call = Call(cell, x, batch_sizes, h0, w_ih, b_ih, w_hr, reverse, batch_first)
-    H, rows = int(call.records["hidden_size"][0]), int(call.records["rows"][0])
-    slots = CELLS[cell].slots + bool(w_hr)
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
+    """The op's implementation."""
+    (D, B, R), layer = h0.shape, layer_of(text)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0), weights)
+    slots = call.cell.slots + layer.projected
     y = x.new_empty(*x.shape[:-1], D * R)
     h_n = x.new_empty(D, B, R)
     c_n = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
-    saved = x.new_empty(D, rows, slots * H) if save else x.new_empty(0)
+    saved = x.new_empty(D, call.steps.rows, slots * call.H) if save else x.new_empty(0)
     call.records["save"] = save
-    call.rows("x", x)
     call.rows("y", y, R)
     call.point("h0", h0.contiguous())
     call.point("h_n", h_n)
@@ -207,37 +203,21 @@ def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
         call.point("c_n", c_n)
     if save:
         call.point("saved", saved)
-    for name, weights in (("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh), ("w_hr", w_hr)):
-        call.point(name, [w.contiguous() for w in weights])
     call.run("forward")
     return y, h_n, c_n, saved
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse,
-                   batch_first, need_dx, need_dh0, need_dw):  # fmt: skip
-    D, B, R = h0.shape
-    matrix = w_ih[0].dtype
-    w_ih, w_hh, w_hr = readable(x.dtype, R, w_ih, w_hh, w_hr)
-    call = Call(cell, x, batch_sizes, h0, w_ih, b_ih, w_hr, reverse, batch_first)
-    H, G, inputs = int(call.records["hidden_size"][0]), CELLS[cell].gates, x.shape[-1]
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+    """The op's implementation."""
+    layer, (need_dx, need_dh0, need_dw) = layer_of(text), needs
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0), weights)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
-    dh0 = x.new_empty(D, B, R)
+    dh0 = x.new_empty(h0.shape)
     dc0 = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)
-    shapes = {
-        "dw_ih": (D * G * H, inputs),
-        "dw_hh": (D * G * H, R),
-        "db_ih": (D * (G + CELLS[cell].weights) * H,) if b_ih else None,
-        "db_hh": (D * G * H,) if b_ih else None,
-        "dw_hr": (D * R, H) if w_hr else None,
-    }
-    weights = {
-        name: x.new_empty(shape if need_dw and shape else 0, dtype=w_ih[0].dtype if name.startswith("dw") else x.dtype)
-        for name, shape in shapes.items()
-    }
+    dw = [torch.empty_like(w, dtype=x.dtype if w.dim() == 1 else None) for w in call.weights] if need_dw else []
     call.records["need_dx"], call.records["need_dh0"], call.records["need_dw"] = need_dx, need_dh0, need_dw
-    call.rows("x", x)
-    call.rows("y", y, R)
-    call.rows("dy", torch.zeros_like(y) if dy is None else dy, R)
+    call.rows("y", y, call.R)
+    call.rows("dy", torch.zeros_like(y) if dy is None else dy, call.R)
     if need_dx:
         call.rows("dx", dx)
     for name, tensor in (("h0", h0), ("dh_n", dh_n), ("c0", c0), ("dc_n", dc_n), ("saved", saved)):
@@ -246,15 +226,13 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
     call.point("dh0", dh0)
     if c0 is not None:
         call.point("dc0", dc0)
-    for name, tensor in weights.items():
-        if tensor.numel():
-            call.point(f"{name}_half" if tensor.dtype == torch.bfloat16 else name, tensor.chunk(D))
-    for name, given in (("w_ih", w_ih), ("w_hh", w_hh), ("w_hr", w_hr), ("b_ih", b_ih)):
-        call.point(name, [w.contiguous() for w in given])
+    for name in layer.kinds() if need_dw else ():
+        grads = [getattr(own, name) for own in layer.by_direction(dw)]
+        call.point(f"d{name}_half" if grads[0].dtype == torch.bfloat16 else f"d{name}", grads)
     call.run("backward")
     if not need_dh0:  # they were the carried gradients' place
         dh0, dc0 = x.new_empty(0), x.new_empty(0)
-    return dx, dh0, dc0, *(w.to(matrix) if w.dim() == 2 else w for w in weights.values())
+    return dx, dh0, dc0, [grad.to(w.dtype) if w.dim() == 2 else grad for grad, w in zip(dw, weights, strict=False)]
 
 
 def register() -> None:

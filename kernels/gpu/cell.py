@@ -70,8 +70,9 @@ class Cells:
         self.relu = relu
         functions = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where": where, "full_like": full_like}
         names = {"__name__": __name__, "tl": tl, **functions}  # tl: Triton's interpreter looks for it
-        self.forward = {name: triton.jit(cell.derived.forward.bind(names)) for name, cell in CELLS.items()}
-        self.backward = {name: triton.jit(cell.derived.backward.bind(names)) for name, cell in CELLS.items()}
+        built_in = {name: cell for name, cell in CELLS.items() if cell.mode}
+        self.forward = {name: triton.jit(cell.derived.forward.bind(names)) for name, cell in built_in.items()}
+        self.backward = {name: triton.jit(cell.derived.backward.bind(names)) for name, cell in built_in.items()}
 
 
 PTX, PLAIN = Cells(_exp2_ptx, _reciprocal_ptx), Cells(_exp2, _reciprocal)
