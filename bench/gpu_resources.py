@@ -26,6 +26,7 @@ import torch
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.gpu import plan as plans
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes
+from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 
 KIB = 1024
 TARGETS = {  # of what people rent: A100, H100, B200, MI300X
@@ -125,27 +126,24 @@ def launches(case: Case) -> list:
     from fastrnn.kernels.gpu.cell import PLAIN, PTX
 
     cell, T, D = CELLS[case.cell], 64, case.D
+    own = Layer(case.cell, D, bias=True, projected=case.R != case.H)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=case.dtype, device="meta")
-
-    def each(*shape: int) -> list[torch.Tensor]:
-        return [empty(*shape)] * D
 
     batch_sizes = torch.full((T,), case.B) if case.packed else None
     leading = (T * case.B,) if case.packed else (T, case.B)
     h0, c0 = empty(D, case.B, case.R), empty(D, case.B, case.H) if cell.carry == "cell" else None
     rows = cell.gates * case.H
-    biases, w_hr = each(rows), each(case.R, case.H) if case.R != case.H else []
-    weights = each(rows, 128), each(rows, case.R), biases, biases, w_hr
+    weights = [empty(rows, 128), empty(rows, case.R), empty(rows), empty(rows), *[empty(case.R, case.H)] * own.projected]
     started: list = []
-    call = layer.Call(empty(*leading, 128), batch_sizes, h0, *weights, case.cell, False, False, run=started.append)
+    call = layer.Call(own, Inputs(empty(*leading, 128), batch_sizes, h0, c0), weights * D, run=started.append)
     call.cells = PTX if TARGETS[case.target][1].backend == "cuda" else PLAIN
     if case.forward:
-        layer.forward(call, h0, c0, True, case.plan, case.precision)
+        layer.forward(call, True, case.plan, case.precision)
     else:
         y, saved = empty(*leading, D * case.R), empty(D, T * case.B, call.slots)
-        layer.backward(call, y, h0, c0, h0, c0, y, saved, True, True, True, case.plan, case.precision)
+        layer.backward(call, Outer(y, h0, c0), y, saved, Needs(), case.plan, case.precision)
     return started
 
 

@@ -18,26 +18,24 @@ def sizes(request):
 
 @pytest.fixture(params=["lstm", "gru", "rnn_tanh"])
 def arguments(request, sizes):
-    """(tensors, cell) that layer_forward and layer_backward begin with: x, batch_sizes, h0, c0, weights and biases."""
+    """(tensors, text of the layer) of layer_forward and layer_backward: x, batch_sizes, h0, c0 and the list of weights."""
     batch, steps, hidden = sizes
     torch.manual_seed(0)
     rows = CELLS[request.param].gates * hidden
     bound = hidden**-0.5
     x, h0 = torch.randn(steps, batch, hidden), torch.zeros(1, batch, hidden)
-    weights = [[torch.empty(rows, hidden).uniform_(-bound, bound)] for _ in range(2)]
-    biases = [[torch.empty(rows).uniform_(-bound, bound)] for _ in range(2)]
-    return (x, None, h0, h0 if request.param == "lstm" else None, *weights, *biases, []), request.param
+    weights = [torch.empty(shape).uniform_(-bound, bound) for shape in [(rows, hidden)] * 2 + [(rows,)] * 2]
+    return (x, None, h0, h0 if request.param == "lstm" else None, weights), f"{request.param} bias"
 
 
 @pytest.mark.parametrize("save", [False, True], ids=["infer", "save"])
 def test_forward(benchmark, arguments, save):
-    tensors, cell = arguments
-    benchmark(torch.ops.fastrnn.layer_forward, *tensors, cell, False, False, save)
+    tensors, text = arguments
+    benchmark(torch.ops.fastrnn.layer_forward, *tensors, text, save)
 
 
 def test_backward(benchmark, arguments):
-    tensors, cell = arguments
-    y, _, _, saved = torch.ops.fastrnn.layer_forward(*tensors, cell, False, False, True)
-    dy = torch.randn_like(y)
-    kept = (y, saved, cell, False, False)
-    benchmark(torch.ops.fastrnn.layer_backward, dy, None, None, *tensors, *kept, need_dx=True, need_dh0=True, need_dw=True)
+    tensors, text = arguments
+    y, _, _, saved = torch.ops.fastrnn.layer_forward(*tensors, text, True)
+    dy, needs = torch.randn_like(y), [True, True, True]
+    benchmark(torch.ops.fastrnn.layer_backward, dy, None, None, *tensors, y, saved, text, needs)

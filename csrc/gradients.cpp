@@ -1,4 +1,5 @@
-// The fast path of a layer's autograd.Function, see fastrnn/ops.py: the raw ops past the dispatcher. None means that it declines.
+// The fast path of a layer's autograd.Function, see fastrnn/autograd.py: the raw ops past the dispatcher. None means that it
+// declines.
 #include <array>
 #include <iterator>
 
@@ -12,38 +13,33 @@ namespace {
 
 // What layer_forward and layer_backward have in common. Numbers in bfloat16 but for matrices are widened first, where there are
 // few: the ops get float32.
-class LayerArguments {
+class Arguments {
  public:
-  // Two runs of a tuple: x, batch_sizes, h0, c0, and each kind of weights, of all directions. False where that is not what a
+  // The first four of a tuple: x, batch_sizes, h0, c0; and its weights, from the seventh on. False where that is not what a
   // kernel reads.
-  bool tensors(PyObject* tuple, Py_ssize_t weights_at, const Reads& reads) {
-    const Py_ssize_t count = PyTuple_Size(tuple) - weights_at, kinds = count / directions;
-    Views* const by_kind[] = {&layer.w_ih, &layer.w_hh, kinds > 3 ? &layer.b_ih : &layer.w_hr, &layer.b_hh, &layer.w_hr};
-    if (kinds < 2 || kinds > 5 || count != kinds * directions) return false;
+  bool tensors(PyObject* tuple, const Reads& reads) {
+    const Py_ssize_t count = PyTuple_Size(tuple) - FIRST_WEIGHT;
     results.like(imported.float32_pattern, FLOAT32);
     for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject* object = PyTuple_GetItem(tuple, weights_at + i);
-      View& seen = by_kind[i / directions]->emplace_back();
-      const Py_ssize_t kind = i / directions;
-      const bool matrix = kinds < 4 || kind < 2 || kind > 3;
-      const bool read = kind == 0 ? reads.w_ih : kind == 1 ? reads.w_hh : matrix || reads.biases;
-      if (matrix ? !whole(object, seen, !read) : !numbers(object, seen, bias, true, !read)) return false;
+      PyObject* object = PyTuple_GetItem(tuple, FIRST_WEIGHT + i);
+      View& seen = inputs.weights.emplace_back();
+      const Layer::Weight which = inputs.layer.weight(i);
+      const bool matrix = which != Layer::B_IH && which != Layer::B_HH, unread = !reads.weight(which);
+      if (matrix ? !whole(object, seen, unread) : !numbers(object, seen, bias, true, unread)) return false;
     }
-    return numbers(PyTuple_GetItem(tuple, 0), layer.x, x, false, !reads.x) &&
-           maybe(PyTuple_GetItem(tuple, 1), layer.batch_sizes) &&
-           numbers(PyTuple_GetItem(tuple, 2), layer.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), layer.c0, c);
+    return numbers(PyTuple_GetItem(tuple, 0), inputs.x, x, false, !reads.x) &&
+           maybe(PyTuple_GetItem(tuple, 1), inputs.batch_sizes) &&
+           numbers(PyTuple_GetItem(tuple, 2), inputs.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), inputs.c0, c);
   }
-  // Five of a tuple: cell, reverse, batch_first, segments, directions. False in recompute mode.
+  // Two of a tuple: the layer as text, and segments. False in recompute mode.
   bool options(PyObject* tuple, Py_ssize_t at) {
-    PyObject* name = PyTuple_GetItem(tuple, at);
-    if (!PyUnicode_Check(name)) return false;
-    layer.cell = find_cell([&](const Cell& c) { return PyUnicode_CompareWithASCIIString(name, c.name) == 0; });
-    layer.reverse = PyTuple_GetItem(tuple, at + 1) == Py_True;
-    layer.batch_first = PyTuple_GetItem(tuple, at + 2) == Py_True;
-    const auto segments = PyLong_AsLong(PyTuple_GetItem(tuple, at + 3));
-    directions = PyLong_AsSsize_t(PyTuple_GetItem(tuple, at + 4));
+    Py_ssize_t length = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(tuple, at), &length);
+    const auto segments = PyLong_AsLong(PyTuple_GetItem(tuple, at + 1));
     if (PyErr_Occurred()) throw PythonError();
-    return layer.cell && !segments && directions > 0;
+    const auto layer = Layer::of({text, static_cast<size_t>(length)});
+    if (layer) inputs.layer = *layer;
+    return layer && !segments;
   }
   bool whole(PyObject* object, View& seen, bool unread = false) {
     if (!look(object, seen, true, unread)) return false;
@@ -63,8 +59,9 @@ class LayerArguments {
   }
   bool maybe_numbers(PyObject* object, View& seen, Dtype& dtype) { return object == Py_None || numbers(object, seen, dtype); }
 
-  Layer layer{};
-  Py_ssize_t directions = 0;
+  static constexpr Py_ssize_t FIRST_WEIGHT = 6;  // among the arguments of a Function, and among what it keeps
+
+  Inputs inputs{};
   Dtype x{}, h{}, c{}, bias{};
   Widened wide;
   Results results;
@@ -80,7 +77,7 @@ template <size_t Count>
 class MadeResults {
  public:
   // dtypes: of each result, where it is float32 for the op. wide: the result that is to be had unrounded too.
-  MadeResults(LayerArguments& own, const std::array<Dtype, Count>& dtypes, size_t wide = Count)
+  MadeResults(Arguments& own, const std::array<Dtype, Count>& dtypes, size_t wide = Count)
       : own_(own), dtypes_(dtypes), wide_result_(wide) {}
 
   Make make() {
@@ -110,7 +107,7 @@ class MadeResults {
   Owned unrounded;
 
  private:
-  LayerArguments& own_;
+  Arguments& own_;
   std::array<Dtype, Count> dtypes_;
   size_t wide_result_;
   std::vector<std::pair<View, View>> to_round_;
@@ -118,15 +115,15 @@ class MadeResults {
 
 }  // namespace
 
-// layer_forward(arguments of fastrnn.ops.Layer) -> its results, None for those that are not there, and y before it was rounded,
-// or None. Declines a call that is watched.
+// layer_forward(arguments of fastrnn.autograd.LayerFunction) -> its results, None for those that are not there, and y before it
+// was rounded, or None. Declines a call that is watched.
 PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
-    LayerArguments own;
-    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < 9 || is_watched()) return nullptr;
-    if (!own.options(args[0], 4) || !own.tensors(args[0], 9, Reads())) return nullptr;
+    Arguments own;
+    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < own.FIRST_WEIGHT || is_watched()) return nullptr;
+    if (!own.options(args[0], 4) || !own.tensors(args[0], Reads())) return nullptr;
     MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Dtype::f32}, Y);
-    results.run(forward_call(own.layer, true, results.make()), true);
+    results.run(forward_call(own.inputs, true, results.make()), true);
     auto& made = results.made[0];
     std::vector<Owned> found(std::make_move_iterator(made.begin()), std::make_move_iterator(made.end()));
     found.push_back(std::move(results.unrounded));
@@ -134,27 +131,27 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// layer_backward((dy, dh_n, dc_n), what `Layer` has saved, its options, its needs_input_grad) -> the gradients of its inputs.
+// layer_backward((dy, dh_n, dc_n), what it has kept, its options, its needs_input_grad) -> the gradients of its inputs.
 // Declines a call that is watched or differentiated.
 PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *outer = args[0], *tensors = args[1], *options = args[2], *needs = args[3];
-    LayerArguments own;
-    const Py_ssize_t inputs = PyTuple_Size(needs), weights = inputs - 9;
+    Arguments own;
+    const Py_ssize_t inputs = PyTuple_Size(needs);
     if (PyErr_Occurred()) throw PythonError();
-    if (aoti_torch_grad_mode_is_enabled() || is_watched() || weights < 2) return nullptr;
-    if (PyTuple_Size(outer) != 3 || PyTuple_Size(tensors) != 6 + weights || PyTuple_Size(options) != 5) return nullptr;
+    if (aoti_torch_grad_mode_is_enabled() || is_watched() || inputs < own.FIRST_WEIGHT) return nullptr;
+    if (PyTuple_Size(outer) != 3 || PyTuple_Size(tensors) != inputs || PyTuple_Size(options) != 2) return nullptr;
     if (!own.options(options, 0)) return nullptr;
     const auto needed = [&](Py_ssize_t input) { return PyTuple_GetItem(needs, input) == Py_True; };
     Gradients gradients{};
     gradients.need_dx = needed(0);
     gradients.need_dh0 = needed(2) || needed(3);
-    for (Py_ssize_t i = 9; i < inputs; ++i) gradients.need_dw |= needed(i);
+    for (Py_ssize_t i = own.FIRST_WEIGHT; i < inputs; ++i) gradients.need_dw |= needed(i);
     View x, y, saved;
     if (!look(PyTuple_GetItem(tensors, 0), x, true, true)) return nullptr;
-    if (!own.maybe(PyTuple_GetItem(tensors, 1), own.layer.batch_sizes)) return nullptr;
-    own.layer.x = x;
-    if (!own.tensors(tensors, 6, Reads(own.layer, gradients))) return nullptr;
+    if (!own.maybe(PyTuple_GetItem(tensors, 1), own.inputs.batch_sizes)) return nullptr;
+    own.inputs.x = x;
+    if (!own.tensors(tensors, Reads(own.inputs, gradients))) return nullptr;
     Dtype any;
     if (!own.numbers(PyTuple_GetItem(tensors, 4), y, any, false)) return nullptr;
     if (!own.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;
@@ -169,15 +166,15 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     }
     const Dtype as_made = Dtype::f32;
     MadeResults<BACKWARD_RESULTS> results(own, {own.x, own.h, own.c, as_made, as_made, own.bias, own.bias, as_made});
-    results.run(backward_call(own.layer, gradients, y, saved, results.make()), false);
+    results.run(backward_call(own.inputs, gradients, y, saved, results.make()), false);
     auto& made = results.made;
     std::vector<Owned> found(static_cast<size_t>(inputs));
     found[0] = std::move(made[0][DX]);
     found[2] = std::move(made[0][DH0]);
     found[3] = std::move(made[0][DC0]);
-    auto place = found.begin() + 9;
-    for (size_t result = DW_IH; result < BACKWARD_RESULTS; ++result)
-      for (Py_ssize_t d = 0; d < own.directions && made[d][result]; ++d) *place++ = std::move(made[d][result]);
+    const Layer& layer = own.inputs.layer;
+    for (size_t i = 0; i < own.inputs.weights.size(); ++i)
+      found[own.FIRST_WEIGHT + i] = std::move(made[layer.direction(i)][gradient_of(layer.weight(i))]);
     return tuple_of(std::move(found));
   });
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 #include <unistd.h>
 
@@ -14,6 +15,7 @@
 namespace fastrnn {
 
 const Tier* tier;
+std::atomic<const AddedCell*> last_added;
 
 int64_t l2_bytes() {
   static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 256 * 1024);
@@ -51,10 +53,71 @@ void convert(Conversion kernel, const View& from, const View& to) {
 void widen(const View& half, const View& out) { convert(tier->widen, half, out); }
 void round(const View& wide, const View& out) { convert(tier->round, wide, out); }
 
-Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, const int64_t* batch_sizes, int64_t steps)
-    : cell(sizes.cell), dtype_(sizes.dtype), layout_(layout), directions_(sizes.directions), records{} {
-  STD_TORCH_CHECK(directions_ == 1 || directions_ == 2, "fastrnn: expected one or two directions, got ", directions_);
-  STD_TORCH_CHECK(dtype_ == Dtype::f32 || dtype_ == Dtype::f64, "fastrnn: the CPU engine takes float32 and float64");
+constexpr std::pair<std::string_view, bool Layer::*> FLAGS[] = {
+    {"bias", &Layer::bias},
+    {"projected", &Layer::projected},
+    {"reverse", &Layer::reverse},
+    {"batch_first", &Layer::batch_first}};
+
+std::optional<Layer> Layer::of(std::string_view text) {
+  const auto word = [&] {
+    const size_t end = std::min(text.find(' '), text.size());
+    const std::string_view found = text.substr(0, end);
+    text.remove_prefix(std::min(end + 1, text.size()));
+    return found;
+  };
+  Layer layer;
+  const std::string_view name = word();
+  layer.cell = find_cell([&](const Cell& c) { return name == c.name; });
+  if (!layer.cell) return std::nullopt;
+  while (!text.empty()) {
+    const std::string_view property = word();
+    const auto* flag = std::find_if(std::begin(FLAGS), std::end(FLAGS), [&](const auto& f) { return f.first == property; });
+    if (flag != std::end(FLAGS))
+      layer.*flag->second = true;
+    else if (property == "directions=2")
+      layer.directions = 2;
+    else
+      return std::nullopt;
+  }
+  return layer;
+}
+
+std::string Layer::text() const {
+  std::string words = cell->name;
+  if (directions == 2) words += " directions=2";
+  for (const auto& [name, flag] : FLAGS)
+    if (this->*flag) (words += ' ') += name;
+  return words;
+}
+
+std::optional<LayerSizes> LayerSizes::of(const Layer& layer, const View* weights, size_t count, Dtype vectors) {
+  const bool counted = count == layer.weights() * static_cast<size_t>(layer.directions);
+  if (!counted || weights[0].dims != 2 || weights[1].dims != 2 || (layer.projected && !layer.cell->states) ||
+      (layer.cell->weights && !layer.bias))
+    return std::nullopt;
+  const bool half = weights[0].dtype == Dtype::bf16;
+  const Dtype matrices = weights[0].dtype;
+  const int64_t gate_rows = weights[1].size(0), hidden = gate_rows / layer.cell->gates, output = weights[1].size(1);
+  const LayerSizes sizes{layer, half ? Dtype::f32 : matrices, weights[0].size(1), hidden, output, half};
+  if (hidden == 0 || hidden * layer.cell->gates != gate_rows || !(layer.projected || output == hidden)) return std::nullopt;
+  if ((sizes.dtype != Dtype::f32 && sizes.dtype != Dtype::f64) || (half && output % 2)) return std::nullopt;
+  for (size_t i = 0; i < count; ++i) {
+    const View& w = weights[i];
+    const Layer::Weight which = layer.weight(i);
+    const bool vector = which == Layer::B_IH || which == Layer::B_HH;
+    const int64_t own_weights = which == Layer::B_IH ? layer.cell->weights * hidden : 0;  // behind the biases
+    const int64_t height = which == Layer::W_HR ? output : gate_rows + own_weights;
+    if (w.dims != (vector ? 1 : 2) || w.size(0) != height) return std::nullopt;
+    if (vector ? vectors != Dtype::other && w.dtype != vectors : w.dtype != matrices) return std::nullopt;
+    const int64_t width = which == Layer::W_IH ? sizes.input_size : which == Layer::W_HH ? output : hidden;
+    if (!vector && w.size(1) != width) return std::nullopt;
+  }
+  return sizes;
+}
+
+Call::Call(const LayerSizes& sizes, const View& x, Layout layout, const int64_t* batch_sizes, int64_t steps)
+    : layer(sizes.layer), dtype_(sizes.dtype), layout_(layout), records{} {
   const bool packed = layout == Layout::packed, dense = is_dense(layout);
   STD_TORCH_CHECK(x.dims == (dense ? 3 : 2), "fastrnn: x has ", x.dims, " dimensions");
   Record& r = records[0];
@@ -68,16 +131,13 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, 
   r.input_size = sizes.input_size;
   r.output_size = sizes.output_size;
   r.hidden_size = sizes.hidden_size;
-  r.bias = sizes.bias;
-  r.projected = sizes.projected;
+  r.bias = layer.bias;
+  r.projected = layer.projected;
   r.half = sizes.half;
-  STD_TORCH_CHECK(!r.half || (dtype_ == Dtype::f32 && r.output_size % 2 == 0),
-                  "fastrnn: weights in bfloat16 go with float32 and an even number of outputs");
-  r.directions = directions_;
+  r.directions = layer.directions;
   // More than the bytes of anything and than the operations, whatever is rounded up to whole vectors and panels: nothing that
   // is computed from sizes below, or in a kernel, overflows.
-  product({8, directions_, r.rows + r.steps, cell.gates, r.hidden_size + 256, r.input_size + r.output_size + 256});
-  STD_TORCH_CHECK(r.projected || r.output_size == r.hidden_size, "fastrnn: w_hh's shape does not fit the cell");
+  product({8, r.directions, r.rows + r.steps, layer.cell->gates, r.hidden_size + 256, r.input_size + r.output_size + 256});
   if (packed) {
     int64_t total = 0, previous = r.batch;
     for (int64_t t = 0; t < r.steps; ++t) {
@@ -93,25 +153,24 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, bool reverse, 
   }
   r.l2_bytes = l2_bytes();
   r.wait = reinterpret_cast<int64_t>(&wait_at);
-  r.reverse = reverse;
+  r.reverse = layer.reverse;
   records[1] = r;
   records[1].direction = 1;
-  records[1].reverse = !reverse;
+  records[1].reverse = !layer.reverse;
   rows(x, &Record::x, &Record::x_step, &Record::x_row, 0);
 }
 
-void Call::weight(int64_t direction, const View& given, int64_t Record::*field, int64_t height, int64_t width) {
-  const Dtype dtype = given.dims == 2 && records[0].half ? Dtype::bf16 : dtype_;
-  STD_TORCH_CHECK(given.dims > 0 && given.size(0) == height && given.numel() == height * width && given.dtype == dtype,
-                  "fastrnn: a weight's shape or dtype does not fit the layer");
-  records[direction].*field = given.address;
+void Call::weights(const View* given) {
+  static constexpr int64_t Record::*FIELDS[] = {&Record::w_ih, &Record::w_hh, &Record::b_ih, &Record::b_hh, &Record::w_hr};
+  for (size_t i = 0; i < layer.weights() * static_cast<size_t>(layer.directions); ++i)
+    records[layer.direction(i)].*FIELDS[layer.weight(i)] = given[i].address;
 }
 
-void Call::states(const View& given, int64_t Record::*field, int64_t numbers_a_direction, int64_t layer, int64_t layers) {
-  STD_TORCH_CHECK(given.numel() == numbers_a_direction * directions_ * layers && given.dtype == dtype_,
+void Call::states(const View& given, int64_t Record::*field, int64_t numbers_a_direction, int64_t index, int64_t layers) {
+  STD_TORCH_CHECK(given.numel() == numbers_a_direction * layer.directions * layers && given.dtype == dtype_,
                   "fastrnn: a state's shape or dtype does not fit the layer");
-  for (int64_t d = 0; d < directions_; ++d)
-    records[d].*field = given.address + (layer * directions_ + d) * numbers_a_direction * bytes_of(dtype_);
+  for (int64_t d = 0; d < layer.directions; ++d)
+    records[d].*field = given.address + (index * layer.directions + d) * numbers_a_direction * bytes_of(dtype_);
 }
 
 void Call::rows(const View& given, int64_t Record::*field, int64_t Record::*step, int64_t Record::*row, int64_t width) {
@@ -120,9 +179,9 @@ void Call::rows(const View& given, int64_t Record::*field, int64_t Record::*step
   STD_TORCH_CHECK(given.dims == (dense ? 3 : 2) && given.dtype == dtype_, "fastrnn: a sequence's layout or dtype does not fit x");
   const int64_t outer = layout_ == Layout::time_batch ? r.steps : layout_ == Layout::packed ? r.rows : r.batch;
   const bool fits = given.size(0) == outer && (!dense || given.size(1) == (layout_ == Layout::time_batch ? r.batch : r.steps));
-  STD_TORCH_CHECK(fits && given.size(-1) == (width ? directions_ * width : r.input_size),
+  STD_TORCH_CHECK(fits && given.size(-1) == (width ? layer.directions * width : r.input_size),
                   "fastrnn: a sequence's shape does not fit x or the layer");
-  for (int64_t d = 0; d < directions_; ++d) {
+  for (int64_t d = 0; d < layer.directions; ++d) {
     records[d].*field = given.address + d * width * bytes_of(dtype_);
     records[d].*step = given.stride(layout_ == Layout::batch_time ? 1 : 0) * bytes_of(dtype_);
     records[d].*row = given.stride(layout_ == Layout::time_batch ? 1 : 0) * bytes_of(dtype_);
@@ -130,21 +189,25 @@ void Call::rows(const View& given, int64_t Record::*field, int64_t Record::*step
 }
 
 void Call::scratch(int64_t Record::*field, int64_t numbers_a_direction) {
-  const int64_t bytes = product({numbers_a_direction, directions_, bytes_of(dtype_)});
+  const int64_t bytes = product({numbers_a_direction, layer.directions, bytes_of(dtype_)});
   const char* begin = scratch_.emplace_front(std::make_unique_for_overwrite<char[]>(static_cast<size_t>(bytes))).get();
-  for (int64_t d = 0; d < directions_; ++d)
+  for (int64_t d = 0; d < layer.directions; ++d)
     records[d].*field = reinterpret_cast<int64_t>(begin) + d * numbers_a_direction * bytes_of(dtype_);
 }
 
 const Unit& Call::unit(bool forward) const {
-  const auto index = ((dtype_ == Dtype::f64) * (std::end(CELLS) - std::begin(CELLS)) + (&cell - CELLS)) * 2 + !forward;
-  return tier->units[index];
+  const Cell& cell = *layer.cell;
+  const bool wide = dtype_ == Dtype::f64, built_in = std::begin(CELLS) <= &cell && &cell < std::end(CELLS);
+  if (built_in) return tier->units[(wide * (std::end(CELLS) - std::begin(CELLS)) + (&cell - CELLS)) * 2 + !forward];
+  const Unit& found = static_cast<const AddedCell&>(cell).units[wide * 2 + !forward];
+  STD_TORCH_CHECK(found.run, "fastrnn: ", forward ? "forward" : "backward", " of ", cell.name, " is not compiled for this dtype");
+  return found;
 }
 
 void Call::run(bool forward) { run(unit(forward), records.data(), 2, patience(forward), team_limit().threads()); }
 
 int64_t Call::threads_at_once(int64_t layers) const {
-  if (layers == 1 || directions_ > 1 || records[0].steps == 1) return 0;
+  if (layers == 1 || layer.directions > 1 || records[0].steps == 1) return 0;
   const int64_t threads = team_limit().threads();
   if (threads == 1) return 0;
   std::vector<Record> sizes(static_cast<size_t>(layers), records[0]);
@@ -202,7 +265,7 @@ int64_t Call::pack() {
 
 int64_t Call::operations(bool forward) const {
   const Record& r = records[0];
-  return (forward ? 2 : 4) * directions_ * r.rows * cell.gates * r.hidden_size * (r.input_size + r.output_size);
+  return (forward ? 2 : 4) * layer.directions * r.rows * layer.cell->gates * r.hidden_size * (r.input_size + r.output_size);
 }
 
 // How long to wait for a thread: waking one takes 5 to 50 us, on a virtual machine now and then a millisecond, which a long
@@ -213,87 +276,65 @@ std::chrono::nanoseconds Call::patience(bool forward) const {
 
 namespace {
 
-// One weight of each direction.
-void give(Call& call, const Views& given, int64_t Record::*field, int64_t height, int64_t width = 1) {
-  STD_TORCH_CHECK(static_cast<int64_t>(given.size()) == call.records[0].directions,
-                  "fastrnn: expected a weight for each direction");
-  for (size_t d = 0; d < given.size(); ++d) call.weight(static_cast<int64_t>(d), given[d], field, height, width);
+Layout layout_of(const Inputs& inputs) {
+  return inputs.batch_sizes.dims    ? Layout::packed
+         : inputs.x.dims == 2       ? Layout::batch
+         : inputs.layer.batch_first ? Layout::batch_time
+                                    : Layout::time_batch;
 }
 
-Layout layout_of(const Layer& layer) {
-  return layer.batch_sizes.dims ? Layout::packed
-         : layer.x.dims == 2    ? Layout::batch
-         : layer.batch_first    ? Layout::batch_time
-                                : Layout::time_batch;
-}
-
-// What both ops have, but for biases, which backward only counts.
-Call call_of(const Layer& layer) {
-  STD_TORCH_CHECK(!layer.w_ih.empty() && !layer.w_hh.empty() && layer.w_hh[0].dims == 2,
-                  "fastrnn: expected matrices w_ih and w_hh");
-  const View &w_hh = layer.w_hh[0], &batch_sizes = layer.batch_sizes;
+// What both ops have. biases: what dtype they have to have.
+Call call_of(const Inputs& inputs, Dtype biases) {
+  const View& batch_sizes = inputs.batch_sizes;
   STD_TORCH_CHECK(!batch_sizes.dims || (batch_sizes.dims == 1 && batch_sizes.dtype == Dtype::i64),
                   "fastrnn: expected batch_sizes of int64 [T] on the CPU");
-  const LayerSizes sizes{*layer.cell,
-                         layer.x.dtype,
-                         static_cast<int64_t>(layer.w_ih.size()),
-                         layer.x.size(-1),
-                         w_hh.size(0) / layer.cell->gates,
-                         w_hh.size(1),
-                         !layer.b_ih.empty(),
-                         !layer.w_hr.empty(),
-                         w_hh.dtype == Dtype::bf16};
-  Call call(sizes, layer.x, layout_of(layer), layer.reverse, reinterpret_cast<const int64_t*>(batch_sizes.address),
-            batch_sizes.numel());
+  const auto sizes = LayerSizes::of(inputs.layer, inputs.weights.data(), inputs.weights.size(), biases);
+  STD_TORCH_CHECK(sizes, "fastrnn: the number, shape or dtype of the weights does not fit the layer ", inputs.layer.text());
+  Call call(*sizes, inputs.x, layout_of(inputs), reinterpret_cast<const int64_t*>(batch_sizes.address), batch_sizes.numel());
   const Record& r = call.records[0];
-  const int64_t gate_rows = call.cell.gates * r.hidden_size;
-  give(call, layer.w_ih, &Record::w_ih, gate_rows, r.input_size);
-  give(call, layer.w_hh, &Record::w_hh, gate_rows, r.output_size);
-  if (r.projected) give(call, layer.w_hr, &Record::w_hr, r.output_size, r.hidden_size);
-  call.states(layer.h0, &Record::h0, r.batch * r.output_size);
-  STD_TORCH_CHECK(!call.cell.has_cell_state || layer.c0.dims, "fastrnn: ", call.cell.name, " needs c0");
-  if (call.cell.has_cell_state) call.states(layer.c0, &Record::c0, r.batch * r.hidden_size);
+  call.weights(inputs.weights.data());
+  call.states(inputs.h0, &Record::h0, r.batch * r.output_size);
+  const Cell& cell = *call.layer.cell;
+  STD_TORCH_CHECK(!cell.states || inputs.c0.dims, "fastrnn: ", cell.name, " needs c0");
+  if (cell.states) call.states(inputs.c0, &Record::c0, r.batch * cell.states * r.hidden_size);
   return call;
 }
 
 std::vector<int64_t> sizes_of(const View& t) { return {t.sizes, t.sizes + t.dims}; }
 
 // Numbers that are saved for one row.
-int64_t saved_width(const Call& call) { return (call.cell.slots + call.records[0].projected) * call.records[0].hidden_size; }
+int64_t saved_width(const Call& call) { return (call.layer.cell->slots + call.layer.projected) * call.records[0].hidden_size; }
 
 }  // namespace
 
-Reads::Reads(const Layer& layer, const Gradients& gradients) : x(gradients.need_dw), w_ih(gradients.need_dx), biases(false) {
-  const Layout layout = layout_of(layer);
-  const bool one_step = layout == Layout::batch || (layout == Layout::packed && layer.batch_sizes.numel() == 1) ||
-                        (is_dense(layout) && layer.x.dims == 3 && layer.x.size(layer.batch_first ? 1 : 0) == 1);
+Reads::Reads(const Inputs& inputs, const Gradients& gradients) : x(gradients.need_dw), w_ih(gradients.need_dx), biases(inputs.layer.cell->weights > 0) {
+  const Layout layout = layout_of(inputs);
+  const bool one_step = layout == Layout::batch || (layout == Layout::packed && inputs.batch_sizes.numel() == 1) ||
+                        (is_dense(layout) && inputs.x.dims == 3 && inputs.x.size(inputs.layer.batch_first ? 1 : 0) == 1);
   w_hh = gradients.need_dh0 || !one_step;
 }
 
-Call forward_call(const Layer& layer, bool save, const Make& make) {
-  Call call = call_of(layer);
+Call forward_call(const Inputs& inputs, bool save, const Make& make) {
+  Call call = call_of(inputs, inputs.x.dtype);
   const Record& r = call.records[0];
   const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, width = saved_width(call);
-  const Dtype dtype = layer.x.dtype;
-  if (r.bias) {
-    give(call, layer.b_ih, &Record::b_ih, call.cell.gates * H);
-    give(call, layer.b_hh, &Record::b_hh, call.cell.gates * H);
-  }
-  std::vector<int64_t> y_sizes = sizes_of(layer.x);
+  const Dtype dtype = inputs.x.dtype;
+  std::vector<int64_t> y_sizes = sizes_of(inputs.x);
   y_sizes.back() = D * R;
-  call.states(make(H_N, sizes_of(layer.h0), dtype, 0), &Record::h_n, B * R);
+  call.states(make(H_N, sizes_of(inputs.h0), dtype, 0), &Record::h_n, B * R);
   call.rows(make(Y, y_sizes, dtype, 0), &Record::y, &Record::y_step, &Record::y_row, R);
-  if (call.cell.has_cell_state) call.states(make(C_N, sizes_of(layer.c0), dtype, 0), &Record::c_n, B * H);
+  const int64_t S = call.layer.cell->states * H;
+  if (S) call.states(make(C_N, sizes_of(inputs.c0), dtype, 0), &Record::c_n, B * S);
   if (save) call.states(make(SAVED, {D, r.rows, width}, dtype, 0), &Record::saved, r.rows * width);
   for (Record& record : call.records) record.save = save;
   return call;
 }
 
-Call backward_call(const Layer& layer, const Gradients& gradients, const View& y, const View& saved, const Make& make) {
-  Call call = call_of(layer);
+Call backward_call(const Inputs& inputs, const Gradients& gradients, const View& y, const View& saved, const Make& make) {
+  Call call = call_of(inputs, Dtype::other);
   const Record& r = call.records[0];
-  const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, G = call.cell.gates * H;
-  const Dtype dtype = layer.x.dtype;
+  const int64_t D = r.directions, B = r.batch, H = r.hidden_size, R = r.output_size, G = call.layer.cell->gates * H;
+  const Dtype dtype = inputs.x.dtype;
   for (Record& record : call.records) {
     record.need_dx = gradients.need_dx;
     record.need_dh0 = gradients.need_dh0;
@@ -309,10 +350,11 @@ Call backward_call(const Layer& layer, const Gradients& gradients, const View& y
     if (!gradients.need_dh0) return call.scratch(carried, B * width);
     call.states(make(result, sizes_of(initial), dtype, 0), carried, B * width);
   };
-  state(layer.h0, gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, R);
-  if (call.cell.has_cell_state) state(layer.c0, gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, H);
+  state(inputs.h0, gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, R);
+  const int64_t S = call.layer.cell->states * H, W = call.layer.cell->weights * H;
+  if (S) state(inputs.c0, gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, S);
   if (gradients.need_dx) {
-    const View dx = make(DX, sizes_of(layer.x), dtype, 0);
+    const View dx = make(DX, sizes_of(inputs.x), dtype, 0);
     call.rows(dx, &Record::dx, &Record::dx_step, &Record::dx_row, 0);
   }
   if (gradients.need_dw) {
@@ -320,12 +362,12 @@ Call backward_call(const Layer& layer, const Gradients& gradients, const View& y
       for (int64_t d = 0; d < D; ++d) call.records[d].*field = make(result, sizes, of, d).address;
     };
     const auto matrix = [&](size_t result, int64_t Record::*field, int64_t Record::*half, int64_t height, int64_t width) {
-      each(result, r.half ? half : field, {height, width}, layer.w_hh[0].dtype);
+      each(result, r.half ? half : field, {height, width}, inputs.weights[0].dtype);
     };
     matrix(DW_IH, &Record::dw_ih, &Record::dw_ih_half, G, r.input_size);
     matrix(DW_HH, &Record::dw_hh, &Record::dw_hh_half, G, R);
     if (r.bias) {
-      each(DB_IH, &Record::db_ih, {G}, dtype);
+      each(DB_IH, &Record::db_ih, {G + W}, dtype);
       each(DB_HH, &Record::db_hh, {G}, dtype);
     }
     if (r.projected) matrix(DW_HR, &Record::dw_hr, &Record::dw_hr_half, R, H);

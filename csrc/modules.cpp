@@ -62,7 +62,8 @@ bool has_overrides(PyObject* attributes, const Imported::Overrides& overrides, P
 
 // How a layer's frozen weights begin; a line for each of these, then the panels. See fastrnn.freeze.
 struct alignas(64) PackHeader {
-  int64_t tier, cell, layers, directions, input_size, hidden_size, output_size, bias, projected, dtype, bytes;
+  int64_t tier, layers, bytes;
+  LayerSizes sizes;
 };
 
 // The states a caller gave, or wants filled.
@@ -97,38 +98,43 @@ class Stack {
   // Of a module, whose class stands for this one of torch.nn; false where its attributes do not agree with its weights, or where
   // these are not its parameters any more, or not of one kind.
   bool read(PyObject* attributes, PyObject* torch_class, bool frozen_too = true) {
-    const Key kind = which(torch_class, {LSTM, GRU, RNN, LSTM_CELL, GRU_CELL, RNN_CELL});
-    if (kind == LSTM_CELL || kind == GRU_CELL || kind == RNN_CELL) return read_cell(attributes, kind, frozen_too);
-    const Key mode = kind == RNN ? which(find(attributes, MODE), {RNN_TANH, RNN_RELU}) : kind;
+    const Key of = which(torch_class, {LSTM, GRU, RNN, LSTM_CELL, GRU_CELL, RNN_CELL});
+    if (of == LSTM_CELL || of == GRU_CELL || of == RNN_CELL) return read_cell(attributes, of, frozen_too);
+    const Key mode = of == RNN ? which(find(attributes, MODE), {RNN_TANH, RNN_RELU}) : of;
     if (!set_cell(mode)) return false;
     layers = number(attributes, NUM_LAYERS);
     if (layers < 1) return false;
-    directions = 1 + flag(attributes, BIDIRECTIONAL);
-    batch_first = flag(attributes, BATCH_FIRST);
+    described.directions = 1 + flag(attributes, BIDIRECTIONAL);
+    described.batch_first = flag(attributes, BATCH_FIRST);
+    described.bias = flag(attributes, BIAS);
+    const int64_t projection = number(attributes, PROJ_SIZE);
+    described.projected = projection > 0;
     if (drops(attributes)) return false;
     PyObject *parameters = find(attributes, PARAMETERS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
     if (!is_plain_dictionary(parameters) || !names || !PyList_Check(names)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
     if (!(pack ? read_pack(pack, parameters) : read_weights(attributes, parameters, names))) return false;
-    const int64_t projection = number(attributes, PROJ_SIZE);
-    if (flag(attributes, BIAS) != bias || (projection > 0) != projected || number(attributes, INPUT_SIZE) != input_size) return false;
-    if (number(attributes, HIDDEN_SIZE) != hidden_size || (projected && projection != output_size)) return false;
+    if (number(attributes, INPUT_SIZE) != sizes.input_size) return false;
+    if (number(attributes, HIDDEN_SIZE) != sizes.hidden_size) return false;
+    if (described.bias != sizes.layer.bias || described.projected != sizes.layer.projected) return false;  // what was packed
+    if (described.projected && projection != sizes.output_size) return false;
+    sizes.layer = described;
     return !has_overrides(attributes, imported.of_layer, (pack != nullptr) + compressed, names);
   }
 
   // Whether it takes input and states of these shapes; they are of one kind, and states are contiguous.
   bool takes(const View& x, Layout of, const View* h0, const View* c0, int64_t state_dims) {
-    if (x.dtype != given_dtype() || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != input_size) return false;
+    if (x.dtype != given_dtype() || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != sizes.input_size) return false;
     if (x.numel() == 0 || (all_half && !x.is_contiguous())) return false;
     layout = of;
     batch = x.size(layout == Layout::time_batch ? 1 : 0);
-    return is_state(h0, output_size, state_dims) && is_state(c0, hidden_size, state_dims);
+    return is_state(h0, sizes.output_size, state_dims) && is_state(c0, sizes.hidden_size, state_dims);
   }
   bool is_state(const View* state, int64_t width, int64_t dims) const {
     if (!state) return true;
     const bool shaped = state->dims == dims && state->size(-1) == width && state->size(-2) == batch;
     return shaped && state->dtype == given_dtype() && state->is_contiguous() &&
-           (dims == 2 || state->size(0) == layers * directions);
+           (dims == 2 || state->size(0) == layers * sizes.layer.directions);
   }
 
   // Writes y, h_n and c_n (where the cell has it), which may be h0 and c0 where there is one step. Absent states are zero.
@@ -147,33 +153,32 @@ class Stack {
     View input = x;
     std::vector<Call> calls;                     // those that wait for others to run at once
     std::vector<torch::stable::Tensor> between;  // and what goes from layer to layer
-    std::vector<int64_t> sizes(x.sizes, x.sizes + x.dims);
+    std::vector<int64_t> shape(x.sizes, x.sizes + x.dims);
     std::unique_ptr<char[]> many_zeros;
     int64_t at_once = 0;  // threads of those
     for (int64_t layer = 0; layer < layers; ++layer) {
-      const LayerSizes own{*cell, dtype, directions, input.size(-1), hidden_size, output_size, bias, projected, half};
-      Call call(own, input, layout, false);
+      Call call(sizes_of(layer), input, layout);
       if (!packs.empty()) call.packs(packs[layer]);
       if (packs.empty()) give_weights(call, layer);
       const auto initial = [&](const View* given, int64_t Record::*field, int64_t width) {
         if (given) return call.states(*given, field, batch * width, layer, layers);
         for (Record& record : call.records) record.*field = zeros(many_zeros);
       };
-      initial(h0, &Record::h0, output_size);
-      call.states(h_n, &Record::h_n, batch * output_size, layer, layers);
-      if (cell->has_cell_state) {
-        initial(c0, &Record::c0, hidden_size);
-        call.states(*c_n, &Record::c_n, batch * hidden_size, layer, layers);
+      initial(h0, &Record::h0, sizes.output_size);
+      call.states(h_n, &Record::h_n, batch * sizes.output_size, layer, layers);
+      if (sizes.layer.cell->states) {
+        initial(c0, &Record::c0, sizes.hidden_size);
+        call.states(*c_n, &Record::c_n, batch * sizes.hidden_size, layer, layers);
       }
       View output = y;
       torch::stable::Tensor made;
       if (layer < layers - 1) {
-        sizes.back() = directions * output_size;
-        made = empty_tensor(sizes, dtype == Dtype::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
-        output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), dtype};
+        shape.back() = sizes.layer.directions * sizes.output_size;
+        made = empty_tensor(shape, sizes.dtype == Dtype::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
+        output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), sizes.dtype};
       }
-      call.rows(output, &Record::y, &Record::y_step, &Record::y_row, output_size);
-      if (layer == 0 && !half) at_once = call.threads_at_once(layers);
+      call.rows(output, &Record::y, &Record::y_step, &Record::y_row, sizes.output_size);
+      if (layer == 0 && !sizes.half) at_once = call.threads_at_once(layers);
       if (at_once) {
         calls.push_back(std::move(call));
       } else {
@@ -187,42 +192,34 @@ class Stack {
     if (at_once) Call::run_at_once(calls, at_once);
   }
 
-  Dtype given_dtype() const { return all_half ? Dtype::bf16 : dtype; }
-  Layout sequence_layout() const { return batch_first ? Layout::batch_time : Layout::time_batch; }
+  Dtype given_dtype() const { return all_half ? Dtype::bf16 : sizes.dtype; }
+  Layout sequence_layout() const { return sizes.layer.batch_first ? Layout::batch_time : Layout::time_batch; }
 
   // The weights of all layers, packed, in a tensor of `allocate`(bytes).
   Owned pack(PyObject* allocate) const {
     const auto pack_layer = [&](int64_t layer, const Packs& places) {
-      const int64_t width = layer ? directions * output_size : input_size, sizes[] = {1, width}, strides[] = {width, 1};
-      Call call({*cell, dtype, directions, width, hidden_size, output_size, bias, projected, half},
-                {0, 2, sizes, strides, dtype}, Layout::batch, false);
+      const LayerSizes own = sizes_of(layer);
+      const int64_t shape[] = {1, own.input_size}, strides[] = {own.input_size, 1};
+      Call call(own, {0, 2, shape, strides, own.dtype}, Layout::batch);
       call.packs(places);
       give_weights(call, layer);
       return call.pack();
     };
     std::vector<int64_t> bytes;
     int64_t total = sizeof(PackHeader) * layers;
-    for (int64_t layer = 0; layer < layers; ++layer) total += directions * bytes.emplace_back(pack_layer(layer, {}));
+    for (int64_t layer = 0; layer < layers; ++layer)
+      total += sizes.layer.directions * bytes.emplace_back(pack_layer(layer, {}));
     Owned tensor = owned(PyObject_CallFunction(allocate, "L", static_cast<long long>(total)));
     View t;
     if (!tensor || !look(tensor.get(), t) || t.dtype != Dtype::byte || t.numel() != total) throw PythonError();
     auto* headers = reinterpret_cast<PackHeader*>(t.address);
     int64_t at = reinterpret_cast<int64_t>(headers + layers);
     for (int64_t layer = 0; layer < layers; ++layer) {
-      headers[layer] = {tier - TIERS, cell - CELLS, layers, directions, layer ? directions * output_size : input_size,
-                        hidden_size, output_size, bias, projected, static_cast<int64_t>(dtype), bytes[layer]};
+      headers[layer] = {tier - TIERS, layers, bytes[layer], sizes_of(layer)};
       pack_layer(layer, {at, at + bytes[layer]});
-      at += directions * bytes[layer];
+      at += sizes.layer.directions * bytes[layer];
     }
     return tensor;
-  }
-
-  // The weights of one layer: each direction's w_ih, each one's w_hh, and so on.
-  std::vector<PyObject*> by_kind(int64_t layer) const {
-    std::vector<PyObject*> sorted;
-    const size_t count = objects.size() / layers, kinds = count / directions, first = layer * count;
-    for (size_t i = 0; i < count; ++i) sorted.push_back(objects[first + i % directions * kinds + i / directions].get());
-    return sorted;
   }
 
   // Does a weight of the first layers?
@@ -234,16 +231,16 @@ class Stack {
 
   double operations(const View& x) const {
     const auto rows = static_cast<double>(x.numel() / x.size(-1));
-    const auto units = static_cast<double>(layers * directions * cell->gates * hidden_size);
-    return 2 * rows * units * static_cast<double>(input_size + output_size);
+    const auto units = static_cast<double>(layers * sizes.layer.directions * sizes.layer.cell->gates * sizes.hidden_size);
+    return 2 * rows * units * static_cast<double>(sizes.input_size + sizes.output_size);
   }
 
-  const Cell* cell = nullptr;
-  Dtype dtype = Dtype::other;
+  LayerSizes sizes;  // of the lowest layer
   Layout layout = Layout::batch;
-  int64_t layers = 1, directions = 1, batch = 0, input_size = 0, hidden_size = 0, output_size = 0;
-  bool batch_first = false, frozen = false;
-  bool half = false, compressed = false, all_half = false;  // matrices in bfloat16, nothing else; all, too
+  int64_t layers = 1, batch = 0;
+  bool frozen = false;
+  bool compressed = false, all_half = false;  // which of the matrices in bfloat16: nothing else is; all is
+  std::vector<Owned> objects;  // the weights, or the panels: looking at them, others may run and drop theirs
 
  private:
   // mode: the key of one of torch.nn's modes.
@@ -253,23 +250,23 @@ class Stack {
                                                         {RNN_TANH, cell_of("RNN_TANH")},
                                                         {RNN_RELU, cell_of("RNN_RELU")}};
     for (const auto& [key, found] : cells)
-      if (key == mode) cell = found;
-    return cell;
+      if (key == mode) described.cell = found;
+    return described.cell;
   }
   static const Cell* cell_of(const char* mode) {
     return find_cell([&](const Cell& c) { return std::strcmp(mode, c.mode) == 0; });
   }
 
-  bool read_cell(PyObject* attributes, Key kind, bool frozen_too) {
+  bool read_cell(PyObject* attributes, Key of, bool frozen_too) {
     const auto by_nonlinearity = [&] {
       const Key found = which(find(attributes, NONLINEARITY), {TANH, RELU});
       return found == TANH ? RNN_TANH : found == RELU ? RNN_RELU : KEYS;
     };
     PyObject* parameters = find(attributes, PARAMETERS);
-    if (!set_cell(kind == LSTM_CELL ? LSTM : kind == GRU_CELL ? GRU : by_nonlinearity())) return false;
+    if (!set_cell(of == LSTM_CELL ? LSTM : of == GRU_CELL ? GRU : by_nonlinearity())) return false;
     if (!is_plain_dictionary(parameters)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
-    if (has_overrides(attributes, imported.of_cell, (kind == RNN_CELL) + (pack != nullptr))) return false;
+    if (has_overrides(attributes, imported.of_cell, (of == RNN_CELL) + (pack != nullptr))) return false;
     if (pack) return read_pack(pack, parameters);
     for (const Key key : {WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH}) {
       PyObject* weight = find(parameters, key);
@@ -277,6 +274,7 @@ class Stack {
       if (!weight) return false;
       objects.push_back(kept(weight));
     }
+    described.bias = objects.size() > 2;
     return look_at_weights(attributes);
   }
 
@@ -285,7 +283,7 @@ class Stack {
     PyObject* flat = find(attributes, FLAT_WEIGHTS);
     if (!flat || !PyList_Check(flat)) return false;
     const Py_ssize_t count = PyList_Size(flat);
-    if (PyList_Size(names) != count || count == 0 || count % (layers * directions)) return false;
+    if (PyList_Size(names) != count) return false;
     Py_ssize_t place = 0;
     for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject *weight = PyList_GetItem(flat, i), *name = PyList_GetItem(names, i), *key, *parameter;
@@ -307,7 +305,7 @@ class Stack {
     weights.resize(objects.size());
     for (size_t i = 0; i < objects.size(); ++i)
       if (!look(objects[i].get(), weights[i], true) || !weights[i].is_contiguous()) return false;
-    half = weights[0].dtype == Dtype::bf16;
+    const bool half = !weights.empty() && weights[0].dtype == Dtype::bf16;
     compressed = half && find(attributes, COMPRESSED) == Py_True;
     all_half = half && !compressed;
     return understand();
@@ -315,30 +313,22 @@ class Stack {
 
   // The sizes, by the weights' own; false where they do not fit each other.
   bool understand() {
-    const auto count = static_cast<int64_t>(weights.size()), kinds = count / (layers * directions);
-    if (kinds < 2 || kinds > 5) return false;
-    bias = kinds > 3;
-    projected = kinds % 2;
-    if (weights[0].dims != 2 || weights[1].dims != 2 || (projected && !cell->has_cell_state)) return false;
-    const int64_t gate_rows = weights[1].size(0);
-    if (gate_rows == 0) return false;
-    input_size = weights[0].size(1);
-    output_size = weights[1].size(1);
-    hidden_size = gate_rows / cell->gates;
-    if (hidden_size * cell->gates != gate_rows || (!projected && output_size != hidden_size)) return false;
-    dtype = half ? Dtype::f32 : weights[0].dtype;
-    if (dtype == Dtype::other || (half && output_size % 2)) return false;
-    const auto is = [&](const View& w, int64_t height, int64_t width = 0) {
-      if (w.dtype != (width && half ? Dtype::bf16 : given_dtype())) return false;
-      return w.dims == 1 + (width > 0) && w.size(0) == height && (!width || w.size(1) == width);
-    };
-    for (int64_t i = 0; i < count; i += kinds) {
-      if (!is(weights[i], gate_rows, i < directions * kinds ? input_size : directions * output_size)) return false;
-      if (!is(weights[i + 1], gate_rows, output_size)) return false;
-      if (bias && !(is(weights[i + 2], gate_rows) && is(weights[i + 3], gate_rows))) return false;
-      if (projected && !is(weights[i + kinds - 1], output_size, hidden_size)) return false;
+    const size_t each = described.weights() * static_cast<size_t>(described.directions);
+    if (weights.size() != each * static_cast<size_t>(layers)) return false;
+    const Dtype vectors = compressed ? Dtype::f32 : weights[0].dtype;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const auto own = LayerSizes::of(described, &weights[static_cast<size_t>(layer) * each], each, vectors);
+      if (!own) return false;
+      if (layer == 0) sizes = *own;
+      if (*own != sizes_of(layer)) return false;
     }
     return true;
+  }
+
+  LayerSizes sizes_of(int64_t layer) const {
+    LayerSizes own = sizes;
+    if (layer > 0) own.input_size = sizes.layer.directions * sizes.output_size;
+    return own;
   }
 
   // pack: a tuple of the panels and the parameters that they were made of. False, too, where something took the place of one, as
@@ -356,53 +346,40 @@ class Stack {
     if (!look(objects[0].get(), t) || t.dtype != Dtype::byte || t.dims != 1) return false;
     if (t.size(0) / static_cast<int64_t>(sizeof(PackHeader)) < layers) return false;
     const auto* headers = reinterpret_cast<const PackHeader*>(t.address);
-    const PackHeader& first = headers[0];
-    if (first.tier != tier - TIERS || first.cell != cell - CELLS || first.layers != layers || first.directions != directions)
-      return false;
-    dtype = static_cast<Dtype>(first.dtype);
-    input_size = first.input_size;
-    hidden_size = first.hidden_size;
-    output_size = first.output_size;
-    bias = first.bias;
-    projected = first.projected;
+    sizes = headers[0].sizes;
+    if (headers[0].tier != tier - TIERS || headers[0].layers != layers) return false;
+    if (sizes.layer.cell != described.cell || sizes.layer.directions != described.directions) return false;
     int64_t at = reinterpret_cast<int64_t>(headers + layers);
     for (int64_t layer = 0; layer < layers; ++layer) {
       packs.push_back({at, at + headers[layer].bytes});
-      at += directions * headers[layer].bytes;
+      at += described.directions * headers[layer].bytes;
     }
     return at == t.address + t.size(0);
   }
 
   void give_weights(Call& call, int64_t layer) const {
-    const int64_t kinds = static_cast<int64_t>(weights.size()) / (layers * directions), gate_rows = cell->gates * hidden_size;
-    for (int64_t d = 0; d < directions; ++d) {
-      const View* own = &weights[(layer * directions + d) * kinds];
-      call.weight(d, own[0], &Record::w_ih, gate_rows, call.records[0].input_size);
-      call.weight(d, own[1], &Record::w_hh, gate_rows, output_size);
-      if (bias) {
-        call.weight(d, widened(own[2]), &Record::b_ih, gate_rows);
-        call.weight(d, widened(own[3]), &Record::b_hh, gate_rows);
-      }
-      if (projected) call.weight(d, own[kinds - 1], &Record::w_hr, output_size, hidden_size);
-    }
+    const size_t each = sizes.layer.weights() * static_cast<size_t>(sizes.layer.directions);
+    const View* own = &weights[static_cast<size_t>(layer) * each];
+    if (!all_half) return call.weights(own);
+    Views given(own, own + each);
+    for (View& weight : given)
+      if (weight.dims == 1) weight = wide.of(weight);
+    call.weights(given.data());
   }
 
   // A state of zeros, hidden or cell, which nobody writes.
   int64_t zeros(std::unique_ptr<char[]>& many) const {
     static const char few[64 << 10] = {};
-    const int64_t bytes = product({batch, std::max(hidden_size, output_size), bytes_of(dtype)});
+    const int64_t bytes = product({batch, std::max(sizes.hidden_size, sizes.output_size), bytes_of(sizes.dtype)});
     if (bytes <= static_cast<int64_t>(sizeof few)) return reinterpret_cast<int64_t>(few);
     if (!many) many = std::make_unique<char[]>(static_cast<size_t>(bytes));
     return reinterpret_cast<int64_t>(many.get());
   }
 
-  View widened(const View& given) const { return all_half ? wide.of(given) : given; }
-
-  bool bias = false, projected = false;
+  Layer described;  // by the module's attributes
   mutable Widened wide;
-  std::vector<View> weights;  // of each layer and direction w_ih, w_hh, b_ih, b_hh, w_hr, those that are there
+  Views weights;  // of each layer in turn
   std::vector<Packs> packs;   // of each layer, in the place of weights
-  std::vector<Owned> objects;  // the weights, or the panels: looking at them, others may run and drop theirs
 };
 
 // Patterns of results, what the call was given.
@@ -463,17 +440,15 @@ bool recompute_is_on() {
 
 // One layer of a call that is differentiated, by an autograd.Function. states: h, and c or nothing.
 Owned differentiated(PyObject* function, const Stack& stack, int64_t layer, PyObject* x, std::array<Owned, 2> states) {
-  std::vector<Owned> arguments;  // of fastrnn.ops.Layer
+  std::vector<Owned> arguments;  // of fastrnn.autograd.LayerFunction
   arguments.push_back(kept(x));
   arguments.push_back(nullptr);
   arguments.push_back(std::move(states[0]));
   arguments.push_back(std::move(states[1]));
-  arguments.push_back(owned(PyUnicode_InternFromString(stack.cell->name)));
-  arguments.push_back(kept(Py_False));
-  arguments.push_back(kept(stack.batch_first ? Py_True : Py_False));
+  arguments.push_back(owned(PyUnicode_FromString(stack.sizes.layer.text().c_str())));
   arguments.push_back(owned(PyLong_FromLong(0)));
-  arguments.push_back(owned(PyLong_FromLongLong(stack.directions)));
-  for (PyObject* weight : stack.by_kind(layer)) arguments.push_back(kept(weight));
+  const size_t each = stack.objects.size() / static_cast<size_t>(stack.layers), first = static_cast<size_t>(layer) * each;
+  for (size_t i = first; i < first + each; ++i) arguments.push_back(kept(stack.objects[i].get()));
   Owned results = owned(PyObject_CallObject(function, tuple_of(std::move(arguments)).get()));
   if (!results) throw PythonError();
   return results;
@@ -491,16 +466,17 @@ std::array<Owned, 2> zero_states(const Stack& stack, PyObject* x_object, const V
     sizes.pop_back();
     return made;
   };
-  states[0] = make(stack.output_size);
-  if (stack.cell->has_cell_state)
-    states[1] = stack.hidden_size == stack.output_size ? kept(states[0].get()) : make(stack.hidden_size);
+  const LayerSizes& own = stack.sizes;
+  states[0] = make(own.output_size);
+  if (own.layer.cell->states)
+    states[1] = own.hidden_size == own.output_size ? kept(states[0].get()) : make(own.hidden_size);
   return states;
 }
 
 // All layers of a call that is differentiated.
 Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, const States& before) {
-  const size_t kinds = stack.cell->has_cell_state ? 2 : 1;
-  const int64_t D = stack.directions;
+  const size_t kinds = stack.sizes.layer.cell->states ? 2 : 1;
+  const int64_t D = stack.sizes.layer.directions;
   std::array<Owned, 2> zeros;
   if (!before.h_or_none) zeros = zero_states(stack, x_object, x, {D, stack.batch});
   Owned y = kept(x_object);
@@ -515,7 +491,7 @@ Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, cons
       else
         states[i] = owned(PyObject_CallMethod(before.objects[i].get(), "narrow", "iLL", 0, layer * D, D));
     }
-    PyObject* function = stack.half ? imported.apply_half : imported.apply;
+    PyObject* function = stack.sizes.half ? imported.apply_half : imported.apply;
     const Owned results = differentiated(function, stack, layer, y.get(), std::move(states));
     y = kept(PyTuple_GetItem(results.get(), 0));
     for (size_t i = 0; i < kinds; ++i) last[i].push_back(kept(PyTuple_GetItem(results.get(), static_cast<Py_ssize_t>(i + 1))));
@@ -542,7 +518,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
-    const bool pair = stack.cell->has_cell_state;
+    const bool pair = stack.sizes.layer.cell->states > 0;
     if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
     if (differentiates(stack, x_object, before)) {
@@ -551,12 +527,12 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (stack.layers > 1 && !lowest_differentiates(stack, x_object, before)) return nullptr;
       return differentiated(stack, x_object, x, before);
     }
-    const int64_t D = stack.directions, B = stack.batch, R = stack.output_size;
+    const int64_t D = stack.sizes.layer.directions, B = stack.batch, R = stack.sizes.output_size;
     View y, h_n, c_n;
     Results results = like(x_object, x, before);
     Owned h_object = results.make({stack.layers * D, B, R}, x.dtype, h_n);
     Owned y_object = results.make({x.size(0), x.size(1), D * R}, x.dtype, y);
-    Owned c_object = pair ? results.make({stack.layers * D, B, stack.hidden_size}, x.dtype, c_n) : nullptr;
+    Owned c_object = pair ? results.make({stack.layers * D, B, stack.sizes.hidden_size}, x.dtype, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
     return with_state(y_object, h_object, c_object);
   });
@@ -570,11 +546,11 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     View x, y, h_n, c_n;
     States before, after;
     if (!is_plain(x_object) || is_watched()) return nullptr;
-    if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.directions != 1) return nullptr;
-    const bool pair = stack.cell->has_cell_state;
+    if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.sizes.layer.directions != 1) return nullptr;
+    const bool pair = stack.sizes.layer.cell->states > 0;
     if (!before.read(args[3], pair)) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
-    const int64_t B = stack.batch, R = stack.output_size;
+    const int64_t B = stack.batch, R = stack.sizes.output_size;
     if (out != Py_None) {
       if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), pair)) return nullptr;
       if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || mixes(x, before, y, after)) return nullptr;
@@ -591,7 +567,7 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     }
     Results results = like(x_object, x, before);
     Owned h_object = results.make({stack.layers, B, R}, x.dtype, h_n), y_object = results.make({B, R}, x.dtype, y);
-    Owned c_object = pair ? results.make({stack.layers, B, stack.hidden_size}, x.dtype, c_n) : nullptr;
+    Owned c_object = pair ? results.make({stack.layers, B, stack.sizes.hidden_size}, x.dtype, c_n) : nullptr;
     run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
     return with_state(y_object, h_object, c_object);
   });
@@ -606,13 +582,13 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1])) return nullptr;
-    const bool pair = stack.cell->has_cell_state;
+    const bool pair = stack.sizes.layer.cell->states > 0;
     if (!before.read(args[3], pair)) return nullptr;
     // torch.nn makes absent states of the size that the module says it has
-    if (!before.h_or_none && number(attributes, HIDDEN_SIZE) != stack.hidden_size) return nullptr;
+    if (!before.h_or_none && number(attributes, HIDDEN_SIZE) != stack.sizes.hidden_size) return nullptr;
     if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;
     if (differentiates(stack, x_object, before)) {
-      if (stack.frozen || stack.half || recompute_is_on()) return nullptr;
+      if (stack.frozen || stack.sizes.half || recompute_is_on()) return nullptr;
       std::array<Owned, 2> states;
       if (!before.h_or_none) states = zero_states(stack, x_object, x, {stack.batch});
       for (size_t i = 0; before.h_or_none && i < 1U + pair; ++i) states[i] = kept(before.objects[i].get());
@@ -620,8 +596,8 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
       return pair ? std::move(results) : kept(PyTuple_GetItem(results.get(), 0));
     }
     Results results = like(x_object, x, before);
-    Owned h_object = results.make({stack.batch, stack.output_size}, x.dtype, h);
-    Owned c_object = pair ? results.make({stack.batch, stack.hidden_size}, x.dtype, c) : nullptr;
+    Owned h_object = results.make({stack.batch, stack.sizes.output_size}, x.dtype, h);
+    Owned c_object = pair ? results.make({stack.batch, stack.sizes.hidden_size}, x.dtype, c) : nullptr;
     run(stack, x, before, h, h, pair ? &c : nullptr);  // the output is the state
     return pair ? owned(PyTuple_Pack(2, h_object.get(), c_object.get())) : std::move(h_object);
   });
@@ -632,7 +608,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
 PyObject* pack(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     Stack stack;
-    if (!stack.read(args[0], args[1], false) || stack.half) return nullptr;
+    if (!stack.read(args[0], args[1], false) || stack.sizes.half) return nullptr;
     return stack.pack(args[2]);
   });
 }

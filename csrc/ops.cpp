@@ -51,11 +51,6 @@ class Copies {
     const View seen = view(t, !read);
     return !read || (seen.dims > 0 && seen.stride(-1) == 1) ? seen : contiguous(t);
   }
-  Views all(const Tensors& given, bool read = true) {
-    Views seen;
-    for (const Tensor& t : given) seen.push_back(contiguous(t, read));
-    return seen;
-  }
   View zeros_like(const Tensor& t) {
     copies_.push_front(torch::stable::empty_like(t));
     torch::stable::zero_(copies_.front());
@@ -63,27 +58,21 @@ class Copies {
   }
 
   // gradients: which of them are asked for, in backward.
-  Layer layer(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0, const Tensors& w_ih,
-              const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, const std::string& name,
-              bool reverse, bool batch_first, const Gradients* gradients = nullptr) {
-    Layer seen{};
-    seen.cell = find_cell([&](const Cell& c) { return name == c.name; });
-    STD_TORCH_CHECK(seen.cell, "fastrnn: unknown cell '", name, "'");
+  Inputs inputs(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0,
+                const Tensors& weights, const std::string& text, const Gradients* gradients = nullptr) {
+    const auto layer = Layer::of(text);
+    STD_TORCH_CHECK(layer, "fastrnn: unknown layer '", text, "'");
     STD_TORCH_CHECK(batch_sizes || x.dim() == 3, "fastrnn: x has ", x.dim(), " dimensions");
     STD_TORCH_CHECK(!batch_sizes || batch_sizes->dim() == 1, "fastrnn: expected batch_sizes of int64 [T] on the CPU");
-    seen.reverse = reverse;
-    seen.batch_first = batch_first;
+    Inputs seen{};
+    seen.layer = *layer;
     seen.x = view(x, true);
     seen.batch_sizes = contiguous(batch_sizes);
     const Reads reads = gradients ? Reads(seen, *gradients) : Reads();
     seen.x = rows(x, reads.x);
     seen.h0 = contiguous(h0);
     seen.c0 = contiguous(c0);
-    seen.w_ih = all(w_ih, reads.w_ih);
-    seen.w_hh = all(w_hh, reads.w_hh);
-    seen.b_ih = all(b_ih, reads.biases);
-    seen.b_hh = all(b_hh, reads.biases);
-    seen.w_hr = all(w_hr);
+    for (size_t i = 0; i < weights.size(); ++i) seen.weights.push_back(contiguous(weights[i], reads.weight(layer->weight(i))));
     return seen;
   }
 
@@ -91,57 +80,58 @@ class Copies {
   std::forward_list<Tensor> copies_;
 };
 
-// An op's results, made as the call asks for them; weights' gradients of all directions as one tensor, one below the other.
+// An op's results, made as the call asks for them.
 template <size_t Count>
 class Outputs {
  public:
-  explicit Outputs(size_t directions) : directions_(static_cast<int64_t>(directions)) {}
+  explicit Outputs(Dtype dtype) : dtype_(dtype) {}
 
   Make make() {
-    return [this](size_t result, std::vector<int64_t> sizes, Dtype dtype, size_t direction) {
-      const int64_t height = sizes[0];
-      if (Count == FORWARD_RESULTS && result == SAVED) return view(made_[result].emplace(empty_kept(sizes, code_of(dtype))));
-      if (Count == BACKWARD_RESULTS && result >= DW_IH) sizes[0] *= directions_;
-      if (direction == 0) made_[result].emplace(empty_tensor(sizes, code_of(dtype)));
-      View part = view(*made_[result]);
-      part.address += static_cast<int64_t>(direction) * height * part.strides[0] * bytes_of(dtype);
-      return part;
+    return [this](size_t result, const std::vector<int64_t>& sizes, Dtype dtype, size_t direction) {
+      const bool kept = Count == FORWARD_RESULTS && result == SAVED;
+      MaybeTensor& made = made_[direction][result];
+      return view(made.emplace(kept ? empty_kept(sizes, code_of(dtype)) : empty_tensor(sizes, code_of(dtype))));
     };
   }
   // One that was not made is a tensor without numbers, its own: outputs of an op may not share memory.
-  Tensor take(size_t result, Dtype dtype) { return made_[result] ? *made_[result] : empty_tensor({0}, code_of(dtype)); }
+  Tensor take(size_t result) { return made_[0][result] ? *made_[0][result] : empty_tensor({0}, code_of(dtype_)); }
+  // Those of the weights, if they were made.
+  Tensors take_weights(const Layer& layer, size_t count) {
+    Tensors taken;
+    for (size_t i = 0; i < count; ++i)
+      if (MaybeTensor& made = made_[layer.direction(i)][gradient_of(layer.weight(i))]) taken.push_back(*made);
+    return taken;
+  }
 
  private:
-  int64_t directions_;
-  std::array<MaybeTensor, Count> made_;
+  Dtype dtype_;
+  std::array<std::array<MaybeTensor, Count>, 2> made_;  // of each direction, or all that there is in the first
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(
-    const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0, const Tensors& w_ih,
-    const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh, const Tensors& w_hr, const std::string& cell, bool reverse,
-    bool batch_first, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0,
+                                                         const MaybeTensor& c0, const Tensors& weights, const std::string& text,
+                                                         bool save) {
   Copies copies;
-  Outputs<FORWARD_RESULTS> results(w_ih.size());
-  const Layer layer = copies.layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first);
-  forward_call(layer, save, results.make()).run(true);
-  const auto take = [&](size_t result) { return results.take(result, layer.x.dtype); };
-  return {take(Y), take(H_N), take(C_N), take(SAVED)};
+  const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text);
+  Outputs<FORWARD_RESULTS> results(inputs.x.dtype);
+  forward_call(inputs, save, results.make()).run(true);
+  return {results.take(Y), results.take(H_N), results.take(C_N), results.take(SAVED)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer_backward(
-    const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const Tensor& x, const MaybeTensor& batch_sizes,
-    const Tensor& h0, const MaybeTensor& c0, const Tensors& w_ih, const Tensors& w_hh, const Tensors& b_ih, const Tensors& b_hh,
-    const Tensors& w_hr, const Tensor& y, const Tensor& saved, const std::string& cell, bool reverse, bool batch_first,
-    bool need_dx, bool need_dh0, bool need_dw) {
+std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy, const MaybeTensor& dh_n,
+                                                           const MaybeTensor& dc_n, const Tensor& x,
+                                                           const MaybeTensor& batch_sizes, const Tensor& h0,
+                                                           const MaybeTensor& c0, const Tensors& weights, const Tensor& y,
+                                                           const Tensor& saved, const std::string& text,
+                                                           const std::vector<bool>& needs) {
+  STD_TORCH_CHECK(needs.size() == 3, "fastrnn: needs has ", needs.size(), " members, expected those of dx, dh0 and dw");
   Copies copies;
-  Outputs<BACKWARD_RESULTS> results(w_ih.size());
   const View outer = dy ? copies.rows(*dy) : copies.zeros_like(y);
-  const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), need_dx, need_dh0, need_dw};
-  const Layer layer =
-      copies.layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, &gradients);
-  backward_call(layer, gradients, copies.rows(y), copies.contiguous(saved), results.make()).run(false);
-  const auto take = [&](size_t result) { return results.take(result, layer.x.dtype); };
-  return {take(DX), take(DH0), take(DC0), take(DW_IH), take(DW_HH), take(DB_IH), take(DB_HH), take(DW_HR)};
+  const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), needs[0], needs[1], needs[2]};
+  const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text, &gradients);
+  Outputs<BACKWARD_RESULTS> results(inputs.x.dtype);
+  backward_call(inputs, gradients, copies.rows(y), copies.contiguous(saved), results.make()).run(false);
+  return {results.take(DX), results.take(DH0), results.take(DC0), results.take_weights(inputs.layer, weights.size())};
 }
 
 void implement(torch::stable::detail::StableLibrary& m) {

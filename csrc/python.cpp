@@ -104,6 +104,35 @@ PyObject* expect(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
+// add_cell(name, (gates, slots, states, weights), addresses of each unit's run and arrange or 0): its kernels run
+// from now on. Of cells of one name the one that was added last is found.
+PyObject* add_cell(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&]() -> Owned {
+    const char* name = PyUnicode_AsUTF8AndSize(args[0], nullptr);
+    if (!name || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) throw std::runtime_error("fastrnn: add_cell wants tuples");
+    const auto number = [](PyObject* tuple, Py_ssize_t i) {
+      const int64_t value = PyLong_AsLongLong(PyTuple_GetItem(tuple, i));
+      if (PyErr_Occurred()) throw PythonError();
+      return value;
+    };
+    auto* added = new AddedCell{};
+    added->name = (new std::string(name))->c_str();
+    added->mode = "";
+    added->gates = number(args[1], 0);
+    added->slots = number(args[1], 1);
+    added->states = number(args[1], 2);
+    added->weights = number(args[1], 3);
+    for (size_t i = 0; i < added->units.size(); ++i) {
+      const auto at = static_cast<Py_ssize_t>(2 * i);
+      added->units[i].run = reinterpret_cast<void (*)(int64_t, int64_t)>(number(args[2], at));
+      added->units[i].arrange = reinterpret_cast<int64_t (*)(int64_t, int64_t)>(number(args[2], at + 1));
+    }
+    added->before = last_added;
+    last_added = added;
+    return nullptr;
+  });
+}
+
 // With as many arguments as it wants.
 template <Function* Own, Py_ssize_t Wanted>
 PyObject* counted(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -126,7 +155,7 @@ PyMODINIT_FUNC PyInit__runtime() {
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
       method<check_memory, 1>("check_memory"), method<prepare, 5>("prepare"), method<watch, 3>("watch"),
       method<differentiate, 6>("differentiate"), method<expect, 4>("expect"), method<quota, 1>("cpu_quota"),
-      method<limits, 1>("set_limits"),
+      method<limits, 1>("set_limits"), method<add_cell, 3>("add_cell"),
       {"tiers", tiers, METH_NOARGS, nullptr}, {"threads", threads, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   if (!make_keys()) return nullptr;

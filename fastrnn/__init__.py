@@ -2,6 +2,7 @@
 
 from fastrnn import functional as functional
 from fastrnn import tracers as _tracers  # noqa: F401  # for what it does to torch
+from fastrnn.cells import cell as cell
 from fastrnn.checkpoint import recompute as recompute
 from fastrnn.convert import compress as compress
 from fastrnn.convert import convert as convert
@@ -16,6 +17,7 @@ from fastrnn.modules import RNN as RNN
 from fastrnn.modules import GRUCell as GRUCell
 from fastrnn.modules import LSTMCell as LSTMCell
 from fastrnn.modules import RNNCell as RNNCell
+from fastrnn.recurrent import recurrent as recurrent
 
 __all__ = [
     "GRU",
@@ -25,6 +27,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "cell",
     "compress",
     "convert",
     "explain",
@@ -32,6 +35,7 @@ __all__ = [
     "functional",
     "patch",
     "recompute",
+    "recurrent",
     "revert",
     "thaw",
 ]

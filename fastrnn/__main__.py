@@ -1,12 +1,14 @@
-"""The command line: `python -m fastrnn info` and `python -m fastrnn bench`.
+"""The command line: `python -m fastrnn info`, `bench` and `compile`.
 
-`info` says what is installed and which engine runs where. `bench` times one layer on torch.nn and on fastrnn.
+`info` says what is installed and which engine runs where. `bench` times one layer on torch.nn and on fastrnn. `compile`
+compiles the kernels of cells of one's own beforehand.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import math
 import os
@@ -21,6 +23,7 @@ from torch import nn
 
 import fastrnn
 from fastrnn import dispatch, machine
+from fastrnn.cells import CellFunction
 from fastrnn.kernels import cpu, gpu
 from fastrnn.timing import NOT_STEADY, Comparison, compare, milliseconds
 
@@ -34,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "info":
         print(aligned(info()))
         return 0
+    if options.command == "compile":
+        return compile_cells(options.cells, options.dtype, parser)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda was asked for, but torch finds no GPU here")
     try:
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fastrnn", description="Drop-in RNN, LSTM and GRU layers for torch.nn.")
     parser.add_argument("--version", action="version", version=f"fastrnn {fastrnn.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench,compile}")
     commands.add_parser("info", help="say what is installed, and which engine runs where", description=info.__doc__)
     timed = commands.add_parser(
         "bench",
@@ -67,7 +72,30 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="(default %(default)s)")
     timed.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default %(default)s)")
     timed.add_argument("--seconds", type=_seconds, default=3.0, metavar="S", help="of timing, about (default %(default)s)")
+    compiled = commands.add_parser(
+        "compile",
+        help="compile kernels of cells beforehand",
+        description="Compile the kernels of cells of one's own beforehand.",
+    )
+    compiled.add_argument("cells", nargs="+", metavar="package.module:name", help="a cell that fastrnn.cell has made")
+    compiled.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default %(default)s)")
     return parser
+
+
+def compile_cells(names: Sequence[str], dtype: str, parser: argparse.ArgumentParser) -> int:
+    """Fill the user's cache with the kernels of cells, by the names under which they are imported."""
+    sys.path.insert(0, os.getcwd())
+    for name in names:
+        module, _, attribute = name.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            parser.error(f"argument package.module:name: {name}: {error}")
+        if not isinstance(found, CellFunction):
+            parser.error(f"argument package.module:name: {name}: expected a cell that fastrnn.cell has made, got {found!r}")
+        cpu.prepare_cell(found.definition.name, DTYPES[dtype], True)
+        print(f"{name}: forward and backward, {dtype}, are in {_cache()}")
+    return 0
 
 
 def _positive(text: str) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.kernels.cells import CELLS
+from fastrnn.kernels.layer import Inputs, Layer, Steps, layer_of
 
 SEGMENT_ROWS = 768  # rows of a segment at least: with fewer, packing weights and adding up their gradients takes the time
 
@@ -65,25 +66,24 @@ def is_on() -> bool:
     return _mode.recompute
 
 
-def segments_wanted(x: Tensor, batch_sizes: Tensor | None, batch: int, cell: str, projected: bool) -> int:
-    """Segments into which the current mode divides a layer's steps; 0: it keeps the gates. Shapes as in ops.py."""
-    if not _mode.recompute or CELLS[cell].slots == 0:
+def segments_wanted(layer: Layer, inputs: Inputs) -> int:
+    """Segments into which the current mode divides a layer's steps; 0: it keeps the gates."""
+    if not _mode.recompute or CELLS[layer.cell].slots == 0:
         return 0
-    steps = x.shape[0] * x.shape[1] // batch if batch_sizes is None else batch_sizes.shape[0]
-    rows = steps * batch if batch_sizes is None else x.shape[0]
-    return count_segments(steps, rows, batch, cell, projected)
+    steps = Steps(layer, inputs)
+    return count_segments(steps.steps, steps.rows, steps.batch, layer.cell, layer.projected)
 
 
 def count_segments(steps: int, rows: int, batch: int, cell: str, projected: bool = False) -> int:
-    """How many segments take the least memory: n of them keep n * batch cell states and the slots of rows / n rows.
+    """How many segments take the least memory: n of them keep n * batch times the states, and the slots of rows / n rows.
 
-    That is least at n = sqrt(rows * slots / batch). A cell without a cell state keeps nothing for a segment, so n is then
-    bound by SEGMENT_ROWS alone. steps T, rows N, batch B; 1 <= n <= max(1, T // 2).
+    That is least at n = sqrt(rows * slots / (states * batch)). A cell without a state but h keeps nothing for a segment, so n
+    is then bound by SEGMENT_ROWS alone. steps T, rows N, batch B; 1 <= n <= max(1, T // 2).
     """
     most = min(steps // 2, rows // SEGMENT_ROWS)
-    if CELLS[cell].carry == "cell":
+    if states := CELLS[cell].states:
         slots = CELLS[cell].slots + 1 + projected  # and the output of the second run
-        most = min(most, int(math.sqrt(rows * slots / batch)))
+        most = min(most, int(math.sqrt(rows * slots / (states * batch))))
     return max(most, 1)
 
 
@@ -99,29 +99,24 @@ def bounds(offsets: Sequence[int], segments: int) -> list[int]:
     return [*found, steps]
 
 
-def forward(
-    x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, segments
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(x, batch_sizes, h0, c0, weights, text, segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op checkpoint_forward, see ops.py."""
-    weights = w_ih, w_hh, b_ih, b_hh, w_hr
+    inputs, layer = Inputs(x, batch_sizes, h0, c0), layer_of(text)
     D, B, R = h0.shape
     kept = x.new_empty((0,) if c0 is None else (D, segments - 1, B, c0.shape[2]))
     if kept.numel() == 0:
-        y, h_n, c_n, _ = _layer_forward(x, batch_sizes, h0, c0, *weights, cell, reverse, batch_first, False)
+        y, h_n, c_n, _ = _layer_forward(*inputs, weights, text, False)
         return y, h_n, c_n, kept
     y = x.new_empty((*x.shape[:-1], D * R))
     h_n, c_n = (state.clone(memory_format=torch.contiguous_format) for state in (h0, c0))
-    steps = _Steps(x, batch_sizes, batch_first, B)
-    for d in range(D):
-        backwards, own = reverse != bool(d), [kind[d : d + 1] for kind in weights]
-        for k, (start, stop) in enumerate(steps.segments(segments, backwards)):
+    steps = _Segments(layer, inputs)
+    for d, (own, own_weights) in enumerate(_directions(layer, weights)):
+        for k, (start, stop) in enumerate(steps.segments(segments, own.reverse)):
             if k > 0:
                 kept[d, k - 1] = c_n[d]
             b = steps.sizes[start]
             h, c = h_n[d : d + 1, :b], c_n[d : d + 1, :b]
-            part, h_last, c_last, _ = _layer_forward(
-                steps.part(x, start, stop), steps.batch_sizes(start, stop), h, c, *own, cell, backwards, batch_first, False
-            )
+            part, h_last, c_last, _ = _layer_forward(*steps.inputs(start, stop, h, c), own_weights, own.text(), False)
             steps.part(y, start, stop).narrow(-1, d * R, R).copy_(part)
             h.copy_(h_last)
             c.copy_(c_last)
@@ -129,16 +124,14 @@ def forward(
 
 
 def backward(
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, kept,
-    cell, reverse, batch_first, segments, need_dx, need_dh0, need_dw
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, segments, needs
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The op checkpoint_backward, see ops.py."""
-    weights = w_ih, w_hh, b_ih, b_hh, w_hr
+    inputs, layer, (need_dx, need_dh0, need_dw) = Inputs(x, batch_sizes, h0, c0), layer_of(text), needs
     if segments == 1:
-        layer = x, batch_sizes, h0, c0, *weights
-        saved = _layer_forward(*layer, cell, reverse, batch_first, True)[3]
-        return _layer_backward(dy, dh_n, dc_n, *layer, y, saved, cell, reverse, batch_first, need_dx, need_dh0, need_dw)
-    D, B, R = h0.shape
+        saved = _layer_forward(*inputs, weights, text, True)[3]
+        return _layer_backward(dy, dh_n, dc_n, *inputs, weights, y, saved, text, needs)
+    R = h0.shape[2]
     dx = x.new_empty(x.shape if need_dx else (0,))
     # gradients of the states after the segments that are still to come, in the end of the first ones
     dh = torch.zeros_like(h0, memory_format=torch.contiguous_format)
@@ -146,84 +139,80 @@ def backward(
     for carried, final in ((dh, dh_n), (dc, dc_n)):
         if final is not None:
             carried.copy_(final)
-    steps = _Steps(x, batch_sizes, batch_first, B)
-    sums: list[tuple[Tensor, ...]] = []
-    for d in range(D):
-        backwards, own = reverse != bool(d), [kind[d : d + 1] for kind in weights]
+    steps = _Segments(layer, inputs)
+    sums: list[Tensor] = []
+    for d, (own, own_weights) in enumerate(_directions(layer, weights)):
         y_own, dy_own = y.narrow(-1, d * R, R), None if dy is None else dy.narrow(-1, d * R, R)
-        order = steps.segments(segments, backwards)
+        order, totals = steps.segments(segments, own.reverse), None
         for k in reversed(range(segments)):
             start, stop = order[k]
             b = steps.sizes[start]
-            h = steps.before(y_own, h0[d : d + 1], start, stop, backwards) if k > 0 else h0[d : d + 1, :b]
+            h = steps.before(y_own, h0[d : d + 1], start, stop, own.reverse) if k > 0 else h0[d : d + 1, :b]
             c = None if c0 is None else kept[d, k - 1 : k, :b] if k > 0 else c0[d : d + 1, :b]
-            layer = steps.part(x, start, stop), steps.batch_sizes(start, stop), h, c, *own
-            saved = _layer_forward(*layer, cell, backwards, batch_first, True)[3]
+            part, need_states = steps.inputs(start, stop, h, c), need_dh0 or k > 0
+            saved = _layer_forward(*part, own_weights, own.text(), True)[3]
             dh_here, dc_here = dh[d : d + 1, :b], None if c0 is None else dc[d : d + 1, :b]
-            dx_part, dh_part, dc_part, *dw_part = _layer_backward(
-                None if dy_own is None else steps.part(dy_own, start, stop), dh_here, dc_here, *layer,
-                steps.part(y_own, start, stop), saved, cell, backwards, batch_first, need_dx, need_dh0 or k > 0, need_dw,
+            dx_part, dh_part, dc_part, dw_part = _layer_backward(
+                None if dy_own is None else steps.part(dy_own, start, stop), dh_here, dc_here, *part, own_weights,
+                steps.part(y_own, start, stop), saved, own.text(), (need_dx, need_states, need_dw),
             )  # fmt: skip
-            if need_dh0 or k > 0:
+            if need_states:
                 dh_here.copy_(dh_part)
-            if dc_here is not None and (need_dh0 or k > 0):
+            if dc_here is not None and need_states:
                 dc_here.copy_(dc_part)
             if need_dx and d == 0:
                 steps.part(dx, start, stop).copy_(dx_part)
             elif need_dx:
                 steps.part(dx, start, stop).add_(dx_part)
-            if k == segments - 1:
-                sums.append(tuple(dw_part))
+            if totals is None:
+                totals = dw_part
             else:
-                for total, part in zip(sums[d], dw_part, strict=True):
-                    total.add_(part)
-                del part
+                for total, grad in zip(totals, dw_part, strict=True):
+                    total.add_(grad)
+                    del grad
             del saved, dx_part, dw_part  # before the next segment makes its own
+        sums += totals or []
     if not need_dh0:
         dh, dc = x.new_empty(0), x.new_empty(0)
-    return dx, dh, dc, *(own[0] if D == 1 else torch.cat(own) for own in zip(*sums, strict=True))
+    return dx, dh, dc, sums
+
+
+def _directions(layer: Layer, weights: Sequence[Tensor]) -> Iterator[tuple[Layer, Sequence[Tensor]]]:
+    """Take a layer apart: each direction as a layer of its own, and its weights."""
+    count = len(layer.kinds())
+    for d in range(layer.directions):
+        yield layer._replace(directions=1, reverse=layer.reverse != bool(d)), weights[d * count : (d + 1) * count]
 
 
 def _layer_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.ops.fastrnn.layer_forward.default(*args)
 
 
-def _layer_backward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _layer_backward(*args) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     return torch.ops.fastrnn.layer_backward.default(*args)
 
 
-class _Steps:
-    """Where the rows of each step of a sequence are.
+class _Segments(Steps):
+    """The steps of a sequence, in segments."""
 
-    sizes:   rows of each step [T].
-    offsets: rows of a packed sequence before each step [T + 1], otherwise just the steps' numbers.
-    """
-
-    def __init__(self, x: Tensor, batch_sizes: Tensor | None, batch_first: bool, batch: int):
-        self.packed, self.axis = batch_sizes, 1 if batch_first and batch_sizes is None else 0
-        steps = x.shape[self.axis] if batch_sizes is None else len(batch_sizes)
-        self.sizes: Sequence[int] = [batch] * steps if batch_sizes is None else batch_sizes.tolist()
-        self.offsets: Sequence[int] = range(steps + 1)
-        if batch_sizes is not None:
-            self.offsets = [0, *batch_sizes.cumsum(0).tolist()]
+    def __init__(self, layer: Layer, inputs: Inputs) -> None:
+        super().__init__(layer, inputs)
+        self.x = inputs.x
 
     def segments(self, count: int, backwards: bool) -> list[tuple[int, int]]:
         """First step and the one past the last of each segment, in the order they run."""
         found = list(pairwise(bounds(self.offsets, count)))
         return found[::-1] if backwards else found
 
-    def part(self, sequence: Tensor, start: int, stop: int) -> Tensor:
-        """A view of the rows of these steps."""
-        return sequence.narrow(self.axis, self.offsets[start], self.offsets[stop] - self.offsets[start])
-
-    def batch_sizes(self, start: int, stop: int) -> Tensor | None:
-        return None if self.packed is None else self.packed[start:stop]
+    def inputs(self, start: int, stop: int, h: Tensor, c: Tensor | None) -> Inputs:
+        """What a layer is given that runs these steps from these states."""
+        return Inputs(self.part(self.x, start, stop), None if self.batch_sizes is None else self.batch_sizes[start:stop], h, c)
 
     def before(self, y: Tensor, h0: Tensor, start: int, stop: int, backwards: bool) -> Tensor:
         """h [1, B, R] of the rows of a segment, not the first to run, before it; y of its direction, h0 [1, B, R]."""
         previous, b = stop if backwards else start - 1, self.sizes[start]
         h = self.part(y, previous, previous + 1)
-        if self.packed is None:
+        if not self.packed:
             return h.transpose(0, self.axis)
         begun = min(b, self.sizes[previous])  # in reverse, other rows begin within the segment
         return torch.cat((h[:begun], h0[0, begun:b])).unsqueeze(0)

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import checkpoint
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import CELLS
+from fastrnn.kernels.layer import Layer
 
 
 def forward_mode() -> bool:
@@ -61,6 +62,14 @@ def mode_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
     if isinstance(module, (nn.GRU, nn.GRUCell)):
         return "GRU"
     return module.mode if isinstance(module, nn.RNNBase) else f"RNN_{module.nonlinearity}".upper()
+
+
+def layer_of_module(module: Any) -> Layer:
+    """Describe a layer of a module of torch.nn's, or a cell's single step, by the module's attributes."""
+    cell = BY_MODE[mode_of(module)]
+    if not isinstance(module, nn.RNNBase):
+        return Layer(cell, bias=module.bias)
+    return Layer(cell, 1 + module.bidirectional, module.bias, module.proj_size > 0, False, module.batch_first)
 
 
 def watched() -> bool:
@@ -120,16 +129,16 @@ def check_memory(*tensors: Tensor | None) -> None:
         native.check_memory(tensors)
 
 
-def leaves_to_cudnn(cell: str, x: Tensor, batch_sizes, w_hh: Tensor, layers: int, directions: int, batch_first: bool) -> bool:
+def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: int) -> bool:
     """Does the Triton engine leave a call that it could take to torch.nn, because cuDNN is faster?
 
     x: a module's input. Not where `may_leave` says no.
     """
     if not may_leave():
         return False
-    T, B = _steps_and_rows(x, batch_sizes, batch_first)
-    H, R = w_hh.shape[0] // CELLS[cell].gates, w_hh.shape[1]
-    sizes = gpu.sizes_of(cell, T, B, H, R, directions, x.dtype)
+    T, B = _steps_and_rows(x, batch_sizes, layer.batch_first)
+    H, R = w_hh.shape[0] // CELLS[layer.cell].gates, w_hh.shape[1]
+    sizes = gpu.sizes_of(layer, T, B, H, R, x.dtype)
     dtype = str(x.dtype).removeprefix("torch.")
     return gpu.plan.cudnn_is_faster(gpu.device_of(x.device), sizes, layers, dtype, batch_sizes is not None)
 
@@ -301,8 +310,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
 def _left_to_cudnn(module: nn.Module, x: Tensor, batch_sizes: Tensor | None, w_hh: Tensor) -> bool:
     if not isinstance(module, nn.RNNBase):
         return may_leave()  # a cell's one step
-    layers, directions = module.num_layers, 1 + module.bidirectional
-    return leaves_to_cudnn(BY_MODE[mode_of(module)], x, batch_sizes, w_hh, layers, directions, module.batch_first)
+    return leaves_to_cudnn(layer_of_module(module), x, batch_sizes, w_hh, module.num_layers)
 
 
 def _weights(module: Any) -> list[Tensor | None]:
@@ -318,20 +326,21 @@ def _schedule(
     I, H = module.input_size, module.hidden_size
     size = 8 if x.dtype is torch.float64 else 4
 
-    def describe(cell: str, T: int, B: int, I: int, R: int, D: int, layers: int = 1) -> str:
+    layer = layer_of_module(module)
+
+    def describe(T: int, B: int, I: int, R: int, layers: int = 1) -> str:
         if x.is_cuda:
-            return gpu.describe(cell, T, B, H, R, D, x.dtype, x.device, training)
-        return cpu.describe(cell, T, B, I, H, R, D, cpu.team()[0], training, half, layers, module.input_size, size)
+            return gpu.describe(layer, T, B, H, R, x.dtype, x.device, training)
+        return cpu.describe(layer, T, B, I, H, R, training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):
-        rows = x.shape[0] if x.dim() == 2 else 1
-        return (describe(BY_MODE[mode_of(module)], 1, rows, I, H, 1),)
+        return (describe(1, x.shape[0] if x.dim() == 2 else 1, I, H),)
     T, B = _steps_and_rows(x, batch_sizes, module.batch_first)
-    R, D = module.proj_size or H, 1 + module.bidirectional
-    sizes = [I] + [D * R] * (module.num_layers - 1)
+    R = module.proj_size or H
+    sizes = [I] + [layer.directions * R] * (module.num_layers - 1)
     # As far as that can be told from here: what the runtime's way from module to result takes, which has all layers at hand.
     plain = batch_sizes is None and x.dim() == 3 and x.dtype in cpu.DTYPES and not watched()
     plain = plain and not (module.training and module.dropout > 0) and all(state.is_contiguous() for state in states)
     plain = plain and all(name in module._parameters for name in module._flat_weights_names)
     layers = module.num_layers if plain else 1
-    return tuple(describe(BY_MODE[mode_of(module)], T, B, size, R, D, layers) for size in sizes)
+    return tuple(describe(T, B, size, R, layers) for size in sizes)

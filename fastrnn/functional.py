@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, ops
+from fastrnn import autograd, dispatch, ops
 from fastrnn.kernels import reference
 from fastrnn.kernels.cells import CELLS
+from fastrnn.kernels.layer import Inputs, Layer, Weights, misfit, misfit_of_weights
 
 __all__ = [
     "gru",
@@ -76,13 +77,28 @@ def layer(
     Raises:
         ValueError: a shape or a combination above does not hold; the message names the argument.
     """
-    w_ih, w_hh, b_ih, b_hh, w_hr = (list(weights) for weights in (w_ih, w_hh, b_ih, b_hh, w_hr))
-    _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, batch_first)
+    kinds = {name: list(given) for name, given in zip(Weights._fields, (w_ih, w_hh, b_ih, b_hh, w_hr), strict=True)}
+    directions = len(kinds["w_ih"])
+    if cell not in CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    if directions not in (1, 2):
+        raise ValueError(f"w_ih: expected one tensor for each of 1 or 2 directions, got {directions}")
+    for name, given in kinds.items():
+        if len(given) != directions and (given or name == "w_hh"):
+            raise ValueError(f"{name}: expected {directions} tensors, got {len(given)}")
+    if len(kinds["b_ih"]) != len(kinds["b_hh"]):
+        raise ValueError("b_ih, b_hh: expected both or neither")
+    if batch_sizes is not None and batch_first:
+        raise ValueError("batch_first: packed input has no such layout")
+    if x.numel() == 0:
+        raise ValueError(f"x: expected at least one step, row and feature, got {tuple(x.shape)}")
+    weights = [given[d] for d in range(directions) for given in kinds.values() if given]
+    own = Layer(cell, directions, bool(kinds["b_ih"]), bool(kinds["w_hr"]), reverse, batch_first)
+    if reason := misfit(own, Inputs(x, batch_sizes, h0, c0), weights):
+        raise ValueError(reason)
     states = (h0,) if c0 is None else (h0, c0)
-    weights = [*w_ih, *w_hh, *b_ih, *b_hh, *w_hr]
     engine = dispatch.choose(x, batch_sizes, states, weights, compressed=True)  # if they are
-    run = ops.layer if engine in dispatch.FUSED else _reference
-    return run(ops.unit_stride(x), batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+    return _run(engine, Inputs(ops.unit_stride(x), batch_sizes, h0, c0), weights, own)
 
 
 def lstm(*args):
@@ -103,7 +119,7 @@ def lstm(*args):
     Raises:
         RuntimeError: what torch.lstm refuses, in its words.
     """
-    return _stack("lstm", _VF.lstm, args)
+    return _stack("lstm", args)
 
 
 def gru(*args):
@@ -111,7 +127,7 @@ def gru(*args):
 
     Arguments, results and errors are those of `lstm`, with h0 [L * D, B, H] in place of the pair, and without c_n.
     """
-    return _stack("gru", _VF.gru, args)
+    return _stack("gru", args)
 
 
 def rnn_tanh(*args):
@@ -119,7 +135,7 @@ def rnn_tanh(*args):
 
     Arguments, results and errors are those of `lstm`, with h0 [L * D, B, H] in place of the pair, and without c_n.
     """
-    return _stack("rnn_tanh", _VF.rnn_tanh, args)
+    return _stack("rnn_tanh", args)
 
 
 def rnn_relu(*args):
@@ -127,7 +143,7 @@ def rnn_relu(*args):
 
     Arguments, results and errors are those of `lstm`, with h0 [L * D, B, H] in place of the pair, and without c_n.
     """
-    return _stack("rnn_relu", _VF.rnn_relu, args)
+    return _stack("rnn_relu", args)
 
 
 def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
@@ -135,7 +151,7 @@ def lstm_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
     input is [B, I], and hx is (h, c), each [B, H]. The result is (h, c) after the step. Errors are torch's.
     """
-    return _cell("lstm", _VF.lstm_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _cell("lstm", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
@@ -143,7 +159,7 @@ def gru_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
     input is [B, I], and hx is h [B, H]. The result is h after the step. Errors are torch's.
     """
-    return _cell("gru", _VF.gru_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _cell("gru", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
@@ -151,7 +167,7 @@ def rnn_tanh_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
     input is [B, I], and hx is h [B, H]. The result is h after the step. Errors are torch's.
     """
-    return _cell("rnn_tanh", _VF.rnn_tanh_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _cell("rnn_tanh", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
 def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
@@ -159,144 +175,25 @@ def rnn_relu_cell(input, hx, w_ih, w_hh, b_ih=None, b_hh=None):
 
     input is [B, I], and hx is h [B, H]. The result is h after the step. Errors are torch's.
     """
-    return _cell("rnn_relu", _VF.rnn_relu_cell, input, hx, w_ih, w_hh, b_ih, b_hh)
+    return _cell("rnn_relu", input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
-class Compressed:
-    """The functions that torch.nn's code calls, for layers that `fastrnn.compress` made: their matrices are in bfloat16.
+def _names_compressed() -> SimpleNamespace:
+    """The functions above, for layers that `fastrnn.compress` made: their matrices are in bfloat16.
 
     Everywhere else such matrices beside input in float32 are what torch takes them for, a mistake.
     """
-
-    @staticmethod
-    def lstm(*args):
-        return _stack("lstm", _VF.lstm, args, compressed=True)
-
-    @staticmethod
-    def gru(*args):
-        return _stack("gru", _VF.gru, args, compressed=True)
-
-    @staticmethod
-    def rnn_tanh(*args):
-        return _stack("rnn_tanh", _VF.rnn_tanh, args, compressed=True)
-
-    @staticmethod
-    def rnn_relu(*args):
-        return _stack("rnn_relu", _VF.rnn_relu, args, compressed=True)
-
-    @staticmethod
-    def lstm_cell(*args):
-        return _cell("lstm", _VF.lstm_cell, *args, compressed=True)
-
-    @staticmethod
-    def gru_cell(*args):
-        return _cell("gru", _VF.gru_cell, *args, compressed=True)
-
-    @staticmethod
-    def rnn_tanh_cell(*args):
-        return _cell("rnn_tanh", _VF.rnn_tanh_cell, *args, compressed=True)
-
-    @staticmethod
-    def rnn_relu_cell(*args):
-        return _cell("rnn_relu", _VF.rnn_relu_cell, *args, compressed=True)
+    layers = {cell: lambda *args, cell=cell: _stack(cell, args, compressed=True) for cell in CELLS}
+    cells = {f"{cell}_cell": lambda *args, cell=cell: _cell(cell, *args, compressed=True) for cell in CELLS}
+    return SimpleNamespace(**layers, **cells)
 
 
-# The methods that torch.nn's forward of a layer calls.
-METHODS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
-           "permute_hidden", "_update_flat_weights", "_weights_have_changed", "_init_flat_weights")  # fmt: skip
+for_compressed = _names_compressed()
 
 
-def module_forward(module: nn.RNNBase, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
-    """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3 or x.is_nested:
-        return None
-    weights = own_weights(module)
-    if weights is None or not _attributes_agree(module, x, weights):
-        return None
-    cell, lstm = dispatch.BY_MODE[dispatch.mode_of(module)], isinstance(module, nn.LSTM)
-    num_layers, bidirectional, batch_first = module.num_layers, module.bidirectional, module.batch_first
-    if hx is None:
-        depth, batch = num_layers * (1 + bidirectional), x.size(0 if batch_first else 1)
-        hx = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
-        if lstm:
-            hx = hx, x.new_zeros(depth, batch, module.hidden_size)
-    dropped = module.dropout, module.training
-    args = x, hx, weights, module.bias, num_layers, *dropped, bidirectional, batch_first
-    done = _stack(cell, _decline, args, compressed=module._fastrnn_compressed)  # type: ignore[arg-type]
-    return done and (done[0], done[1:] if lstm else done[1])
-
-
-def _attributes_agree(module: nn.RNNBase, x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Do the attributes of a module say of its weights what these are? torch.nn goes by the attributes, and checks these."""
-    if not module.__dict__.keys().isdisjoint(METHODS) or len(weights) < 2:
-        return False
-    mode = dispatch.mode_of(module)
-    sizes = module.input_size, module.hidden_size, module.proj_size, module.num_layers
-    flags = module.bias, module.batch_first, module.bidirectional, module.training
-    if mode not in dispatch.BY_MODE or (isinstance(module, nn.RNN) and not mode.startswith("RNN")):
-        return False
-    if any(type(size) is not int for size in sizes) or any(type(flag) is not bool for flag in flags):
-        return False
-    rows = CELLS[dispatch.BY_MODE[mode]].gates * module.hidden_size
-    return x.shape[-1] == module.input_size and weights[1].shape == (rows, module.proj_size or module.hidden_size)
-
-
-def own_weights(module: Any) -> list[Tensor] | None:
-    """The module's flat weights where they are its parameters still; None where one is computed, or has been replaced.
-
-    Nothing is computed to find out: a parametrization may change at every look.
-    """
-    parameters = module._parameters
-    if type(parameters) is not dict:  # another mapping may compute what it holds
-        return None
-    for known, name in zip(module._flat_weight_refs, module._flat_weights_names, strict=True):
-        weight = parameters.get(name)
-        if weight is None or known is None or known() is not weight:
-            return None
-    return module._flat_weights
-
-
-def _decline(*args) -> None:
-    return None
-
-
-def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
-    """`module.step(x, state, out=out)` as a sequence of one step, where the fast path has not taken it."""
-    if module.bidirectional:
-        raise ValueError("step: a bidirectional module needs the whole sequence")
-    if x.dim() != 2:
-        raise ValueError(f"step: expected x of shape [batch, input_size], got {tuple(x.shape)}")
-    time = 1 if module.batch_first else 0
-    with torch.no_grad():
-        y, last = module.forward(x.unsqueeze(time), state)  # without hooks, which the fast path does not know
-    y = y.squeeze(time)
-    if out is None:
-        return y, last
-    lstm = isinstance(module, nn.LSTM)
-    results = (y, *last) if lstm else (y, last)
-    try:
-        into_y, after = out
-        places = [into_y, *after] if lstm else [into_y, after]
-    except (TypeError, ValueError):
-        places = []
-    if len(places) != 2 + lstm or not all(isinstance(place, Tensor) and place.device == y.device for place in places):
-        raise ValueError(f"step: expected out {'(y, (h, c))' if lstm else '(y, h)'} of tensors on {y.device}, got {out!r}")
-    for name, into, value in zip("yhc", places, results, strict=False):
-        if into.shape != value.shape or into.dtype != value.dtype:
-            raise ValueError(
-                f"step: out's {name} must be {value.dtype} of shape {tuple(value.shape)}, got {into.dtype} {tuple(into.shape)}"
-            )
-    dispatch.check_memory(*places)
-    for into, value in zip(places, results, strict=True):
-        into.copy_(value)
-    return out
-
-
-def _stack(cell: str, fallback: Callable, args: tuple, compressed: bool = False):
-    """Run layers on top of each other; `fallback` is torch's own function of the same arguments.
-
-    compressed: they are those of a layer that `fastrnn.compress` made.
-    """
+def _stack(cell: str, args: tuple, compressed: bool = False):
+    """Run layers on top of each other; compressed: they are those of a layer that `fastrnn.compress` made."""
+    fallback = getattr(_VF, cell)
     if len(args) != 9:
         return fallback(*args)
     if not isinstance(args[3], (list, tuple)):
@@ -305,65 +202,80 @@ def _stack(cell: str, fallback: Callable, args: tuple, compressed: bool = False)
     else:
         x, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional = args
         batch_first = False
-    states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
     counted = isinstance(num_layers, int) and not isinstance(num_layers, bool) and num_layers > 0
-    typed = counted and isinstance(params, (list, tuple)) and len(params) > 1
+    typed = counted and isinstance(params, (list, tuple)) and len(params) > 1 and isinstance(dropout, (int, float))
     if not typed or not all(isinstance(flag, bool) for flag in (has_biases, train, bidirectional, batch_first)):
         return fallback(*args)
-    engine = dispatch.choose(x, batch_sizes, states, params, compressed)
-    directions = 2 if bidirectional else 1
-    kinds = len(params) // (num_layers * directions)  # weights of a layer and direction
-    fits = engine != "torch" and _fits(
-        cell, x, batch_sizes, states, params, has_biases, num_layers, directions, kinds, batch_first
-    )
-    if fits and engine == "triton":
-        fits = not dispatch.leaves_to_cudnn(cell, x, batch_sizes, params[1], num_layers, directions, batch_first)
-    fits = fits and isinstance(dropout, (int, float)) and (not train or 0 <= dropout <= 1)  # else torch has words for it
-    if compressed and not (fits and engine in dispatch.FUSED) and dispatch.has_compressed(x, params):
-        params = [param.float() for param in params]
+    directions, inputs = 2 if bidirectional else 1, inputs_of(cell, x, batch_sizes, hx)
+    projected = len(params) // (num_layers * directions) == (5 if has_biases else 3)
+    layer = Layer(cell, directions, has_biases, projected, False, batch_first)
+    done = run_layers(inputs, params, layer, num_layers, dropout if train else 0, compressed)
+    if done is not None:
+        return done[:2] if done[2] is None else done
+    if compressed:
         at = 2 if batch_sizes is None else 3
-        args = *args[:at], params, *args[at + 1 :]
-    if not fits:
-        unchecked = cell == "lstm" and fallback is _VF.lstm and not torch.compiler.is_compiling()
-        if unchecked and _unchecked_by_torch(x, states, params):
-            _check_weights(params, 4 if has_biases else 2, num_layers, directions)
-            checks = _LSTMChecks.of(params, num_layers, bidirectional, batch_first)
-            checks.check_forward_args(x, states, batch_sizes)
-        if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
-            return call_outside_of_the_graph(fallback, args)  # such as wrong shapes, for which torch has words
-        return fallback(*args)
-    run = ops.layer if engine in dispatch.FUSED else _reference
+        args = *args[:at], _wide(x, params), *args[at + 1 :]
+    if cell == "lstm" and not torch.compiler.is_compiling():
+        _check_lstm(layer, inputs, args[2 if batch_sizes is None else 3], num_layers)
+    if torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
+        return call_outside_of_the_graph(fallback, args)  # such as wrong shapes, for which torch has words
+    return fallback(*args)
+
+
+def run_layers(
+    inputs: Inputs, weights: Sequence[Tensor], layer: Layer, num_layers: int, dropout: float, compressed: bool
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Run layers on top of each other, differentiable: y, h_n and c_n. None where no engine takes the call.
+
+    layer: each of them. dropout: between them, 0 in evaluation mode. compressed: as in `_stack`.
+    """
+    x, batch_sizes, h0, c0 = inputs
+    engine = dispatch.choose(x, batch_sizes, (h0,) if c0 is None else (h0, c0), weights, compressed)
+    if engine == "torch" or misfit(layer, inputs, weights, num_layers) or not 0 <= dropout <= 1:
+        return None  # torch has words for what is wrong
+    if engine == "triton" and dispatch.leaves_to_cudnn(layer, x, batch_sizes, weights[1], num_layers):
+        return None
+    if compressed and engine not in dispatch.FUSED:
+        weights = _wide(x, weights)
     x = ops.unit_stride(x)
-    h0, c0 = states if cell == "lstm" else (*states, None)
     if num_layers == 1:
-        y, h_n, c_n = run(x, batch_sizes, h0, c0, *_split(params, kinds, has_biases), cell, False, batch_first)
-        return (y, h_n) if c0 is None else (y, h_n, c_n)
+        return _run(engine, Inputs(x, batch_sizes, h0, c0), weights, layer)
 
     # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
-    dropped = train and dropout > 0
-    time_major = dropped and batch_first
+    time_major, D, each = dropout > 0 and layer.batch_first, layer.directions, len(weights) // num_layers
+    by_time = Layer(layer.cell, D, layer.bias, layer.projected)
     y, hs, cs = x, [], []
     for index in range(num_layers):
-        own = slice(index * directions, (index + 1) * directions)
-        weights = _split(params[index * directions * kinds : (index + 1) * directions * kinds], kinds, has_biases)
-        last = index == num_layers - 1
+        own, last = slice(index * D, (index + 1) * D), index == num_layers - 1
         if time_major and (index == 0 or last):
             y = y.transpose(0, 1)
-        y, h, c = run(
-            y,
-            batch_sizes,
-            h0[own],
-            None if c0 is None else c0[own],
-            *weights,
-            cell,
-            False,
-            batch_first and (last or not time_major),
-        )
+        given = Inputs(y, batch_sizes, h0[own], None if c0 is None else c0[own])
+        y, h, c = _run(engine, given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer)
         hs.append(h)
         cs += [] if c is None else [c]
-        if dropped and not last:
+        if dropout > 0 and not last:
             y = F.dropout(y, dropout, True)
-    return (y, torch.cat(hs)) if c0 is None else (y, torch.cat(hs), torch.cat(cs))
+    return y, torch.cat(hs), torch.cat(cs) if cs else None
+
+
+def inputs_of(cell: str, x: Any, batch_sizes: Any, hx: Any) -> Inputs:
+    """What a caller gave. No state at all in the place of what is no pair: no engine takes that."""
+    if cell != "lstm":
+        return Inputs(x, batch_sizes, hx, None)
+    return Inputs(x, batch_sizes, *(hx if isinstance(hx, (tuple, list)) and len(hx) == 2 else (None, None)))
+
+
+def _wide(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The weights of a compressed layer in x's dtype."""
+    return [weight.float() for weight in weights] if dispatch.has_compressed(x, weights) else weights
+
+
+def _run(engine: str, inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell: bool = False):
+    """`autograd.run_layer`, or the same through plain operations."""
+    if engine in dispatch.FUSED:
+        return autograd.run_layer(inputs, weights, layer, of_cell)
+    y, h_n, c_n, _ = reference.layer_forward(inputs, weights, layer)
+    return y, h_n, None if inputs.c0 is None else c_n
 
 
 def runs_in_graph(module: Any, input: Any, hx: Any) -> bool:
@@ -384,200 +296,70 @@ def call_outside_of_the_graph(function: Callable, args: tuple):
     return function(*args)
 
 
-def _unchecked_by_torch(x, states, params) -> bool:
-    """Would torch hand these tensors to oneDNN as they are? Its other path fails in an operation, with words of its own."""
-    if len(states) != 2 or not all(isinstance(tensor, Tensor) for tensor in (x, *states, *params)):
-        return False
+def _check_lstm(layer: Layer, inputs: Inputs, params: Sequence[Tensor], num_layers: int) -> None:
+    """Raise where an LSTM's input, states or weights do not fit each other and torch would hand them to oneDNN as they are.
+
+    oneDNN takes sizes from some tensors and reads past the ends of others. torch's other path fails in an operation, with words
+    of its own. torch.nn checks input and states against a module's attributes, which packed input and functions have not: here
+    the same checks are against the weights.
+    """
+    x, batch_sizes = inputs[:2]
+    states: tuple[Any, ...] = inputs[2:]
+    if not all(isinstance(tensor, Tensor) for tensor in (x, *states, *params)):
+        return
     if 0 in (states[0].dim(), states[1].dim()) or states[0].shape[-1] != states[1].shape[-1]:  # torch sees a projection
-        return False
+        return
     dtype = params[0].dtype
-    return x.is_cpu and dtype is not torch.float64 and all(tensor.dtype is dtype for tensor in (x, *states))
-
-
-def _check_weights(params: Sequence[Tensor], each: int, num_layers: int, directions: int) -> None:
-    """Raise where an LSTM's weights, `each` for a layer and direction, do not fit each other."""
-    found = [tuple(param.shape) for param in params[: each * num_layers * directions]]
-    if len(found) > 1 and len(found[0]) == len(found[1]) == 2:
-        size, width, rows = found[0][1], found[1][1], 4 * found[1][1]
-        others = [(rows, width), (rows,), (rows,)][: each - 1]
-        first, later = [(rows, size), *others] * directions, [(rows, directions * width), *others] * directions
-        if found == first + later * (num_layers - 1):
-            return
-    raise RuntimeError(f"LSTM: the shapes of its weights do not fit {num_layers} layers and each other, got {found}")
+    if not x.is_cpu or dtype is torch.float64 or any(tensor.dtype is not dtype for tensor in (x, *states)):
+        return
+    input_size = params[0].shape[-1] if params[0].dim() else 0
+    if params[0].dim() == params[1].dim() == 2:
+        checks = _LSTMChecks(
+            _flat_weights=params,
+            input_size=input_size,
+            hidden_size=params[1].shape[1],
+            proj_size=0,
+            num_layers=num_layers,
+            bidirectional=layer.directions == 2,
+            batch_first=layer.batch_first,
+        )
+        checks.check_forward_args(x, states, batch_sizes)
+    layer = layer._replace(projected=False)  # which oneDNN has not, and torch leaves further tensors alone
+    count = len(layer.kinds()) * layer.directions * num_layers
+    if reason := misfit_of_weights(layer, params[:count], input_size, num_layers):
+        raise RuntimeError(f"LSTM: {reason}")
 
 
 class _LSTMChecks(SimpleNamespace):
-    """torch.nn's own checks of LSTM's input, against its weights: torch.nn's are against attributes, and packed input has none.
-
-    oneDNN takes sizes from some tensors and reads past the ends of others.
-    """
+    """torch.nn's own checks of LSTM's input, on these attributes."""
 
     check_input, check_hidden_size = nn.LSTM.check_input, nn.LSTM.check_hidden_size
     get_expected_hidden_size, get_expected_cell_size = nn.LSTM.get_expected_hidden_size, nn.LSTM.get_expected_cell_size
     check_forward_args: Any = nn.LSTM.check_forward_args
 
-    @classmethod
-    def of(cls, params: Sequence[Tensor], num_layers: int, bidirectional: bool, batch_first: bool) -> _LSTMChecks:
-        return cls(
-            _flat_weights=params,
-            input_size=params[0].shape[1],
-            hidden_size=params[1].shape[1],
-            proj_size=0,
-            num_layers=num_layers,
-            bidirectional=bidirectional,
-            batch_first=batch_first,
-        )
 
-
-def _cell(cell: str, fallback: Callable, x, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, compressed: bool = False):
-    """Run one step of one layer, with `fallback` and `compressed` as in `_stack`."""
-    states = (hx,) if cell != "lstm" else hx if isinstance(hx, (tuple, list)) else (None,)
-    has_biases = b_ih is not None or b_hh is not None
-    params = (w_ih, w_hh, b_ih, b_hh) if has_biases else (w_ih, w_hh)
-    engine = dispatch.choose(x, None, states, params, compressed)
+def _cell(cell: str, x, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, compressed: bool = False):
+    """Run one step of one layer, with `compressed` as in `_stack`."""
+    has_biases, (_, _, h, c) = b_ih is not None or b_hh is not None, inputs_of(cell, x, None, hx)
+    params = [w_ih, w_hh, b_ih, b_hh] if has_biases else [w_ih, w_hh]
+    layer = Layer(cell, bias=has_biases)
+    engine = dispatch.choose(x, None, (h,) if c is None else (h, c), params, compressed)
     if engine == "triton" and dispatch.may_leave():
         engine = "torch"  # one step costs less than a launch from Python
-    fits = engine != "torch" and _fits_cell(cell, x, states, params)
-    if compressed and not (fits and engine in dispatch.FUSED) and dispatch.has_compressed(x, params):
-        w_ih, w_hh = w_ih.float(), w_hh.float()
-    if not fits:
-        if cell == "lstm" and _unchecked_by_torch_cell(x, states, w_hh):
-            raise ValueError(f"LSTMCell: Expected hx[0] to have as many dimensions as input, got {tuple(states[0].shape)}")
-        return fallback(x, hx, w_ih, w_hh, b_ih, b_hh)
-    h, c = states if cell == "lstm" else (*states, None)
-    biases: tuple[list, list] = ([b_ih], [b_hh]) if has_biases else ([], [])
-    x, h, c = ops.unit_stride(x).unsqueeze(0), h.unsqueeze(0), None if c is None else c.unsqueeze(0)
-    weights: ops.Kinds = ([w_ih], [w_hh], *biases, [])
-    if engine in dispatch.FUSED:
-        _, h, c = ops.layer(x, None, h, c, *weights, cell, of_cell=True)
-    else:
-        _, h, c = _reference(x, None, h, c, *weights, cell, False, False)
+    inputs = None
+    if engine != "torch":
+        x_step = ops.unit_stride(x.unsqueeze(0))
+        inputs = Inputs(x_step, None, h.unsqueeze(0), None if c is None else c.unsqueeze(0))
+    if compressed and (inputs is None or engine not in dispatch.FUSED):
+        w_ih, w_hh = params[:2] = _wide(x, params)[:2]
+    if inputs is None or misfit(layer, inputs, params):
+        if cell == "lstm" and _unchecked_by_torch_cell(x, h, w_hh):
+            raise ValueError(f"LSTMCell: Expected hx[0] to have as many dimensions as input, got {tuple(h.shape)}")
+        return getattr(_VF, f"{cell}_cell")(x, hx, w_ih, w_hh, b_ih, b_hh)
+    _, h, c = _run(engine, inputs, params, layer, of_cell=True)
     return h.squeeze(0) if c is None else (h.squeeze(0), c.squeeze(0))
 
 
-def _unchecked_by_torch_cell(x, states, w_hh) -> bool:
+def _unchecked_by_torch_cell(x, h, w_hh) -> bool:
     """Would torch read past the end of a state of too many dimensions? It looks at the first two sizes."""
-    state = states[0] if states else None
-    return isinstance(state, Tensor) and state.dim() > 2 and state.shape[:2] == (x.shape[0], w_hh.shape[1])
-
-
-def _split(params: list[Tensor], kinds: int, has_biases: bool) -> ops.Kinds:
-    """w_ih, w_hh, b_ih, b_hh, w_hr of one layer, one tensor a direction each."""
-    b_ih, b_hh = (params[2::kinds], params[3::kinds]) if has_biases else ([], [])
-    return params[::kinds], params[1::kinds], b_ih, b_hh, params[kinds - 1 :: kinds] if kinds in (3, 5) else []
-
-
-def _fits(
-    cell: str,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    states: Sequence[Tensor],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    directions: int,
-    kinds: int,
-    batch_first: bool,
-) -> bool:
-    """Do all shapes agree? Where not, torch says what is wrong."""
-    projected = kinds - (4 if has_biases else 2)
-    if len(params) != kinds * num_layers * directions or not 0 <= projected <= (cell == "lstm"):
-        return False
-    if len(states) != 1 + (cell == "lstm"):
-        return False
-    if batch_sizes is None:
-        if x.dim() != 3:
-            return False
-        batch = x.shape[0 if batch_first else 1]
-    else:
-        if x.dim() != 2 or batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
-            return False
-        batch = states[0].shape[1] if states[0].dim() == 3 else -1
-        # torch.nn's modules have checked this, but for LSTM's
-        if cell == "lstm" and not torch.compiler.is_compiling() and int(batch_sizes[0]) != batch:
-            return False
-    w_hh = params[1]
-    if w_hh.dim() != 2:
-        return False
-    rows, width = w_hh.shape
-    hidden = rows // CELLS[cell].gates
-    if (width != hidden and not projected) or hidden * CELLS[cell].gates != rows:
-        return False
-    after_w_ih: list[tuple[int, ...]] = [(rows, width)]
-    if has_biases:
-        after_w_ih += [(rows,), (rows,)]
-    if projected:
-        after_w_ih.append((width, hidden))
-    size = x.shape[-1]
-    for start in range(0, len(params), kinds):
-        if start == kinds * directions:
-            size = directions * width
-        w_ih, *others = params[start : start + kinds]
-        if w_ih.shape != (rows, size) or [param.shape for param in others] != after_w_ih:
-            return False
-    depth = num_layers * directions
-    if cell != "lstm":
-        return states[0].shape == (depth, batch, width)
-    return states[0].shape == (depth, batch, width) and states[1].shape == (depth, batch, hidden)
-
-
-def _fits_cell(cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-    """Do all shapes of a single step agree?"""
-    w_ih, w_hh, *biases = params
-    if x.dim() != 2 or w_hh.dim() != 2 or len(states) != 1 + (cell == "lstm"):
-        return False
-    batch, size = x.shape
-    rows, hidden = w_hh.shape
-    return (
-        rows == CELLS[cell].gates * hidden
-        and w_ih.shape == (rows, size)
-        and all(state.shape == (batch, hidden) for state in states)
-        and all(bias.shape == (rows,) for bias in biases)
-    )
-
-
-def _check_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str, batch_first: bool) -> None:
-    """Raise ValueError where the arguments of `layer` do not agree."""
-    if cell not in CELLS:
-        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
-    directions = len(w_ih)
-    if directions not in (1, 2):
-        raise ValueError(f"w_ih: expected one tensor for each of 1 or 2 directions, got {directions}")
-    if x.dim() != (3 if batch_sizes is None else 2):
-        raise ValueError(f"x: expected {'[T, B, I]' if batch_sizes is None else '[N, I]'}, got {tuple(x.shape)}")
-    if batch_sizes is not None and batch_first:
-        raise ValueError("batch_first: packed input has no such layout")
-    if batch_sizes is not None and (batch_sizes.dtype is not torch.int64 or batch_sizes.dim() != 1):
-        raise ValueError(f"batch_sizes: expected int64 [T], got {batch_sizes.dtype} {tuple(batch_sizes.shape)}")
-    if (c0 is None) != (cell != "lstm"):
-        raise ValueError(f"c0: {'needed by' if cell == 'lstm' else 'not an argument of'} cell {cell!r}")
-    if len(w_hh) != directions or w_hh[0].dim() != 2:
-        raise ValueError(f"w_hh: expected {directions} tensors [G * H, R]")
-    if x.numel() == 0:
-        raise ValueError(f"x: expected at least one step, row and feature, got {tuple(x.shape)}")
-    rows, width = w_hh[0].shape
-    hidden = rows // CELLS[cell].gates
-    batch = h0.shape[1] if batch_sizes is not None and h0.dim() == 3 else x.shape[0 if batch_first else 1]
-    shapes = {
-        "h0": ([h0], (directions, batch, width)),
-        "c0": ([] if c0 is None else [c0], (directions, batch, hidden)),
-        "w_ih": (w_ih, (hidden * CELLS[cell].gates, x.shape[-1])),
-        "w_hh": (w_hh, (hidden * CELLS[cell].gates, width if w_hr else hidden)),
-        "b_ih": (b_ih, (rows,)),
-        "b_hh": (b_hh, (rows,)),
-        "w_hr": (w_hr, (width, hidden)),
-    }
-    for name, (tensors, shape) in shapes.items():
-        if name[0] != "c" and name != "h0" and len(tensors) not in (0, directions):
-            raise ValueError(f"{name}: expected {directions} tensors, got {len(tensors)}")
-        for tensor in tensors:
-            if tensor.shape != shape:
-                raise ValueError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
-    if len(b_ih) != len(b_hh):
-        raise ValueError("b_ih, b_hh: expected both or neither")
-
-
-def _reference(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first):
-    """`ops.layer` through plain operations."""
-    y, h_n, c_n, _ = reference.layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
-    return y, h_n, c_n if cell == "lstm" else None
+    return isinstance(h, Tensor) and h.dim() > 2 and h.shape[:2] == (x.shape[0], w_hh.shape[1])

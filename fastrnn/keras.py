@@ -84,8 +84,10 @@ class _Cell:
         return w_ih, w_hh, [rows(bias[0])], [rows(bias[1])]
 
 
-def _cells(layer: Any, training: Any) -> list[_Cell] | str:
-    """The cells of a Keras recurrent layer, the lowest first; or why the engines do not run one."""
+def _cells(layer: Any, training: Any, x: Any = None) -> list[_Cell] | str:
+    """The cells of a Keras recurrent layer, the lowest first; or why the engines do not run one, or not for an input x."""
+    if x is not None and 0 in x.shape:
+        return f"an empty input {tuple(x.shape)}"
     stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
     found = []
     for cell in layer.cell.cells if stacked else (layer.cell,):
@@ -208,18 +210,10 @@ def _mask_of(mask: Any, x: Tensor) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
-def _why_not(layer: Any, x: Any, training: Any) -> str | None:
-    """Why Keras' loop runs a call of this layer, or None where the engines do."""
-    cells = _cells(layer, training)
-    if isinstance(cells, str):
-        return cells
-    return f"an empty input {tuple(x.shape)}" if 0 in x.shape else None
-
-
 def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: Any) -> Any:
     """What Keras' inner_loop returns: the last output, all outputs, and the final states. None where Keras has to run it."""
-    cells = _cells(layer, training)
-    if isinstance(cells, str) or 0 in sequences.shape:
+    cells = _cells(layer, training, sequences)
+    if isinstance(cells, str):
         return None
     x, backwards = _inputs(layer, sequences, training), layer.go_backwards
     mask = _mask_of(mask, x)
@@ -277,8 +271,9 @@ def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
     training = torch.is_grad_enabled()
     for layer in layers:
         recurrent = isinstance(layer, keras.layers.RNN)
-        if reason := _why_not(layer, input, training) if recurrent else f"{type(layer).__name__} is not a recurrent layer":
-            return dispatch.Explanation("keras", {"fastrnn": reason})
+        cells = _cells(layer, training, input) if recurrent else f"{type(layer).__name__} is not a recurrent layer"
+        if isinstance(cells, str):
+            return dispatch.Explanation("keras", {"fastrnn": cells})
     x = _inputs(layers[0], input, False)
     with torch.set_grad_enabled(training):
         return dispatch.explain(to_torch(self), x)
@@ -336,7 +331,7 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
         not isinstance(layer, keras.layers.RNN)
         or not getattr(type(layer).inner_loop, "is_fused", False)
         or isinstance(layer.cell, keras.layers.StackedRNNCells)
-        or _why_not(layer, sequences, training) is not None
+        or isinstance(_cells(layer, training, sequences), str)
         or layer.activity_regularizer is not None
         or (training and layer.cell.dropout)
         for layer in layers

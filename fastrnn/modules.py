@@ -1,53 +1,56 @@
 """RNN, LSTM, GRU and their cells: torch.nn's classes with torch.nn's own code, whose arithmetic `functional` runs.
 
 Each class derives from the one it stands for and replaces `forward`. The fast path is one call of the compiled runtime, which
-takes it where nothing is out of the ordinary. The fallback is torch's own code object with the name `_VF` bound to
-`fastrnn.functional`: its checks take longer than a small step does. So constructors, checks, error words, initial values,
-state_dict, pickling, parametrisations and `isinstance` are torch's, of the torch that is installed.
+takes it where nothing is out of the ordinary; elsewhere the fallback (fallback.py) runs torch.nn's own code, whose checks take
+longer than a small step does. So constructors, checks, error words, initial values, state_dict, pickling, parametrisations and
+`isinstance` are torch's, of the torch that is installed.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from types import FunctionType
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastrnn import dispatch
-from fastrnn import functional as _VF
-from fastrnn.checkpoint import recompute
+from fastrnn import dispatch, fallback, functional
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Class = TypeVar("_Class", bound=type)
 
 
-def _rebound(function: _Function, functions: Any = _VF) -> _Function:
-    """`function`, its code unchanged, with globals looked up in this module, and its `_VF` the given functions."""
-    assert isinstance(function, FunctionType)
-    for name in function.__code__.co_names:
-        if name in function.__globals__:
-            globals().setdefault(name, function.__globals__[name])
-    names = globals()
-    if functions is not _VF:
-        names = names | {"_VF": functions}
-        del names["__name__"]  # for Dynamo, which looks globals up in the module of this name
-    own = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    own.__module__ = __name__
-    own.__kwdefaults__, own.__annotations__ = function.__kwdefaults__, function.__annotations__
-    own.__qualname__ = function.__qualname__
-    return own  # type: ignore[return-value]
+# Each class of torch.nn and the one that stands in for it.
+DROP_INS: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _drop_in(cls: _Class) -> _Class:
+    """Give a class derived from torch.nn's what stands in the place of torch.nn's methods.
+
+    A base could not bring it along: torch.nn's class comes first among the bases.
+    """
+    torch_class: Any = cls.__bases__[0]
+    DROP_INS[torch_class] = cls
+    own: dict[str, Any] = {"_fastrnn_original": torch_class}
+    if issubclass(torch_class, nn.RNNBase):
+        own |= {"__init__": _init(torch_class), "extra_repr": _extra_repr, "forward": _forward(torch_class)}
+        own |= {"_fastrnn_fallback": fallback.layer_fallback(torch_class), "check_input": _check_input}
+        own["_weights_have_changed"] = _weights_have_changed
+    else:
+        own |= {"forward": _cell_forward(torch_class), "_fastrnn_fallback": fallback.cell_fallback(torch_class)}
+    for name, value in own.items():
+        setattr(cls, name, value)
+    return cls
 
 
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None):
         if torch.compiler.is_dynamo_compiling():
-            if not _VF.runs_in_graph(self, input, hx):
-                return _VF.call_outside_of_the_graph(forward, (self, input, hx))
+            if not functional.runs_in_graph(self, input, hx):
+                return functional.call_outside_of_the_graph(forward, (self, input, hx))
         elif dispatch.native and (kind := self._fastrnn_fast_path):
             result = dispatch.native.forward(self.__dict__, kind, input, hx, self.recompute is True)
             if result is not None:
@@ -55,46 +58,6 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
         return self._fastrnn_fallback(input, hx)
 
     return forward
-
-
-def _fallback(torch_class: type[nn.RNNBase]) -> Any:
-    """Make the method that runs a call through torch.nn's own code when the fast path declined it."""
-    by_torch = _by_torch(torch_class)
-
-    def run(self, input, hx):
-        if torch.compiler.is_dynamo_compiling():
-            return run_compiled(self, input, hx)
-        result = _VF.module_forward(self, input, hx) if self._fastrnn_fast_path else None
-        return by_torch(self, input, hx) if result is None else result
-
-    def run_compiled(self, input, hx):
-        """torch.nn's code lists the weights anew where others stand in their place (torch.func.functional_call).
-
-        A graph would return that list, of tensors which belong to a transform and are no results.
-        """
-        weights, references = self._flat_weights, self._flat_weight_refs
-        result = by_torch(self, input, hx)
-        if self._flat_weights is not weights:
-            self._flat_weights, self._flat_weight_refs = weights, references
-        return result
-
-    def fallback(self, input, hx):
-        if self.recompute is True:  # a derived class may have a method of this name
-            with recompute():
-                return run(self, input, hx)
-        return run(self, input, hx)
-
-    return fallback
-
-
-def _by_torch(torch_class: type[nn.RNNBase | nn.RNNCellBase]) -> Any:
-    """Make the function that runs torch.nn's code over our functions: those for compressed layers where this is one."""
-    usual, compressed = _rebound(torch_class.forward), _rebound(torch_class.forward, _VF.Compressed)
-
-    def by_torch(self, input, hx=None):
-        return (compressed if self._fastrnn_compressed else usual)(self, input, hx)
-
-    return by_torch
 
 
 def _init(torch_class: type[nn.RNNBase]) -> Any:
@@ -176,7 +139,7 @@ class DropIn(nn.Module):
 
 def _weights_have_changed(self: nn.RNNBase) -> bool:
     """Answer as torch.nn, without eight calls of nn.Module.__getattr__ where every weight is a plain parameter."""
-    own = self._fastrnn_fast_path and _VF.own_weights(self) is not None
+    own = self._fastrnn_fast_path and fallback.own_weights(self) is not None
     return not own and nn.RNNBase._weights_have_changed(self)
 
 
@@ -206,7 +169,7 @@ def mark_compressed(module: nn.Module, compressed: bool) -> None:
         module.__dict__["_fastrnn_compressed"] = True
 
 
-_OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in _VF.METHODS} | {
+_OURS = {getattr(of, name, None) for of in (nn.RNN, nn.LSTM, nn.GRU) for name in fallback.METHODS} | {
     _check_input,
     _weights_have_changed,
 }
@@ -220,7 +183,7 @@ def _overrides(cls: type) -> bool:
     """
     if any(getattr(cls, name) is not getattr(nn.Module, name) for name in ("__getattribute__", "__getattr__")):
         return True
-    if issubclass(cls, nn.RNNBase) and any(getattr(cls, name, None) not in _OURS for name in _VF.METHODS):
+    if issubclass(cls, nn.RNNBase) and any(getattr(cls, name, None) not in _OURS for name in fallback.METHODS):
         return True
     found: dict[str, Any] = {}
     for base in cls.__mro__:
@@ -258,9 +221,10 @@ class _Layers(DropIn):
             result = dispatch.native.step(self.__dict__, kind, x, state, out)
             if result is not None:
                 return result
-        return _VF.module_step(self, x, state, out)
+        return fallback.module_step(self, x, state, out)
 
 
+@_drop_in
 class RNN(nn.RNN, _Layers):
     """Run an RNN over sequences: torch.nn.RNN on fastrnn's engines.
 
@@ -279,14 +243,8 @@ class RNN(nn.RNN, _Layers):
     B. The call raises what torch.nn.RNN raises, in its words.
     """
 
-    __init__ = _init(nn.RNN)
-    extra_repr = _extra_repr
-    forward = _forward(nn.RNN)
-    _fastrnn_fallback = _fallback(nn.RNN)
-    _weights_have_changed = _weights_have_changed
-    check_input = _check_input
 
-
+@_drop_in
 class LSTM(nn.LSTM, _Layers):
     """Run an LSTM over sequences: torch.nn.LSTM on fastrnn's engines.
 
@@ -306,14 +264,8 @@ class LSTM(nn.LSTM, _Layers):
     have no B. The call raises what torch.nn.LSTM raises, in its words.
     """
 
-    __init__ = _init(nn.LSTM)
-    extra_repr = _extra_repr
-    forward = _forward(nn.LSTM)
-    _fastrnn_fallback = _fallback(nn.LSTM)
-    _weights_have_changed = _weights_have_changed
-    check_input = _check_input
 
-
+@_drop_in
 class GRU(nn.GRU, _Layers):
     """Run a GRU over sequences: torch.nn.GRU on fastrnn's engines.
 
@@ -333,14 +285,8 @@ class GRU(nn.GRU, _Layers):
     B. The call raises what torch.nn.GRU raises, in its words.
     """
 
-    __init__ = _init(nn.GRU)
-    extra_repr = _extra_repr
-    forward = _forward(nn.GRU)
-    _fastrnn_fallback = _fallback(nn.GRU)
-    _weights_have_changed = _weights_have_changed
-    check_input = _check_input
 
-
+@_drop_in
 class RNNCell(nn.RNNCell, DropIn):
     """Run one step of an RNN: torch.nn.RNNCell on fastrnn's engines.
 
@@ -354,10 +300,8 @@ class RNNCell(nn.RNNCell, DropIn):
     For B sequences, I input size, H hidden size. The call raises what torch.nn.RNNCell raises, in its words.
     """
 
-    forward = _cell_forward(nn.RNNCell)
-    _fastrnn_fallback = _by_torch(nn.RNNCell)
 
-
+@_drop_in
 class LSTMCell(nn.LSTMCell, DropIn):
     """Run one step of an LSTM: torch.nn.LSTMCell on fastrnn's engines.
 
@@ -371,10 +315,8 @@ class LSTMCell(nn.LSTMCell, DropIn):
     For B sequences, I input size, H hidden size. The call raises what torch.nn.LSTMCell raises, in its words.
     """
 
-    forward = _cell_forward(nn.LSTMCell)
-    _fastrnn_fallback = _by_torch(nn.LSTMCell)
 
-
+@_drop_in
 class GRUCell(nn.GRUCell, DropIn):
     """Run one step of a GRU: torch.nn.GRUCell on fastrnn's engines.
 
@@ -388,21 +330,7 @@ class GRUCell(nn.GRUCell, DropIn):
     For B sequences, I input size, H hidden size. The call raises what torch.nn.GRUCell raises, in its words.
     """
 
-    forward = _cell_forward(nn.GRUCell)
-    _fastrnn_fallback = _by_torch(nn.GRUCell)
 
-
-# Each class of torch.nn and the one that stands in for it.
-DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.RNN: RNN,
-    nn.LSTM: LSTM,
-    nn.GRU: GRU,
-    nn.RNNCell: RNNCell,
-    nn.LSTMCell: LSTMCell,
-    nn.GRUCell: GRUCell,
-}
-for _torch_class, _drop_in in DROP_INS.items():
-    _drop_in._fastrnn_original = _torch_class  # type: ignore[attr-defined] # DROP_INS says no more than nn.Module
 if dispatch.native:  # attributes that a constructor makes: nn.Module's, and its class's own but for an RNNCell's nonlinearity
     _made = len(nn.Module().__dict__)
-    dispatch.native.expect(_VF.METHODS, _made + 13, _WEIGHTS, _made + 3)
+    dispatch.native.expect(fallback.METHODS, _made + 13, _WEIGHTS, _made + 3)

@@ -20,7 +20,7 @@ import torch.fx
 from torch import nn
 from torch.jit import _recursive
 
-from fastrnn import functional, modules, ops
+from fastrnn import flops, functional, modules, ops, transforms  # noqa: F401  # transforms, for its rules
 from fastrnn.derived import original_class, set_class
 
 
@@ -92,7 +92,7 @@ class _Finder:
 for _name, _prepare in (
     ("torch._dynamo", _prepare_dynamo),
     ("torch._inductor.lowering", _prepare_inductor),
-    ("torch.utils.flop_counter", ops.count_operations),
+    ("torch.utils.flop_counter", flops.count_operations),
     ("torch.ao.pruning._experimental.pruner.match_utils", _prepare_pruner),
 ):
     if _name in sys.modules:

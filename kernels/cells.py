@@ -1,121 +1,157 @@
-"""Every cell, once: what one unit does in one step, forward and its vector-Jacobian product side by side.
+"""Every cell, once: what one unit does in one step, as a function whose signature says what it is given.
 
-A cell is plain arithmetic over whatever an engine hands it: torch tensors (reference.py), registers full of lanes (cpu/),
-blocks of a GPU program. `sigmoid`, `tanh`, `relu` and `where_positive` are free names here; each engine binds its own
-(see `bind`).
+Kinds of arguments, by their annotations, per unit:
+    Gate     a pre-activation: input product + hidden product + biases
+    Input    the input's product and bias alone
+    Hidden   the hidden state's product and bias alone
+    State    what the step before has left; `h` is the output itself as it enters element by element
+    Weight   a learned value
 
-Terms, per unit:
-    a_*     pre-activation of a gate: input product + hidden product + biases
-    h, c    hidden and cell state; p is the state before the step that enters element by element (`carry`)
-    slots   what a step keeps for its backward pass, in this order, one value per unit
+A function returns the output, then each state but h in their order. Row blocks of weight_ih and weight_hh stand in the order of
+the arguments that have them. Derivatives, and what is kept for backward, are derived (derive.py).
 
 Formulas: https://docs.pytorch.org/docs/stable/generated/torch.nn.{RNN,LSTM,GRU}.html. In GRU the reset gate multiplies
-`W_hn h + b_hn`, so the hidden part of the candidate, m, is a pre-activation of its own.
+`W_hn h + b_hn`, so the hidden part of the candidate is an argument of its own.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import types
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+
+from . import symbols
+from .derive import Derivation
+from .symbols import Symbol, relu, sigmoid, tanh
 
 
-def rnn_tanh_forward(a, p):
-    h = tanh(a)  # noqa: F821 (bound by the engine)
-    return (h,)
+class Gate(Symbol):
+    """A pre-activation: the row block's products with the input and with the hidden state, and both biases."""
 
 
-def rnn_tanh_backward(dh, dc, h, p):
-    da = dh * (1 - h * h)
-    return (da,)
+class Input(Symbol):
+    """The row block's product with the input, and its bias, alone."""
 
 
-def rnn_relu_forward(a, p):
-    h = relu(a)  # noqa: F821
-    return (h,)
+class Hidden(Symbol):
+    """The row block's product with the hidden state, and its bias, alone."""
 
 
-def rnn_relu_backward(dh, dc, h, p):
-    da = where_positive(h, dh)  # noqa: F821
-    return (da,)
+class State(Symbol):
+    """A value that is carried from step to step. `h` is the output, where it enters element by element."""
 
 
-def lstm_forward(a_i, a_f, a_g, a_o, p):
-    i, f, g, o = sigmoid(a_i), sigmoid(a_f), tanh(a_g), sigmoid(a_o)  # noqa: F821
-    c = f * p + i * g
-    h = o * tanh(c)  # noqa: F821
-    return h, i, f, g, o, c
+class Weight(Symbol):
+    """A learned value."""
 
 
-def lstm_backward(dh, dc, i, f, g, o, c, p):
-    u = tanh(c)  # noqa: F821
-    dc = dc + dh * o * (1 - u * u)
-    da_i = dc * g * i * (1 - i)
-    da_f = dc * p * f * (1 - f)
-    da_g = dc * i * (1 - g * g)
-    da_o = dh * u * o * (1 - o)
-    return da_i, da_f, da_g, da_o, dc * f
+KINDS = {kind.__name__: kind for kind in (Gate, Input, Hidden, State, Weight)}
 
 
-def gru_forward(a_n, a_r, a_z, m, p):
-    r, z = sigmoid(a_r), sigmoid(a_z)  # noqa: F821
-    n = tanh(a_n + r * m)  # noqa: F821
-    h = n + z * (p - n)
-    return h, n, r, z, m
+def rnn_tanh(a: Gate):
+    return tanh(a)
 
 
-def gru_backward(dh, dc, n, r, z, m, p):
-    da_n = dh * (1 - z) * (1 - n * n)
-    da_r = da_n * m * r * (1 - r)
-    da_z = dh * (p - n) * z * (1 - z)
-    dm = da_n * r
-    return da_n, da_r, da_z, dm, dh * z
+def rnn_relu(a: Gate):
+    return relu(a)
 
 
-@dataclass(frozen=True)
+def lstm(i: Gate, f: Gate, g: Gate, o: Gate, c: State):
+    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+    return sigmoid(o) * tanh(c), c
+
+
+def gru(r: Gate, z: Gate, n_x: Input, n_h: Hidden, h: State):
+    n = tanh(n_x + sigmoid(r) * n_h)
+    return n + sigmoid(z) * (h - n)
+
+
 class Cell:
-    """A recurrent cell as the engines see it.
+    """A recurrent cell as the engines see it. They keep pre-activations of the input alone first, of the state alone last.
 
-    name:     the key under which ops and engines know the cell.
-    mode:     torch.nn's name for it.
-    gates:    gates in torch's weight matrices, each `hidden_size` rows.
-    input:    torch's gate index of each input pre-activation, in the order of the forward function's arguments.
-    hidden:   position of the first hidden pre-activation among those arguments; the hidden ones stand in torch's order.
-    forward:  (pre-activations..., p) -> (h, slots...).
-    backward: (dh, dc, slots..., p) -> (pre-activations' gradients..., dp); a cell without slots keeps h in their place,
-              a cell without a carry returns no dp. dp is the gradient of c for `carry == "cell"`, and what reaches h past
-              the gates for `carry == "hidden"`.
-    slots:    number of values kept per unit.
-    carry:    what p is: "cell" (c, the last slot), "hidden" (h) or None.
+    Both weight matrices have as many row blocks: where a cell has more parts of the one kind than of the other, some have a row
+    block of zeros in the other matrix.
+
+    name:           the key under which ops and engines know the cell.
+    mode:           torch.nn's name for it, or none.
+    kinds:          of the function's arguments, names of KINDS.
+    derived:        what engines calculate: forward and backward.
+    gates:          row blocks of each weight matrix, `hidden_size` rows each.
+    hidden:         pre-activations of the input alone: so many come before the first that has a hidden part.
+    input:          row block in weight_ih of each pre-activation that has an input part; in weight_hh they stand in order.
+    preactivations: of a unit: more than `gates` where input and hidden parts of a gate are apart.
+    states:         states but h, of each unit. c0 has them side by side.
+    reads_hidden:   whether h enters element by element.
+    weights:        learned values of each unit. They stand behind the gates' biases in b_ih.
+    kept, slots:    values that a step keeps for backward, of each unit. Of the slots the first `kept` are derived.kept, the
+                    last are the states. There is room for the gates' pre-activations.
+    carry:          what enters element by element: "cell" (one state), "hidden" (h), None, or "several".
+
+    Attributes are plain values: Dynamo reads them.
     """
 
-    name: str
-    mode: str
-    gates: int
-    input: tuple[int, ...]
-    hidden: int
-    forward: Callable
-    backward: Callable
-    slots: int
-    carry: str | None
+    def __init__(self, name: str, mode: str, function: Callable, kinds: Mapping[str, str]) -> None:
+        self.name, self.mode, self.function, self.kinds = name, mode, function, dict(kinds)
+        alone, shared, hidden, states, weights = (
+            [each for each in kinds if kinds[each] == kind] for kind in ("Input", "Gate", "Hidden", "State", "Weight")
+        )
+        pairs = min(len(alone), len(hidden))
+        self.input_parts = [each for each in kinds if each in shared or each in alone or each in hidden[pairs:]]
+        self.hidden_parts = [
+            *(each for each in kinds if each in shared or each in alone[pairs:] or each in hidden[pairs:]),
+            *hidden[:pairs],
+        ]
+        shared = self.hidden_parts[: len(self.hidden_parts) - pairs]
+        alone, hidden = alone[:pairs], hidden[:pairs]
+        self.derived = Derivation(name, function, alone, shared, hidden, states, weights, list(kinds))
+        self.gates, self.hidden, self.preactivations = len(self.input_parts), pairs, len(shared) + 2 * pairs
+        self.input = tuple(self.input_parts.index(each) for each in (*alone, *shared))
+        self.states, self.reads_hidden, self.weights = len(self.derived.after), "h" in states, len(weights)
+        self.carry = {(0, False): None, (0, True): "hidden", (1, False): "cell"}.get(
+            (self.states, self.reads_hidden), "several"
+        )
+        self.kept = len(self.derived.kept)
+        self.slots = self.kept + self.states
+        if self.slots or self.gates > 1:
+            self.slots = max(self.slots, self.gates)
 
     @property
-    def preactivations(self) -> int:
-        """Pre-activations of a unit: more than `gates` where input and hidden parts of a gate are apart."""
-        return self.hidden + self.gates
+    def definition(self) -> str:
+        """The cell as text, from which `read` makes it again."""
+        return json.dumps({"name": self.derived.name, "kinds": self.kinds, "source": self.derived.definition.source()})
+
+
+def define(function: Callable, kinds: Mapping[str, str]) -> Cell:
+    """Make a cell of a function and its arguments' kinds, names of KINDS. Its name says what it is, whoever defines it.
+
+    Raises:
+        Refused: the function does what no engine can.
+    """
+    cell = Cell(function.__name__, "", function, kinds)
+    cell.name += f"_{hashlib.sha256(cell.definition.encode()).hexdigest()[:12]}"
+    return cell
+
+
+def read(definition: str) -> Cell:
+    """Make a cell of its definition."""
+    given = json.loads(definition)
+    space = {name: getattr(symbols, name) for name in symbols.NUMBERS if hasattr(symbols, name)}
+    exec(given["source"], space)
+    return define(space[given["name"]], given["kinds"])
 
 
 CELLS = {
-    cell.name: cell
-    for cell in (
-        Cell("rnn_tanh", "RNN_TANH", 1, (0,), 0, rnn_tanh_forward, rnn_tanh_backward, 0, None),
-        Cell("rnn_relu", "RNN_RELU", 1, (0,), 0, rnn_relu_forward, rnn_relu_backward, 0, None),
-        Cell("lstm", "LSTM", 4, (0, 1, 2, 3), 0, lstm_forward, lstm_backward, 5, "cell"),
-        Cell("gru", "GRU", 3, (2, 0, 1), 1, gru_forward, gru_backward, 4, "hidden"),
+    name: Cell(name, mode, function, function.__annotations__)  # which are names, as this module does not evaluate them
+    for name, mode, function in (
+        ("rnn_tanh", "RNN_TANH", rnn_tanh),
+        ("rnn_relu", "RNN_RELU", rnn_relu),
+        ("lstm", "LSTM", lstm),
+        ("gru", "GRU", gru),
     )
 }
 
 
 def bind(function: Callable, **names) -> Callable:
-    """The same function with the engine's own `sigmoid`, `tanh`, `relu`, `where_positive` as its global names."""
+    """Return the same function with these global names in the place of its own."""
     return types.FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__)

@@ -1,122 +1,80 @@
 """First and second derivatives of a layer in plain torch operations, from the states that it went through.
 
 Near those states each direction of a layer is linear, and what a step does to small changes is known before any loop over time:
-`slopes`, which the cell's own backward function gives. `Block.push` carries changes forward through time and `Block.pull`
+`slopes`, which the cell's derivative gives. `Block.push` carries changes forward through time and `Block.pull`
 carries gradients back. A step of either is one product and a few operations; all other products are of many rows at once.
 Steps come in blocks, so that the numbers of a block stay in the processor's cache from one operation to the next.
 
 Nothing is done in place: autograd, forward mode and vmap pass through all of it, to any order.
 
-Letters as in reference.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of
-a unit; Q as many, and one more, for p, where the cell has a `carry`.
+Letters as in layer.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of a
+unit; Q as many, and one more for each state that enters element by element and each weight of the cell's own.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx
 from torch import Tensor
 
-from fastrnn.kernels.cells import CELLS, Cell, bind
-from fastrnn.kernels.reference import at, first, order_of, replace, where_positive
+from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.derive import Printer
+from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, Steps, Weights
+from fastrnn.kernels.reference import NAMES, apart, first, order_of, replace, states_before, taken_apart
+from fastrnn.kernels.symbols import Symbol, is_number
 
 BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so many numbers fit a core's cache
 
 
 def layer_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    b_ih: Sequence[Tensor],
-    b_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
-    y: Tensor,
-    saved: Tensor,
-    cell: str,
-    reverse: bool = False,
-    batch_first: bool = False,
-    need_dx: bool = True,
-    need_dh0: bool = True,
-    need_dw: bool = True,
-) -> tuple[Tensor, ...]:
-    """Return the gradients dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr; [0] where there is none.
-
-    The two directions' gradients of a weight are one below the other.
-    """
-    rows, empty = Rows(x, batch_sizes, batch_first), x.new_empty(0)
+    outer: Outer, inputs: Inputs, weights: Sequence[Tensor], y: Tensor, saved: Tensor, layer: Layer, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return the gradients dx, dh0, dc0, [0] where there is none, and those of all weights in a list, empty if not needed."""
+    steps, empty = Steps(layer, inputs), inputs.x.new_empty(0)
     dxs, dh0s, dc0s, dws = [], [], [], []
-    for d in range(len(w_ih)):
-        weights = Weights(*(at(kind, d) for kind in (w_ih, w_hh, b_ih, b_hh, w_hr)))
-        direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
-        dys, state = direction.split(rows.of(dy, d, len(w_ih))), direction.state(dh_n, dc_n)
+    for d, own in enumerate(layer.by_direction(weights)):
+        direction = Direction(layer, steps, d, inputs, own, y, saved)
+        dys, state = direction.split(direction.columns(outer.dy)), direction.state(outer.dh_n, outer.dc_n)
         dx: list[Any] = [None] * len(dys)
         dw = Weights()
         for k in reversed(direction.order):
             block = direction.blocks[k]
             grads, state = block.pull(dys[k], state)
-            dx[k] = torch.mm(grads.input, weights.w_ih) if need_dx else None
-            dw = block.add_weights(dw, grads, block.x, block.h, block.out) if need_dw else dw
+            dx[k] = torch.mm(grads.input, own.w_ih) if needs.dx else None
+            dw = block.add_weights(dw, grads, block.x, block.h, block.out) if needs.dw else dw
         dxs.append(dx)
         dh0s.append(state.h)
         dc0s.append(state.c)
-        dws.append(dw)
+        dws += [each for each in dw if each is not None]
     return (
-        rows.join(total(*map(joined, dxs))) if need_dx else empty,
-        torch.stack(dh0s) if need_dh0 else empty,
-        torch.stack(dc0s) if need_dh0 and c0 is not None else empty,
-        *(empty if dw[0] is None else torch.cat(dw) for dw in zip(*dws, strict=True)),
+        steps.join(total(*map(joined, dxs))) if needs.dx else empty,
+        torch.stack(dh0s) if needs.dh0 else empty,
+        torch.stack(dc0s) if needs.dh0 and inputs.c0 is not None else empty,
+        dws,
     )
 
 
 def layer_double_backward(
-    v: Sequence[Tensor | None],
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    b_ih: Sequence[Tensor],
-    b_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
-    y: Tensor,
-    saved: Tensor,
-    cell: str,
-    reverse: bool,
-    batch_first: bool,
-    need_dx: bool,
-    need_dw: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return gradients of layer_backward's dy, dh_n, dc_n, x, h0, c0 and each weight, or None, from those of its results, v.
+    v: Sequence, outer: Outer, inputs: Inputs, weights: Sequence[Tensor], y: Tensor, saved: Tensor, layer: Layer, needs: Needs
+) -> tuple[Outer, Inputs, list[Tensor]]:
+    """Return gradients of layer_backward's `outer`, `inputs` and weights, from those of its results: v, with None for zeros.
 
-    layer_backward is linear in dy, dh_n and dc_n: it is the transpose of the layer's derivative. So its results times v are dy,
-    dh_n and dc_n times the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of dy, dh_n
-    and dc_n is that change, and the gradient of the layer's inputs is the change of layer_backward's results.
+    layer_backward is linear in `outer`: it is the transpose of the layer's derivative. So its results times v are `outer` times
+    the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of `outer` is that change, and
+    the gradient of the layer's inputs is the change of layer_backward's results.
     """
-    rows, D = Rows(x, batch_sizes, batch_first), len(w_ih)
-    vx, vh0, vc0, *vw = v
-    vw = [None if each is None else each.chunk(D) for each in vw]
+    steps, (dy, dh_n, dc_n), c0 = Steps(layer, inputs), outer, inputs.c0
+    vx, vh0, vc0, vw = v
     ys, h_ns, c_ns, dxs, dh0s, dc0s, dws = [], [], [], [], [], [], []
-    for d in range(D):
-        weights = Weights(*(at(kind, d) for kind in (w_ih, w_hh, b_ih, b_hh, w_hr)))
-        direction = Direction(CELLS[cell], rows, d, reverse != bool(d), x, h0, c0, weights, y, saved)
-        blocks, order, along = direction.blocks, direction.order, Weights(*(at(kind, d) for kind in vw))
-        vxs, dys = direction.split(rows.of(vx)), direction.split(rows.of(dy, d, D))
+    vws = layer.by_direction(vw or [None] * len(weights))
+    for d, (own, along) in enumerate(zip(layer.by_direction(weights), vws, strict=True)):
+        direction = Direction(layer, steps, d, inputs, own, y, saved)
+        blocks, order = direction.blocks, direction.order
+        vxs, dys = direction.split(None if vx is None else steps.flat(vx)), direction.split(direction.columns(dy))
         changes: list[Any] = [None] * len(blocks)
         state = direction.state(vh0, vc0)
         for k in order:
@@ -131,63 +89,26 @@ def layer_double_backward(
             block, change = blocks[k], changes[k]
             grads, state = block.pull(dys[k], state)
             bent, bent_state = block.bend(grads, along, change, bent_state)
-            if need_dx:
-                dx[k] = total(torch.mm(bent.input, weights.w_ih), _times(grads.input, along.w_ih))
-            if need_dw:
+            if needs.dx:
+                dx[k] = total(torch.mm(bent.input, own.w_ih), _times(grads.input, along.w_ih))
+            if needs.dw:
                 dw = block.add_weights(dw, bent, block.x, block.h, block.out)
                 dw = block.add_weights(dw, grads, change.x, change.h, change.out, biases=False)
         dxs.append(dx)
         dh0s.append(bent_state.h)
         dc0s.append(bent_state.c)
-        dws.append(dw)
-    return (
-        None if dy is None else rows.join(ys[0] if D == 1 else torch.cat(ys, -1)),
+        dws += [each for each in dw if each is not None]
+    changed = Outer(
+        None if dy is None else steps.join(ys[0] if len(ys) == 1 else torch.cat(ys, -1)),
         None if dh_n is None else torch.stack(h_ns),
         None if dc_n is None else torch.stack(c_ns),
-        rows.join(total(*map(joined, dxs))) if need_dx else None,
-        torch.stack(dh0s),
-        None if c0 is None else torch.stack(dc0s),
-        [each for kind in zip(*dws, strict=True) if kind[0] is not None for each in kind],
     )
-
-
-class Rows:
-    """Where the rows of all steps lie in x, y and their gradients, and how many each step has."""
-
-    def __init__(self, x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> None:
-        self.packed, self.batch_first = batch_sizes is not None, batch_first
-        if batch_sizes is None:
-            self.batch, self.steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-            self.sizes = [self.batch] * self.steps
-        else:
-            self.sizes = batch_sizes.tolist()
-
-    def of(self, tensor: Tensor | None, d: int = 0, directions: int = 1) -> Tensor | None:
-        """Return [N, ...]; of a tensor that holds both directions, the columns of one."""
-        if tensor is not None and not self.packed:
-            tensor = (tensor.transpose(0, 1) if self.batch_first else tensor).reshape(-1, tensor.shape[-1])
-        return tensor if tensor is None or directions == 1 else tensor.chunk(directions, -1)[d]
-
-    def join(self, rows: Tensor) -> Tensor:
-        """Undo `of`."""
-        if self.packed:
-            return rows
-        rows = rows.reshape(self.steps, self.batch, -1)
-        return rows.transpose(0, 1).contiguous() if self.batch_first else rows
-
-
-class Weights(NamedTuple):
-    """The weights of a direction, their gradients, or a vector for each; None where there is none."""
-
-    w_ih: Any = None
-    w_hh: Any = None
-    b_ih: Tensor | None = None
-    b_hh: Tensor | None = None
-    w_hr: Tensor | None = None
+    dx_all, dc0 = steps.join(total(*map(joined, dxs))) if needs.dx else None, None if c0 is None else torch.stack(dc0s)
+    return changed, Inputs(dx_all, None, torch.stack(dh0s), dc0), dws
 
 
 class State(NamedTuple):
-    """A direction's state, a change of it, or its gradient: [B, R] and, for lstm, [B, H]."""
+    """A direction's states, a change of them, or their gradients: [B, R] and, where there are others, [B, S * H]."""
 
     h: Tensor
     c: Tensor | None
@@ -199,7 +120,7 @@ class Change(NamedTuple):
     x: Tensor | None  # [N, I]
     a: Sequence[Tensor]  # P times [N, H], pre-activations
     h: Tensor  # [N, R], the state before each step
-    p: Tensor | None  # [N, H]
+    inner: Sequence[Tensor]  # each [N, H], the states that enter element by element, and the cell's own weights
     out: Tensor  # [N, H], the cell's h, before the projection
     y: Tensor  # [N, R]
 
@@ -209,34 +130,49 @@ class Gradients(NamedTuple):
 
     input: Tensor  # [N, G * H], of the products with x, in torch's gate order
     hidden: Tensor  # [N, G * H], of the products with h
+    own: Tensor | None  # [N, W * H], of the cell's own weights
     y: Tensor  # [N, R]
     out: Tensor  # [N, H]
-    c: Tensor | None  # [N, H], of the cell state, but for what reaches it through the same step's h
+    c: Tensor | None  # [N, S * H], of the states, but for what reaches them through the same step
 
 
 class Direction:
     """One direction of a layer, near the states that it went through, as blocks of steps."""
 
-    def __init__(self, cell: Cell, rows: Rows, d: int, reverse: bool, x, h0, c0, weights: Weights, y, saved) -> None:
-        hidden, sizes, order = weights.w_hh.shape[0] // cell.gates, rows.sizes, order_of(len(rows.sizes), reverse)
-        h0, c0 = h0[d], at(c0, d)
-        self.d, self.zeros = d, State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
-        y = rows.of(y, d, len(saved))
-        slots = saved[d].split(hidden, -1) if cell.slots else (y,)
-        h = before(order, sizes, y, h0)
-        p = h if c0 is None else before(order, sizes, slots[cell.slots - 1], c0)
-        steps = max(1, BLOCK // max(1, sizes[0] * hidden))
-        parts = [sizes[t : t + steps] for t in range(0, len(sizes), steps)]
+    def __init__(self, layer: Layer, steps: Steps, d: int, inputs: Inputs, weights: Weights, y: Tensor, saved: Tensor) -> None:
+        self.layer, self.steps, self.d = layer, steps, d
+        cell, sizes, reverse, x = CELLS[layer.cell], steps.sizes, layer.reverse != bool(d), steps.flat(inputs.x)
+        hidden, order = weights.w_hh.shape[0] // cell.gates, order_of(len(sizes), reverse)
+        h0, c0 = inputs.h0[d], None if inputs.c0 is None else inputs.c0[d]
+        self.zeros = State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
+        y = self.columns(y)
+        slots = saved[d].split(hidden, -1) if cell.slots else ()
+        h, c = before(order, sizes, y, h0), None
+        if c0 is not None:
+            c = before(order, sizes, saved[d].narrow(-1, (cell.slots - cell.states) * hidden, cell.states * hidden), c0)
+        out = y if weights.w_hr is None else slots[-1]
+        kept = [*slots[: cell.kept], *slots[cell.slots - cell.states : cell.slots], *(out,)[: cell.derived.reads_output]]
+        kept += states_before(cell, h, c)
+        length = max(1, BLOCK // max(1, sizes[0] * hidden))
+        parts = [sizes[t : t + length] for t in range(0, len(sizes), length)]
         self.rows, self.order = [sum(part) for part in parts], order_of(len(parts), reverse)
         if c0 is None:
-            units = h.new_ones(()), None
-        else:  # [2, 1, 1]: a gradient of h, and none; none, and one of c
-            units = torch.eye(2, dtype=h.dtype, device=h.device).view(2, 2, 1, 1).unbind()
-        split = zip(*map(self.split, (rows.of(x), h, p, *slots)), strict=True)
+            units: Sequence[Tensor] = (h.new_ones(()),)
+        else:  # [1 + S, 1, 1]: a gradient of h, and none of the others; one of the first of these, and so on
+            count = 1 + cell.states
+            units = torch.eye(count, dtype=h.dtype, device=h.device).view(count, count, 1, 1).unbind()
+        split = zip(*map(self.split, (x, h, out, *kept)), strict=True)
         self.blocks = [
             Block(cell, weights, part, order_of(len(part), reverse), units, *each)
             for part, each in zip(parts, split, strict=True)
         ]
+
+    def columns(self, sequence: Tensor | None) -> Tensor | None:
+        """Return this direction's share [N, R] of y, or of its gradient."""
+        if sequence is None:
+            return None
+        rows = self.steps.flat(sequence)
+        return rows if self.layer.directions == 1 else rows.chunk(2, -1)[self.d]
 
     def split(self, rows: Tensor | None) -> Sequence:
         """Return the rows of each block."""
@@ -250,27 +186,30 @@ class Direction:
 class Block:
     """Some steps of one direction, one after the other, near the states that they went through."""
 
-    def __init__(self, cell: Cell, weights: Weights, sizes: list[int], order: range, units, x, h, p, *slots) -> None:
-        self.cell, self.weights, self.sizes, self.order, self.x, self.h, self.p = cell, weights, sizes, order, x, h, p
-        self.slots, self.out = slots[: max(cell.slots, 1)], slots[-1]
-        self.rows, self.hidden = x.shape[0], self.out.shape[-1]
+    def __init__(self, cell: Cell, weights: Weights, sizes: list[int], order: range, units, x, h, out, *kept) -> None:
+        self.cell, self.weights, self.sizes, self.order, self.x, self.h, self.out = cell, weights, sizes, order, x, h, out
+        self.rows, self.hidden = x.shape[0], out.shape[-1]
+        self.kept = *kept, *apart(cell, weights.b_ih)[1]
         self.arithmetic = arithmetic(cell.name)
-        self.slopes = self.arithmetic.slopes(*units, *self.slots, p)  # of h [N, Q, H]; for lstm [2, N, Q, H], of c too
-        self.by_state = [steps_of(each, sizes) for each in (self.slopes.unbind() if units[1] is not None else (self.slopes,))]
+        self.slopes = self.arithmetic.slopes(*units, *self.kept)  # of h [N, Q, H]; with states [1 + S, N, Q, H], of them too
+        self.by_state = [steps_of(each, sizes) for each in (self.slopes.unbind() if len(units) > 1 else (self.slopes,))]
 
     def push(self, x: Tensor | None, v: Weights, state: State) -> tuple[Change, State]:
         """Return how all changes, and the state after, where x, the weights (by v) and the state before change by these."""
         cell, weights, sizes, (h, c) = self.cell, self.weights, self.sizes, state
         G, P, B, w_hh, w_hr = cell.gates, cell.preactivations, h.shape[0], weights.w_hh.T, weights.w_hr
-        from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v.b_ih)
+        v_b_ih, v_own = apart(cell, v.b_ih)
+        from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v_b_ih)
         from_h = total(_times(self.h, v.w_hh, True), v.b_hh)
         a_inputs, a_hidden = self._preactivations(from_x, from_h)
         a_hidden = steps_of(a_hidden, sizes)
         # narrow and select: in torch 2.14 a slice of all is aten.alias, which the older of torch's two vmaps does not know
         slopes = steps_of(self.slopes.narrow(-2, cell.hidden, G).reshape(*self.slopes.shape[:-2], -1), sizes, -2)
-        by_p = steps_of(self.slopes.select(-2, P), sizes, -2) if cell.carry else None
-        # what the input alone does is known before the loop
-        by_x = total(*(self.slopes.select(-2, k) * a for k, a in enumerate(a_inputs)))
+        states = range(P, P + len(cell.derived.before))
+        by_states = [steps_of(self.slopes.select(-2, k), sizes, -2) for k in states]
+        # what the input alone and the cell's own weights do is known before the loop
+        known = [*enumerate(a_inputs), *enumerate(v_own, states.stop)]
+        by_x = total(*(self.slopes.select(-2, k) * a for k, a in known))
         by_x = None if by_x is None else steps_of(by_x, sizes, -2)
         by_w_hr = None if v.w_hr is None else steps_of(torch.mm(self.out, v.w_hr.T), sizes)
         a_s, h_s, c_s, out_s, y_s = self._places(5)
@@ -282,13 +221,14 @@ class Block:
             if G > 1:
                 after = after.reshape(*after.shape[:-1], G, self.hidden).sum(-2)
             if c is not None:
-                c_s[t] = p = c if b == B else c.narrow(0, 0, b)
-            if by_p is not None:
-                after = torch.addcmul(after, by_p[t], p)
+                c_s[t] = c if b == B else c.narrow(0, 0, b)
+            for by_one, before_one in zip(by_states, states_before(cell, p, c_s[t]), strict=True):
+                after = torch.addcmul(after, by_one[t], before_one)
             if by_x is not None:
                 after = after + by_x[t]
             if c is not None:
-                after, c_after = after.unbind()
+                after, *others = after.unbind()
+                c_after = others[0] if cell.states == 1 else torch.cat(others, -1)
                 c = c_after if b == B else replace(c, c_after)
             out_s[t] = y_s[t] = after
             if w_hr is not None:
@@ -296,8 +236,9 @@ class Block:
             h = y_s[t] if b == B else replace(h, y_s[t])
         a, h_before, y = joined(a_s), joined(h_s), joined(y_s)
         a = [*a_inputs, *(a.split(self.hidden, -1) if G > 1 else (a,))]
-        p = h_before if c is None else joined(c_s)
-        return Change(x, a, h_before, p, y if w_hr is None else joined(out_s), y), State(h, c)
+        inner = states_before(cell, h_before, None if c is None else joined(c_s))
+        inner += [each.expand_as(self.out) for each in v_own] or [torch.zeros_like(self.out)] * cell.weights
+        return Change(x, a, h_before, inner, y if w_hr is None else joined(out_s), y), State(h, c)
 
     def _preactivations(self, from_x: Tensor | None, from_h: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Return those of the input alone, each [N, H], and the others [N, G * H], but for the products with h."""
@@ -307,9 +248,9 @@ class Block:
             a = total(from_x, from_h)
             return [], (zeros if a is None else a).expand(whole)
         from_x = (zeros if from_x is None else from_x).expand(whole)
-        gates, shared = from_x.split(H, -1), len(cell.input) - cell.hidden  # these stand first among torch's gates
-        both = torch.cat((from_x.narrow(1, 0, shared * H), zeros.expand(self.rows, (cell.gates - shared) * H)), 1)
-        return [gates[gate] for gate in cell.input[: cell.hidden]], total(both, from_h)
+        blocks = from_x.split(H, -1)
+        alone, shared = ([blocks[k] for k in part] for part in (cell.input[: cell.hidden], cell.input[cell.hidden :]))
+        return alone, total(torch.cat((*shared, zeros.expand(self.rows, cell.hidden * H)), 1), from_h)
 
     def _places(self, count: int) -> list[list[Any]]:
         """Make lists for something of each step, which `order` fills."""
@@ -325,15 +266,16 @@ class Block:
     ) -> tuple[Gradients, State]:
         """Return the gradients of all, and of the state before, from those of y and of the state after.
 
-        more_a [N, Q, H] is added to those of the pre-activations and p, more_h [N, R] to those of the state before each step,
-        more_out [N, H] to those of out.
+        more_a [N, Q, H] is added to those of the pre-activations, states and weights, more_h [N, R] to those of the hidden
+        state before each step, more_out [N, H] to those of out.
         """
         cell, sizes, (dh, dc) = self.cell, self.sizes, state
         P, G, B, w_hh, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hh, self.weights.w_hr
         dys, more_a, more_h, more_out = (
             None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out)
         )
-        by_out, by_c = self.by_state[0], self.by_state[-1]
+        by_out, *by_others = self.by_state
+        states = [name for name, _ in cell.derived.before]
         a_s, y_s, out_s, c_s = self._places(4)
         for t in reversed(self.order):
             b = sizes[t]
@@ -345,28 +287,31 @@ class Block:
             a_s[t] = da = by_out[t] * d_out if more_a is None else torch.addcmul(more_a[t], by_out[t], d_out)  # [b, Q, H]
             if dc is not None:
                 c_s[t] = dc if b == B else dc.narrow(0, 0, b)
-                a_s[t] = da = torch.addcmul(da, by_c[t], c_s[t].unsqueeze(1))
-            d_p = da.select(1, P) if cell.carry else None
-            d_before = torch.mm((da.narrow(1, cell.hidden, G) if cell.carry else da).reshape(b, -1), w_hh)
+                for by_one, d_one in zip(by_others, taken_apart(cell, c_s[t].unsqueeze(1)), strict=True):
+                    a_s[t] = da = torch.addcmul(da, by_one[t], d_one)
+            d_before = torch.mm(_narrow(da, cell.hidden, G).reshape(b, -1), w_hh)
+            d_states = {name: da.select(1, P + k) for k, name in enumerate(states)}
+            if "h" in d_states:
+                d_before = d_before + d_states.pop("h")
             if dc is not None:
-                dc = d_p if b == B else replace(dc, d_p)
-            elif d_p is not None:
-                d_before = d_before + d_p
+                d_c = torch.cat([*d_states.values()], -1) if cell.states > 1 else next(iter(d_states.values()))
+                dc = d_c if b == B else replace(dc, d_c)
             if more_h is not None:
                 d_before = d_before + more_h[t]
             dh = d_before if b == B else replace(dh, d_before)
         a, y = joined(a_s), joined(y_s)
-        d_hidden = (a.narrow(1, cell.hidden, G) if cell.carry else a).reshape(self.rows, -1)
+        d_hidden = _narrow(a, cell.hidden, G).reshape(self.rows, -1)
         d_input = d_hidden
-        if cell.hidden:  # of those of the input alone in the place of those of h alone
-            alone = [a.select(1, cell.input.index(gate)) for gate in range(len(cell.input) - cell.hidden, G)]
-            d_input = torch.cat((d_hidden.narrow(1, 0, (G - len(alone)) * self.hidden), *alone), 1)
+        if cell.hidden:
+            d_input = torch.cat([a.select(1, cell.input.index(block)) for block in range(G)], 1)
         out, d_c = y if w_hr is None else joined(out_s), None if dc is None else joined(c_s)
-        return Gradients(d_input, d_hidden, y, out, d_c), State(dh, dc)
+        own = a.narrow(1, a.shape[1] - cell.weights, cell.weights).reshape(self.rows, -1) if cell.weights else None
+        return Gradients(d_input, d_hidden, own, y, out, d_c), State(dh, dc)
 
     def bend(self, grads: Gradients, v: Weights, change: Change, state: State) -> tuple[Gradients, State]:
         """Return how `grads` change with the block, and the gradient of the state before, from how the one after does."""
-        more_a = self.arithmetic.bend(grads.out, grads.c, *self.slots, self.p, *change.a, change.p)
+        outer = grads.out, *taken_apart(self.cell, grads.c)
+        more_a = self.arithmetic.bend(*outer, *self.kept, *change.a, *change.inner)
         return self.pull(None, state, more_a, _times(grads.hidden, v.w_hh), _times(grads.y, v.w_hr))
 
     def add_weights(self, so_far: Weights, grads: Gradients, x, h, out, biases: bool = True) -> Weights:
@@ -376,15 +321,16 @@ class Block:
         if self.weights.w_hr is not None:
             w_hr = _add_product(w_hr, grads.y, out)
         if biases and self.weights.b_ih is not None:
-            b_ih, b_hh = total(b_ih, grads.input.sum(0)), total(b_hh, grads.hidden.sum(0))
+            of_input = grads.input if grads.own is None else torch.cat((grads.input, grads.own), 1)
+            b_ih, b_hh = total(b_ih, of_input.sum(0)), total(b_hh, grads.hidden.sum(0))
         return Weights(w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
 class Arithmetic(NamedTuple):
-    """What a cell's two functions give, as straight code on the numbers of many rows; see `arithmetic`.
+    """What is derived from a cell, on the numbers of many rows; see `derive.Derivation`.
 
-    slopes:  (gradient of h, of c, slots..., p) -> gradients of the pre-activations and of p, stacked, [..., N, Q, H].
-    bend:    (the same..., changes of the pre-activations..., of p) -> how these gradients change.
+    slopes:  (parameters of backward...) -> gradients of the pre-activations, states and weights, stacked, [..., N, Q, H].
+    bend:    (the same..., changes of the pre-activations, states and weights...) -> how these gradients change.
     """
 
     slopes: Callable[..., Tensor]
@@ -393,113 +339,70 @@ class Arithmetic(NamedTuple):
 
 @functools.cache
 def arithmetic(name: str) -> Arithmetic:
-    """Trace a cell's backward function, and how its results change when the cell's arguments do."""
-    cell = CELLS[name]
-    grads_and_slots = ["d_out", "d_c", *(f"slot{k}" for k in range(max(cell.slots, 1))), "p"]
-    symbols = Symbols()
-    d_out, d_c, *slots, p = symbols.new(*grads_and_slots)
-    slopes = [each.value for each in bind(cell.backward, **_ELEMENTARY)(*map(Dual, (d_out, d_c, *slots, p)))]
-    by_step = symbols.function(torch.stack(slopes, -2))
-
-    symbols = Symbols()
-    d_out, d_c, *slots, p = symbols.new(*grads_and_slots)
-    *changes, change_p = symbols.new(*(f"change{k}" for k in range(cell.preactivations)), "change_p")
-    p = Dual(p, change_p if cell.carry else None)
-    # slots hold the results of forward's elementary functions, which are not worked out again
-    kept_a, kept_calls = _kept(cell)
-    a = [Dual(None if k is None else slots[k], change) for k, change in zip(kept_a, changes, strict=True)]
-    known = iter([None if k is None else slots[k] for k in kept_calls])
-    names = {name: (lambda a, function=function: function(a, next(known))) for name, function in _ELEMENTARY.items()}
-    h, *after = bind(cell.forward, **names)(*a, p)
-    after = [Dual(slot, each.change) for slot, each in zip(slots, after or (h,), strict=True)]
-    grads = bind(cell.backward, **_ELEMENTARY)(Dual(d_out), Dual(d_c), *after, p)
-    bent = [torch.zeros_like(d_out) if each.change is None else each.change for each in grads]
-    return Arithmetic(by_step, symbols.function(torch.stack(bent, -2)))
+    """Make these functions of a cell."""
+    derived, names = CELLS[name].derived, NAMES | FUSED
+    functions = (code.bind(names, Fused) for code in (derived.backward, derived.bend))
+    return Arithmetic(*(functools.partial(_stacked, function) for function in functions))
 
 
-class Symbols(torch.fx.proxy.GraphAppendingTracer):
-    """Records arithmetic, what is written twice once, to print it as a function."""
-
-    def __init__(self) -> None:
-        super().__init__(torch.fx.Graph())
-        self.recorded: dict = {}
-
-    def new(self, *names: str) -> list[torch.fx.Proxy]:
-        return [torch.fx.Proxy(self.graph.placeholder(name), self) for name in names]
-
-    def create_node(self, kind, target, args, kwargs, *more) -> torch.fx.Node:
-        key = target, repr(args), repr(kwargs)
-        if key not in self.recorded:
-            self.recorded[key] = super().create_node(kind, target, args, kwargs, *more)
-        return self.recorded[key]
-
-    def function(self, result: torch.fx.Proxy) -> Callable[..., Tensor]:
-        """Make a function of the symbols in the order in which they came, without what the result does not need."""
-        self.graph.output(result.node)
-        self.graph.eliminate_dead_code()
-        return torch.fx.GraphModule({}, self.graph).forward
+def _stacked(function: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> Tensor:
+    found = function(*given)
+    if any(each.shape != found[0].shape for each in found):
+        shape = torch.broadcast_shapes(*(each.shape for each in found))
+        found = tuple(each if each.shape == shape else each.expand(shape) for each in found)
+    return torch.stack(found, -2)
 
 
-@dataclass(frozen=True)
-class Dual:
-    """A number, None where unknown, and its change, None where it has none. On these a cell's arithmetic derives itself."""
-
-    value: Any
-    change: Any = None
-
-    def __add__(self, other: Dual) -> Dual:
-        return Dual(_known(operator.add, self.value, other.value), total(self.change, other.change))
-
-    def __sub__(self, other: Dual) -> Dual:
-        change = self.change if other.change is None else -other.change if self.change is None else self.change - other.change
-        return Dual(_known(operator.sub, self.value, other.value), change)
-
-    def __rsub__(self, other: int) -> Dual:
-        return Dual(_known(torch.rsub, self.value, other), None if self.change is None else -self.change)
-
-    def __mul__(self, other: Dual) -> Dual:
-        if self.change is None or other.change is None:
-            one, two = (self, other) if self.change is None else (other, self)
-            change = None if two.change is None else one.value * two.change
-        else:
-            change = torch.addcmul(self.change * other.value, self.value, other.change)
-        return Dual(_known(operator.mul, self.value, other.value), change)
-
-
-def _known(function: Callable, *values: Any) -> Any:
-    return None if any(value is None for value in values) else function(*values)
-
-
-def _elementary(function: Callable, derivative: Callable) -> Callable:
-    """Make a function of a Dual, whose result may be known. derivative: of (change, result), the change of the result."""
-
-    def apply(a: Dual, known: Any = None) -> Dual:
-        value = _known(function, a.value) if known is None else known
-        return Dual(value, None if a.change is None else derivative(a.change, value))
-
-    return apply
-
-
-_ELEMENTARY = {
-    "sigmoid": _elementary(torch.sigmoid, torch.ops.aten.sigmoid_backward.default),
-    "tanh": _elementary(torch.tanh, torch.ops.aten.tanh_backward.default),
-    "relu": _elementary(torch.relu, lambda change, h: where_positive(h, change)),
-    "where_positive": lambda h, dh: Dual(where_positive(h.value, dh.value), _known(where_positive, h.value, dh.change)),
+FUSED = {
+    "addcmul": torch.addcmul,
+    "sigmoid_backward": torch.ops.aten.sigmoid_backward.default,
+    "tanh_backward": torch.ops.aten.tanh_backward.default,
 }
 
 
-def _kept(cell: Cell) -> tuple[list[int | None], list[int | None]]:
-    """Find the slots that hold the cell's pre-activations, and those that hold what elementary functions give, call by call."""
+class Fused(Printer):
+    """Writes operations of torch's that do several at once: each reads and writes whole tensors.
 
-    def call(a: torch.fx.Proxy) -> torch.fx.Proxy:
-        calls.append(a + a)
-        return calls[-1]
+    A variable is freed after its last use, so that the next takes its memory, which is in the processor's cache.
+    """
 
-    *a, p = Symbols().new(*(f"a{k}" for k in range(cell.preactivations)), "p")
-    calls: list[torch.fx.Proxy] = []
-    h, *slots = bind(cell.forward, **dict.fromkeys(_ELEMENTARY, call))(*a, p)
-    places = {id(slot): k for k, slot in enumerate(slots or [h])}
-    return [places.get(id(each)) for each in a], [places.get(id(each)) for each in calls]
+    def source(self) -> str:
+        head, *lines = super().source().splitlines()
+        last = {name: index for index, line in enumerate(lines) for name in re.findall(r"[a-z_]\w*", line)}
+        made = {line.split()[0] for line in lines[:-1]}
+        for name, index in last.items():
+            if name in made and index < len(lines) - 1:
+                lines[index] += f"; {name} = None"
+        return "\n".join((head, *lines)) + "\n"
+
+    def operation(self, node: Symbol) -> tuple:
+        function, first, last = node.operation, node.operands[0], node.operands[-1]
+        if function == "mul" and self._is(last, "sub") and is_number(last.operands[0], 1):
+            inner = last.operands[1]
+            if self._is(first, "mul", once=True) and first.operands[1] is inner:
+                return "sigmoid_backward", *first.operands
+            if self._is(inner, "mul") and inner.operands[0] is inner.operands[1]:
+                return "tanh_backward", first, inner.operands[0]
+        if (
+            function in ("add", "sub")
+            and self._is(last, "mul", once=True)
+            and isinstance(first, Symbol)
+            and len(last.inputs) == 2
+        ):
+            return "addcmul", first, *last.operands, *["value=-1"][: function == "sub"]
+        if function == "add" and self._is(first, "mul", once=True) and isinstance(last, Symbol) and len(first.inputs) == 2:
+            return "addcmul", last, *first.operands
+        return super().operation(node)
+
+    def _is(self, node: Any, operation: str, once: bool = False) -> bool:
+        """Is a node the result of an operation, which nothing else needs?"""
+        found = isinstance(node, Symbol) and node.operation == operation and node.index not in self.names
+        return found and (node.index in self.single or not once)
+
+
+def _narrow(a: Tensor, start: int, length: int) -> Tensor:
+    """Return a part of axis 1; all of it as it is, because torch's older vmap does not know aten.alias."""
+    return a if length == a.shape[1] else a.narrow(1, start, length)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

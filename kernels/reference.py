@@ -2,80 +2,95 @@
 
 Plain differentiable torch operations, out of place: any dtype and device, any order of gradient, forward mode, vmap.
 gradients.py has what follows from it, its first and second derivatives.
-Arguments, results and the layout of `saved` are those of the raw ops in fastrnn/ops.py.
-
-Letters: T steps, B rows, I input size, H hidden size, G gates, R projected size or H, D directions, b rows of a step.
+Results and the layout of `saved` are those of the raw ops in fastrnn/ops.py, letters those of layer.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, relu, sigmoid, tanh
+from torch import Tensor, abs, erf, exp, expm1, full_like, log, log1p, relu, sigmoid, sqrt, tanh, where
+from torch.nn.functional import logsigmoid
 
-from fastrnn.kernels.cells import CELLS, Cell, bind
-
-
-def where_positive(h: Tensor, dh: Tensor) -> Tensor:
-    return torch.where(h <= 0, torch.zeros_like(dh), dh)
+from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.layer import Inputs, Layer, Steps, Weights
 
 
-# The cells' free names are this module's, and the bound functions are too: there Dynamo looks them up.
-_NAMES = {
-    "__name__": __name__,
-    "sigmoid": sigmoid,
-    "tanh": tanh,
-    "relu": relu,
-    "where_positive": where_positive,
-}
-_FORWARD = {name: bind(cell.forward, **_NAMES) for name, cell in CELLS.items()}
+def maximum(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """torch.maximum, of which one may be a number."""
+    return torch.maximum(*_tensors(a, b))
+
+
+def minimum(a: Tensor | float, b: Tensor | float) -> Tensor:
+    """torch.minimum, of which one may be a number."""
+    return torch.minimum(*_tensors(a, b))
+
+
+def _tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    a = a if isinstance(a, Tensor) else full_like(b, a)
+    return a, b if isinstance(b, Tensor) else full_like(a, b)
+
+
+# The elementary functions are this module's, and the bound functions are too: there Dynamo looks them up.
+NAMES: dict[str, Any] = {"__name__": __name__} | {
+    function.__name__: function
+    for function in (
+        abs, erf, exp, expm1, full_like, log, log1p, maximum, minimum, relu, sigmoid, sqrt, tanh, where
+    )
+} | {"logsigmoid": logsigmoid}  # fmt: skip
+_FORWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {}
+
+
+def of_tensors(name: str, *operands: Any) -> Tensor:
+    """Apply an elementary function."""
+    return NAMES[name](*operands)
+
+
+def register(cell: Cell) -> None:
+    """Make a cell known under its name."""
+    CELLS[cell.name] = cell
+    _FORWARD[cell.name] = cell.derived.forward.bind(NAMES)
+
+
+for _cell in CELLS.values():
+    register(_cell)
 
 
 def layer_forward(
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    b_ih: Sequence[Tensor],
-    b_hh: Sequence[Tensor],
-    w_hr: Sequence[Tensor],
-    cell: str,
-    reverse: bool = False,
-    batch_first: bool = False,
-    save: bool = False,
+    inputs: Inputs, weights: Sequence[Tensor], layer: Layer, save: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The layer's outputs y, h_n [D, B, R], c_n [D, B, H] or [0], and saved [D, rows, slots * H] or [0]."""
-    kind = CELLS[cell]
-    xs = _steps(x, batch_sizes, batch_first)
+    """The layer's outputs y, h_n [D, B, R], c_n [D, B, S * H] or [0], and saved [D, rows, slots * H] or [0]."""
+    kind, steps, (x, _, h0, c0) = CELLS[layer.cell], Steps(layer, inputs), inputs
+    xs = steps.each(x)
     ys, states, carries, kept = [], [], [], []
-    for d in range(len(w_ih)):
-        weights = w_ih[d], w_hh[d], at(b_ih, d), at(b_hh, d), at(w_hr, d)
-        h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], weights, reverse != bool(d))
+    for d, own in enumerate(layer.by_direction(weights)):
+        h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], own, layer.reverse != bool(d))
         ys.append(out)
         kept.append(torch.cat(slots))
         states.append(h)
         carries.append(c)
-    y = _join([torch.cat(step, -1) for step in zip(*ys, strict=True)], batch_sizes, batch_first)
+    y = steps.gathered([torch.cat(step, -1) for step in zip(*ys, strict=True)])
     empty = x.new_empty(0)
-    c_n = torch.stack(carries) if kind.carry == "cell" else empty
+    c_n = torch.stack(carries) if kind.states else empty
     return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
 
 
-def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool):
-    """One direction: last h [B, R] and c [B, H]; of each step in time's order, outputs [b, R], slots [b, slots*H]."""
+def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, reverse: bool):
+    """One direction: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H]."""
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    b_ih, own_weights = apart(kind, b_ih)
     ys: list = [None] * len(xs)
     kept: list = [None] * len(xs)
     for t in order_of(len(xs), reverse):
         b = len(xs[t])
-        p = first(b, h if c is None else c)
+        before = states_before(kind, first(b, h), None if c is None else first(b, c))
         a = _preactivations(kind, _affine(xs[t], w_ih, b_ih), _affine(first(b, h), w_hh, b_hh))
-        out, *slots = _FORWARD[kind.name](*a, p)
+        out, *slots = _FORWARD[kind.name](*a, *before, *own_weights)
         if c is not None:
-            c = replace(c, slots[-1])
+            c = replace(c, slots[-1] if kind.states == 1 else torch.cat(slots[kind.kept :], -1))
+        slots[kind.kept : kind.kept] = [out] * (kind.slots - kind.kept - kind.states)  # where there is no value
         if w_hr is not None:
             slots.append(out)
             out = out @ w_hr.T
@@ -85,12 +100,31 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights, reverse: bool
 
 
 def _preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Tensor]:
-    """Arguments of the cell's forward function, each [b, H], from the products [b, G * H] in torch's gate order."""
+    """Pre-activations in the cell's order, each [b, H], from the products [b, G * H] in torch's gate order."""
     inputs, hiddens = a_input.chunk(kind.gates, -1), a_hidden.chunk(kind.gates, -1)
     for k in range(kind.preactivations):
         own = [inputs[kind.input[k]]] if k < len(kind.input) else []
         own += [hiddens[k - kind.hidden]] if k >= kind.hidden else []
         yield sum(own[1:], own[0])
+
+
+def states_before(kind: Cell, h: Tensor, c: Tensor | None) -> list[Tensor]:
+    """States as the cell takes them, each [b, H]."""
+    others = iter(taken_apart(kind, c))
+    return [h if name == "h" else next(others) for name, _ in kind.derived.before]
+
+
+def taken_apart(kind: Cell, c: Tensor | None) -> Sequence[Tensor]:
+    """States but h, each [..., H], which are side by side in c."""
+    return () if c is None else (c,) if kind.states == 1 else c.chunk(kind.states, -1)
+
+
+def apart(kind: Cell, b_ih: Tensor | None) -> tuple[Tensor | None, Sequence[Tensor]]:
+    """Biases of the input products [G * H], and the cell's own weights [H], which stand behind them."""
+    if not kind.weights or b_ih is None:
+        return b_ih, ()
+    parts = b_ih.chunk(kind.gates + kind.weights)
+    return torch.cat(parts[: kind.gates]), parts[kind.gates :]
 
 
 def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
@@ -109,19 +143,3 @@ def replace(state: Tensor, rows: Tensor) -> Tensor:
     """The first rows replaced: a row that has ended keeps its last state, in reverse one yet to begin its first."""
     b, B = len(rows), len(state)
     return rows if b == B else torch.cat((rows, state.narrow(0, b, B - b)))
-
-
-def _steps(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> Sequence[Tensor]:
-    """Rows [b, ...] of every step."""
-    if batch_sizes is not None:
-        return x.split(batch_sizes.tolist())
-    return x.unbind(1 if batch_first else 0)
-
-
-def _join(steps: list[Tensor], batch_sizes: Tensor | None, batch_first: bool) -> Tensor:
-    """The inverse of `_steps`."""
-    return torch.cat(steps) if batch_sizes is not None else torch.stack(steps, 1 if batch_first else 0)
-
-
-def at(tensors, d: int) -> Tensor | None:
-    return tensors[d] if tensors is not None and len(tensors) else None

@@ -12,6 +12,8 @@ from torch import Tensor
 
 import fastrnn
 import fastrnn.kernels
+from fastrnn import autograd
+from fastrnn.kernels.layer import Inputs, Layer, Weights
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
 
@@ -49,13 +51,13 @@ def poison():
 
 @pytest.fixture
 def make_layer():
-    """Random float64 arguments of `ops.layer`, as a dict."""
+    """Random float64 arguments of `run_layer`, as a dict."""
     return _make_layer
 
 
 @pytest.fixture
 def plain_layer():
-    """`ops.layer` written out from torch.nn's documentation, row by row: the truth for what torch.nn cannot do."""
+    """`run_layer` written out from torch.nn's documentation, row by row: the truth for what torch.nn cannot do."""
     return _plain_layer
 
 
@@ -74,49 +76,66 @@ def _make_layer(
     T, B, I, H = sizes
     R, rows = int(project) or H, {"lstm": 4, "gru": 3}.get(cell, 1) * H
     steps = torch.tensor([B] * (T - 1) + [max(B - 1, 1)])
-
-    def each(*shape: int) -> list[Tensor]:
-        return [torch.randn(shape, dtype=dtype) for _ in range(directions)]
-
+    layer = Layer(cell, directions, bias, bool(project), reverse, batch_first)
+    shapes = {"w_ih": (rows, I), "w_hh": (rows, R), "b_ih": (rows,), "b_hh": (rows,), "w_hr": (R, H)}
     shape = (int(steps.sum()), I) if packed else (B, T, I) if batch_first else (T, B, I)
     return {
         "x": torch.randn(shape, dtype=dtype),
         "batch_sizes": steps if packed else None,
         "h0": torch.randn(directions, B, R, dtype=dtype),
         "c0": torch.randn(directions, B, H, dtype=dtype) if cell == "lstm" else None,
-        "w_ih": each(rows, I),
-        "w_hh": each(rows, R),
-        "b_ih": each(rows) if bias else [],
-        "b_hh": each(rows) if bias else [],
-        "w_hr": each(R, H) if project else [],
-        "cell": cell,
-        "reverse": reverse,
-        "batch_first": batch_first,
+        "weights": [torch.randn(shapes[kind], dtype=dtype) for kind in layer.kinds() * directions],
+        "layer": layer,
     }
 
 
-def _plain_layer(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse=False, batch_first=False):
-    rows = x.unbind(1 if batch_first else 0) if batch_sizes is None else x.split(batch_sizes.tolist())
+def run_layer(x, batch_sizes, h0, c0, weights, layer: Layer):
+    """Call the differentiable entry of all layers: y, h_n, c_n or None."""
+    return autograd.run_layer(Inputs(x, batch_sizes, h0, c0), weights, layer)
+
+
+def of_operator(arguments: dict) -> tuple:
+    """Arguments of `run_layer` as the first six of the operators."""
+    *tensors, layer = arguments.values()
+    return *tensors, layer.text()
+
+
+def by_kind(arguments: dict) -> dict:
+    """Arguments of `run_layer` as `fastrnn.functional.layer` takes them."""
+    *tensors, weights, layer = arguments.values()
+    kinds = dict(zip(Weights._fields, map(list, zip(*layer.by_direction(weights)))))
+    given = {name: kind for name, kind in kinds.items() if kind[0] is not None}
+    options = {"cell": layer.cell, "reverse": layer.reverse, "batch_first": layer.batch_first}
+    return dict(zip(Inputs._fields, tensors)) | given | options
+
+
+def weight_names(layer: Layer) -> list[str]:
+    """A name for each weight, as the operators list them."""
+    return [f"{kind}{d}" for d in range(layer.directions) for kind in layer.kinds()]
+
+
+def _plain_layer(x, batch_sizes, h0, c0, weights, layer):
+    rows = x.unbind(1 if layer.batch_first else 0) if batch_sizes is None else x.split(batch_sizes.tolist())
     outputs, h_n, c_n = {}, [], []
-    for d in range(len(w_ih)):
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(layer.by_direction(weights)):
         for b in range(h0.shape[1]):
             times = [t for t in range(len(rows)) if b < len(rows[t])]
             h, c = h0[d, b], None if c0 is None else c0[d, b]
-            for t in reversed(times) if reverse != bool(d) else times:
-                gi, gh = w_ih[d] @ rows[t][b], w_hh[d] @ h
-                if b_ih:
-                    gi, gh = gi + b_ih[d], gh + b_hh[d]
-                h, c = _plain_step(cell, gi, gh, h, c)
-                h = w_hr[d] @ h if w_hr else h
+            for t in reversed(times) if layer.reverse != bool(d) else times:
+                gi, gh = w_ih @ rows[t][b], w_hh @ h
+                if b_ih is not None:
+                    gi, gh = gi + b_ih, gh + b_hh
+                h, c = _plain_step(layer.cell, gi, gh, h, c)
+                h = h if w_hr is None else w_hr @ h
                 outputs[t, b, d] = h
             h_n.append(h)
             c_n.append(c)
 
     def output(t: int, b: int) -> Tensor:
-        return torch.cat([outputs[t, b, d] for d in range(len(w_ih))])
+        return torch.cat([outputs[t, b, d] for d in range(layer.directions)])
 
     ys = [torch.stack([output(t, b) for b in range(len(rows[t]))]) for t in range(len(rows))]
-    y = torch.cat(ys) if batch_sizes is not None else torch.stack(ys, 1 if batch_first else 0)
+    y = torch.cat(ys) if batch_sizes is not None else torch.stack(ys, 1 if layer.batch_first else 0)
     shape = h0.shape[:2]
     return y, torch.stack(h_n).unflatten(0, shape), None if c0 is None else torch.stack(c_n).unflatten(0, shape)
 

@@ -318,15 +318,16 @@ def test_raw_ops_take_any_strides(cell):
     """Called directly, with an x whose last stride is not 1, and a step's rows out of order."""
     case = Case(cell, 6, 10, batch=4, steps=5, dtype=F64)
     module, sample = twins(case, 0)[1], case.sample(0)
-    w_ih, w_hh, b_ih, b_hh = ([p.detach()] for p in module.parameters())
+    weights = [p.detach() for p in module.parameters()]
     h0, c0 = sample.states[0], sample.states[1] if cell == "lstm" else None
-    options = (cell, False, False)
+    text = f"{cell} bias"
 
     def passes(x, h0, dy):
-        layer = x, None, h0, c0, w_ih, w_hh, b_ih, b_hh, []
-        y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*layer, *options, True)
+        given = x, None, h0, c0, weights
+        y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*given, text, True)
         assert y.is_contiguous() and torch.equal(y[-1], h_n[0])
-        return y, c_n, *torch.ops.fastrnn.layer_backward(dy, None, None, *layer, y, saved, *options, True, True, True)
+        dx, dh0, dc0, dw = torch.ops.fastrnn.layer_backward(dy, None, None, *given, y, saved, text, [True, True, True])
+        return y, c_n, dx, dh0, dc0, *dw
 
     dy = torch.randn(5, 4, 10, dtype=F64)
     for kind, view in {

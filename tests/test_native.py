@@ -94,9 +94,9 @@ def assert_trains_alike(module, x, states, of, monkeypatch):
             patch.setattr(dispatch, "native", None)
             outputs, gradients = trained(module, x, state, of)
         with monkeypatch.context() as patch:
-            patch.setattr(ops, "_forward", never)
+            patch.setattr(ops, "forward", never)
             if of != "expanded":
-                patch.setattr(ops, "_backward", never)
+                patch.setattr(ops, "backward", never)
             found, found_gradients = trained(module, x, state, of)
         for one, other in zip(found, outputs, strict=True):
             assert torch.equal(one, other)
@@ -499,7 +499,7 @@ def test_a_profiler_sees_training():
     with torch.profiler.profile(acc_events=True) as seen:
         y.sum().backward()  # of a call that was made before
         module(x)[0].sum().backward()
-    outer = [event.name for event in seen.events() if event.cpu_parent is None or event.cpu_parent.name != "Layer"]
+    outer = [event.name for event in seen.events() if event.cpu_parent is None or event.cpu_parent.name != "LayerFunction"]
     for op, count in (("layer_forward", 1), ("layer_backward", 2)):  # autograd's kernel of layer_forward calls it once more
         assert outer.count(f"fastrnn::{op}") == count
 

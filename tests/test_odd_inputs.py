@@ -8,12 +8,14 @@ import itertools
 
 import pytest
 import torch
+from conftest import of_operator
 from contract import python
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastrnn
+from fastrnn.kernels.layer import layer_of
 
 I, H, B, T = 4, 6, 3, 5
 LAYERS, CELLS = ("RNN", "LSTM", "GRU"), ("RNNCell", "LSTMCell", "GRUCell")
@@ -122,20 +124,21 @@ def test_memory_of_panels(name):
 @sizes_left
 def test_memory_of_the_operators(left, make_layer):
     ops = torch.ops.fastrnn
-    layer = make_layer("lstm", bias=True, project=2, sizes=(T, B, I, H), dtype=torch.float32)
-    y, _, _, saved = ops.layer_forward(*layer.values(), True)
+    call = of_operator(make_layer("lstm", bias=True, project=2, sizes=(T, B, I, H), dtype=torch.float32))
+    text = call[-1]
+    y, _, _, saved = ops.layer_forward(*call, True)
     for name in ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "y", "saved", "dy"):
-        own, results = copy.deepcopy(layer), {"y": y.clone(), "saved": saved.clone(), "dy": torch.ones_like(y)}
-        spoilt = results[name] if name in results else own[name]
-        leave(spoilt[0] if isinstance(spoilt, list) else spoilt, left)
+        own = copy.deepcopy(call)
+        results = {"y": y.clone(), "saved": saved.clone(), "dy": torch.ones_like(y)}
+        named = {"x": own[0], "h0": own[2], "c0": own[3], **layer_of(text).by_direction(own[4])[0]._asdict(), **results}
+        leave(named[name], left)
         if name not in results:
             with pytest.raises(RuntimeError, match=NOT_THERE):
-                ops.layer_forward(*own.values(), True)
-        *tensors, cell, reverse, batch_first = own.values()
-        call = results["dy"], None, None, *tensors, results["y"], results["saved"], cell, reverse, batch_first, True, True, True
+                ops.layer_forward(*own, True)
+        call_back = results["dy"], None, None, *own[:5], results["y"], results["saved"], text, [True, True, True]
         if name[0] != "b":  # backward does not read biases
             with pytest.raises(RuntimeError, match=NOT_THERE):
-                ops.layer_backward(*call)
+                ops.layer_backward(*call_back)
 
 
 @sizes_left

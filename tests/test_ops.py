@@ -7,11 +7,12 @@ import itertools
 
 import pytest
 import torch
+from conftest import of_operator, run_layer, weight_names
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastrnn
-from fastrnn import ops
+from fastrnn import autograd, ops
 from fastrnn.kernels import gradients
 
 CELLS = ["rnn_tanh", "rnn_relu", "lstm", "gru"]
@@ -44,7 +45,7 @@ class Flat:
         self.arguments = arguments
         self.names = [name for name, value in arguments.items() if name != "batch_sizes" and _tensors(value)]
         self.tensors = tuple(t for name in self.names for t in _tensors(arguments[name]))
-        self.labels = [f"{name}{d}" for name in self.names for d in range(len(_tensors(arguments[name])))]
+        self.labels = [*(name for name in self.names if name != "weights"), *weight_names(arguments["layer"])]
 
     def bind(self, function):
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -82,7 +83,7 @@ def _close(found, expected, labels=None) -> None:
 
 def _pair(make_layer, plain_layer, cell, form, **more):
     flat = Flat(make_layer(cell, **form, **more))
-    return flat, flat.bind(ops.layer), flat.bind(plain_layer)
+    return flat, flat.bind(run_layer), flat.bind(plain_layer)
 
 
 @every_layer
@@ -106,30 +107,27 @@ def test_projection_wider_than_all_gates(make_layer, plain_layer):
 def test_opcheck_of_bfloat16(make_layer, cell):
     """Matrices in bfloat16 have gradients in it; vectors do not, whatever they are."""
     arguments = make_layer(cell, dtype=torch.float32, sizes=(3, 2, 3, 4), project=2 * (cell == "lstm"))
-    for name in ("w_ih", "w_hh", "w_hr"):
-        arguments[name] = [weight.bfloat16() for weight in arguments[name]]
-    options, tensors = (cell, False, False), tuple(arguments.values())[:9]
-    y, _, _, saved = torch.ops.fastrnn.layer_forward(*tensors, *options, True)
-    biases = [[bias.bfloat16() for bias in kind] for kind in tensors[6:8]]
-    given = torch.randn_like(y), None, None, *tensors[:6], *biases, tensors[8], y, saved, *options, True, True, True
-    grads = torch.ops.fastrnn.layer_backward(*given)
-    assert [grad.dtype for grad in grads[3:5]] == [torch.bfloat16] * 2
+    arguments["weights"] = [weight.bfloat16() if weight.dim() == 2 else weight for weight in arguments["weights"]]
+    *inputs, weights, text = of_operator(arguments)
+    y, _, _, saved = torch.ops.fastrnn.layer_forward(*inputs, weights, text, True)
+    weights = [weight.bfloat16() for weight in weights]
+    given = torch.randn_like(y), None, None, *inputs, weights, y, saved, text, [True, True, True]
+    *_, dw = torch.ops.fastrnn.layer_backward(*given)
+    assert [grad.dtype for grad in dw] == [torch.bfloat16 if grad.dim() == 2 else torch.float32 for grad in dw]
     torch.library.opcheck(torch.ops.fastrnn.layer_backward, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @some_layers
 def test_opcheck(make_layer, cell, form):
-    arguments = make_layer(cell, **form)
-    options = arguments["cell"], arguments["reverse"], arguments["batch_first"]
-    tensors = tuple(arguments.values())[:9]
+    *tensors, text = of_operator(make_layer(cell, **form))
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     for save in (False, True):
-        torch.library.opcheck(torch.ops.fastrnn.layer_forward, (*tensors, *options, save), test_utils=checks)
-    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*tensors, *options, True)
+        torch.library.opcheck(torch.ops.fastrnn.layer_forward, (*tensors, text, save), test_utils=checks)
+    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*tensors, text, True)
     dc_n = torch.randn_like(c_n) if cell == "lstm" else None
-    for needs in ((True, True, True), (False, True, True), (True, False, True), (True, True, False)):
+    for needs in ([True, True, True], [False, True, True], [True, False, True], [True, True, False]):
         grads = torch.randn_like(y), torch.randn_like(h_n), dc_n
-        backward = (*grads, *tensors, y, saved, *options, *needs)
+        backward = (*grads, *tensors, y, saved, text, needs)
         torch.library.opcheck(torch.ops.fastrnn.layer_backward, backward, test_utils=checks)
 
 
@@ -138,11 +136,10 @@ def test_fakes_take_symbolic_sizes(make_layer):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     for form in ({}, {"packed": True}):
-        arguments = make_layer("lstm", **form)
-        tensors = tuple(arguments.values())[:9]
+        *tensors, text = of_operator(make_layer("lstm", **form))
 
-        def forward(*tensors):
-            return torch.ops.fastrnn.layer_forward(*tensors, "lstm", False, False, True)
+        def forward(*tensors, text=text):
+            return torch.ops.fastrnn.layer_forward(*tensors, text, True)
 
         y, *_ = make_fx(forward, tracing_mode="symbolic")(*tensors)(*tensors)
         assert y.shape == forward(*tensors)[0].shape
@@ -151,13 +148,13 @@ def test_fakes_take_symbolic_sizes(make_layer):
 @every_layer
 def test_gradcheck(make_layer, cell, form):
     flat = Flat(make_layer(cell, **form, sizes=(2, 2, 2, 1)))
-    torch.autograd.gradcheck(flat.bind(ops.layer), flat.leaves(), check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradcheck(flat.bind(run_layer), flat.leaves(), check_forward_ad=True, check_batched_grad=True)
 
 
 @every_layer
 def test_gradgradcheck(make_layer, cell, form):
     flat = Flat(make_layer(cell, **form, sizes=(2, 2, 2, 1)))
-    torch.autograd.gradgradcheck(flat.bind(ops.layer), flat.leaves(), check_fwd_over_rev=True, fast_mode=True)
+    torch.autograd.gradgradcheck(flat.bind(run_layer), flat.leaves(), check_fwd_over_rev=True, fast_mode=True)
 
 
 @some_layers
@@ -211,7 +208,7 @@ def test_second_derivatives_of_many_vectors_at_once(make_layer, cell, form):
     """is_grads_batched maps by the older of torch's two vmaps, through each operation of the double backward."""
     flat = Flat(make_layer(cell, **form))
     leaves = flat.leaves()
-    (grad,) = torch.autograd.grad(_scalar(flat.bind(ops.layer))(*leaves), leaves[0], create_graph=True)
+    (grad,) = torch.autograd.grad(_scalar(flat.bind(run_layer))(*leaves), leaves[0], create_graph=True)
     vectors = torch.randn(3, *grad.shape, dtype=grad.dtype)
     together = torch.autograd.grad(grad, leaves, vectors, is_grads_batched=True, retain_graph=True)
     apart = [torch.autograd.grad(grad, leaves, vector, retain_graph=True) for vector in vectors]
@@ -220,17 +217,17 @@ def test_second_derivatives_of_many_vectors_at_once(make_layer, cell, form):
 
 def test_a_gradient_by_the_input_alone_takes_none_of_weights(make_layer, monkeypatch):
     """ctx.needs_input_grad says that weights have gradients, not whether this pass asks for them."""
-    asked, original = [], ops._backward
+    asked, original = [], ops.backward
 
     def backward(*arguments):
-        asked.append(arguments[-1])
+        asked.append(arguments[-1][2])
         return original(*arguments)
 
-    monkeypatch.setattr(ops, "_backward", backward)
-    monkeypatch.setattr(ops, "_runtime_backward", lambda *arguments: None)
+    monkeypatch.setattr(ops, "backward", backward)
+    monkeypatch.setattr(autograd, "_runtime_backward", lambda *arguments: None)
     flat = Flat(make_layer("gru", sizes=(8, 8, 4, 64)))
     leaves = flat.leaves()
-    value = _scalar(flat.bind(ops.layer))(*leaves)
+    value = _scalar(flat.bind(run_layer))(*leaves)
     (grad,) = torch.autograd.grad(value, leaves[0], create_graph=True)
     (*_, of_all) = torch.autograd.grad(value, leaves, create_graph=True)
     assert asked == [False, True]
@@ -264,7 +261,7 @@ def test_backward_again(make_layer, cell, form):
     """retain_graph, twice: the same bits; without it torch's own error."""
     flat = Flat(make_layer(cell, **form))
     leaves = flat.leaves()
-    loss = _scalar(flat.bind(ops.layer))(*leaves)
+    loss = _scalar(flat.bind(run_layer))(*leaves)
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
     again = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
@@ -276,7 +273,7 @@ def test_output_changed_in_place(make_layer):
     """y is kept for backward: changing it is torch's error, never a wrong gradient; h_n and c_n are free."""
     flat = Flat(make_layer("lstm"))
     leaves = flat.leaves()
-    y, h_n, c_n = flat.bind(ops.layer)(*leaves)
+    y, h_n, c_n = flat.bind(run_layer)(*leaves)
     h_n.mul_(2)
     c_n.mul_(2)
     (y.sum() + h_n.sum() + c_n.sum()).backward(retain_graph=True)
@@ -288,7 +285,7 @@ def test_output_changed_in_place(make_layer):
 def test_without_gradients(make_layer):
     """No graph where grad is off or no input needs one."""
     flat = Flat(make_layer("gru"))
-    ours = flat.bind(ops.layer)
+    ours = flat.bind(run_layer)
     assert not any(out.requires_grad for out in ours(*flat.tensors))
     with torch.no_grad():
         assert not any(out.requires_grad for out in ours(*flat.leaves()))
@@ -422,7 +419,7 @@ def test_vmap_of_nothing(make_layer):
     flat = Flat(make_layer("lstm"))
     tensors, dims = _mapped(flat, None, 0)
     with pytest.raises(ValueError, match="size 0"):
-        torch.func.vmap(flat.bind(ops.layer), dims)(*(tensor[:0] for tensor in tensors))
+        torch.func.vmap(flat.bind(run_layer), dims)(*(tensor[:0] for tensor in tensors))
 
 
 @pytest.mark.parametrize("form", [{"directions": 2}, {"packed": True, "project": True}], ids=["two_directions", "packed"])
@@ -430,7 +427,7 @@ def test_compile(make_layer, form):
     """One graph, with gradients; the same for other lengths."""
     torch._dynamo.reset()
     flat = Flat(make_layer("lstm", **form, dtype=torch.float32))
-    ours = flat.bind(ops.layer)
+    ours = flat.bind(run_layer)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     mine, theirs = flat.leaves(), flat.leaves()
     _close(compiled(*mine), ours(*theirs))

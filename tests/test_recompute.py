@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from conftest import of_operator, run_layer, weight_names
 from contract import ROOT, relative
 from functorch.compile import make_boxed_func
 from torch import nn
@@ -73,7 +74,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def layer(make_layer):
-    """Arguments of `ops.layer` by (cell, form, project), packed ones of LENGTHS."""
+    """Arguments of `run_layer` by (cell, form, project), packed ones of LENGTHS."""
 
     def make(cell, form, project, sizes=(9, 7, 5, 11)):
         form = FORMS[form]
@@ -92,7 +93,7 @@ def leaves_of(arguments: dict) -> dict[str, torch.Tensor]:
     for name, value in arguments.items():
         if isinstance(value, list):
             arguments[name] = [tensor.clone().requires_grad_() for tensor in value]
-            found |= {f"{name}{d}": tensor for d, tensor in enumerate(arguments[name])}
+            found |= zip(weight_names(arguments["layer"]), arguments[name])
         elif isinstance(value, torch.Tensor) and name != "batch_sizes":
             arguments[name] = found[name] = value.clone().requires_grad_()
     return found
@@ -110,7 +111,7 @@ def gradients(arguments: dict, recompute: bool, used=slice(None), wanted=None, t
     for name, leaf in leaves.items():
         leaf.requires_grad_(wanted is None or name.startswith(wanted))
     with fastrnn.recompute(recompute):
-        outputs = ops.layer(**arguments)
+        outputs = run_layer(**arguments)
     loss = weighted(outputs[used])
     leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
     for _ in range(times):
@@ -182,31 +183,30 @@ def test_equals_the_default(layer, monkeypatch, poison, cell, form, project, row
 def test_every_count(layer, cell, form, project, segments):
     """The ops themselves, with all and with no gradient coming in."""
     arguments = layer(cell, form, project)
-    tensors, options = list(arguments.values())[:9], list(arguments.values())[9:]
-    y, h_n, c_n, saved = ops._forward(*tensors, *options, True)
+    *tensors, text = of_operator(arguments)
+    y, h_n, c_n, saved = ops.forward_op(*tensors, text, True)
     outputs = y, h_n, c_n
-    *others, kept = ops._checkpoint_forward(*tensors, *options, segments)
+    *others, kept = ops.checkpoint_forward(*tensors, text, segments)
     assert all(torch.equal(one, other) for one, other in zip(others, outputs))
     assert kept.shape == ((len(h_n), segments - 1, *c_n.shape[1:]) if cell == "lstm" else (0,))
     for incoming in ([True, True, True], [False, True, False], [True, False, False]):
         grads = [torch.randn_like(out) if here and out.numel() else None for out, here in zip(outputs, incoming)]
         for needs in ((True, True, True), (True, True, False), (False, True, True), (True, False, True)):
-            expected = ops._backward(*grads, *tensors, y, saved, *options, *needs)
-            found = ops._checkpoint_backward(*grads, *tensors, y, kept, *options, segments, *needs)
-            names = "dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr"
-            same(dict(zip(names, found)), dict(zip(names, expected)))
-            assert [grad.shape for grad in found] == [grad.shape for grad in expected]
+            *expected, dw = ops.backward_op(*grads, *tensors, y, saved, text, needs)
+            *found, found_dw = ops.checkpoint_backward(*grads, *tensors, y, kept, text, segments, needs)
+            names = "dx", "dh0", "dc0", *(f"d{name}" for name in weight_names(arguments["layer"]))
+            same(dict(zip(names, found + found_dw)), dict(zip(names, expected + dw)))
+            assert [grad.shape for grad in found + found_dw] == [grad.shape for grad in expected + dw]
 
 
 @some_layers
 def test_opcheck(layer, cell, form, project):
-    arguments = layer(cell, form, project)
-    tensors, options = list(arguments.values())[:9], list(arguments.values())[9:]
+    *tensors, text = of_operator(layer(cell, form, project))
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    forward = (*tensors, *options, 3)
+    forward = (*tensors, text, 3)
     torch.library.opcheck(torch.ops.fastrnn.checkpoint_forward, forward, test_utils=checks)
-    y, h_n, c_n, kept = ops._checkpoint_forward(*forward)
-    backward = (y, h_n, c_n if cell == "lstm" else None, *tensors, y, kept, *options, 3, True, True, True)
+    y, h_n, c_n, kept = ops.checkpoint_forward(*forward)
+    backward = (y, h_n, c_n if cell == "lstm" else None, *tensors, y, kept, text, 3, [True, True, True])
     torch.library.opcheck(torch.ops.fastrnn.checkpoint_backward, backward, test_utils=checks)
 
 
@@ -250,7 +250,7 @@ def flat(arguments: dict, recompute: bool = True):
             elif isinstance(value, torch.Tensor) and name != "batch_sizes":
                 filled[name] = next(rest)
         with fastrnn.recompute(recompute):
-            return tuple(out for out in ops.layer(**filled) if out is not None)
+            return tuple(out for out in run_layer(**filled) if out is not None)
 
     return function, tuple(leaves.values())
 

@@ -172,8 +172,8 @@ def test_sizes_that_overflow_are_refused(shape):
     """By the raw op itself, before it asks for memory: their product is no number of 64 bits."""
     x, h0, w = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(4, 4)
     with pytest.raises(RuntimeError, match=r"too large for 64 bits to count|overflow"):  # torch's word where expand refuses
-        given = x.expand(shape), None, h0.expand(1, shape[1], 4), None, [w[:, :2]], [w], [], [], []
-        torch.ops.fastrnn.layer_forward(*given, "rnn_tanh", False, False, False)
+        given = x.expand(shape), None, h0.expand(1, shape[1], 4), None, [w[:, :2], w]
+        torch.ops.fastrnn.layer_forward(*given, "rnn_tanh", False)
 
 
 IDLE = """
@@ -223,13 +223,15 @@ def test_errors():
         + """
 torch.set_num_threads(2)
 expected = [step(index) for index in range(4)]
-x, h0, w, b = torch.zeros(5, 3, 8), torch.zeros(1, 3, 8), [torch.zeros(8, 8)], [torch.zeros(8)]
-good = x, None, h0, None, w, w, b, b, []
-torch.ops.fastrnn.layer_forward(*good, "rnn_tanh", False, False, True)
-for place, bad in ((0, x[:, :2]), (0, x.double()), (2, h0[:, :2]), (4, [torch.zeros(8, 7)]), (5, []), (6, [torch.zeros(7)])):
+x, h0, w, b = torch.zeros(5, 3, 8), torch.zeros(1, 3, 8), torch.zeros(8, 8), torch.zeros(8)
+good = x, None, h0, None, [w, w, b, b], "rnn_tanh bias"
+torch.ops.fastrnn.layer_forward(*good, True)
+wrong = [(0, x[:, :2]), (0, x.double()), (2, h0[:, :2]), (4, [w[:, 1:], w, b, b]), (4, [w]), (4, [w, w, b, b[1:]])]
+wrong += [(5, text) for text in ("rnn_tanh", "rnn_tanh bias directions=2", "rnn_tanh bias more", "rnn", "", " ")]
+for place, bad in wrong:
     given = [bad if index == place else value for index, value in enumerate(good)]
     try:
-        torch.ops.fastrnn.layer_forward(*given, "rnn_tanh", False, False, True)
+        torch.ops.fastrnn.layer_forward(*given, True)
     except RuntimeError:
         continue
     raise AssertionError(f"argument {place} was taken")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import test_workspace
 import torch
+from conftest import of_operator, weight_names
 from contract import ROOT
 
 numba = pytest.importorskip("numba")
@@ -214,7 +215,6 @@ def emulated(units, monkeypatch):
     return cell, in_tiles
 
 
-MATRICES = ("w_ih", "w_hh", "w_hr")
 LAYERS = [
     {"sizes": (4, 5, 3, 6)},
     {"sizes": (3, 40, 33, 34), "directions": 2, "reverse": True, "batch_first": True},
@@ -237,7 +237,7 @@ def given(make_layer):
         layer = {"lengths": [33, 20, 16, 2, 1]} | layer
         batch_sizes = torch.tensor(layer.pop("lengths"))
         arguments = make_layer(cell, dtype=torch.float32, **layer)
-        arguments |= {name: [w.div(4).to(torch.bfloat16) for w in arguments[name]] for name in MATRICES}
+        arguments["weights"] = [w.div(4).to(torch.bfloat16) if w.dim() == 2 else w for w in arguments["weights"]]
         if arguments["batch_sizes"] is not None:
             arguments |= {"batch_sizes": batch_sizes, "x": arguments["x"][: batch_sizes.sum()]}
         return arguments
@@ -258,24 +258,22 @@ def test_both_passes(emulated, given, plain_layer, layer, poison):
     cell, in_tiles = emulated
     arguments = given(cell, layer)
     double = {name: doubled(value) for name, value in arguments.items()}
-    flat = {name: [value] for name, value in double.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
-    flat |= {name: value for name, value in double.items() if isinstance(value, list) and value}
-    leaves = [leaf.requires_grad_() for value in flat.values() for leaf in value]
+    flat = {name: value for name, value in double.items() if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    flat |= zip(weight_names(arguments["layer"]), double["weights"])
+    leaves = [leaf.requires_grad_() for leaf in flat.values()]
     names = ("y", "h_n", "c_n")[: 3 if cell == "lstm" else 2]
     expected = dict(zip(names, plain_layer(**double), strict=False))
     gradients = {name: torch.randn(value.shape) for name, value in expected.items()}
-    grads = iter(torch.autograd.grad(list(expected.values()), leaves, [value.double() for value in gradients.values()]))
-    for name, value in flat.items():
-        expected[f"d{name}"] = torch.cat([next(grads).flatten() for _ in value])
+    grads = torch.autograd.grad(list(expected.values()), leaves, [value.double() for value in gradients.values()])
+    expected |= {f"d{name}": grad for name, grad in zip(flat, grads, strict=True)}
 
-    y, h_n, c_n, saved = fallback.layer_forward(**arguments, save=True)
+    *inputs, weights, text = of_operator(arguments)
+    y, h_n, c_n, saved = fallback.layer_forward(*inputs, weights, text, True)
     found = {"y": y, "h_n": h_n, "c_n": c_n}
-    results = fallback.layer_backward(
-        gradients["y"], gradients["h_n"], gradients.get("c_n"), y=y, saved=saved, need_dx=True, need_dh0=True, need_dw=True,
-        **arguments,
-    )  # fmt: skip
-    order = ("dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr")
-    found |= {name: value.flatten() for name, value in zip(order, results, strict=True)}
+    outer = gradients["y"], gradients["h_n"], gradients.get("c_n")
+    dx, dh0, dc0, dw = fallback.layer_backward(*outer, *inputs, weights, y, saved, text, (True, True, True))
+    found |= {"dx": dx, "dh0": dh0, "dc0": dc0}
+    found |= {f"d{name}": value for name, value in zip(weight_names(arguments["layer"]), dw, strict=True)}
     assert in_tiles == [True, True]
     for name, value in expected.items():
         rounded = found[name].dtype == torch.bfloat16
@@ -289,7 +287,7 @@ def test_both_passes(emulated, given, plain_layer, layer, poison):
 @pytest.mark.parametrize("rows", [4, 5])
 def test_few_rows_and_single_steps_are_not_in_tiles(emulated, given, rows, steps):
     cell, in_tiles = emulated
-    fallback.layer_forward(**given(cell, {"sizes": (steps, rows, 3, 6)}), save=False)
+    fallback.layer_forward(*of_operator(given(cell, {"sizes": (steps, rows, 3, 6)})), False)
     assert in_tiles == [steps > 1 and rows > 4]
 
 
@@ -302,9 +300,10 @@ def test_rows_have_the_same_bits_in_other_company(emulated, given):
     results = []
     for some in (slice(None), part):
         cut = arguments | {name: value[:, some] for name, value in arguments.items() if name in rows and value is not None}
-        y, *_, saved = fallback.layer_forward(**cut, save=True)
-        given_too = {"y": y, "saved": saved, "need_dx": True, "need_dh0": True, "need_dw": False}
-        dx, dh0, *_ = fallback.layer_backward(dy[:, some], dh_n[:, some], None, **cut, **given_too)
+        *tensors, text = of_operator(cut)
+        y, *_, saved = fallback.layer_forward(*tensors, text, True)
+        outer = dy[:, some], dh_n[:, some], None
+        dx, dh0, *_ = fallback.layer_backward(*outer, *tensors, y, saved, text, (True, True, False))
         results.append((y, dx, dh0))
     for whole, own in zip(*results, strict=True):
         assert torch.equal(own, whole[:, part])

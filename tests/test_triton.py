@@ -30,6 +30,8 @@ from fastrnn import dispatch
 from fastrnn.kernels import gpu
 from fastrnn.kernels.gpu.plan import Device, Sizes, choose, shared_bytes
 from fastrnn.kernels.gpu.precision import precision_of, products_in
+from fastrnn.kernels.layer import Inputs
+from fastrnn.kernels.layer import Layer as Description
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -100,7 +102,7 @@ def test_kernels_with_the_chosen_chunks(cell, tiles, interpreted):
 @needs_triton
 def test_a_wrong_kernel_is_found(interpreted):
     """The control of the tests above: one gradient of one cell off by one part in a thousand is named."""
-    assert any(fault.startswith("db_hh: error") for fault in interpreted(_faults_with_a_wrong_cell))
+    assert any(fault.startswith("db_hh0: error") for fault in interpreted(_faults_with_a_wrong_cell))
 
 
 def _faults_with_a_wrong_cell() -> list[str]:
@@ -109,7 +111,7 @@ def _faults_with_a_wrong_cell() -> list[str]:
     right = engine._weight_gradients
 
     def wrong(*args):
-        gradients = right(*args)
+        gradients = right(*args)  # of W_ih, W_hh, b_ih and b_hh
         gradients[3] *= 1.001
         return gradients
 
@@ -188,7 +190,7 @@ def test_malformed_packed_sequences_are_refused(sizes):
 
     x, h0, w_ih, w_hh = torch.randn(5, 3), torch.zeros(1, sizes[0], 4), torch.randn(12, 3), torch.randn(12, 4)
     with pytest.raises(RuntimeError, match="fastrnn: batch_sizes "):
-        Call(x, torch.tensor(sizes), h0, [w_ih], [w_hh], [], [], [], "gru", False, False)
+        Call(Description("gru"), Inputs(x, torch.tensor(sizes), h0, None), [w_ih, w_hh])
 
 
 def test_a_schedule_can_be_named():
@@ -309,7 +311,8 @@ def test_calls_are_left_to_cudnn_by_their_sizes(monkeypatch):
     def left(cell, T, B, H, layers=1, directions=1, batch_first=False, batch_sizes=None, dtype=torch.float16):
         x = torch.empty(*((B, T) if batch_first else (T, B)), 5, dtype=dtype, device="meta")
         w_hh = torch.empty({"lstm": 4, "gru": 3}.get(cell, 1) * H, H, device="meta")
-        return dispatch.leaves_to_cudnn(cell, x, batch_sizes, w_hh, layers, directions, batch_first)
+        own = Description(cell, directions, batch_first=batch_first)
+        return dispatch.leaves_to_cudnn(own, x, batch_sizes, w_hh, layers)
 
     assert left("lstm", 500, 16, 768) and left("lstm", 500, 16, 768, batch_first=True)
     assert not left("lstm", 500, 64, 768) and not left("lstm", 500, 64, 768, batch_first=True)
@@ -373,7 +376,7 @@ def test_reasons_where_there_is_no_gpu():
 def test_explained_as_on_a_gpu(monkeypatch):
     """The schedule of each layer, where a GPU is at hand."""
     monkeypatch.setattr(gpu, "device_of", lambda device: triton_layers.H100)
-    text = gpu.describe("lstm", 1024, 16, 768, 768, 1, torch.float16, torch.device("cuda"), True)
+    text = gpu.describe(Description("lstm"), 1024, 16, 768, 768, torch.float16, torch.device("cuda"), True)
     assert text.startswith("forward: persistent, 16 units x 16 rows a program, weights stay in the program, about ")
     assert "; backward: persistent" in text
 

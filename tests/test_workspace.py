@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from contract import ROOT, python, same_bits
+from contract import CELLS, ROOT, python, same_bits
 
 import fastrnn
-from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.cpu.plan import FIELDS
+from fastrnn.kernels.layer import Inputs, Layer
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("numba")  # the extension keeps its functions to itself: its objects are asked, loaded one by one
@@ -75,14 +75,11 @@ def run_alone():
     module, x, y = fastrnn.GRU(37, 64, 2), torch.randn(100, 1, 37), torch.full((2, 100, 1, 64), torch.nan)
     h0, h_n, calls = torch.randn(2, 1, 64), torch.full((2, 1, 64), torch.nan), []
     for layer in range(2):
-        w_ih, w_hh, b_ih, b_hh = ([weight] for weight in module.all_weights[layer])
-        given = x if layer == 0 else y[0]
-        call = fallback.Call("gru", given, None, h0[layer : layer + 1], w_ih, b_ih, [], False, False)
-        call.rows("x", given)
+        inputs = Inputs(x if layer == 0 else y[0], None, h0[layer : layer + 1], None)
+        call = fallback.Call(Layer("gru", bias=True), inputs, module.all_weights[layer])
         call.rows("y", y[layer], 64)
-        pointers = {"h0": h0[layer], "h_n": h_n[layer]}
-        for name, tensors in {**pointers, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}.items():
-            call.point(name, tensors if isinstance(tensors, list) else [tensors])
+        call.point("h0", [h0[layer]])
+        call.point("h_n", [h_n[layer]])
         calls.append(call)
     records = np.concatenate([call.records for call in calls])
     records["layers"] = 2

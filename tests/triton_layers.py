@@ -6,21 +6,21 @@ Imported by tests and by the processes that interpret for them: triton must not 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from conftest import _make_layer
+from conftest import _make_layer, weight_names
 from contract import FACTOR, SLACK, Error
 from torch import Tensor
 
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes, choose, plans
+from fastrnn.kernels.layer import Inputs, Needs, Outer
+from fastrnn.kernels.layer import Layer as Description
 
-INPUTS = ("x", "batch_sizes", "h0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
-GRADIENTS = ("dx", "dh0", "dc0", "dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr")
 H100 = Device("cuda", 90, 132, 227 * 1024)
 
 
@@ -63,8 +63,11 @@ class Layer:
             self.reverse,
             self.sizes,
         )
-        for name in ("w_ih", "w_hh"):  # as torch.nn scales them: else the state is chaotic, and rounding decides
-            made[name] = [weight / self.sizes[3] ** 0.5 for weight in made[name]]
+        kinds = made["layer"].kinds()  # as torch.nn scales them: else the state is chaotic, and rounding decides
+        made["weights"] = [
+            weight / self.sizes[3] ** 0.5 if kinds[k % len(kinds)] in ("w_ih", "w_hh") else weight
+            for k, weight in enumerate(made["weights"])
+        ]
         if self.layout == "packed":  # a row that ends early, one that ends in the middle
             T, B = self.sizes[:2]
             lengths = sorted((max(1, T - b * T // B) for b in range(B)), reverse=True)
@@ -121,15 +124,21 @@ def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0, sides: Tensor 
     sides: outputs of relu that gradients take for zero, or not, as they are here: what is near zero lands there by rounding.
     """
     made = cast(layer.arguments(seed), dtype)
-    results = dict(zip(("y", "h_n", "c_n", "saved"), reference.layer_forward(**made, save=True)))
+    *tensors, weights, own = made.values()
+    inputs = Inputs(*tensors)
+    results = dict(zip(("y", "h_n", "c_n", "saved"), reference.layer_forward(inputs, weights, own, True)))
     given = cast(incoming(layer, cast(results, torch.float64)), dtype)
-    inputs = [made[name] for name in ("x", "batch_sizes", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr")]
-    options = layer.cell, layer.reverse, layer.layout == "batch"
     y = results["y"]
     if sides is not None and layer.cell == "rnn_relu":
         y = torch.where(sides > 0, y.clamp(min=torch.finfo(dtype).tiny), 0)
-    grads = gradients.layer_backward(*given.values(), *inputs, y, results["saved"], *options)
-    return results | dict(zip(GRADIENTS, grads))
+    grads = gradients.layer_backward(Outer(**given), inputs, weights, y, results["saved"], own, Needs())
+    return results | named(own, grads)
+
+
+def named(layer: Description, grads: Sequence) -> dict[str, Tensor]:
+    """Gradients by name."""
+    *of_inputs, dw = grads
+    return dict(zip(("dx", "dh0", "dc0"), of_inputs)) | {f"d{name}": grad for name, grad in zip(weight_names(layer), dw)}
 
 
 def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int = 0) -> Callable[[], dict[str, Tensor]]:
@@ -138,20 +147,20 @@ def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int 
 
     made, interpreted = cast(layer.arguments(seed), layer.dtype, device), device == "cpu"
     forward, backward = (layer.plan(which, target, interpreted) for which in (True, False))
-    states = made["h0"], made["c0"]
+    *tensors, weights, own = made.values()
     given: dict[str, Tensor | None] = {}
 
     def run() -> dict[str, Tensor]:
-        call = engine.Call(*(made[name] for name in (*INPUTS, "cell", "reverse", "batch_first")))
-        y, h_n, c_n, saved = engine.forward(call, *states, layer.save, forward, "ieee")
+        call = engine.Call(own, Inputs(*tensors), weights)
+        y, h_n, c_n, saved = engine.forward(call, layer.save, forward, "ieee")
         results = {"y": y, "h_n": h_n, "c_n": c_n}
         if not layer.save:
             assert saved.numel() == 0
             return results
         if not given:
             given.update(cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device))
-        grads = engine.backward(call, *given.values(), *states, y, saved, True, True, True, backward, "ieee")
-        return results | {"saved": saved} | dict(zip(GRADIENTS, grads))
+        grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, "ieee")
+        return results | {"saved": saved} | named(own, grads)
 
     return run
 

@@ -6,8 +6,12 @@ time and called from Python (fallback.py).
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import itertools
+import sys
+import time
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 
 from ..cells import CELLS
+from ..layer import Layer
 from . import plan, processor
 from .processor import Tier
 from .source import source_hash
@@ -86,6 +91,62 @@ def load() -> tuple[str, Tier]:
     return "run time", tier
 
 
+def prepare_cell(cell: str, dtype: torch.dtype, training: bool) -> None:
+    """Have the kernels of a cell that is not built in ready to run: from the user's cache, or compiled, which one line tells.
+
+    cell: a name of cells.CELLS, which `why_not_cell` has nothing against. dtype: of what is computed with; half precision is
+    float32. training: backward too.
+
+    Raises:
+        RuntimeError: the cell does not compile.
+    """
+    if CELLS[cell].mode or load()[0] != "compiled":  # built in; or each pass is compiled when it runs
+        return
+    _prepare_cell(cell, "f64" if dtype is torch.float64 else "f32", training)
+
+
+# What torch.compiler.assume_constant_result would do, but without importing Dynamo: it does not look into this function.
+prepare_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undeclared
+
+
+@cache
+def _prepare_cell(cell: str, scalar: str, training: bool) -> None:
+    from . import fallback
+
+    _, tier = load()
+    passes = ("forward", "backward") if training else ("forward",)
+    begin, name = time.monotonic(), CELLS[cell].derived.name
+    if fallback.compile_units(cell, scalar, passes, tier):
+        what, seconds = " and ".join(passes), time.monotonic() - begin
+        print(
+            f"fastrnn: compiled {name} ({scalar}, {what}) in {seconds:.0f} s, kept in {fallback.cache_path()}", file=sys.stderr
+        )
+    for which in passes:
+        _ADDRESSES[cell, scalar, which] = fallback.addresses(cell, scalar, which, tier)
+    found = [_ADDRESSES.get((cell, *unit), (0, 0)) for unit in itertools.product(("f32", "f64"), ("forward", "backward"))]
+    kind = CELLS[cell]
+    runtime_module().add_cell(cell, (kind.gates, kind.slots, kind.states, kind.weights), tuple(itertools.chain(*found)))
+
+
+def why_not_cell(cell: str) -> str | None:
+    """Say why the kernels of a cell cannot be had, or None."""
+    return _why_not_cell(cell)
+
+
+why_not_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
+
+
+@cache
+def _why_not_cell(cell: str) -> str | None:
+    missing = [name for name in ("numba", "llvmlite", "numpy") if importlib.util.find_spec(name) is None]
+    if CELLS[cell].mode or not missing:
+        return None
+    return f"a cell that is not built in is compiled when it first runs, and {' and '.join(missing)} are not installed"
+
+
+_ADDRESSES: dict[tuple[str, str, str], Sequence[int]] = {}
+
+
 def team() -> tuple[int, str]:
     """(threads that a call of this thread would use at most now, that and why in words)."""
     if load()[0] != "compiled":
@@ -105,14 +166,12 @@ def team() -> tuple[int, str]:
 
 
 def describe(
-    cell: str,
+    layer: Layer,
     T: int,
     B: int,
     I: int,
     H: int,
     R: int,
-    D: int,
-    threads: int,
     training: bool,
     half: bool,
     layers: int = 1,
@@ -121,13 +180,13 @@ def describe(
 ) -> str:
     """How the engine would share a dense layer's work out, in words.
 
-    cell: a name of cells.CELLS; T steps, B rows, I inputs, H units, R outputs (projection, or H), D directions.
+    T steps, B rows, I inputs, H units, R outputs (projection, or H).
     half: matrices are in bfloat16. layers: of which this is one, on top of each other and called together; lowest: inputs of
     the lowest. size: bytes of a number that is computed with.
     """
     how, tier = load()
-    target, threads = tier.target, threads if how == "compiled" else 1
-    gates, lanes = CELLS[cell].gates, target.vector_bytes // size
+    target, threads = tier.target, team()[0]
+    gates, D, lanes = CELLS[layer.cell].gates, layer.directions, target.vector_bytes // size
     columns = plan.unit_vectors(gates, target.registers) * gates
     l2_bytes = runtime_module().l2_bytes if how == "compiled" else plan.L2_BYTES
     words = []

@@ -54,7 +54,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     Of layers that are faster one after the other the first call returns 0.
     """
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
-    gates, slots, preactivations = cell.gates, cell.slots, cell.preactivations
+    gates, slots, values = cell.gates, cell.slots, cell.preactivations + cell.weights  # of a row of gate gradients
+    preactivations = cell.preactivations
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
@@ -97,7 +98,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if one_step:
                 panel_bytes = lanes * DOT_PART * size if p.half and B > 2 else 0
         else:
-            block = backward_block(p.steps, B, hh_depth * R // (preactivations * H) if in_gradient else 0)
+            block = backward_block(p.steps, B, hh_depth * R // (values * H) if in_gradient else 0)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
             ih_once = not (tiles and p.need_dx)
             panel_bytes = align(plan.GROUP_BYTES * min(depth, plan.PANEL_DEPTH)) if ih_once and (p.need_dx or one_step) else 0
@@ -154,7 +155,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 if slots > 0 and not d.save:
                     offset += align(block * B * gates * H * size)
             else:
-                offset += (block * B + B) * (align(preactivations * H * size) + plan.LINE)
+                offset += (block * B + B) * (align(values * H * size) + plan.LINE)
             d.tails = d.workspace + offset
             if d.projected:
                 offset += align(B * H * size if forward else block * B * R * size)

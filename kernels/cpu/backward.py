@@ -80,6 +80,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     load, store, load_all, store_all, zero = v.load, v.store, v.load_all, v.store_all, v.zero
     multiply_add = v.multiply_add
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
+    kept_values, states, weights, reads_output = cell.kept, cell.states, cell.weights, cell.derived.reads_output
+    names = tuple(name for name, _ in cell.derived.before)
     columns = wide_columns(target.registers)
     wide, panel_row, most = columns * lanes, columns * vector, tile_rows(target, columns)
     (group, alone), operand_panels = panels_together(v, columns), OPERAND_BYTES // panel_row
@@ -98,41 +100,53 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     tile_multiply = tools(make_tile_multiply, v, target, columns, PARTS)
     tile_multiply_both_apart = tools(make_tile_multiply, v, target, columns, PARTS, PARTS)
     input_order, hidden_order = cell.input, tuple(range(gates))
-    has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
-    kept_values, results = max(slots, 1), preactivations + (cell.carry is not None)
-    differentiate, differentiate_twice = over_vectors(cell.backward, 2 + kept_values + 1, results, v, target)
+    reads_hidden = cell.reads_hidden
+    differentiate, differentiate_twice = over_vectors(cell.derived.backward, v, target)
 
-    def slot_reader(count):
-        """Slots 0 .. count-1 of one vector of units, as a tuple."""
-        if count == 0:
-            return njit(lambda row, gate_stride, n: (), **options)
-        before, s = slot_reader(count - 1), count - 1
+    def reader(places):
+        """Numbers of a vector of units at numbered places, `stride` bytes apart, as a tuple."""
+        if not places:
+            return njit(lambda row, stride, n: (), **options)
+        before, s = reader(places[:-1]), places[-1]
+        return njit(lambda row, stride, n: before(row, stride, n) + (load(row + s * stride, n),), **options)
 
-        @njit(**options)
-        def read(row, gate_stride, n):
-            return before(row, gate_stride, n) + (load(row + s * gate_stride, n),)
-
-        return read
-
-    def gradient_writer(count):
-        if count == 0:
-            return njit(lambda row, gate_stride, result, n: None, **options)
-        before, s = gradient_writer(count - 1), count - 1
+    def writer(results):
+        """These results of a vector of units to places `stride` bytes apart."""
+        if not results:
+            return njit(lambda row, stride, result, n: None, **options)
+        before, place, s = writer(results[:-1]), len(results) - 1, results[-1]
 
         @njit(**options)
-        def write(row, gate_stride, result, n):
-            before(row, gate_stride, result, n)
-            store(row + s * gate_stride, result[s], n)
+        def write(row, stride, result, n):
+            before(row, stride, result, n)
+            store(row + place * stride, result[s], n)
 
         return write
 
-    read_slots = slot_reader(kept_values)  # a cell without slots keeps its output in their place
-    write_gradients = gradient_writer(preactivations)
+    read_slots = reader((*range(kept_values), *range(slots - states, slots)))
+    read_output, read_weights = reader((0,) * reads_output), reader(tuple(range(gates, gates + weights)))
+    read_states, read_carried = reader(tuple(range(states))), reader(tuple(range(states)))
+    # results: gradients of pre-activations, of states before the step, of the cell's own weights
+    of_states = [preactivations + names.index(name) for name in names if name != "h"]
+    of_hidden = preactivations + (names.index("h") if reads_hidden else 0)
+    of_weights = range(preactivations + len(names), preactivations + len(names) + weights)
+    write_gradients, write_carried = writer((*range(preactivations), *of_weights)), writer(tuple(of_states))
+
+    def before_reader(names):
+        """States before a step in the cell's order, of the hidden one and a tuple of the others."""
+        if not names:
+            return njit(lambda h, others: (), **options)
+        before, is_h, s = before_reader(names[:-1]), names[-1] == "h", len([name for name in names[:-1] if name != "h"])
+        if is_h:
+            return njit(lambda h, others: before(h, others) + h, **options)
+        return njit(lambda h, others: before(h, others) + (others[s],), **options)
+
+    in_order, read_hidden = before_reader(names), reader((0,) * reads_hidden)
 
     @njit(**options)
     def pitch(p):
         """Bytes from one row of gate gradients to the next: a line more, so that columns do not share a cache set."""
-        return ceil_div(preactivations * p.hidden_size * size, LINE) * LINE + LINE
+        return ceil_div((preactivations + weights) * p.hidden_size * size, LINE) * LINE + LINE
 
     @njit(**options)
     def weight_size(p):
@@ -213,20 +227,21 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def kept_at(p, t, b, saved_row):
-        """Address of what forward has kept of step t of row b: its slots, or for a cell without them its output."""
-        if slots == 0:
-            return p.y + step_base(p, t) * p.y_step + b * p.y_row
+        """Address of what forward has kept of step t of row b."""
         return p.saved + (first_row(p, t) + b) * saved_row
 
     @njit(**options)
+    def output_at(p, t, b):
+        """Address of the output of step t of row b."""
+        return p.y + step_base(p, t) * p.y_step + b * p.y_row
+
+    @njit(**options)
     def carried_at(p, t, b, saved_row):
-        """Address of the state that step t of row b read element by element, or of any number where a cell reads none."""
+        """Address of the states but h that step t of row b read element by element."""
         before = earlier(p, t, b)
-        if not has_cell_state:
-            return hidden_before(p, t, b)
         if before < 0:
-            return p.c0 + b * p.hidden_size * size
-        return kept_at(p, before, b, saved_row) + (slots - 1) * p.hidden_size * size
+            return p.c0 + b * states * p.hidden_size * size
+        return kept_at(p, before, b, saved_row) + (slots - states) * p.hidden_size * size
 
     @njit(**options)
     def state_gradient(q, unit, n, sums, panel_sums, dy, more):
@@ -241,12 +256,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         unit = unit0 + q * lanes
         n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
         dh = state_gradient(q, unit, n, sums, panel_sums, dy, more)
+        carried = read_carried(p.dc0 + b * states * gate_stride + at, gate_stride, n)
         kept = read_slots(kept_at(p, t, b, saved_row) + at, gate_stride, n)
-        if has_cell_state:
-            return (dh, load(p.dc0 + b * gate_stride + at, n)) + kept + (load(carried_at(p, t, b, saved_row) + at, n),)
-        if reads_hidden:
-            return (dh, dh) + kept + (load(carried_at(p, t, b, saved_row) + at, n),)
-        return (dh, dh) + kept + (dh,)
+        output = read_output(output_at(p, t, b) + at, gate_stride, n)
+        h = read_hidden(hidden_before(p, t, b) + at, gate_stride, n)
+        before = in_order(h, read_states(carried_at(p, t, b, saved_row) + at, gate_stride, n))
+        return (dh,) + carried + kept + output + before + read_weights(p.b_ih + at, gate_stride, n)
 
     @njit(**options)
     def keep(q, result, context):
@@ -255,10 +270,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         unit = unit0 + q * lanes
         n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
         write_gradients(gradients + at, gate_stride, result, n)
-        if has_cell_state:
-            store(p.dc0 + b * gate_stride + at, result[preactivations], n)
-        elif reads_hidden:
-            store(p.dh0 + b * gate_stride + at, result[preactivations], n)
+        write_carried(p.dc0 + b * states * gate_stride + at, gate_stride, result, n)
+        if reads_hidden:
+            store(p.dh0 + b * gate_stride + at, result[of_hidden], n)
 
     @njit(**options)
     def expect(p, t, first, rows, panel, vectors, saved_row):
@@ -269,10 +283,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             kept, carried = kept_at(p, t, b, saved_row) + at, carried_at(p, t, b, saved_row) + at
             for j in range(0, vectors * vector, vector):
                 prefetch_far(dy + j)
-                for s in range(kept_values - has_cell_state):  # c was the state before the step that was done last
+                for s in range(kept_values):  # states after this step are those before the step that was done last
                     prefetch_far(kept + s * gate_stride + j)
-                if has_cell_state or reads_hidden:
-                    prefetch_far(carried + j)
+                if reads_output:
+                    prefetch_far(output_at(p, t, b) + at + j)
+                for s in range(states):
+                    prefetch_far(carried + s * gate_stride + j)
+                if reads_hidden:
+                    prefetch_far(hidden_before(p, t, b) + at + j)
 
     @njit(**options)
     def gate_gradients(vectors, context):
@@ -627,15 +645,17 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             end = min(units, share(blocks, members, member + 1) * lanes)
             for first in range(share(blocks, members, member) * lanes, end, room * lanes):
                 n = min(end - first, room * lanes)
-                for s in range(preactivations):
+                for s in range(preactivations + weights):
                     column = gradients + (s * units + first) * size
                     sum_columns(column, rows, row_bytes, n, scratch, scratch + room * vector)
                     for j in range(0, n, lanes):
                         unit, total = first + j, load_all(scratch + j * size)
                         if s < gates:
                             accumulate(p.db_ih + (input_order[s] * units + unit) * size, total, n - j, add)
-                        if s >= hidden:
+                        if hidden <= s < preactivations:
                             accumulate(p.db_hh + ((s - hidden) * units + unit) * size, total, n - j, add)
+                        if s >= preactivations:
+                            accumulate(p.db_ih + ((gates + s - preactivations) * units + unit) * size, total, n - j, add)
 
     @njit(**options)
     def input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel, own_block):
@@ -713,14 +733,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                         n = p.output_size - unit
                         given = load(p.dh_n + b * output_bytes + unit * size, n) if p.dh_n else zero()
                         store(p.dh0 + b * output_bytes + unit * size, given, n)
-            if has_cell_state:
-                for panel in range(first_cell, last_cell):
-                    for j in range(columns):
-                        unit = (panel * columns + j) * lanes
-                        if unit < p.hidden_size:
-                            n = p.hidden_size - unit
-                            given = load(p.dc_n + b * hidden_bytes + unit * size, n) if p.dc_n else zero()
-                            store(p.dc0 + b * hidden_bytes + unit * size, given, n)
+            for state in range(b * states, (b + 1) * states):
+                for unit in range(first_cell * wide, min(last_cell * wide, p.hidden_size), lanes):
+                    n = p.hidden_size - unit
+                    given = load(p.dc_n + state * hidden_bytes + unit * size, n) if p.dc_n else zero()
+                    store(p.dc0 + state * hidden_bytes + unit * size, given, n)
         wait_crew(p, member)
 
         end, previous_count = p.steps, 0

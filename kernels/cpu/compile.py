@@ -7,9 +7,10 @@ named by `Tier.entry`:
 records is the address of one record of plan.FIELDS a direction, or a layer of those that run at once. Beside these the
 conversions of convert.py.
 
-    python -m kernels.cpu.compile BASE TIER CELL TYPE PASS
+    python -m kernels.cpu.compile BASE TIER CELL TYPE PASS DEFINITION
 
-writes one unit to BASE/kernels-*/. In a process of its own: Numba is made to do half its work here (see `Lowered`).
+writes one unit to BASE/kernels-*/. CELL is a name of cells.CELLS, or of the cell that DEFINITION defines. In a process of its
+own: Numba is made to do half its work here (see `Lowered`).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Codegen(codegen.AOTCPUCodegen):
 cpu_target.target_context._internal_codegen = Codegen("fastrnn")
 
 # After that, as some of the kernels' functions compile where they are defined.
-from ..cells import CELLS  # noqa: E402
+from ..cells import CELLS, read  # noqa: E402
 from .arrange import make_arrange  # noqa: E402
 from .backward import make_backward  # noqa: E402
 from .convert import make_conversion  # noqa: E402
@@ -136,6 +137,8 @@ def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
 
 
 if __name__ == "__main__":
-    base, name, cell, scalar, which = sys.argv[1:]
+    base, name, cell, scalar, which, definition = sys.argv[1:]
     (tier,) = (tier for tier in tiers() if tier.name == name)
+    if cell not in CELLS:
+        CELLS[cell] = read(definition)
     write_unit(object_directory(Path(base), name), tier, (cell, scalar, which))

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS
+from ..layer import Inputs, Layer, Steps, layer_of
 from . import processor
 from .plan import FIELDS, L2_BYTES
+from .processor import Tier
 from .source import KERNELS, object_directory
 
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
@@ -58,7 +61,7 @@ def _engine():
 
 
 @cache
-def tier() -> processor.Tier:
+def tier() -> Tier:
     """The tier that kernels are compiled for.
 
     Raises:
@@ -71,63 +74,87 @@ def tier() -> processor.Tier:
     return processor.chosen(names)
 
 
+def compile_units(cell: str, scalar: str, passes: Sequence[str], tier: Tier) -> bool:
+    """Write the objects of a cell's passes that the cache has not yet, at once; is there anything to write?
+
+    Raises:
+        RuntimeError: they do not compile.
+    """
+    base, running = cache_directory(), {}
+    for which in passes:
+        if not all(path.exists() for path in _objects(base, tier, (cell, scalar, which))):
+            # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
+            command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier.name, cell, scalar, which, CELLS[cell].definition]
+            running[which] = subprocess.Popen([sys.executable, *command], cwd=KERNELS.parent, stderr=subprocess.PIPE, text=True)
+    for which, process in running.items():
+        _, words = process.communicate()
+        if process.returncode != 0:
+            raise RuntimeError(f"fastrnn could not compile {' '.join((cell, scalar, which))}:\n{words}")
+    return bool(running)
+
+
+def _objects(base: Path, tier: Tier, unit: tuple[str, str, str]) -> list[Path]:
+    return [object_directory(base, tier.name) / f"{entry}.o" for entry in tier.entries(unit)]
+
+
 @cache
-def unit(cell: str, scalar: str, which: str):
-    """(run, arrange): the compiled kernel of one pass and the function that lays out its workspace."""
+def addresses(cell: str, scalar: str, which: str, tier: Tier) -> list[int]:
+    """Addresses of the compiled kernel of one pass, and of the function that lays out its workspace."""
     import llvmlite.binding as llvm
 
-    base = cache_directory()
-    entries = tier().entries((cell, scalar, which))
-    paths = [object_directory(base, tier().name) / f"{entry}.o" for entry in entries]
-    if not all(path.exists() for path in paths):
-        # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
-        command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier().name, cell, scalar, which]
-        done = subprocess.run([sys.executable, *command], cwd=KERNELS.parent, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"fastrnn could not compile {' '.join((cell, scalar, which))}:\n{done.stderr}")
-    engine = _engine()
-    for path in paths:
+    compile_units(cell, scalar, (which,), tier)
+    unit, engine = (cell, scalar, which), _engine()
+    for path in _objects(cache_directory(), tier, unit):
         engine.add_object_file(llvm.object_file.ObjectFileRef.from_path(str(path)))
     engine.finalize_object()
-    int64 = ctypes.c_int64
-    run, arrange = map(engine.get_function_address, entries)
+    return [engine.get_function_address(entry) for entry in tier.entries(unit)]
+
+
+@cache
+def unit(cell: str, scalar: str, which: str):
+    """(run, arrange) of one pass, as Python calls them."""
+    int64, (run, arrange) = ctypes.c_int64, addresses(cell, scalar, which, tier())
     return ctypes.CFUNCTYPE(None, int64, int64)(run), ctypes.CFUNCTYPE(int64, int64, int64)(arrange)
 
 
 class Call:
     """One record a direction, filled field by field as csrc/layer.cpp does, and everything they point to kept alive."""
 
-    def __init__(self, cell: str, x: Tensor, batch_sizes: Tensor | None, h0: Tensor, w_ih, b_ih, w_hr, reverse: bool,
-                 batch_first: bool):  # fmt: skip
-        D = len(w_ih)
+    def __init__(self, layer: Layer, inputs: Inputs, weights: Sequence[Tensor]) -> None:
+        x, D = inputs.x, layer.directions
         self.records = np.zeros(D, [(name, np.int64) for name in FIELDS])
         self.keep: list = [self.records]
-        self.cell, self.scalar = cell, TYPES[x.dtype]
-        self.batch_first, self.packed = batch_first, batch_sizes is not None
-        T = x.shape[1 if batch_first else 0] if batch_sizes is None else len(batch_sizes)
-        B, R, H = h0.shape[1], h0.shape[2], w_ih[0].shape[0] // CELLS[cell].gates
-        rows = x.shape[0] if self.packed else T * B
+        self.cell, self.scalar, self.steps = CELLS[layer.cell], TYPES[x.dtype], Steps(layer, inputs)
+        self.H, self.R = weights[0].shape[0] // self.cell.gates, inputs.h0.shape[2]
+        if weights[0].dtype == torch.bfloat16 and self.R % 2 == 0:  # matrices as kernels read them
+            self.weights = [w.contiguous() for w in weights]
+        else:
+            self.weights = [w.to(x.dtype).contiguous() for w in weights]
         sizes = {
-            "steps": T,
-            "batch": B,
-            "rows": rows,
+            "steps": self.steps.steps,
+            "batch": self.steps.batch,
+            "rows": self.steps.rows,
             "input_size": x.shape[-1],
-            "hidden_size": H,
-            "output_size": R,
-            "bias": bool(b_ih),
-            "projected": bool(w_hr),
-            "half": w_ih[0].dtype == torch.bfloat16,
+            "hidden_size": self.H,
+            "output_size": self.R,
+            "bias": layer.bias,
+            "projected": layer.projected,
+            "half": self.weights[0].dtype == torch.bfloat16,
             "directions": D,
             "l2_bytes": L2_BYTES,
         }
         for name, value in sizes.items():
             self.records[name] = value
+        batch_sizes = inputs.batch_sizes
         if batch_sizes is not None:
             offsets = torch.cumsum(batch_sizes, 0) - batch_sizes
             self.point("batch_sizes", [batch_sizes.contiguous()] * D)
             self.point("offsets", [offsets] * D)
         self.records["direction"] = np.arange(D)
-        self.records["reverse"] = [reverse ^ bool(d) for d in range(D)]
+        self.records["reverse"] = [layer.reverse ^ bool(d) for d in range(D)]
+        self.rows("x", x)
+        for name in layer.kinds():
+            self.point(name, [getattr(own, name) for own in layer.by_direction(self.weights)])
 
     def point(self, field: str, tensors) -> None:
         """Pointers to each direction's tensor."""
@@ -140,17 +167,17 @@ class Call:
         if tensor.stride(-1) != 1:
             tensor = tensor.contiguous()
         size = tensor.element_size()
-        if self.packed:
+        if self.steps.packed:
             step = row = tensor.stride(0)
         else:
-            step, row = (tensor.stride(1), tensor.stride(0)) if self.batch_first else tensor.stride()[:2]
+            step, row = tensor.stride(self.steps.axis), tensor.stride(1 - self.steps.axis)
         self.keep.append(tensor)
         for d in range(len(self.records)):
             self.records[field][d] = tensor.data_ptr() + d * width * size
         self.records[f"{field}_step"], self.records[f"{field}_row"] = step * size, row * size
 
     def run(self, which: str) -> None:
-        run, arrange = unit(self.cell, self.scalar, which)
+        run, arrange = unit(self.cell.name, self.scalar, which)
         address = self.records.ctypes.data
         workspace = torch.empty(arrange(address, 1) + 64, dtype=torch.uint8)
         self.records["workspace"] = -(-workspace.data_ptr() // 64) * 64
@@ -158,25 +185,16 @@ class Call:
         run(address, 0)
 
 
-def readable(dtype: torch.dtype, R: int, *matrices: list[Tensor]) -> tuple[list[Tensor], ...]:
-    """Matrices as kernels read them: in the dtype of all else, or in bfloat16 where the output size is even."""
-    if matrices[0][0].dtype == torch.bfloat16 and R % 2 == 0:
-        return matrices
-    return tuple([w.to(dtype) for w in each] for each in matrices)
-
-
-def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
-    D, B, R = h0.shape
-    w_ih, w_hh, w_hr = readable(x.dtype, R, w_ih, w_hh, w_hr)
-    call = Call(cell, x, batch_sizes, h0, w_ih, b_ih, w_hr, reverse, batch_first)
-    H, rows = int(call.records["hidden_size"][0]), int(call.records["rows"][0])
-    slots = CELLS[cell].slots + bool(w_hr)
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
+    """The op's implementation."""
+    (D, B, R), layer = h0.shape, layer_of(text)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0), weights)
+    slots = call.cell.slots + layer.projected
     y = x.new_empty(*x.shape[:-1], D * R)
     h_n = x.new_empty(D, B, R)
-    c_n = x.new_empty(D, B, H) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
-    saved = x.new_empty(D, rows, slots * H) if save else x.new_empty(0)
+    c_n = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
+    saved = x.new_empty(D, call.steps.rows, slots * call.H) if save else x.new_empty(0)
     call.records["save"] = save
-    call.rows("x", x)
     call.rows("y", y, R)
     call.point("h0", h0.contiguous())
     call.point("h_n", h_n)
@@ -185,37 +203,21 @@ def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, re
         call.point("c_n", c_n)
     if save:
         call.point("saved", saved)
-    for name, weights in (("w_ih", w_ih), ("w_hh", w_hh), ("b_ih", b_ih), ("b_hh", b_hh), ("w_hr", w_hr)):
-        call.point(name, [w.contiguous() for w in weights])
     call.run("forward")
     return y, h_n, c_n, saved
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved, cell, reverse,
-                   batch_first, need_dx, need_dh0, need_dw):  # fmt: skip
-    D, B, R = h0.shape
-    matrix = w_ih[0].dtype
-    w_ih, w_hh, w_hr = readable(x.dtype, R, w_ih, w_hh, w_hr)
-    call = Call(cell, x, batch_sizes, h0, w_ih, b_ih, w_hr, reverse, batch_first)
-    H, G, inputs = int(call.records["hidden_size"][0]), CELLS[cell].gates, x.shape[-1]
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+    """The op's implementation."""
+    layer, (need_dx, need_dh0, need_dw) = layer_of(text), needs
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0), weights)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
-    dh0 = x.new_empty(D, B, R)
-    dc0 = x.new_empty(D, B, H) if c0 is not None else x.new_empty(0)
-    shapes = {
-        "dw_ih": (D * G * H, inputs),
-        "dw_hh": (D * G * H, R),
-        "db_ih": (D * G * H,) if b_ih else None,
-        "db_hh": (D * G * H,) if b_ih else None,
-        "dw_hr": (D * R, H) if w_hr else None,
-    }
-    weights = {
-        name: x.new_empty(shape if need_dw and shape else 0, dtype=w_ih[0].dtype if name.startswith("dw") else x.dtype)
-        for name, shape in shapes.items()
-    }
+    dh0 = x.new_empty(h0.shape)
+    dc0 = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)
+    dw = [torch.empty_like(w, dtype=x.dtype if w.dim() == 1 else None) for w in call.weights] if need_dw else []
     call.records["need_dx"], call.records["need_dh0"], call.records["need_dw"] = need_dx, need_dh0, need_dw
-    call.rows("x", x)
-    call.rows("y", y, R)
-    call.rows("dy", torch.zeros_like(y) if dy is None else dy, R)
+    call.rows("y", y, call.R)
+    call.rows("dy", torch.zeros_like(y) if dy is None else dy, call.R)
     if need_dx:
         call.rows("dx", dx)
     for name, tensor in (("h0", h0), ("dh_n", dh_n), ("c0", c0), ("dc_n", dc_n), ("saved", saved)):
@@ -224,15 +226,13 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_h
     call.point("dh0", dh0)
     if c0 is not None:
         call.point("dc0", dc0)
-    for name, tensor in weights.items():
-        if tensor.numel():
-            call.point(f"{name}_half" if tensor.dtype == torch.bfloat16 else name, tensor.chunk(D))
-    for name, given in (("w_ih", w_ih), ("w_hh", w_hh), ("w_hr", w_hr)):
-        call.point(name, [w.contiguous() for w in given])
+    for name in layer.kinds() if need_dw else ():
+        grads = [getattr(own, name) for own in layer.by_direction(dw)]
+        call.point(f"d{name}_half" if grads[0].dtype == torch.bfloat16 else f"d{name}", grads)
     call.run("backward")
     if not need_dh0:  # they were the carried gradients' place
         dh0, dc0 = x.new_empty(0), x.new_empty(0)
-    return dx, dh0, dc0, *(w.to(matrix) if w.dim() == 2 else w for w in weights.values())
+    return dx, dh0, dc0, [grad.to(w.dtype) if w.dim() == 2 else grad for grad, w in zip(dw, weights, strict=False)]
 
 
 def register() -> None:

@@ -63,6 +63,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     load, store, load_all, store_all, zero = v.load, v.store, v.load_all, v.store_all, v.zero
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
+    kept, states, weights = cell.kept, cell.states, cell.weights
+    names = tuple(name for name, _ in cell.derived.before)
     per_panel = unit_vectors(gates, target.registers)
     columns = gates * per_panel
     product = make_product(v, target, columns)
@@ -79,8 +81,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     multiply = make_multiply(v, target, wide)
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
     input_order, hidden_order = cell.input, tuple(range(gates))
-    has_cell_state, reads_hidden = cell.carry == "cell", cell.carry == "hidden"
-    apply, apply_twice = over_vectors(cell.forward, preactivations + 1, slots + 1, v, target)
+    apply, apply_twice = over_vectors(cell.derived.forward, v, target)
     # Panels that a row alone meets before its gate maths, which takes two vectors at a time.
     alone = max(panels_together(v, columns)[1], 2 // per_panel)
 
@@ -104,19 +105,44 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     preactivations_of = preactivation_tuple(preactivations)
 
-    def slot_writer(count):
-        if count == 0:
-            return njit(lambda row, gate_stride, result, n: None, **options)
-        before, s = slot_writer(count - 1), count - 1
+    def writer(places, first):
+        """Results of a vector of units, from `first` on, to numbered places `stride` bytes apart."""
+        if not places:
+            return njit(lambda row, stride, result, n: None, **options)
+        before, place, s = writer(places[:-1], first), places[-1], first + len(places) - 1
 
         @njit(**options)
-        def write(row, gate_stride, result, n):
-            before(row, gate_stride, result, n)
-            store(row + s * gate_stride, result[1 + s], n)
+        def write(row, stride, result, n):
+            before(row, stride, result, n)
+            store(row + place * stride, result[s], n)
 
         return write
 
-    write_slots = slot_writer(slots)
+    write_slots = writer((*range(kept), *range(slots - states, slots)), 1)
+    write_states = writer(tuple(range(states)), 1 + kept)
+
+    def state_reader(names):
+        """States before the step of a vector of units: h from its row, others from theirs, `stride` bytes apart."""
+        if not names:
+            return njit(lambda h, c, stride, n: (), **options)
+        before, is_h, s = state_reader(names[:-1]), names[-1] == "h", len([name for name in names[:-1] if name != "h"])
+
+        @njit(**options)
+        def read(h, c, stride, n):
+            return before(h, c, stride, n) + (load(h if is_h else c + s * stride, n),)
+
+        return read
+
+    read_states = state_reader(names)
+
+    def weight_reader(count):
+        """The cell's own weights of a vector of units, which stand behind the gates' biases."""
+        if count == 0:
+            return njit(lambda b_ih, stride, n: (), **options)
+        before, s = weight_reader(count - 1), gates + count - 1
+        return njit(lambda b_ih, stride, n: before(b_ih, stride, n) + (load(b_ih + s * stride, n),), **options)
+
+    read_weights = weight_reader(weights)
 
     @njit(**options)
     def pack_rows_of(p, source, units, depth, out, out_stride):
@@ -266,20 +292,16 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, bias_gate):
         """What the cell is given for a vector of units of row m."""
-        n, at = p.hidden_size - unit, unit * size
+        n, at, stride = p.hidden_size - unit, unit * size, p.hidden_size * size
         a = preactivations_of(load_int(z_rows + 8 * m) + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
-        if has_cell_state:
-            return a + (load(c_rows + m * p.hidden_size * size + at, n),)
-        if reads_hidden:
-            return a + (load(load_int(previous + 8 * m) + at, n),)
-        return a + (a[0],)
+        before = read_states(load_int(previous + 8 * m) + at, c_rows + m * states * stride + at, stride, n)
+        return a + before + read_weights(p.b_ih + at, stride, n)
 
     @njit(**options)
     def keep(p, m, unit, result, z_rows, h_rows, c_rows):
-        """The new state, and what backward needs, of a vector of units of row m."""
+        """The new states, and what backward needs, of a vector of units of row m."""
         n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
-        if has_cell_state:
-            store(c_rows + m * gate_stride + at, result[slots], n)
+        write_states(c_rows + m * states * gate_stride + at, gate_stride, result, n)
         if p.save:
             write_slots(load_int(z_rows + 8 * m) + at, gate_stride, result, n)
         store(load_int(h_rows + 8 * m) + at, result[0], n)
@@ -377,8 +399,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
             for b in range(r0, r1):
                 store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
-                if has_cell_state:
-                    copy_units(p.c0 + b * hidden_bytes, p.c_n + b * hidden_bytes, unit0, unit1, p.hidden_size)
+                for s in range(b * states, (b + 1) * states):
+                    copy_units(p.c0 + s * hidden_bytes, p.c_n + s * hidden_bytes, unit0, unit1, p.hidden_size)
             wait_crew(p, member)
             if block < 0:
                 return
@@ -422,7 +444,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 store_int(h_rows + 8 * i, h)
             for i in range(0, count, p.split_rows):
                 rows, before, z = min(count - i, p.split_rows), previous + 8 * i, z_rows + 8 * (n + i)
-                h, c = h_rows + 8 * i, p.c_n + (r0 + i) * hidden_bytes
+                h, c = h_rows + 8 * i, p.c_n + (r0 + i) * states * hidden_bytes
                 turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
                 step(p, turn, rows, before, z, hidden_bytes, h, c, first, last, bias_gate, scratch, own_panel)
             if p.projected:

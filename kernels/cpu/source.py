@@ -17,6 +17,7 @@ def _hash(paths) -> str:
     return digest.hexdigest()[:32]
 
 
+DERIVED = "cells", "derive", "symbols"
 COMPILED = (
     "arrange",
     "backward",
@@ -35,7 +36,8 @@ COMPILED = (
 
 def kernel_hash() -> str:
     """Of the cells' and the CPU engine's Python sources that machine code is made from."""
-    return _hash([KERNELS / "cells.py", *(KERNELS / "cpu" / f"{name}.py" for name in COMPILED)])
+    cells = [KERNELS / f"{name}.py" for name in DERIVED]
+    return _hash([*cells, *(KERNELS / "cpu" / f"{name}.py" for name in COMPILED)])
 
 
 def source_hash() -> str:

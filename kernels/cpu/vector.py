@@ -32,6 +32,15 @@ class Vector(types.Type):
         super().__init__(name=f"Vector({scalar}, {lanes})")
 
 
+class Mask(types.Type):
+    """A condition of each lane of a vector."""
+
+    def __init__(self, lanes: int):
+        self.llvm = ir.VectorType(ir.IntType(1), lanes)
+        super().__init__(name=f"Mask({lanes})")
+
+
+@register_model(Mask)
 @register_model(Vector)
 class VectorModel(models.PrimitiveModel):
     def __init__(self, manager, vector):
@@ -51,28 +60,55 @@ def constant(vector: Vector, value: float):
 
 @cache
 def register_arithmetic(vector: Vector) -> None:
-    """Teach Numba + - * on this vector type; Python integers are constants in every lane."""
-    binary = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul"}
+    """Teach Numba + - * / and comparisons on this vector type; Python's numbers are constants in every lane."""
 
-    for function, opcode in binary.items():
+    def apply(opcode):
+        return lambda builder, *operands: getattr(builder, opcode)(*operands)
+
+    def compare(sign):  # false where one of the two is NaN
+        return lambda builder, a, b: builder.fcmp_ordered(sign, a, b)
+
+    mask = Mask(vector.lanes)
+    numbers = [(vector, vector)] + [
+        pair for number in (types.int64, types.float64) for pair in ((number, vector), (vector, number))
+    ]
+    for function, operands, result, emit in (
+        (operator.add, numbers, vector, apply("fadd")),
+        (operator.sub, numbers, vector, apply("fsub")),
+        (operator.mul, numbers, vector, apply("fmul")),
+        (operator.truediv, numbers, vector, apply("fdiv")),
+        (operator.neg, [(vector,)], vector, apply("fneg")),
+        (operator.lt, numbers, mask, compare("<")),
+        (operator.le, numbers, mask, compare("<=")),
+        (operator.gt, numbers, mask, compare(">")),
+        (operator.ge, numbers, mask, compare(">=")),
+        (operator.eq, numbers, mask, compare("==")),
+        (operator.ne, numbers, mask, lambda builder, a, b: builder.fcmp_unordered("!=", a, b)),
+        (operator.and_, [(mask, mask)], mask, apply("and_")),
+        (operator.or_, [(mask, mask)], mask, apply("or_")),
+        (operator.invert, [(mask,)], mask, apply("not_")),
+    ):
 
         @infer_global(function)
         class Typing(ConcreteTemplate):
-            cases = (
-                signature(vector, vector, vector),
-                signature(vector, types.int64, vector),
-                signature(vector, vector, types.int64),
-            )
+            cases = tuple(signature(result, *each) for each in operands)
 
-        def lower(context, builder, sig, args, opcode=opcode):
-            scalar_to_vector = [
-                a if t == vector else _splat(builder, builder.sitofp(a, vector.element), vector.lanes)
-                for a, t in zip(args, sig.args, strict=True)
-            ]
-            return getattr(builder, opcode)(*scalar_to_vector)
+        def lower(context, builder, sig, args, emit=emit):
+            return emit(builder, *(spread(builder, vector, each) for each in args))  # conditions as they are
 
         for case in Typing.cases:
             lower_builtin(function, *case.args)(lower)
+
+
+def spread(builder, vector: Vector, value):
+    """A vector as it is; one of Python's numbers in every lane."""
+    if isinstance(value.type, ir.VectorType):
+        return value
+    if isinstance(value.type, ir.IntType):
+        value = builder.sitofp(value, vector.element)
+    elif value.type != vector.element:
+        value = builder.fptrunc(value, vector.element)
+    return _splat(builder, value, vector.lanes)
 
 
 def _pointer(builder, address, pointee):

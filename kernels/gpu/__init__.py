@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from ..cells import CELLS
+from ..layer import Layer
 from . import plan
 from .precision import precision_of
 
@@ -64,18 +65,13 @@ def device_of(device: torch.device) -> plan.Device:
     return plan.Device("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, shared_bytes)
 
 
-def sizes_of(cell: str, T: int, B: int, H: int, R: int, D: int, dtype: torch.dtype) -> plan.Sizes:
-    return plan.Sizes(T, B, H, R, D, CELLS[cell].gates, dtype.itemsize, precision_of(dtype))
+def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype) -> plan.Sizes:
+    return plan.Sizes(T, B, H, R, layer.directions, CELLS[layer.cell].gates, dtype.itemsize, precision_of(dtype))
 
 
-def describe(
-    cell: str, T: int, B: int, H: int, R: int, D: int, dtype: torch.dtype, device: torch.device, training: bool
-) -> str:
-    """How the engine would run a layer, in words.
-
-    cell: a name of cells.CELLS; T steps, B rows, H units, R outputs (projection, or H), D directions.
-    """
-    target, sizes = device_of(device), sizes_of(cell, T, B, H, R, D, dtype)
+def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
+    """How the engine would run a layer, in words. T steps, B rows, H units, R outputs (projection, or H)."""
+    target, sizes = device_of(device), sizes_of(layer, T, B, H, R, dtype)
     passes = {"forward": True, "backward": False} if training else {"forward": True}
     return "; ".join(f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items())
 

@@ -31,7 +31,7 @@ def kept_values(
     SLOTS: tl.constexpr, CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """What forward kept of step t for the rows that are `here`: the slots, and p, float32 [UNITS, ROWS] each."""
+    """What forward kept of step t for the rows that are `here`: slots or output, and p, float32 [UNITS, ROWS] each."""
     ok = units_ok[:, None] & here[None, :]
     before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
     joined = tl.where(backwards, t + 1 < length, t > 0)  # had the row a step before this one?
@@ -50,7 +50,7 @@ def kept_values(
         at = tl.where(joined, after, h0 + (d * B + rows) * H)
         return values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
     else:
-        return values + values  # a cell without a carry does not look at p
+        return values
 
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
@@ -156,7 +156,7 @@ def scan_backward(
             if PROJECTED:
                 dh = product((), r_rows, units_ok, dp_rows, active, R, H, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION)
                 dh = released(dh)
-            grads = CELL(dh, dc, *values)
+            grads = CELL(dh, dc, *values) if CARRY == "cell" else CELL(dh, *values)
             store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
             if SYNC:
                 arrive(counter)
@@ -249,7 +249,7 @@ def single_backward(
             d_proj = d_out.to(dp.dtype.element_ty)
             tl.store(dp_rows[None, :] + outputs[:, None], d_proj, mask=outputs_ok[:, None] & active[None, :])
             d_out = released(tl.dot(proj, d_proj, input_precision=PRECISION))  # [UNITS, ROWS]
-        grads = CELL(d_out, dc, *now)
+        grads = CELL(d_out, dc, *now) if CARRY == "cell" else CELL(d_out, *now)
         da_rows = da + own * (P * H)
         store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
         d_hidden = stack(grads, HIDDEN, GATES, UNITS, ROWS).to(da.dtype.element_ty)

@@ -52,8 +52,13 @@ def relu(x):
 
 
 @triton.jit
-def where_positive(h, dh):
-    return tl.where(h <= 0, 0.0, dh)
+def where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+@triton.jit
+def full_like(x, number):
+    return tl.full(x.shape, number, x.dtype)
 
 
 class Cells:
@@ -63,9 +68,11 @@ class Cells:
         elementary = {"exp2": exp2, "reciprocal": reciprocal, "tl": tl}
         self.sigmoid, self.tanh = (triton.jit(bind(function, **elementary)) for function in (_sigmoid, _tanh))
         self.relu = relu
-        names = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where_positive": where_positive, "tl": tl}
-        self.forward = {name: triton.jit(bind(cell.forward, **names)) for name, cell in CELLS.items()}
-        self.backward = {name: triton.jit(bind(cell.backward, **names)) for name, cell in CELLS.items()}
+        functions = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where": where, "full_like": full_like}
+        names = {"__name__": __name__, "tl": tl, **functions}  # tl: Triton's interpreter looks for it
+        built_in = {name: cell for name, cell in CELLS.items() if cell.mode}
+        self.forward = {name: triton.jit(cell.derived.forward.bind(names)) for name, cell in built_in.items()}
+        self.backward = {name: triton.jit(cell.derived.backward.bind(names)) for name, cell in built_in.items()}
 
 
 PTX, PLAIN = Cells(_exp2_ptx, _reciprocal_ptx), Cells(_exp2, _reciprocal)

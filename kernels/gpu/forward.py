@@ -130,7 +130,7 @@ def scan_forward(
                 chunks, a_rows, a_ok, h_rows, active, R, 1, PADDED * UNITS, ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION
             )
             a = preactivations(inputs, unstack(acc, PADDED, UNITS, ROWS), biases, GATES, HIDDEN)
-            new = CELL(*a, p)
+            new = CELL(*a) if CARRY == "none" else CELL(*a, p)
             h = new[0].to(y.dtype.element_ty)
             if PROJECTED:
                 tl.store(out_rows[None, :] + units[:, None], h, mask=ok)
@@ -230,7 +230,8 @@ def single_forward(
         inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
 
         hiddens = unstack(tl.dot(w, h, input_precision=PRECISION), PADDED, UNITS, ROWS)
-        new = CELL(*preactivations(own_inputs, hiddens, biases, GATES, HIDDEN), p)
+        a = preactivations(own_inputs, hiddens, biases, GATES, HIDDEN)
+        new = CELL(*a) if CARRY == "none" else CELL(*a, p)
         out = new[0].to(y.dtype.element_ty)
         if SAVE:
             store_tiles(own_rows[None, :] + units[:, None], new, ok, 1, SLOTS, H)

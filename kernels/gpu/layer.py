@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS, Cell
+from ..layer import Inputs, Layer, Needs, Outer, Steps, layer_of
 from . import DTYPES, device_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
@@ -41,33 +42,31 @@ class Call:
     """
 
     def __init__(
-        self, x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell: str, reverse: bool, batch_first: bool,
-        run: Callable[[Launch], object] = Launch.run,
-    ) -> None:  # fmt: skip
-        self.run = run
+        self, layer: Layer, inputs: Inputs, weights: Sequence[Tensor], run: Callable[[Launch], object] = Launch.run
+    ) -> None:
+        self.layer, self.inputs, self.run, x = layer, inputs, run, inputs.x
         if x.dtype not in DTYPES:
             raise RuntimeError(f"fastrnn: the Triton engine takes {', '.join(map(str, DTYPES))}, got {x.dtype}")
-        self.cell: Cell = CELLS[cell]
+        self.cell: Cell = CELLS[layer.cell]
         self.cells = PTX if x.is_cuda and not torch.version.hip else PLAIN
         self.x, self.dtype, self.device = x, x.dtype, x.device
-        self.D, self.B, self.R = h0.shape
-        self.H, self.I = w_ih[0].shape[0] // self.cell.gates, x.shape[-1]
-        self.T = len(batch_sizes) if batch_sizes is not None else x.shape[1 if batch_first else 0]
-        self.N = x.shape[0] if batch_sizes is not None else self.T * self.B
-        self.projected, self.biased = bool(w_hr), bool(b_ih)
-        self.reverse, self.batch_first, self.packed = reverse, batch_first and batch_sizes is None, batch_sizes is not None
-        self.slots = (self.cell.slots + self.projected) * self.H  # row width of `saved`
-        self.w_ih = w_ih
-        nothing = x.new_empty(0)
+        self.D, self.B, self.R = inputs.h0.shape
+        self.H, self.I, self.steps = weights[0].shape[0] // self.cell.gates, x.shape[-1], Steps(layer, inputs)
+        self.T, self.N, self.packed = self.steps.steps, self.steps.rows, self.steps.packed
+        self.batch_first = self.steps.axis == 1
+        self.slots = (self.cell.slots + layer.projected) * self.H  # row width of `saved`
+        nothing, own = x.new_empty(0), layer.by_direction(weights)
+        self.w_ih = [direction.w_ih for direction in own]
         self.w_hh, self.w_hr, self.b_ih, self.b_hh = (
-            _stack(weights) if weights else nothing for weights in (w_hh, w_hr, b_ih, b_hh)
+            nothing if kind[0] is None else _stack(kind)
+            for kind in zip(*((each.w_hh, each.w_hr, each.b_ih, each.b_hh) for each in own), strict=True)
         )
         self.nothing = nothing
-        self.lengths, self.offsets = self._rows_of_steps(batch_sizes)
+        self.lengths, self.offsets = self._rows_of_steps(inputs.batch_sizes)
 
     def chosen(self, forward: bool) -> tuple[Plan, str]:
         """Plan and precision of a pass."""
-        sizes = sizes_of(self.cell.name, self.T, self.B, self.H, self.R, self.D, self.dtype)
+        sizes = sizes_of(self.layer, self.T, self.B, self.H, self.R, self.dtype)
         return choose(device_of(self.device), sizes, forward), precision_of(self.dtype)
 
     def _rows_of_steps(self, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,16 +84,9 @@ class Call:
             both = both.pin_memory().to(self.device, non_blocking=True)
         return both[: self.B], both[self.B :]
 
-    def step_major(self, sequence: Tensor) -> Tensor:
-        """Rows [N, ...] of a sequence in x's layout."""
-        return (sequence.transpose(0, 1) if self.batch_first else sequence).reshape(self.N, sequence.shape[-1])
-
     def input_weights(self, d: int) -> Tensor:
         """w_ih [G*H, I] of a direction, gates in the order of the cell's arguments."""
-        w, order = self.w_ih[d], self.cell.input
-        if order == tuple(range(self.cell.gates)):
-            return w
-        return _gates_in(order, w.unsqueeze(0))[0]
+        return _gates_in(self.cell.input, self.w_ih[d])
 
     def constants(self, plan: Plan, precision: str) -> dict[str, Any]:
         """Compile-time arguments that both passes share."""
@@ -109,8 +101,8 @@ class Call:
             "R": self.R,
             "PACKED": self.packed,
             "BATCH_FIRST": self.batch_first,
-            "REVERSE": self.reverse,
-            "PROJECTED": self.projected,
+            "REVERSE": self.layer.reverse,
+            "PROJECTED": self.layer.projected,
             "UNITS": plan.units,
             "OUTPUTS": plan.outputs,
             "ROWS": plan.rows,
@@ -157,30 +149,26 @@ class Call:
                 yield Launch(scan, (plan.blocks * self.D * blocks_of_rows,), arguments | sizes | given, options)
 
 
-def layer_forward(x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first, save):
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
     """The op's implementation, on x's device and its current stream."""
-    call = Call(x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0), weights)
     with torch.cuda.device(x.device):
-        return forward(call, h0, c0, save, *call.chosen(forward=True))
+        return forward(call, save, *call.chosen(forward=True))
 
 
-def layer_backward(
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, y, saved,
-    cell, reverse, batch_first, need_dx, need_dh0, need_dw
-):  # fmt: skip
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
     """The op's implementation, on x's device and its current stream."""
-    call = Call(x, batch_sizes, h0, w_ih, w_hh, b_ih, b_hh, w_hr, cell, reverse, batch_first)
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0), weights)
     with torch.cuda.device(x.device):
-        needs = need_dx, need_dh0, need_dw
-        return backward(call, dy, dh_n, dc_n, h0, c0, y, saved, *needs, *call.chosen(forward=False))
+        return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
 
 
-def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, precision: str):
+def forward(call: Call, save: bool, plan: Plan, precision: str):
     """y, h_n, c_n, saved."""
-    x, gates = call.x, call.cell.gates
+    (x, _, h0, c0), gates = call.inputs, call.cell.gates
     # the projected input; the cell's slots are written over it
     kept = x.new_empty(call.D, call.N, max(gates * call.H, call.slots if save else 0))
-    rows = call.step_major(x)
+    rows = call.steps.flat(x)
     with products_in(call.dtype, precision):
         for d in range(call.D):
             torch.mm(rows, call.input_weights(d).T, out=kept[d][:, : gates * call.H])
@@ -203,14 +191,14 @@ def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, p
         "CELL": call.cells.forward[call.cell.name],
         "INPUT": call.cell.input,
         "W": kept.shape[-1],
-        "BIAS": call.biased,
+        "BIAS": call.layer.bias,
         "SAVE": save,
         **call.constants(plan, precision),
     }
     if plan.schedule != "single":
-        arguments["out"] = x.new_empty(call.D, call.B, call.H) if call.projected and not save else call.nothing
+        arguments["out"] = x.new_empty(call.D, call.B, call.H) if call.layer.projected and not save else call.nothing
         arguments["ALIGNED"] = (call.R * x.element_size()) % 16 == 0 and arguments["h0"].data_ptr() % 16 == 0
-    phases = ("gates", "project") if call.projected else ("both",)
+    phases = ("gates", "project") if call.layer.projected else ("both",)
     kernels = forward_kernels.single_forward, forward_kernels.scan_forward
     for launch in call.launches(plan, *kernels, arguments, call.T, phases):
         call.run(launch)
@@ -221,13 +209,11 @@ def forward(call: Call, h0: Tensor, c0: Tensor | None, save: bool, plan: Plan, p
     return y, h_n, c_n, saved
 
 
-def backward(
-    call: Call, dy, dh_n, dc_n, h0, c0, y, saved, need_dx: bool, need_dh0: bool, need_dw: bool, plan: Plan, precision: str
-):
-    """dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dw_hr."""
-    x = call.x
+def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, plan: Plan, precision: str):
+    """dx, dh0, dc0, and a list of dw."""
+    (x, _, h0, c0), (dy, dh_n, dc_n) = call.inputs, outer
     D, B, N, H, R, gates, hidden = call.D, call.B, call.N, call.H, call.R, call.cell.gates, call.cell.hidden
-    da, dp = x.new_empty(D, N, call.cell.preactivations * H), x.new_empty(D, N, R) if call.projected else call.nothing
+    da, dp = x.new_empty(D, N, call.cell.preactivations * H), x.new_empty(D, N, R) if call.layer.projected else call.nothing
     dh0, h0, y = x.new_empty(D, B, R), h0.contiguous(), y.contiguous()
     carry = torch.zeros(D, B, H, dtype=torch.float32, device=x.device) if call.cell.carry is not None else call.nothing
     if dc_n is not None:
@@ -253,18 +239,16 @@ def backward(
     }
     if plan.schedule != "single":
         arguments["DIAGONAL"] = plan.diagonal
-    phases = ("state", "cell") if call.projected else ("both",)
+    phases = ("state", "cell") if call.layer.projected else ("both",)
     kernels = backward_kernels.single_backward, backward_kernels.scan_backward
     for launch in call.launches(plan, *kernels, arguments, call.T + 1, phases):
         call.run(launch)
-    dc0 = carry.to(x.dtype) if need_dh0 and call.cell.carry == "cell" else x.new_empty(0)
+    dc0 = carry.to(x.dtype) if needs.dh0 and call.cell.carry == "cell" else x.new_empty(0)
     d_input, d_hidden = da[..., : gates * H], da[..., hidden * H :]
     with products_in(call.dtype, precision):
-        dx = _input_gradient(call, d_input) if need_dx else x.new_empty(0)
-        weights = (
-            _weight_gradients(call, d_input, d_hidden, dp, y, h0, saved) if need_dw else [x.new_empty(0) for _ in range(5)]
-        )
-    return dx, dh0 if need_dh0 else x.new_empty(0), dc0, *weights
+        dx = _input_gradient(call, d_input) if needs.dx else x.new_empty(0)
+        dw = _weight_gradients(call, d_input, d_hidden, dp, y, h0, saved) if needs.dw else []
+    return dx, dh0 if needs.dh0 else x.new_empty(0), dc0, dw
 
 
 def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
@@ -277,34 +261,26 @@ def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
 
 
 def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[Tensor]:
-    """dw_ih, dw_hh, db_ih, db_hh, dw_hr, the directions' one below the other; [0] where there is none."""
-    cell, D, H, R = call.cell, call.D, call.H, call.R
+    """Of each weight, in the order of the weights, each in memory of its own."""
+    cell, H = call.cell, call.H
     order = [cell.input.index(gate) for gate in range(cell.gates)]  # torch's gates among the cell's arguments
-    x = call.x
-    rows = call.step_major(x)
-    dw_ih, dw_hh = x.new_empty(D, cell.gates * H, call.I), x.new_empty(D, cell.gates * H, R)
-    for d in range(D):
-        torch.mm(d_input[d].T, rows, out=dw_ih[d])
-        _hidden_weight_gradient(call, d, d_hidden[d], y, h0[d], dw_hh[d])
-    db_ih = db_hh = x.new_empty(0)
-    if call.biased:
-        db_ih = d_input.sum(1)
-        db_hh = d_hidden.sum(1) if cell.hidden else db_ih.clone()  # a gradient is somebody's own
-    if order != list(range(cell.gates)):
-        dw_ih = _gates_in(order, dw_ih)
-        db_ih = _gates_in(order, db_ih) if call.biased else db_ih
-    dw_hr = x.new_empty(0)
-    if call.projected:
-        dw_hr = x.new_empty(D, R, H)
-        for d in range(D):
-            torch.mm(dp[d].T, saved[d][:, -H:], out=dw_hr[d])
-    return [dw.flatten(0, 1) if dw.dim() > 1 else dw for dw in (dw_ih, dw_hh, db_ih, db_hh, dw_hr)]
+    rows, grads = call.steps.flat(call.x), []
+    for d in range(call.D):
+        w_hh = call.x.new_empty(cell.gates * H, call.R)
+        _hidden_weight_gradient(call, d, d_hidden[d], y, h0[d], w_hh)
+        grads += [_gates_in(order, torch.mm(d_input[d].T, rows)), w_hh]
+        if call.layer.bias:
+            b_ih = d_input[d].sum(0)
+            grads += [_gates_in(order, b_ih), d_hidden[d].sum(0) if cell.hidden else b_ih.clone()]
+        if call.layer.projected:
+            grads.append(torch.mm(dp[d].T, saved[d][:, -H:]))
+    return grads
 
 
 def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tensor, dw: Tensor) -> None:
     """dw [G*H, R], out: the sum over all steps of da^T [G*H, rows] with the state [rows, R] that the step began with."""
     B, N, R = call.B, call.N, call.R
-    backwards = call.reverse != (d == 1)
+    backwards = call.layer.reverse != (d == 1)
     if not (call.packed or call.batch_first):  # those states are y, a step later
         states = y.view(N, call.D * R)[:, d * R : (d + 1) * R]
         first, later, earlier = (
@@ -340,9 +316,11 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
 
 
 def _gates_in(order: Sequence[int], w: Tensor) -> Tensor:
-    """w [D, G*H, ...], its gates in another order."""
-    gates = w.chunk(len(order), 1)
-    return torch.cat([gates[gate] for gate in order], 1)  # an index list would be copied from the CPU
+    """w [G*H, ...], its gates in another order."""
+    if list(order) == list(range(len(order))):
+        return w
+    gates = w.chunk(len(order))
+    return torch.cat([gates[gate] for gate in order])  # an index list would be copied from the CPU
 
 
 def _stack(weights: Sequence[Tensor]) -> Tensor:

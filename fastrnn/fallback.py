@@ -1,0 +1,164 @@
+"""What runs a module's call when the fast path has declined it: our functions on its weights, or torch.nn's own code.
+
+torch.nn's code is its own code object with the name `_VF` bound to `fastrnn.functional`. So checks and error words are those of
+the torch that is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn import dispatch, functional
+from fastrnn.checkpoint import recompute
+from fastrnn.kernels.cells import CELLS
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_VF = functional  # the name under which torch.nn's code finds its functions
+
+# The methods that torch.nn's forward of a layer calls.
+METHODS = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "get_expected_cell_size",
+           "permute_hidden", "_update_flat_weights", "_weights_have_changed", "_init_flat_weights")  # fmt: skip
+
+
+def module_forward(module: Any, x: Tensor, hx: Tensor | Sequence[Tensor] | None):
+    """`module(x, hx)` of batched dense input past torch.nn's code; None where that has to run, to take or to refuse it."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() != 3 or x.is_nested:
+        return None
+    weights = own_weights(module)
+    if weights is None or not _attributes_agree(module, x, weights):
+        return None
+    layer, num_layers, lstm = dispatch.layer_of_module(module), module.num_layers, isinstance(module, nn.LSTM)
+    if hx is None:
+        depth, batch = num_layers * layer.directions, x.size(0 if layer.batch_first else 1)
+        h0 = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
+        hx = (h0, x.new_zeros(depth, batch, module.hidden_size)) if lstm else h0
+    inputs = functional.inputs_of(layer.cell, x, None, hx)
+    dropout = module.dropout if module.training else 0.0
+    done = functional.run_layers(inputs, weights, layer, num_layers, dropout, module._fastrnn_compressed)
+    return done and (done[0], done[1:] if lstm else done[1])
+
+
+def _attributes_agree(module: nn.RNNBase, x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Do the attributes of a module say of its weights what these are? torch.nn goes by the attributes, and checks these."""
+    if not module.__dict__.keys().isdisjoint(METHODS) or len(weights) < 2:
+        return False
+    mode = dispatch.mode_of(module)
+    sizes = module.input_size, module.hidden_size, module.proj_size, module.num_layers
+    flags = module.bias, module.batch_first, module.bidirectional, module.training
+    if mode not in dispatch.BY_MODE or (isinstance(module, nn.RNN) and not mode.startswith("RNN")):
+        return False
+    if any(type(size) is not int for size in sizes) or any(type(flag) is not bool for flag in flags):
+        return False
+    if module.num_layers < 1 or not isinstance(module.dropout, (int, float)):
+        return False
+    rows = CELLS[dispatch.BY_MODE[mode]].gates * module.hidden_size
+    return x.shape[-1] == module.input_size and weights[1].shape == (rows, module.proj_size or module.hidden_size)
+
+
+def own_weights(module: Any) -> list[Tensor] | None:
+    """The module's flat weights where they are its parameters still; None where one is computed, or has been replaced.
+
+    Nothing is computed to find out: a parametrization may change at every look.
+    """
+    parameters = module._parameters
+    if type(parameters) is not dict:  # another mapping may compute what it holds
+        return None
+    for known, name in zip(module._flat_weight_refs, module._flat_weights_names, strict=True):
+        weight = parameters.get(name)
+        if weight is None or known is None or known() is not weight:
+            return None
+    return module._flat_weights
+
+
+def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
+    """`module.step(x, state, out=out)` as a sequence of one step, where the fast path has not taken it."""
+    if module.bidirectional:
+        raise ValueError("step: a bidirectional module needs the whole sequence")
+    if x.dim() != 2:
+        raise ValueError(f"step: expected x of shape [batch, input_size], got {tuple(x.shape)}")
+    time = 1 if module.batch_first else 0
+    with torch.no_grad():
+        y, last = module.forward(x.unsqueeze(time), state)  # without hooks, which the fast path does not know
+    y = y.squeeze(time)
+    if out is None:
+        return y, last
+    lstm = isinstance(module, nn.LSTM)
+    results = (y, *last) if lstm else (y, last)
+    try:
+        into_y, after = out
+        places = [into_y, *after] if lstm else [into_y, after]
+    except (TypeError, ValueError):
+        places = []
+    if len(places) != 2 + lstm or not all(isinstance(place, Tensor) and place.device == y.device for place in places):
+        raise ValueError(f"step: expected out {'(y, (h, c))' if lstm else '(y, h)'} of tensors on {y.device}, got {out!r}")
+    for name, into, value in zip("yhc", places, results, strict=False):
+        if into.shape != value.shape or into.dtype != value.dtype:
+            raise ValueError(
+                f"step: out's {name} must be {value.dtype} of shape {tuple(value.shape)}, got {into.dtype} {tuple(into.shape)}"
+            )
+    dispatch.check_memory(*places)
+    for into, value in zip(places, results, strict=True):
+        into.copy_(value)
+    return out
+
+
+def _rebound(function: _Function, functions: Any = functional) -> _Function:
+    """`function`, its code unchanged, with globals looked up in this module, and its `_VF` the given functions."""
+    assert isinstance(function, FunctionType)
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            globals().setdefault(name, function.__globals__[name])
+    names = globals()
+    if functions is not functional:
+        names = names | {"_VF": functions}
+        del names["__name__"]  # for Dynamo, which looks globals up in the module of this name
+    own = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    own.__module__ = __name__
+    own.__kwdefaults__, own.__annotations__ = function.__kwdefaults__, function.__annotations__
+    own.__qualname__ = function.__qualname__
+    return own  # type: ignore[return-value]
+
+
+def layer_fallback(torch_class: type[nn.RNNBase]) -> Any:
+    """Make the method that runs a call through torch.nn's own code when the fast path declined it."""
+    by_torch = cell_fallback(torch_class)
+
+    def run(self, input, hx):
+        if torch.compiler.is_dynamo_compiling():
+            return run_compiled(self, input, hx)
+        result = module_forward(self, input, hx) if self._fastrnn_fast_path else None
+        return by_torch(self, input, hx) if result is None else result
+
+    def run_compiled(self, input, hx):
+        """torch.nn's code lists the weights anew where others stand in their place (torch.func.functional_call).
+
+        A graph would return that list, of tensors which belong to a transform and are no results.
+        """
+        weights, references = self._flat_weights, self._flat_weight_refs
+        result = by_torch(self, input, hx)
+        if self._flat_weights is not weights:
+            self._flat_weights, self._flat_weight_refs = weights, references
+        return result
+
+    def fallback(self, input, hx):
+        if self.recompute is True:  # a derived class may have a method of this name
+            with recompute():
+                return run(self, input, hx)
+        return run(self, input, hx)
+
+    return fallback
+
+
+def cell_fallback(torch_class: type[nn.RNNBase | nn.RNNCellBase]) -> Any:
+    """Make the function that runs torch.nn's code over our functions: those for compressed layers where this is one."""
+    usual, compressed = _rebound(torch_class.forward), _rebound(torch_class.forward, functional.for_compressed)
+
+    def by_torch(self, input, hx=None):
+        return (compressed if self._fastrnn_compressed else usual)(self, input, hx)
+
+    return by_torch

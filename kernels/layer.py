@@ -1,0 +1,217 @@
+"""What a recurrent layer is, and what it is given: the two small objects that travel whole through operators and engines.
+
+Letters: T steps, B rows of a batch, N rows of all steps, I input size, H hidden size, G gates, R projected size or H,
+D directions, b rows of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS
+
+
+class Layer(NamedTuple):
+    """What a recurrent layer is, apart from its numbers, which its tensors bring along.
+
+    Fields have defaults, so that the text of a layer stays readable when more are added.
+
+    cell:        a key of cells.CELLS.
+    directions:  1 or 2; the second runs opposite to the first.
+    bias:        it has b_ih and b_hh.
+    projected:   it has w_hr, which makes the output and the next state of R numbers of the cell's H.
+    reverse:     the first direction runs from the last step to the first.
+    batch_first: dense sequences are [B, T, ...], not [T, B, ...].
+    """
+
+    cell: str
+    directions: int = 1
+    bias: bool = False
+    projected: bool = False
+    reverse: bool = False
+    batch_first: bool = False
+
+    def text(self) -> str:
+        """Write it as operators take it, and as csrc/layer.cpp reads it: "lstm directions=2 bias batch_first"."""
+        words = [self.cell, *[f"directions={self.directions}"] * (self.directions != 1)]
+        flags = ("bias", self.bias), ("projected", self.projected), ("reverse", self.reverse), ("batch_first", self.batch_first)
+        return " ".join(words + [name for name, has in flags if has])
+
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the weights of a direction, in order: fields of `Weights`."""
+        return ("w_ih", "w_hh", *("b_ih", "b_hh") * self.bias, *("w_hr",) * self.projected)
+
+    def by_direction(self, weights: Sequence) -> list[Weights]:
+        """Take a layer's weights apart, or something for each of them: torch.nn lists those of one direction after another."""
+        kinds = self.kinds()
+        return [Weights(**dict(zip(kinds, weights[d * len(kinds) :], strict=False))) for d in range(self.directions)]
+
+
+@cache
+def layer_of(text: str) -> Layer:
+    """Read what `Layer.text` wrote.
+
+    Raises:
+        ValueError: there is no such cell, or a layer has no such property.
+    """
+    cell, *words = text.split() or [""]
+    properties: dict[str, Any] = {}
+    for name, sign, value in (word.partition("=") for word in words):
+        if type(Layer._field_defaults.get(name)) is (int if sign else bool):
+            properties[name] = int(value) if sign else True
+    if cell not in CELLS or len(properties) != len(words):
+        raise ValueError(f"layer: expected one of {', '.join(CELLS)}, and some of {', '.join(Layer._fields[1:])}, got {text!r}")
+    return Layer(cell, **properties)
+
+
+class Weights(NamedTuple):
+    """The weights of a direction, their gradients, or a vector for each; None where there is none.
+
+    w_ih [G*H, I], w_hh [G*H, R], b_ih and b_hh [G*H], w_hr [R, H]. Of a cell with W weights of its own for each unit b_ih is
+    [(G + W)*H], and these stand behind the biases.
+    """
+
+    w_ih: Any = None
+    w_hh: Any = None
+    b_ih: Any = None
+    b_hh: Any = None
+    w_hr: Any = None
+
+
+class Inputs(NamedTuple):
+    """What a layer is given beside its weights.
+
+    x:           dense [T, B, I], or [B, T, I] with batch_first; or packed [N, I].
+    batch_sizes: of a packed sequence, int64 [T] on the CPU: rows of each step, never increasing, sum N.
+    h0:          [D, B, R]
+    c0:          [D, B, S*H], for cells that have states but h: S of them, side by side.
+    """
+
+    x: Tensor
+    batch_sizes: Tensor | None
+    h0: Tensor
+    c0: Tensor | None
+
+
+class Outer(NamedTuple):
+    """The gradients that come into a layer: of y, h_n and c_n. None stands for zeros."""
+
+    dy: Tensor | None
+    dh_n: Tensor | None
+    dc_n: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for: of x, of both initial states, of all weights."""
+
+    dx: bool = True
+    dh0: bool = True
+    dw: bool = True
+
+
+class Steps:
+    """Where the rows of all steps of a sequence lie, and how many each step has.
+
+    packed: whether rows are [N, ...], without an axis for the steps.
+    axis:   the axis of a sequence that has the steps, or, where packed, all rows.
+    """
+
+    def __init__(self, layer: Layer, inputs: Inputs) -> None:
+        x, self.batch_sizes, h0, _ = inputs
+        self.packed = self.batch_sizes is not None
+        self.axis = 1 if layer.batch_first and not self.packed else 0
+        self.steps = x.shape[self.axis] if self.batch_sizes is None else len(self.batch_sizes)
+        self.batch = h0.shape[1]
+        self.rows = x.shape[0] if self.packed else self.steps * self.batch
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Rows of each step [T]."""
+        return [self.batch] * self.steps if self.batch_sizes is None else self.batch_sizes.tolist()
+
+    @cached_property
+    def offsets(self) -> Sequence[int]:
+        """Rows of a packed sequence before each step [T + 1], otherwise just the steps' numbers."""
+        return range(self.steps + 1) if self.batch_sizes is None else [0, *self.batch_sizes.cumsum(0).tolist()]
+
+    def flat(self, sequence: Tensor) -> Tensor:
+        """Return the rows of all steps [N, ...], one step after the other."""
+        if self.packed:
+            return sequence
+        return (sequence.transpose(0, 1) if self.axis else sequence).reshape(-1, sequence.shape[-1])
+
+    def join(self, rows: Tensor) -> Tensor:
+        """Undo `flat`."""
+        if self.packed:
+            return rows
+        rows = rows.reshape(self.steps, self.batch, -1)
+        return rows.transpose(0, 1).contiguous() if self.axis else rows
+
+    def each(self, sequence: Tensor) -> Sequence[Tensor]:
+        """Return the rows [b, ...] of every step."""
+        return sequence.split(self.sizes) if self.packed else sequence.unbind(self.axis)
+
+    def gathered(self, steps: list[Tensor]) -> Tensor:
+        """Undo `each`."""
+        return torch.cat(steps) if self.packed else torch.stack(steps, self.axis)
+
+    def part(self, sequence: Tensor, start: int, stop: int) -> Tensor:
+        """Return a view of the rows of these steps."""
+        return sequence.narrow(self.axis, self.offsets[start], self.offsets[stop] - self.offsets[start])
+
+
+def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int = 1) -> str | None:
+    """Say which tensor does not have the shape, or batch_sizes the dtype, that the others ask for; None where all fit.
+
+    layers: so many layers stand on top of each other, of which these are the weights and the states, the lowest first.
+    That batch_sizes sum up to the rows of x, and that weights are of one dtype and device, is not looked at here.
+    """
+    x, batch_sizes, h0, c0 = inputs
+    cell, D = CELLS[layer.cell], layer.directions
+    if x.dim() != (3 if batch_sizes is None else 2):
+        return f"x: expected {'[T, B, I]' if batch_sizes is None else '[N, I]'}, got {tuple(x.shape)}"
+    if batch_sizes is not None and (batch_sizes.dtype is not torch.int64 or batch_sizes.dim() != 1):
+        return f"batch_sizes: expected int64 [T], got {batch_sizes.dtype} {tuple(batch_sizes.shape)}"
+    if (c0 is not None) != (cell.states > 0):
+        return f"c0: {'needed by' if cell.states else 'not an argument of'} cell {layer.cell!r}"
+    if reason := misfit_of_weights(layer, weights, x.shape[-1], layers):
+        return reason
+    rows, width = weights[1].shape
+    batch = h0.shape[1] if batch_sizes is not None and h0.dim() == 3 else x.shape[0 if layer.batch_first else 1]
+    if type(batch_sizes) is Tensor and not torch.compiler.is_compiling() and int(batch_sizes[0]) != batch:
+        return f"batch_sizes: expected {batch} rows in the first step, as the states have, got {int(batch_sizes[0])}"
+    for name, state, size in (("h0", h0, width), ("c0", c0, rows // cell.gates * cell.states)):
+        if state is not None and state.shape != (layers * D, batch, size):
+            return f"{name}: expected {(layers * D, batch, size)}, got {tuple(state.shape)}"
+    return None
+
+
+def misfit_of_weights(layer: Layer, weights: Sequence[Tensor], input_size: int, layers: int = 1) -> str | None:
+    """Say which weight does not have the shape that the layer and the others ask for; None where all fit. As in `misfit`."""
+    cell, D, kinds = CELLS[layer.cell], layer.directions, layer.kinds()
+    if layer.projected and not cell.states:
+        return f"w_hr: cell {layer.cell!r} has no projection"
+    if len(weights) != layers * D * len(kinds):
+        return f"weights: expected {len(kinds)} for each of {layers} layers and {D} directions, got {len(weights)}"
+    if weights[1].dim() != 2:
+        return f"w_hh: expected [G * H, R], got {tuple(weights[1].shape)}"
+    rows, width = weights[1].shape
+    hidden = rows // cell.gates
+    if hidden * cell.gates != rows or (width != hidden and not layer.projected):
+        return f"w_hh: expected {cell.gates} * H rows and {'R' if layer.projected else 'H'} columns, got {(rows, width)}"
+    if cell.weights and not layer.bias:
+        return f"b_ih: needed by cell {layer.cell!r}, whose own weights stand behind the biases"
+    biases = [(rows + cell.weights * hidden,), (rows,)]
+    expected: list[tuple[int, ...]] = [(rows, input_size), (rows, width), *biases * layer.bias]
+    expected += [(width, hidden)] * layer.projected
+    for index, weight in enumerate(weights):
+        if index == D * len(kinds):
+            expected[0] = rows, D * width
+        if weight.shape != expected[index % len(kinds)]:
+            return f"{kinds[index % len(kinds)]}: expected {expected[index % len(kinds)]}, got {tuple(weight.shape)}"
+    return None

@@ -1,0 +1,492 @@
+"""fastrnn.cell and fastrnn.recurrent: cells of one's own, those that come with fastrnn, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import math
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from contract import FACTOR, SLACK, Error, python
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fastrnn
+from fastrnn import cells, dispatch
+from fastrnn.cells import Gate, Hidden, Input, State, Weight, exp, maximum, relu, sigmoid, tanh, where
+from fastrnn.kernels import gradients, reference
+from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
+
+NATIVE = ["slstm", "peephole_lstm", "mgu", "indrnn"]  # what the others have is among what these have
+FORMS = {
+    "plain": {},
+    "two layers, two directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    "two heads": {"num_heads": 2},
+    "four heads": {"num_heads": 4, "bidirectional": True},
+    "no bias": {"bias": False},
+}
+
+
+@fastrnn.cell
+def odd(a: Gate, b: Input, e: Hidden, more: Hidden, c: State, h: State, w: Weight, d: State, scale=0.5):
+    """One of everything, in no order."""
+    c_next = where((a > 0) & ~(b > 1), c * sigmoid(b), w) + e**2 / (1 + abs(more))
+    d = maximum(d * scale, tanh(a)) - exp(-relu(c_next))
+    return tanh(d + h / (1 + exp(w))), c_next, d
+
+
+every_cell = pytest.mark.parametrize("name", [*cells.SHIPPED, "odd"])
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def cell_of(name: str) -> cells.CellFunction:
+    return odd if name == "odd" else getattr(cells, name)
+
+
+def layer_of(name: str, form: str = "plain", inputs: int = 5, hidden: int = 12, **more) -> fastrnn.recurrent.Recurrent:
+    return fastrnn.recurrent(cell_of(name))(inputs, hidden, dtype=torch.float64, **FORMS[form], **more)
+
+
+def sample(layer, steps: int = 4, batch: int = 3) -> tuple[Tensor, list[Tensor]]:
+    """x and the initial states. Those are far from zero, which sLSTM divides by."""
+    shape = (batch, steps) if layer.batch_first else (steps, batch)
+    depth = layer.num_layers * (1 + layer.bidirectional)
+    states = [torch.rand(depth, batch, layer.hidden_size).double() + 0.5 for _ in range(1 + layer.cell.definition.states)]
+    return torch.randn(*shape, layer.input_size).double(), states
+
+
+def run(layer, x, states) -> list[Tensor]:
+    y, after = layer(x, None if not states else states[0] if len(states) == 1 else tuple(states))
+    return [y, *((after,) if isinstance(after, Tensor) else after)]
+
+
+def by_hand(layer, x: Tensor, states: list[Tensor]) -> list[Tensor]:
+    """The same with the cell's own function, step by step, a product for each head."""
+    kinds, H, heads, D = layer.cell.definition.kinds, layer.hidden_size, layer.num_heads, 1 + layer.bidirectional
+    ys, lasts = (x.transpose(0, 1) if layer.batch_first else x), []
+    for k in range(layer.num_layers):
+        outputs = []
+        for d in range(D):
+            suffix = f"_l{k}" + "_reverse" * d
+            get = {name.removesuffix(suffix): value for name, value in layer.named_parameters() if name.endswith(suffix)}
+            now = dict(zip(["h", *carried(layer)], [state[k * D + d] for state in states], strict=True))
+            found: list = [None] * len(ys)
+            for t in reversed(range(len(ys))) if d else range(len(ys)):
+                of_input = nn.functional.linear(ys[t], get["weight_ih"], get.get("bias_ih"))
+                given = dict(zip([n for n in kinds if kinds[n] in ("Gate", "Input")], of_input.split(H, -1), strict=True))
+                if "weight_hh" in get:
+                    w = get["weight_hh"].view(-1, heads, H // heads, H // heads)
+                    of_state = torch.einsum("bki,gkoi->bgko", now["h"].view(-1, heads, H // heads), w).flatten(1)
+                    of_state = of_state + get.get("bias_hh", torch.zeros(()))
+                    for n, part in zip(
+                        [n for n in kinds if kinds[n] in ("Gate", "Hidden")], of_state.split(H, -1), strict=True
+                    ):
+                        given[n] = given[n] + part if n in given else part
+                given |= {n: now[n] for n in kinds if kinds[n] == "State"}
+                given |= {n: get[f"weight_{n}"] for n in kinds if kinds[n] == "Weight"}
+                results = layer.cell(**given)
+                results = results if isinstance(results, tuple) else (results,)
+                now = dict(zip(now, results, strict=True))
+                found[t] = results[0]
+            outputs.append(torch.stack(found))
+            lasts.append([*now.values()])
+        ys = torch.cat(outputs, -1)
+    return [ys.transpose(0, 1) if layer.batch_first else ys, *map(torch.stack, zip(*lasts, strict=True))]
+
+
+def carried(layer) -> list[str]:
+    return [name for name, kind in layer.cell.definition.kinds.items() if kind == "State" and name != "h"]
+
+
+def results(function, layer, x: Tensor, states: list[Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients of a random combination of them, by name."""
+    leaves = {"x": x.clone().requires_grad_()} | {f"state {k}": s.clone().requires_grad_() for k, s in enumerate(states)}
+    outputs = function(layer, leaves["x"], [leaves[f"state {k}"] for k in range(len(states))])
+    draw = torch.Generator().manual_seed(1)
+    loss = sum((each * torch.randn(each.shape, generator=draw).to(each)).sum() for each in outputs)
+    leaves |= dict(layer.named_parameters())
+    grads = torch.autograd.grad(loss, [*leaves.values()])
+    found = {f"output {k}": each.detach() for k, each in enumerate(outputs)}
+    return found | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+@every_form
+@every_cell
+def test_a_layer_is_its_cell_step_by_step(name, form, monkeypatch):
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    layer = layer_of(name, form)
+    x, states = sample(layer)
+    found, truth = (results(function, layer, x, states) for function in (run, by_hand))
+    for key, value in truth.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize(
+    "name", [*NATIVE, *(pytest.param(n, marks=pytest.mark.slow) for n in [*cells.SHIPPED, "odd"] if n not in NATIVE)]
+)
+def test_compiled_kernels_are_within_the_contract(name, monkeypatch):
+    """Each number in float32 against the truth in float64, and what plain operations make of it."""
+    for form, hidden, steps, batch in (
+        ("two layers, two directions", 33, 5, 7),
+        ("two heads", 70, 3, 50),
+        ("no bias", 16, 1, 1),
+    ):
+        torch.manual_seed(0)
+        layer = layer_of(name, form, hidden=hidden)
+        x, states = sample(layer, steps, batch)
+        truth = results(by_hand, layer, x, states)
+        single = copy.deepcopy(layer).float(), x.float(), [state.float() for state in states]
+        found = results(run, *single)
+        assert fastrnn.explain(single[0], single[1]).engine == "cpu"
+        monkeypatch.setattr(dispatch, "forced", "reference")
+        plain = results(run, *single)
+        monkeypatch.undo()
+        for key, value in truth.items():
+            errors = []
+            for each in (found, plain):
+                errors.append(Error())
+                errors[-1].add(each[key], value)
+            own, allowed = errors[0].relative, FACTOR * errors[1].relative + SLACK * torch.finfo(torch.float32).eps
+            assert own <= allowed, f"{form}: {key}: {own:.2g} > {allowed:.2g}"
+
+
+@every_cell
+@pytest.mark.parametrize("packed", [False, True])
+def test_derived_gradients_are_those_of_autograd(name, packed):
+    """kernels/gradients.py, first and second order, through the ops' reference; two directions."""
+    kind = cell_of(name).definition
+    T, B, I, H, D = 3, 3, 2, 2, 2
+    layer, sizes = Layer(kind.name, D, bias=True), torch.tensor([3, 3, 1]) if packed else None
+    x = torch.randn(*((7, I) if packed else (T, B, I)), dtype=torch.float64)
+    h0 = torch.rand(D, B, H, dtype=torch.float64) + 0.5
+    c0 = torch.rand(D, B, kind.states * H, dtype=torch.float64) + 0.5 if kind.states else None
+    shapes = (kind.gates * H, I), (kind.gates * H, H), ((kind.gates + kind.weights) * H,), (kind.gates * H,)
+    weights = [torch.randn(shape, dtype=torch.float64) for _ in range(D) for shape in shapes]
+    leaves = [each.requires_grad_() for each in (x, h0, c0, *weights) if each is not None]
+    inputs = Inputs(x, sizes, h0, c0)
+    y, h_n, c_n, saved = reference.layer_forward(inputs, weights, layer, True)
+    outputs = [y, h_n, *([c_n] if kind.states else [])]
+    seeds = [torch.randn_like(each, requires_grad=True) for each in outputs]
+    outer = Outer(*seeds, *[None] * (3 - len(seeds)))
+    truth = torch.autograd.grad(outputs, leaves, seeds, create_graph=True)
+    dx, dh0, dc0, dw = gradients.layer_backward(outer, inputs, weights, y, saved, layer, Needs())
+    found = [dx, dh0, *([dc0] if kind.states else []), *dw]
+    for k, (own, right) in enumerate(zip(found, truth, strict=True)):
+        torch.testing.assert_close(own, right, rtol=1e-10, atol=1e-11, msg=lambda text, k=k: f"gradient {k}: {text}")
+
+    # the gradient of <backward, v> by what is derived, and by autograd twice
+    v = [torch.randn_like(each) for each in truth]
+    right = torch.autograd.grad(truth, [*seeds, *leaves], v)
+    states = v[1], v[2] if kind.states else None
+    of = v[0], *states, v[len(v) - len(weights) :]
+    with torch.no_grad():
+        changed, bent, dw = gradients.layer_double_backward(of, outer, inputs, weights, y, saved, layer, Needs())
+    own = [each for each in (*changed, bent.x, bent.h0, bent.c0, *dw) if each is not None]
+    for k, (one, other) in enumerate(zip(own, right, strict=True)):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10, msg=lambda text, k=k: f"second gradient {k}: {text}")
+
+
+@pytest.mark.parametrize("name", ["slstm", "odd"])
+def test_packed_and_unbatched(name, monkeypatch):
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    layer = layer_of(name, "two layers, two directions")
+    x, states = sample(layer, steps=5)
+    lengths = torch.tensor([2, 5, 3])
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    y, after = layer(packed, tuple(states))
+    assert isinstance(y, PackedSequence)
+    padded, _ = pad_packed_sequence(y, batch_first=True)
+    for b, length in enumerate(lengths.tolist()):
+        alone, last = layer(x[b, :length], tuple(state[:, b] for state in states))
+        torch.testing.assert_close(padded[b, :length], alone)
+        for one, other in zip(after, last, strict=True):
+            torch.testing.assert_close(one[:, b], other)
+
+
+@pytest.mark.parametrize(("own", "torchs"), [("lstm", nn.LSTM), ("gru", nn.GRU)])
+def test_weights_load_from_torch_nn(own, torchs, monkeypatch):
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    layer, twin = layer_of(own, "two layers, two directions"), torchs(5, 12, 2, bidirectional=True, batch_first=True).double()
+    layer.load_state_dict(twin.state_dict())
+    x, states = sample(layer)
+    y, after = twin(x, tuple(states) if len(states) == 2 else states[0])
+    torch.testing.assert_close(run(layer, x, states), [y, *(after if isinstance(after, tuple) else (after,))])
+
+
+def test_a_step_is_a_sequence_of_one(monkeypatch):
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    layer = fastrnn.recurrent(cells.slstm)(5, 12, 2)
+    x, state, outputs = torch.randn(4, 3, 5), None, []
+    for row in x:
+        y, state = layer.step(row, state)
+        outputs.append(y)
+    expected, last = layer(x)
+    torch.testing.assert_close(torch.stack(outputs), expected)
+    torch.testing.assert_close(state, last)
+    with pytest.raises(ValueError, match="bidirectional"):
+        layer_of("slstm", "four heads").step(x[0])
+
+
+def test_copies_and_pickles():
+    """By the function's import path."""
+    layer = fastrnn.recurrent(cells.slstm)(3, 4)
+    x = torch.randn(2, 1, 3)
+    expected = layer(x)[0]
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)):
+        assert type(twin) is type(layer) and torch.equal(twin(x)[0], expected)
+    local = fastrnn.recurrent(fastrnn.cell(relu_cell()))(3, 4)
+    assert torch.equal(copy.deepcopy(local)(x)[0], local(x)[0])
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(local)
+
+
+def relu_cell():
+    def of_one(a: Gate):
+        return relu(a)
+
+    return of_one
+
+
+def test_compiles_and_exports():
+    layer = fastrnn.recurrent(cells.slstm)(3, 4, batch_first=True)
+    x = torch.randn(2, 5, 3)
+    expected = layer(x)[0]
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], expected)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x)[0], expected)
+    weights = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(layer, weights, (x,))[0].square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, torch.stack((x, 2 * x)))
+    layer(2 * x)[0].square().sum().backward()
+    torch.testing.assert_close(grads["weight_hh_l0"][1], layer.weight_hh_l0.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_and_forward_mode():
+    torch.manual_seed(0)
+    layer = layer_of("peephole_lstm", hidden=3, inputs=2)
+    x, states = sample(layer, steps=3, batch=2)
+    inputs = [each.requires_grad_() for each in (x, *states)]
+    torch.autograd.gradcheck(lambda x, *states: run(layer, x, states), inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(lambda x, *states: run(layer, x, states), inputs, fast_mode=True)
+
+
+def test_half_precision_and_recompute():
+    layer = fastrnn.recurrent(cells.slstm)(6, 8)
+    x = torch.randn(20, 50, 6)
+    expected = results(run, layer, x, [])
+    layer.recompute = True
+    for key, value in results(run, layer, x, []).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    half = copy.deepcopy(layer).bfloat16()
+    torch.testing.assert_close(half(x.bfloat16())[0].float(), layer(x)[0], rtol=0.1, atol=0.05)
+
+
+def test_a_bare_cell_runs_on_tensors():
+    a, c = torch.randn(2, 7, 5), torch.rand(7, 5)
+    h, *_ = cells.cifg(*a, a[0], c)
+    f, g, o = torch.sigmoid(a[0]), torch.tanh(a[1]), torch.sigmoid(a[0])
+    torch.testing.assert_close(h, o * torch.tanh(f * c + (1 - f) * g))
+
+
+def test_a_cell_of_lstms_arithmetic_is_derived_as_the_built_in_one():
+    own, built_in = cells.lstm.definition, fastrnn.kernels.cells.CELLS["lstm"]
+    assert own.derived.backward.source() == built_in.derived.backward.source()
+    assert "tanh(c_new)" in cells.lstm.source()
+
+
+# --- what is refused
+
+TENSOR = torch.ones(3)
+
+
+def branch(a: Gate):
+    return a if a > 0 else -a
+
+
+def torchs(a: Gate):
+    return torch.tanh(a)
+
+
+def a_global(a: Gate):
+    return TENSOR * a
+
+
+def maths(a: Gate):
+    return math.tanh(a)  # type: ignore[arg-type]
+
+
+def numpys(a: Gate):
+    return np.tanh(a)  # type: ignore[call-overload]
+
+
+def too_few(a: Gate, c: State):
+    return tanh(a + c)
+
+
+def unused(a: Gate, b: Gate):
+    return tanh(a)
+
+
+def no_kind(a: Gate, b):
+    return tanh(a + b)
+
+
+def loop(a: Gate):
+    return sum(unit for unit in a)  # type: ignore[attr-defined]
+
+
+def index(a: Gate):
+    return a[0] * a
+
+
+def power(a: Gate):
+    return a**1.5
+
+
+def method(a: Gate):
+    return a.sigmoid()
+
+
+def condition(a: Gate):
+    return a * (a > 0)
+
+
+def constant(a: Gate):
+    return 1.0
+
+
+def product(a: Gate):
+    return a @ a
+
+
+def misnamed(h: Gate):
+    return tanh(h)
+
+
+def no_input(h: State, c: State):
+    return h + c, c
+
+
+REFUSED = {
+    branch: r"where\(condition, a, b\)",
+    torchs: r"fastrnn\.cells\.tanh",
+    a_global: "kind Weight",
+    maths: r"functions of fastrnn\.cells in the place of math's",
+    numpys: r"functions of fastrnn\.cells",
+    too_few: "1 results, expected 2: the output, c",
+    unused: "b is not used",
+    no_kind: "write b: Gate",
+    loop: "without the loop",
+    index: "an argument of its own",
+    power: r"exp\(p \* log\(x\)\)",
+    method: r"write sigmoid\(x\)",
+    condition: r"where\(condition, 1, 0\)",
+    constant: "calculated from its arguments",
+    product: "declare an argument as Gate",
+    misnamed: "write another, or h: State",
+    no_input: "a layer needs one",
+}
+
+
+@pytest.mark.parametrize("function", REFUSED, ids=lambda function: function.__name__)
+def test_bad_cells_are_refused_with_the_line_and_the_remedy(function):
+    with pytest.raises(TypeError, match=REFUSED[function]) as caught:
+        fastrnn.cell(function)
+    assert re.search(rf"{function.__name__}, line \d+ of .*test_cells.py: ", str(caught.value))
+
+
+def test_bad_arguments():
+    Layer = fastrnn.recurrent(cells.slstm)
+    with pytest.raises(TypeError, match=r"cell: expected a cell that fastrnn.cell has made"):
+        fastrnn.recurrent(tanh)
+    for error, words, arguments in (
+        (TypeError, "hidden_size should be of type int, got: float", (3, 4.0)),
+        (ValueError, "num_layers must be greater than zero", (3, 4, 0)),
+        (ValueError, "dropout should be a number in range", (3, 4, 1, True, False, 2)),
+    ):
+        with pytest.raises(error, match=words):
+            Layer(*arguments)
+    with pytest.raises(ValueError, match="num_heads: expected a divisor of hidden_size 4, got 3"):
+        Layer(3, 4, num_heads=3)
+    layer = Layer(3, 4)
+    for error, words, arguments in (
+        (RuntimeError, r"input\.size", (torch.zeros(2, 1, 5),)),
+        (ValueError, "does not match weight dtype", (torch.zeros(2, 1, 3).double(),)),
+        (TypeError, r"a tuple \(h, c, n, m\)", (torch.zeros(2, 1, 3), torch.zeros(1, 1, 4))),
+        (RuntimeError, "Expected hidden size", (torch.zeros(2, 1, 3), (torch.zeros(1, 2, 4),) * 4)),
+    ):
+        with pytest.raises(error, match=words):
+            layer(*arguments)
+
+
+# --- against independent implementations
+
+
+def test_cfc_is_that_of_ncps(monkeypatch):
+    ncps = pytest.importorskip("ncps.torch", reason="ncps is not installed: pip install ncps")
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    twin = ncps.CfC(5, 12, backbone_layers=0, batch_first=False).double()
+    layer = layer_of("cfc")
+    own = twin.rnn_cell
+    kinds = own.ff1, own.ff2, own.time_a, own.time_b
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(torch.cat([each.weight[:, :5] for each in kinds]))
+        layer.weight_hh_l0.copy_(torch.cat([each.weight[:, 5:] for each in kinds]))
+        layer.bias_ih_l0.copy_(torch.cat([each.bias for each in kinds]))
+        layer.bias_hh_l0.zero_()
+    x, _ = sample(layer)
+    y, h = layer(x)
+    expected, last = twin(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(h[0], last)
+
+
+def xlstms_loop():
+    """The package's own functions, without what the rest of it needs."""
+    spec = importlib.util.find_spec("xlstm")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("xlstm is not installed: pip install --no-deps xlstm")
+    path = Path(spec.submodule_search_locations[0]) / "blocks" / "slstm" / "src" / "vanilla" / "__init__.py"
+    own = importlib.util.spec_from_file_location("xlstm_vanilla", path, submodule_search_locations=[str(path.parent)])
+    sys.modules["xlstm_vanilla"] = module = importlib.util.module_from_spec(own)
+    own.loader.exec_module(module)
+    return lambda x, states, w, b: module.slstm_forward(x, states, w, b, module.slstm_pointwise_function_registry["slstm"])
+
+
+def test_slstm_is_that_of_xlstm(monkeypatch):
+    """Values and gradients, with heads, against the package's own loop."""
+    loop = xlstms_loop()
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    H, heads, size = 12, 4, 3
+    layer = layer_of("slstm", num_heads=heads)
+    x, _ = sample(layer)
+    y, _ = layer(x)
+    raw = nn.functional.linear(x, layer.weight_ih_l0, layer.bias_ih_l0)
+    w = layer.weight_hh_l0.view(4, heads, size, size).transpose(0, 1).reshape(heads, 4 * size, size)
+    states, _, _ = loop(raw, torch.zeros(4, x.shape[1], H, dtype=torch.float64), w, layer.bias_hh_l0)
+    torch.testing.assert_close(y, states[0, 1:])
+    seed = torch.randn_like(y)
+    weights = [*layer.parameters()]
+    for one, other in zip(
+        torch.autograd.grad(y, weights, seed), torch.autograd.grad(states[0, 1:], weights, seed), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_the_command_compiles_beforehand(tmp_path):
+    found = python(
+        "from fastrnn.__main__ import main; main(['compile', 'fastrnn.cells:leaky_rnn'])", FASTRNN_CACHE_DIR=str(tmp_path)
+    )
+    assert "leaky_rnn: forward and backward, float32" in found and list(tmp_path.glob("kernels-*/*leaky_rnn*.o"))
