@@ -100,7 +100,7 @@ examples: install $(VENV)/.with-gallery
 	    $(BIN)/python -m examples.$$page --output docs/results > build/page.txt; \
 	    mv build/page.txt docs/results/$${page##*.}.txt; done
 
-test: install $(VENV)/.with-test $(VENV)/.with-gallery
+test: install $(VENV)/.with-test
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-all: install $(VENV)/.with-test $(VENV)/.with-gallery

@@ -32,7 +32,10 @@ int64_t number(PyObject* attributes, Key key) {
   PyObject* found = find(attributes, key);
   if (!found || !PyLong_CheckExact(found)) throw Declined();
   const int64_t value = PyLong_AsLongLong(found);
-  if (value == -1 && PyErr_Occurred()) PyErr_Clear();  // of more than 64 bits: as wrong as -1
+  if (value == -1 && PyErr_Occurred()) {  // of more than 64 bits
+    PyErr_Clear();
+    throw Declined();
+  }
   return value;
 }
 

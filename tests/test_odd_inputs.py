@@ -205,7 +205,7 @@ def test_an_unpack_hook_gives_other_strides(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_attributes_changed_later(name, attribute):
     """The very result of torch.nn, or an exception of the same type."""
-    for value in (False, True, 0, 1, 2, 9, -1, 4.0, 0.0, "False", "", None, "GRU", "LSTM", "RNN_RELU"):
+    for value in (False, True, 0, 1, 2, 9, -1, 2**70, -(2**70), 4.0, 0.0, "False", "", None, "GRU", "LSTM", "RNN_RELU"):
         modules, (x, state) = twins(name, I, H), given(name)
         for hx in (None, state):
             if name == "LSTM" and attribute == "hidden_size" and hx is None and value in (1, 2, 9):
