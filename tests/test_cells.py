@@ -24,7 +24,7 @@ from fastrnn.cells import Gate, Hidden, Input, State, Weight, exp, maximum, relu
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 
-NATIVE = ["slstm", "peephole_lstm", "mgu", "indrnn"]  # what the others have is among what these have
+NATIVE = ["slstm", "peephole_lstm", "mgu", "indrnn", "wide"]  # what the others have is among what these have
 FORMS = {
     "plain": {},
     "two layers, two directions": {"num_layers": 2, "bidirectional": True, "batch_first": True},
@@ -42,12 +42,19 @@ def odd(a: Gate, b: Input, e: Hidden, more: Hidden, c: State, h: State, w: Weigh
     return tanh(d + h / (1 + exp(w))), c_next, d
 
 
-every_cell = pytest.mark.parametrize("name", [*cells.SHIPPED, "odd"])
+@fastrnn.cell
+def wide(a: Gate, b: Gate, e: Gate, f: Gate, g: Gate, i: Gate, j: Gate, k: Gate, c: State, d: State, m: State, n: State):
+    """More gates and states than any that comes with fastrnn: the sums of a row do not fit a row of the usual size."""
+    c, d = sigmoid(a) * c + tanh(b), sigmoid(e) * d + tanh(f)
+    return tanh(g + i) * (c - d), c, d, m * sigmoid(j), n * 0.5 + tanh(k)
+
+
+every_cell = pytest.mark.parametrize("name", [*cells.SHIPPED, "odd", "wide"])
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def cell_of(name: str) -> cells.CellFunction:
-    return odd if name == "odd" else getattr(cells, name)
+    return {"odd": odd, "wide": wide}.get(name) or getattr(cells, name)
 
 
 def layer_of(name: str, form: str = "plain", inputs: int = 5, hidden: int = 12, **more) -> fastrnn.recurrent.Recurrent:

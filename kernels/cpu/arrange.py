@@ -8,7 +8,7 @@ from numba import njit
 
 from ..cells import Cell, bind
 from . import plan
-from .plan import SCRATCH_BYTES, unit_vectors, wide_columns
+from .plan import scratch_bytes, unit_vectors, wide_columns
 from .processor import Target
 from .product import DOT_PART, ceil_div, options
 from .team import RECORD_BYTES, record_at
@@ -59,6 +59,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
+    scratch = scratch_bytes(columns * vector)
     with_tiles, tile_parts = bool(target.tiles) and size == 4, plan.FORWARD_PARTS if forward else plan.BACKWARD_PARTS
 
     @njit(**options)
@@ -112,7 +113,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if operand_rows > 0:
                 own_block = max(own_block, split_bytes(plan.TILE_UNITS, operand_rows, tile_parts))
                 operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * tile_parts
-        own = align(SCRATCH_BYTES + panel_bytes + own_block + 8 * tables)
+        own = align(scratch + panel_bytes + own_block + 8 * tables)
 
         offset = start
         for direction in range(p.directions):

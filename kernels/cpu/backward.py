@@ -21,12 +21,12 @@ from .plan import (
     OPERAND_BYTES,
     PANEL_DEPTH,
     ROW_BLOCK,
-    SCRATCH_BYTES,
     TILE_BYTES,
     TILE_DEPTH,
     TILE_ROWS,
     TILE_UNITS,
     UNIT_BLOCK,
+    scratch_bytes,
     wide_columns,
 )
 from .processor import Target
@@ -83,6 +83,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     kept_values, states, weights, reads_output = cell.kept, cell.states, cell.weights, cell.derived.reads_output
     names = tuple(name for name, _ in cell.derived.before)
     columns = wide_columns(target.registers)
+    sums_bytes = scratch_bytes(columns * vector)
     wide, panel_row, most = columns * lanes, columns * vector, tile_rows(target, columns)
     (group, alone), operand_panels = panels_together(v, columns), OPERAND_BYTES // panel_row
     product = make_product(v, target, columns)
@@ -641,7 +642,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 columns_of_a, scratch, own_block,
             )  # fmt: skip
         if p.bias:
-            blocks, room = ceil_div(units, lanes), SCRATCH_BYTES // (2 * vector)
+            blocks, room = ceil_div(units, lanes), sums_bytes // (2 * vector)
             end = min(units, share(blocks, members, member + 1) * lanes)
             for first in range(share(blocks, members, member) * lanes, end, room * lanes):
                 n = min(end - first, room * lanes)
@@ -706,7 +707,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
         # This thread's own memory: scratch tiles, panels packed to be used once, a block of units, tables of row addresses.
         scratch = p.own + member * p.own_bytes
-        own_panel = scratch + SCRATCH_BYTES
+        own_panel = scratch + sums_bytes
         own_block = own_panel + p.panel_bytes
         later = own_block + p.own_block
         extra = later + 8 * p.batch

@@ -12,10 +12,10 @@ from .elementary import over_vectors
 from .plan import FORWARD_PARTS as PARTS
 from .plan import (
     ROW_BLOCK,
-    SCRATCH_BYTES,
     TILE_BYTES,
     TILE_DEPTH,
     TILE_ROWS,
+    scratch_bytes,
     unit_vectors,
     wide_columns,
 )
@@ -67,6 +67,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     names = tuple(name for name, _ in cell.derived.before)
     per_panel = unit_vectors(gates, target.registers)
     columns = gates * per_panel
+    sums_bytes = scratch_bytes(columns * vector)
     product = make_product(v, target, columns)
     # The same for matrices in bfloat16; in float64 there are none.
     has_half = v.half is not None
@@ -383,7 +384,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
         # This thread's own memory: scratch tiles, a panel packed to be used once, tables of row addresses.
         scratch = p.own + member * p.own_bytes
-        own_panel = scratch + SCRATCH_BYTES
+        own_panel = scratch + sums_bytes
         previous = own_panel + p.panel_bytes + p.own_block
         h_rows = previous + 8 * p.batch
         y_rows = h_rows + 8 * p.batch

@@ -64,7 +64,6 @@ GROUP_BYTES = 256  # width of the panels that meet a part of many rows together:
 FORWARD_PARTS, BACKWARD_PARTS = 3, 2  # numbers in bfloat16 that stand for one in float32, see tiles.py
 TILE_ROWS, TILE_PAIRS = 16, 16  # of a tile register: rows, and pairs of numbers in bfloat16 in each
 TILE_BYTES, TILE_DEPTH = TILE_ROWS * LINE, 2 * TILE_PAIRS
-SCRATCH_BYTES = ROW_BLOCK * GROUP_BYTES  # sums of a block of rows
 SPLIT_BYTES = 512 * 1024  # rows are taken apart for tiles so many bytes at a time before they meet the panels: they stay in L2
 SPLIT_ROWS = 128  # or so many rows
 TILE_UNITS = 64  # units whose columns of gate gradients are taken apart together
@@ -127,6 +126,11 @@ def unit_vectors(gates, registers):
 def wide_columns(registers):
     """Vectors in a row of a panel that is not split by gates."""
     return 4 if registers >= 32 else 2
+
+
+def scratch_bytes(panel_row):
+    """A thread's space for the sums of a block of rows; panel_row: bytes of a row of a panel."""
+    return ROW_BLOCK * max(GROUP_BYTES, panel_row)
 
 
 def overlapped(work, streaming):

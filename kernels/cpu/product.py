@@ -36,7 +36,8 @@ ceil_div = njit(_ceil_div, **options)
 
 def tile_rows(target: Target, columns: int) -> int:
     """Rows of the largest tile whose sums fit the registers, beside one of its sides and a register for the other's."""
-    return max(rows for rows in range(1, 9) if rows * columns + min(rows, columns) + 1 <= target.registers)
+    fitting = (rows for rows in range(1, 9) if rows * columns + min(rows, columns) + 1 <= target.registers)
+    return max(fitting, default=1)  # of a cell with very many gates, no tile fits
 
 
 def panels_together(v: VectorLibrary, columns: int) -> tuple[int, int]:
@@ -47,7 +48,7 @@ def panels_together(v: VectorLibrary, columns: int) -> tuple[int, int]:
 
 @cache
 def make_product(v: VectorLibrary, target: Target, columns: int, half: str = ""):
-    """product(...): `count` <= ROW_BLOCK rows times `together` panels, all of whose sums fit SCRATCH_BYTES.
+    """product(...): `count` <= ROW_BLOCK rows times `together` panels, all of whose sums fit plan.scratch_bytes.
 
     panels:      the first panel; the next ones lie `panel_bytes` apart.
     panel_row:   bytes from one row of a panel to the next.
@@ -231,7 +232,7 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
     a_rows, out_rows: address of `count` int64 row addresses.
     panels:           `panel_bytes` apart, each of `depth` rows, `panel_row` bytes apart.
     first, last:      the panels (columns * lanes numbers wide each) to do: groups of them, where there are many rows.
-    scratch:          SCRATCH_BYTES.
+    scratch:          plan.scratch_bytes.
     half:             the panels are in bfloat16, see product_tile.
     """
     product, group = make_product(v, target, columns, half), panels_together(v, columns)[0]
