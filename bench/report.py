@@ -2,7 +2,8 @@
 
 The results of a benchmark on a processor are in a file of their own, such as grid-zen-4.json: to show another processor, add
 its files. Tables go between the markers "bench", "roofline", "crowded" and "gpu" of README.md or docs/*.md, wherever these
-are; heat maps and rooflines are drawn beside the results. Every ratio is the other's median time over fastrnn's: above 1, fastrnn is faster.
+are; heat maps and rooflines are drawn beside the results. Every ratio is the other's median time over fastrnn's: above 1,
+fastrnn is faster.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|collections|contextlib|nn|PackedSequence)\b.*"),
     (r"py:.*", r"(~?fastrnn\.(convert|frozen)\.)?M"),
+    (r"py:class", r"fastrnn\.kernels\..*"),  # the engines' own classes have no pages
 ]
 
 napoleon_custom_sections = [("Shape", "params_style")]
