@@ -109,7 +109,7 @@ def measure(case: Case, seconds: float, most: int, backends: list[Backend], tole
 
     point, generator = case.point, np.random.default_rng(0)
     batch = EPOCH if case.mode == "fit" else point.batch
-    arrays = {"x": generator.standard_normal((batch, point.steps, point.input_size), "float32")}
+    arrays: dict[str, Any] = {"x": generator.standard_normal((batch, point.steps, point.input_size), "float32")}
     runners: dict[str, Runner] = {}
     if case.mode == "fit":
         arrays["labels"] = generator.integers(keras_calls.CLASSES, size=EPOCH)
@@ -128,7 +128,7 @@ def measure(case: Case, seconds: float, most: int, backends: list[Backend], tole
         runners |= {name: repeated(call) for name, call in calls.items()}
     with tempfile.TemporaryDirectory() as folder:
         files = {"data": f"{folder}/data.npz", "result": f"{folder}/result.npz"}
-        np.savez(files["data"], **arrays)  # type: ignore[arg-type]
+        np.savez(files["data"], **arrays)
         for backend in backends:
             backend.ask(cell=case.cell, mode=case.mode, hidden=point.hidden, batch=point.batch, **files)
             with np.load(files["result"]) as found:

@@ -55,6 +55,7 @@ class Recurrent(nn.Module):
         weight_hh_l{k} [blocks * H, H / num_heads], for each Gate and Hidden
         bias_ih_l{k}, bias_hh_l{k} [blocks * H], as many, unless bias is False
         weight_<name>_l{k} [H], for each Weight
+
     They are drawn from the uniform distribution within 1 / sqrt(H), as torch.nn's.
 
     Args:
