@@ -30,7 +30,7 @@ import linecache
 from collections.abc import Callable
 from typing import Any
 
-from fastrnn.kernels import cells, reference
+from fastrnn.kernels import cells, gradients, reference, symbols
 from fastrnn.kernels.cells import Gate, Hidden, Input, State, Weight
 from fastrnn.kernels.symbols import (
     Refused,
@@ -159,10 +159,15 @@ def _kinds(function: Callable[..., Any]) -> dict[str, str]:
     """Return the kind of each argument that has one, and see that the others are constants."""
     if not inspect.isfunction(function) or function.__name__ == "<lambda>":
         raise Refused(f"expected a function with a name, got {function!r}: write def")
+    elementary = {*symbols.NUMBERS, *reference.NAMES, *gradients.FUSED}
+    if function.__name__ in elementary:
+        raise Refused(f"{function.__name__}: the name is that of an operation that cells are made of; write another")
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise Refused(f"{parameter}: a cell has a fixed number of arguments with names; write each")
+        if name in elementary:
+            raise Refused(f"{name}: the argument has the name of an operation that cells are made of; write another name")
         kind = parameter.annotation
         kind = kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
         if kind in cells.KINDS:

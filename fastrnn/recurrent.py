@@ -158,6 +158,8 @@ class Recurrent(nn.Module):
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *given])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not _CLASSES.get(self.cell):  # a class derived from it is found by its own name
+            return super().__reduce_ex__(protocol)
         return _empty, (self.cell,), self.__dict__
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:

@@ -79,6 +79,7 @@ class Printer:
 
     def source(self) -> str:
         taken = {name for name, _ in (*self.code.parameters, *self.code.results)}
+        taken |= {function for function, *_ in self.operations.values()}
         lines = [f"def {self.code.name}({', '.join(name for name, _ in self.code.parameters)}):"]
         for index, operation in self.operations.items():
             if index not in self.single:
@@ -174,7 +175,7 @@ class Derivation:
         kept = choose_kept(found, seeds, forward, at_hand)
         places = {node.index: place for place, (_, node) in enumerate(self.inputs)}
         kept.sort(key=lambda node: min(places[each.index] for each in ancestors([node]) if each.index in places))
-        self.kept = tuple((label(node), node) for node in kept)
+        self.kept = labelled(kept, {*order, "h_new", *(each for each, _ in self.after)})
         given = {node.index for _, node in (*self.kept, *self.before, *self.after, *self._weights)}
         self.reads_output = output.index in {node.index for node in ancestors(found, given)} - given
 
@@ -209,12 +210,18 @@ def _refuse_constant(value: Any) -> Any:
     raise Refused(f"the result {value!r}: a cell returns values that are calculated from its arguments")
 
 
-def label(node: Symbol) -> str:
-    """Name a node by its operation and its argument."""
-    if node.operation == "argument":
-        return node.operands[0]
-    single = len(node.inputs) == 1 and node.inputs[0].operation == "argument"
-    return f"{node.operation}_{node.inputs[0].operands[0] if single else node.index}"
+def labelled(nodes: Iterable[Symbol], taken: set[str]) -> tuple[tuple[str, Symbol], ...]:
+    """Name each node by its operation and its argument, or by its index where that name is taken; an argument keeps its own."""
+    found: dict[str, Symbol] = {}
+    for node in nodes:
+        single = len(node.inputs) == 1 and node.inputs[0].operation == "argument"
+        name = f"{node.operation}_{node.inputs[0].operands[0] if single else node.index}"
+        if name in taken or name in found:
+            name = f"{node.operation}_{node.index}"
+            while name in taken or name in found:
+                name += "_"
+        found[node.operands[0] if node.operation == "argument" else name] = node
+    return tuple(found.items())
 
 
 def choose_kept(

@@ -250,6 +250,16 @@ def test_copies_and_pickles():
         pickle.dumps(local)
 
 
+class Derived(fastrnn.recurrent(cells.mgu)):  # type: ignore[misc]
+    """A class of one's own."""
+
+
+def test_derived_classes_stay_themselves_in_copies_and_pickles():
+    layer, x = Derived(3, 4), torch.randn(2, 1, 3)
+    for twin in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin) is Derived and torch.equal(twin(x)[0], layer(x)[0])
+
+
 def relu_cell():
     def of_one(a: Gate):
         return relu(a)
@@ -304,6 +314,25 @@ def test_a_cell_of_lstms_arithmetic_is_derived_as_the_built_in_one():
     own, built_in = cells.lstm.definition, fastrnn.kernels.cells.CELLS["lstm"]
     assert own.derived.backward.source() == built_in.derived.backward.source()
     assert "tanh(c_new)" in cells.lstm.source()
+
+
+@fastrnn.cell
+def named_as_what_is_kept(a: Gate, tanh_a: Weight, b: Gate, c: State, v0: Weight, backward: State):
+    kept = exp(tanh(b) * 2) * exp(tanh(b) * 3)
+    return tanh(a) * tanh_a + c * kept, tanh(a) * c * v0, sigmoid(backward) * b
+
+
+def test_names_of_arguments_are_none_of_what_is_derived(monkeypatch):
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    derived = named_as_what_is_kept.definition.derived
+    assert all(dict(derived.inputs).get(name, node) is node for name, node in derived.kept)
+    layer = fastrnn.recurrent(named_as_what_is_kept)(3, 4, dtype=torch.float64)
+    x, states = sample(layer)
+    truth = results(by_hand, layer, x, states)
+    for key, value in results(run, layer, x, states).items():
+        torch.testing.assert_close(value, truth[key], msg=lambda text, key=key: f"{key}: {text}")
+    inputs = [each.requires_grad_() for each in (x[:2, :1], *(state[:, :1] for state in states))]
+    torch.autograd.gradgradcheck(lambda x, *states: run(layer, x, states), inputs, fast_mode=True)
 
 
 # --- what is refused
@@ -379,6 +408,18 @@ def no_input(h: State, c: State):
     return h + c, c
 
 
+def named_exp(exp: Gate):
+    return tanh(exp)
+
+
+def named_full_like(a: Gate, full_like: State):
+    return tanh(a), full_like + a
+
+
+def named_fused(a: Gate, addcmul: Weight):
+    return tanh(a) * addcmul
+
+
 REFUSED = {
     branch: r"where\(condition, a, b\)",
     torchs: r"fastrnn\.cells\.tanh",
@@ -397,6 +438,9 @@ REFUSED = {
     product: "declare an argument as Gate",
     misnamed: "write another, or h: State",
     no_input: "a layer needs one",
+    named_exp: "exp: the argument has the name of .* write another name",
+    named_full_like: "full_like: the argument has the name of",
+    named_fused: "addcmul: the argument has the name of",
 }
 
 
@@ -405,6 +449,14 @@ def test_bad_cells_are_refused_with_the_line_and_the_remedy(function):
     with pytest.raises(TypeError, match=REFUSED[function]) as caught:
         fastrnn.cell(function)
     assert re.search(rf"{function.__name__}, line \d+ of .*test_cells.py: ", str(caught.value))
+
+
+def test_a_function_named_as_an_operation_is_refused():
+    def sigmoid(a: Gate):
+        return cells.sigmoid(a)
+
+    with pytest.raises(TypeError, match="sigmoid: the name is that of an operation .* write another"):
+        fastrnn.cell(sigmoid)
 
 
 def test_bad_arguments():
