@@ -115,10 +115,18 @@ class CellFunction:
         except (Refused, TypeError) as error:
             raise _located(function, error) from error
         reference.register(self.definition)
+        traced = self.definition.derived.definition
+        # what gives constants the dtype of the arguments, where they have none: where(condition, 1, 0)
+        self._typed = traced.bind(reference.NAMES) if "full_like" in traced.source() else None
         kinds, of = self.definition.kinds, {"ih": ("Gate", "Input"), "hh": ("Gate", "Hidden"), "own": ("Weight",)}
         self.parts = {part: [name for name in kinds if kinds[name] in own] for part, own in of.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._typed is not None:
+            given = inspect.signature(self._function).bind(*args, **kwargs).arguments
+            if given.keys() == self.definition.kinds.keys() and all(hasattr(each, "dtype") for each in given.values()):
+                found = self._typed(**given)
+                return found[0] if len(found) == 1 else found
         return self._function(*args, **kwargs)
 
     def source(self) -> str:
