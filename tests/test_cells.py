@@ -353,7 +353,7 @@ def test_constants_have_the_cells_dtype(dtype, monkeypatch):
     layer = fastrnn.recurrent(of_constants)(3, 3, bias=False, dtype=dtype)
     with torch.no_grad():
         layer.weight_ih_l0.copy_(torch.eye(3))
-    y, (h, c_n) = layer(a.view(1, 1, 3), (torch.zeros(1, 1, 3, dtype=dtype), c.view(1, 1, 3)))
+    y, (_, c_n) = layer(a.view(1, 1, 3), (torch.zeros(1, 1, 3, dtype=dtype), c.view(1, 1, 3)))
     assert y.dtype == c_n.dtype == dtype and torch.equal(c_n.flatten(), c_new)
     y.sum().backward()
     assert cells_read_again(of_constants)
@@ -518,7 +518,7 @@ def test_a_function_named_as_an_operation_is_refused():
     def sigmoid(a: Gate):
         return cells.sigmoid(a)
 
-    with pytest.raises(TypeError, match="sigmoid: the name is that of an operation .* write another"):
+    with pytest.raises(TypeError, match=r"sigmoid: the name is that of an operation .* write another"):
         fastrnn.cell(sigmoid)
 
 
