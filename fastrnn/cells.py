@@ -30,7 +30,7 @@ import linecache
 from collections.abc import Callable
 from typing import Any
 
-from fastrnn.kernels import cells, reference
+from fastrnn.kernels import cells, gradients, reference, symbols
 from fastrnn.kernels.cells import Gate, Hidden, Input, State, Weight
 from fastrnn.kernels.symbols import (
     Refused,
@@ -115,10 +115,18 @@ class CellFunction:
         except (Refused, TypeError) as error:
             raise _located(function, error) from error
         reference.register(self.definition)
+        traced = self.definition.derived.definition
+        # what gives constants the dtype of the arguments, where they have none: where(condition, 1, 0)
+        self._typed = traced.bind(reference.NAMES) if "full_like" in traced.source() else None
         kinds, of = self.definition.kinds, {"ih": ("Gate", "Input"), "hh": ("Gate", "Hidden"), "own": ("Weight",)}
         self.parts = {part: [name for name in kinds if kinds[name] in own] for part, own in of.items()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._typed is not None:
+            given = inspect.signature(self._function).bind(*args, **kwargs).arguments
+            if given.keys() == self.definition.kinds.keys() and all(hasattr(each, "dtype") for each in given.values()):
+                found = self._typed(**given)
+                return found[0] if len(found) == 1 else found
         return self._function(*args, **kwargs)
 
     def source(self) -> str:
@@ -159,10 +167,15 @@ def _kinds(function: Callable[..., Any]) -> dict[str, str]:
     """Return the kind of each argument that has one, and see that the others are constants."""
     if not inspect.isfunction(function) or function.__name__ == "<lambda>":
         raise Refused(f"expected a function with a name, got {function!r}: write def")
+    elementary = {*symbols.NUMBERS, *reference.NAMES, *gradients.FUSED}
+    if function.__name__ in elementary:
+        raise Refused(f"{function.__name__}: the name is that of an operation that cells are made of; write another")
     found = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise Refused(f"{parameter}: a cell has a fixed number of arguments with names; write each")
+        if name in elementary:
+            raise Refused(f"{name}: the argument has the name of an operation that cells are made of; write another name")
         kind = parameter.annotation
         kind = kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
         if kind in cells.KINDS:

@@ -148,6 +148,9 @@ class Recurrent(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    def flatten_parameters(self) -> None:
+        """Do nothing, as torch.nn's modules on a CPU: the parameters stay as they are."""
+
     def _suffixes(self, layer: int) -> list[str]:
         return [f"_l{layer}", f"_l{layer}_reverse"][: 1 + self.bidirectional]
 
@@ -159,6 +162,8 @@ class Recurrent(nn.Module):
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *given])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not _CLASSES.get(self.cell):  # a class derived from it is found by its own name
+            return super().__reduce_ex__(protocol)
         return _empty, (self.cell,), self.__dict__
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
@@ -189,14 +194,16 @@ class Recurrent(nn.Module):
             y [B, H], and the state after the step.
 
         Raises:
-            ValueError: the layer is bidirectional, or x has not two dimensions.
+            ValueError: the layer is bidirectional, x has not two dimensions, or its dtype is not the weights'.
+            RuntimeError: shapes do not agree, in torch.nn's words.
         """
         if self.bidirectional:
             raise ValueError("step: a bidirectional module needs the whole sequence")
         if x.dim() != 2:
             raise ValueError(f"step: expected x of shape [batch, input_size], got {tuple(x.shape)}")
+        batch = self._check_input(x.unsqueeze(int(self.batch_first)), None)
         with torch.no_grad():
-            y, *after = self._run(x.unsqueeze(0), None, self._states(x, x.shape[0], True, state), False)
+            y, *after = self._run(x.unsqueeze(0), None, self._states(x, batch, True, state), False)
         return y.squeeze(0), after[0] if len(after) == 1 else tuple(after)
 
     def _check_input(self, x: Tensor, batch_sizes: Tensor | None) -> int:
@@ -214,7 +221,10 @@ class Recurrent(nn.Module):
             )
         if batch_sizes is not None:
             return int(batch_sizes[0])
-        return 1 if x.dim() == 2 else x.shape[0 if self.batch_first else 1]
+        batch_first = self.batch_first and x.dim() == 3
+        if x.shape[1 if batch_first else 0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        return 1 if x.dim() == 2 else x.shape[0 if batch_first else 1]
 
     def _states(self, x: Tensor, batch: int, batched: bool, hx: Any) -> list[Tensor]:
         """Return h and the other states, each [L * D, B, H]."""
@@ -224,7 +234,7 @@ class Recurrent(nn.Module):
         states = [hx] if count == 1 else list(hx) if isinstance(hx, (tuple, list)) else []
         if len(states) != count or not all(isinstance(state, Tensor) for state in states):
             names = ", ".join(["h", *(name.removesuffix("_new") for name, _ in self.cell.definition.derived.after)])
-            raise TypeError(f"hx: expected {'h' if count == 1 else f'a tuple ({names})'} of tensors, got {hx!r}")
+            raise TypeError(f"hx: expected {'h' if count == 1 else f'a tuple ({names})'} of tensors, got {_described(hx)}")
         expected = (depth, batch, self.hidden_size)
         for state in states:
             if state.dim() != (3 if batched else 2):
@@ -311,6 +321,13 @@ def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> T
         return w
     blocks = dict(zip(names, w.split(H) if len(w) else (), strict=True))
     return torch.cat([blocks[name] if name in blocks else w.new_zeros(H, *w.shape[1:]) for name in wanted])
+
+
+def _described(value: Any) -> str:
+    """Name a value by its type, tensors by their shapes too."""
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} ({', '.join(map(_described, value))})"
+    return type(value).__name__ + (f" {list(value.shape)}" if isinstance(value, Tensor) else "")
 
 
 def _joined(states: Sequence[Any]) -> Tensor:

@@ -137,6 +137,7 @@ def read(definition: str) -> Cell:
     """Make a cell of its definition."""
     given = json.loads(definition)
     space = {name: getattr(symbols, name) for name in symbols.NUMBERS if hasattr(symbols, name)}
+    space["full_like"] = lambda like, number: number
     exec(given["source"], space)
     return define(space[given["name"]], given["kinds"])
 

@@ -40,7 +40,7 @@ class Code:
         return (printer or Printer)(self).source()
 
     def bind(self, names: dict[str, Any], printer: type[Printer] | None = None) -> Callable:
-        """Make the function, with the elementary functions, and `full_like` for constant results, by name."""
+        """Make the function, with the elementary functions, and `full_like` for constants, by name."""
         source = self.source(printer)
         # a name of its own, under which debuggers and Triton find the source
         file = next(file for n in count() if (file := f"<fastrnn {self.name} {n}>") not in linecache.cache)
@@ -79,16 +79,14 @@ class Printer:
 
     def source(self) -> str:
         taken = {name for name, _ in (*self.code.parameters, *self.code.results)}
+        taken |= {function for function, *_ in self.operations.values()}
         lines = [f"def {self.code.name}({', '.join(name for name, _ in self.code.parameters)}):"]
         for index, operation in self.operations.items():
             if index not in self.single:
                 name = self.wanted.get(index) or self._new_name(operation, taken)
                 lines.append(f"    {name} = {self._expression(*operation)[0]}")
                 self.names[index] = name
-        like = self.code.parameters[0][0]
-        found = [
-            self._text(node)[0] if isinstance(node, Symbol) else f"full_like({like}, {node})" for _, node in self.code.results
-        ]
+        found = [self._text(node)[0] if isinstance(node, Symbol) else self._filled(node) for _, node in self.code.results]
         lines.append(f"    return {', '.join(found)}{',' * (len(found) == 1)}")
         return "\n".join(lines) + "\n"
 
@@ -100,10 +98,15 @@ class Printer:
         taken.add(name)
         return name
 
+    def _filled(self, number: float) -> str:
+        """Return a constant of the cell's dtype, which a number alone has not."""
+        return f"full_like({self.code.parameters[0][0]}, {self._text(number)[0]})"
+
     def _text(self, node: Value) -> tuple[str, int]:
         """Return an expression, and how tightly its outermost operator binds."""
         if not isinstance(node, Symbol):
-            return repr(int(node) if float(node).is_integer() else float(node)), 7 if node >= 0 else 6
+            whole = abs(node) <= 2**53 and float(node).is_integer()  # torch takes no greater integers as they are
+            return repr(int(node) if whole else float(node)), 7 if node >= 0 else 6
         return (self.names[node.index], 7) if node.index in self.names else self._expression(*self.operations[node.index])
 
     def _expression(self, function: str, *operands: Any) -> tuple[str, int]:
@@ -112,6 +115,8 @@ class Printer:
         if function in BINARY:
             sign, binds = BINARY[function]
             return f"{self._within(operands[0], binds)} {sign} {self._within(operands[1], binds + 1)}", binds
+        if function == "where" and not any(isinstance(each, Symbol) for each in operands[1:]):
+            return f"where({self._text(operands[0])[0]}, {', '.join(map(self._filled, operands[1:]))})", 7
         return f"{function}({', '.join(each if isinstance(each, str) else self._text(each)[0] for each in operands)})", 7
 
     def _within(self, node: Value, binds: int) -> str:
@@ -154,6 +159,9 @@ class Derivation:
                 f"{len(results)} results, expected {1 + len(carried)}: the output" + "".join(f", {n}" for n in carried)
             )
         output, *after = (each if isinstance(each, Symbol) else _refuse_constant(each) for each in results)
+        for each, result in zip(("output", *(f"state {state}" for state in carried)), (output, *after), strict=True):
+            if result.is_condition:
+                raise Refused(f"the {each} is a condition; write where(condition, 1, 0)")
         self.name, self._order = name, tuple(symbols.items())
         self.before = tuple((state, symbols[state]) for state in states)
         self.inputs = (*((each, symbols[each]) for each in (*alone, *shared, *hidden, *states, *weights)),)
@@ -174,7 +182,7 @@ class Derivation:
         kept = choose_kept(found, seeds, forward, at_hand)
         places = {node.index: place for place, (_, node) in enumerate(self.inputs)}
         kept.sort(key=lambda node: min(places[each.index] for each in ancestors([node]) if each.index in places))
-        self.kept = tuple((label(node), node) for node in kept)
+        self.kept = labelled(kept, {*order, "h_new", *(each for each, _ in self.after)})
         given = {node.index for _, node in (*self.kept, *self.before, *self.after, *self._weights)}
         self.reads_output = output.index in {node.index for node in ancestors(found, given)} - given
 
@@ -209,12 +217,18 @@ def _refuse_constant(value: Any) -> Any:
     raise Refused(f"the result {value!r}: a cell returns values that are calculated from its arguments")
 
 
-def label(node: Symbol) -> str:
-    """Name a node by its operation and its argument."""
-    if node.operation == "argument":
-        return node.operands[0]
-    single = len(node.inputs) == 1 and node.inputs[0].operation == "argument"
-    return f"{node.operation}_{node.inputs[0].operands[0] if single else node.index}"
+def labelled(nodes: Iterable[Symbol], taken: set[str]) -> tuple[tuple[str, Symbol], ...]:
+    """Name each node by its operation and its argument, or by its index where that name is taken; an argument keeps its own."""
+    found: dict[str, Symbol] = {}
+    for node in nodes:
+        single = len(node.inputs) == 1 and node.inputs[0].operation == "argument"
+        name = f"{node.operation}_{node.inputs[0].operands[0] if single else node.index}"
+        if name in taken or name in found:
+            name = f"{node.operation}_{node.index}"
+            while name in taken or name in found:
+                name += "_"
+        found[node.operands[0] if node.operation == "argument" else name] = node
+    return tuple(found.items())
 
 
 def choose_kept(

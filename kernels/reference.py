@@ -29,8 +29,8 @@ def minimum(a: Tensor | float, b: Tensor | float) -> Tensor:
 
 
 def _tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
-    a = a if isinstance(a, Tensor) else full_like(b, a)
-    return a, b if isinstance(b, Tensor) else full_like(a, b)
+    a = a if isinstance(a, Tensor) else torch.scalar_tensor(a, dtype=b.dtype, device=b.device)
+    return a, b if isinstance(b, Tensor) else torch.scalar_tensor(b, dtype=a.dtype, device=a.device)
 
 
 # The elementary functions are this module's, and the bound functions are too: there Dynamo looks them up.

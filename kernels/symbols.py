@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -240,12 +241,16 @@ def _check_operand(operation: str, operand: Any, condition: bool) -> None:
         name = type(operand).__name__
         remedy = "declare it as an argument of kind Weight" if name in TENSORS else "write a Python number"
         raise Refused(f"{operation} with a {name}: {remedy}")
+    elif not abs(operand) <= sys.float_info.max:
+        raise Refused(f"{operation}: a constant is a finite number; write one that a float holds, such as 1e30")
 
 
 def _elementary(name: str) -> Callable[..., Any]:
     """Make an elementary function of symbols, numbers or tensors."""
 
     def function(*operands: Any) -> Any:
+        if len(operands) != ARGUMENTS[name]:
+            raise Refused(f"{name}: expected {ARGUMENTS[name]} argument{'s' * (ARGUMENTS[name] > 1)}, got {len(operands)}")
         for each in operands:
             if isinstance(each, Symbol):
                 return each.graph.apply(name, *operands)
@@ -361,6 +366,8 @@ DERIVATIVES: dict[str, Callable[..., tuple]] = {
     "maximum": lambda d, y, a, b: _shared(d, a, b, a < b, a > b),
     "relu": lambda d, y, a: (where(y <= 0, 0, d),),  # as in torch d passes where y is NaN
 }
+
+ARGUMENTS = {name: rule.__code__.co_argcount - 2 for name, rule in DERIVATIVES.items()}
 
 # Estimated operations of a vector; of others one.
 COSTS = {

@@ -257,6 +257,16 @@ def test_copies_and_pickles():
         pickle.dumps(local)
 
 
+class Derived(fastrnn.recurrent(cells.mgu)):  # type: ignore[misc]
+    """A class of one's own."""
+
+
+def test_derived_classes_stay_themselves_in_copies_and_pickles():
+    layer, x = Derived(3, 4), torch.randn(2, 1, 3)
+    for twin in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin) is Derived and torch.equal(twin(x)[0], layer(x)[0])
+
+
 def relu_cell():
     def of_one(a: Gate):
         return relu(a)
@@ -311,6 +321,53 @@ def test_a_cell_of_lstms_arithmetic_is_derived_as_the_built_in_one():
     own, built_in = cells.lstm.definition, fastrnn.kernels.cells.CELLS["lstm"]
     assert own.derived.backward.source() == built_in.derived.backward.source()
     assert "tanh(c_new)" in cells.lstm.source()
+
+
+@fastrnn.cell
+def named_as_what_is_kept(a: Gate, tanh_a: Weight, b: Gate, c: State, v0: Weight, backward: State):
+    kept = exp(tanh(b) * 2) * exp(tanh(b) * 3)
+    return tanh(a) * tanh_a + c * kept, tanh(a) * c * v0, sigmoid(backward) * b
+
+
+def test_names_of_arguments_are_none_of_what_is_derived(monkeypatch):
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    derived = named_as_what_is_kept.definition.derived
+    assert all(dict(derived.inputs).get(name, node) is node for name, node in derived.kept)
+    layer = fastrnn.recurrent(named_as_what_is_kept)(3, 4, dtype=torch.float64)
+    x, states = sample(layer)
+    truth = results(by_hand, layer, x, states)
+    for key, value in results(run, layer, x, states).items():
+        torch.testing.assert_close(value, truth[key], msg=lambda text, key=key: f"{key}: {text}")
+    inputs = [each.requires_grad_() for each in (x[:2, :1], *(state[:, :1] for state in states))]
+    torch.autograd.gradgradcheck(lambda x, *states: run(layer, x, states), inputs, fast_mode=True)
+
+
+@fastrnn.cell
+def of_constants(a: Gate, c: State):
+    c = where(a > 0, 0.1, 0.7) * c + where(c > 1, 1, 3)
+    return maximum(tanh(a), -1e30) * c, c
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_constants_have_the_cells_dtype(dtype, monkeypatch):
+    """A choice of two numbers, and numbers that no int64 holds; in float64 to its last digits."""
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    a, c = torch.tensor([-0.5, 0.3, 2.0], dtype=dtype), torch.tensor([0.2, 1.5, 3.0], dtype=dtype)
+    number = {key: torch.tensor(value, dtype=dtype) for key, value in {"low": 0.1, "high": 0.7, "one": 1, "three": 3}.items()}
+    c_new = torch.where(a > 0, number["low"], number["high"]) * c + torch.where(c > 1, number["one"], number["three"])
+    for own, right in zip(of_constants(a, c=c), (torch.tanh(a) * c_new, c_new), strict=True):
+        assert own.dtype == dtype and torch.equal(own, right)
+    layer = fastrnn.recurrent(of_constants)(3, 3, bias=False, dtype=dtype)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(torch.eye(3))
+    y, (_, c_n) = layer(a.view(1, 1, 3), (torch.zeros(1, 1, 3, dtype=dtype), c.view(1, 1, 3)))
+    assert y.dtype == c_n.dtype == dtype and torch.equal(c_n.flatten(), c_new)
+    y.sum().backward()
+    assert cells_read_again(of_constants)
+
+
+def cells_read_again(cell) -> bool:
+    return fastrnn.kernels.cells.read(cell.definition.definition).name == cell.definition.name
 
 
 # --- what is refused
@@ -386,6 +443,46 @@ def no_input(h: State, c: State):
     return h + c, c
 
 
+def named_exp(exp: Gate):
+    return tanh(exp)
+
+
+def named_full_like(a: Gate, full_like: State):
+    return tanh(a), full_like + a
+
+
+def named_fused(a: Gate, addcmul: Weight):
+    return tanh(a) * addcmul
+
+
+def infinite(a: Gate):
+    return maximum(a, -math.inf)
+
+
+def undefined(a: Gate):
+    return tanh(a) * math.nan
+
+
+def beyond_floats(a: Gate):
+    return a + 10**400
+
+
+def a_condition(a: Gate):
+    return a > 0
+
+
+def a_state_of_conditions(a: Gate, c: State):
+    return tanh(a), (a > 0) | (c > 0)
+
+
+def one_of_three(a: Gate):
+    return where(a > 0)
+
+
+def two_of_one(a: Gate):
+    return tanh(a, a)
+
+
 REFUSED = {
     branch: r"where\(condition, a, b\)",
     torchs: r"fastrnn\.cells\.tanh",
@@ -404,6 +501,16 @@ REFUSED = {
     product: "declare an argument as Gate",
     misnamed: "write another, or h: State",
     no_input: "a layer needs one",
+    infinite: "a constant is a finite number",
+    undefined: "a constant is a finite number",
+    beyond_floats: "a constant is a finite number",
+    a_condition: r"the output is a condition; write where\(condition, 1, 0\)",
+    a_state_of_conditions: "the state c is a condition",
+    one_of_three: "where: expected 3 arguments, got 1",
+    two_of_one: "tanh: expected 1 argument, got 2",
+    named_exp: "exp: the argument has the name of .* write another name",
+    named_full_like: "full_like: the argument has the name of",
+    named_fused: "addcmul: the argument has the name of",
 }
 
 
@@ -412,6 +519,14 @@ def test_bad_cells_are_refused_with_the_line_and_the_remedy(function):
     with pytest.raises(TypeError, match=REFUSED[function]) as caught:
         fastrnn.cell(function)
     assert re.search(rf"{function.__name__}, line \d+ of .*test_cells.py: ", str(caught.value))
+
+
+def test_a_function_named_as_an_operation_is_refused():
+    def sigmoid(a: Gate):
+        return cells.sigmoid(a)
+
+    with pytest.raises(TypeError, match=r"sigmoid: the name is that of an operation .* write another"):
+        fastrnn.cell(sigmoid)
 
 
 def test_bad_arguments():
@@ -436,6 +551,15 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=words):
             layer(*arguments)
+    with pytest.raises(TypeError, match=r"got tuple \(Tensor \[1, 1, 4\], int\)$"):
+        layer(torch.zeros(2, 1, 3), (torch.zeros(1, 1, 4), 1))
+    for batch_first, shape in ((False, (0, 2, 3)), (True, (2, 0, 3)), (True, (0, 3))):
+        with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+            Layer(3, 4, batch_first=batch_first)(torch.zeros(shape))
+    for batch_first in (False, True):
+        with pytest.raises(RuntimeError, match=r"input\.size"):
+            Layer(3, 4, batch_first=batch_first).step(torch.zeros(2, 5))
+    layer.flatten_parameters()
 
 
 # --- against independent implementations
