@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, functional, ops
+from fastrnn import dispatch, fallback, functional, ops
 from fastrnn.cells import CellFunction
 from fastrnn.checkpoint import recompute
 from fastrnn.kernels import cpu
@@ -197,14 +197,7 @@ class Recurrent(nn.Module):
             ValueError: the layer is bidirectional, x has not two dimensions, or its dtype is not the weights'.
             RuntimeError: shapes do not agree, in torch.nn's words.
         """
-        if self.bidirectional:
-            raise ValueError("step: a bidirectional module needs the whole sequence")
-        if x.dim() != 2:
-            raise ValueError(f"step: expected x of shape [batch, input_size], got {tuple(x.shape)}")
-        batch = self._check_input(x.unsqueeze(int(self.batch_first)), None)
-        with torch.no_grad():
-            y, *after = self._run(x.unsqueeze(0), None, self._states(x, batch, True, state), False)
-        return y.squeeze(0), after[0] if len(after) == 1 else tuple(after)
+        return fallback.module_step(self, x, state, None)
 
     def _check_input(self, x: Tensor, batch_sizes: Tensor | None) -> int:
         """Return the rows of the batch; raise torch.nn's errors."""

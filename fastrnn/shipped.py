@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fastrnn.cells import (
+    CellFunction,
     Gate,
     Hidden,
     Input,
@@ -16,20 +20,17 @@ from fastrnn.cells import (
     sigmoid,
     tanh,
 )
+from fastrnn.kernels import cells
 
 
-@cell
-def lstm(i: Gate, f: Gate, g: Gate, o: Gate, c: State):
-    """Hochreiter and Schmidhuber 1997, with forget gates (Gers et al. 2000): torch.nn.LSTM's arithmetic and layout."""
-    c = sigmoid(f) * c + sigmoid(i) * tanh(g)
-    return sigmoid(o) * tanh(c), c
+def _of_torch(function: Callable[..., Any]) -> CellFunction:
+    """Make a cell of the function of a built-in one, which pickles find here."""
+    made = cell(function)
+    made.__module__ = __name__
+    return made
 
 
-@cell
-def gru(r: Gate, z: Gate, n_x: Input, n_h: Hidden, h: State):
-    """Cho et al. 2014, with the reset gate after the product: torch.nn.GRU's arithmetic and layout."""
-    n = tanh(n_x + sigmoid(r) * n_h)
-    return n + sigmoid(z) * (h - n)
+lstm, gru = _of_torch(cells.lstm), _of_torch(cells.gru)
 
 
 @cell

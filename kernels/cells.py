@@ -58,11 +58,13 @@ def rnn_relu(a: Gate):
 
 
 def lstm(i: Gate, f: Gate, g: Gate, o: Gate, c: State):
+    """Hochreiter and Schmidhuber 1997, with forget gates (Gers et al. 2000): torch.nn.LSTM's arithmetic and layout."""
     c = sigmoid(f) * c + sigmoid(i) * tanh(g)
     return sigmoid(o) * tanh(c), c
 
 
 def gru(r: Gate, z: Gate, n_x: Input, n_h: Hidden, h: State):
+    """Cho et al. 2014, with the reset gate after the product: torch.nn.GRU's arithmetic and layout."""
     n = tanh(n_x + sigmoid(r) * n_h)
     return n + sigmoid(z) * (h - n)
 

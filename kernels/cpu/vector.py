@@ -518,26 +518,21 @@ def _prefetch(builder, address, level):
     builder.call(function, [pointer, I32(0), I32(level), I32(1)])
 
 
-@intrinsic
-def prefetch(typing_context, address):
-    """Begin to bring the cache line of `address` near, to be read soon."""
+def _make_prefetch(level):
+    """Make prefetch(address), which begins to bring the cache line of `address` near; level as in `_prefetch`."""
 
-    def codegen(context, builder, sig, args):
-        _prefetch(builder, args[0], 3)
-        return context.get_dummy_value()
+    @intrinsic
+    def prefetch(typing_context, address):
+        def codegen(context, builder, sig, args):
+            _prefetch(builder, args[0], level)
+            return context.get_dummy_value()
 
-    return types.void(types.int64), codegen
+        return types.void(types.int64), codegen
+
+    return prefetch
 
 
-@intrinsic
-def prefetch_far(typing_context, address):
-    """Begin to bring the cache line of `address` into L2, to be read after other work."""
-
-    def codegen(context, builder, sig, args):
-        _prefetch(builder, args[0], 2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+prefetch, prefetch_far = _make_prefetch(3), _make_prefetch(2)  # to be read soon, and after other work
 
 
 @intrinsic
