@@ -48,20 +48,25 @@ def make_epoch(layers: Any, cell: str, hidden: int, x: Any, labels: Any, batch: 
 
 
 def on_torch(layer: Any, x: Any, dy: Any, train: bool) -> Call:
+    weights = [variable.value for variable in layer.trainable_variables]
+    return torch_call(lambda x: layer(x, training=train), weights, x, dy, train)
+
+
+def torch_call(forward: Callable[[Any], Any], weights: list, x: Any, dy: Any, train: bool) -> Call:
+    """Make the call of a function of torch's tensors, with these weights."""
     import torch
 
     x, dy = torch.as_tensor(x).requires_grad_(train), torch.as_tensor(dy)
-    weights = [variable.value for variable in layer.trainable_variables]
+    leaves = [x, *weights]
 
     def infer() -> list:
         with torch.no_grad():
-            return [layer(x)]
+            return [forward(x)]
 
     def step() -> list:
-        leaves = [x, *weights]
         for leaf in leaves:
             leaf.grad = None
-        y = layer(x, training=True)
+        y = forward(x)
         y.backward(dy)
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 

@@ -85,24 +85,6 @@ def repeated(call: Callable[[], Any]) -> Runner:
     return run
 
 
-def of_module(module: torch.nn.Module, x: np.ndarray, dy: np.ndarray, train: bool) -> keras_calls.Call:
-    """The call of fastrnn's torch module: y, and in training the gradient of x."""
-    inputs, outer, leaves = torch.as_tensor(x).requires_grad_(train), torch.as_tensor(dy), list(module.parameters())
-
-    def infer() -> list:
-        with torch.no_grad():
-            return [module(inputs)[0]]
-
-    def step() -> list:
-        for leaf in (inputs, *leaves):
-            leaf.grad = None
-        y = module(inputs)[0]
-        y.backward(outer)
-        return [y.detach(), inputs.grad]
-
-    return step if train else infer
-
-
 def measure(case: Case, seconds: float, most: int, backends: list[Backend], tolerance: float = TOLERANCE) -> dict[str, Any]:
     """Record one case."""
     import fastrnn.keras
@@ -123,8 +105,10 @@ def measure(case: Case, seconds: float, most: int, backends: list[Backend], tole
         arrays |= {f"weight{k}": weight for k, weight in enumerate(layer.get_weights())}
         data, train = (arrays["x"], arrays["dy"]), case.mode == "train"
         module = fastrnn.keras.to_torch(layer).train(train)
-        calls = {"fastrnn": keras_calls.on_torch(layer, *data, train), "module": of_module(module, *data, train)}
+        of_module = keras_calls.torch_call(lambda x: module(x)[0], list(module.parameters()), *data, train)
+        calls = {"fastrnn": keras_calls.on_torch(layer, *data, train), "module": of_module}
         results = {name: call() for name, call in calls.items()}
+        del results["module"][2:]  # the gradients of weights in another layout
         runners |= {name: repeated(call) for name, call in calls.items()}
     with tempfile.TemporaryDirectory() as folder:
         files = {"data": f"{folder}/data.npz", "result": f"{folder}/result.npz"}

@@ -237,14 +237,22 @@ def run_layers(
         return None
     if compressed and engine not in dispatch.FUSED:
         weights = _wide(x, weights)
-    x = ops.unit_stride(x)
+    return run_stack(engine, inputs, weights, layer, num_layers, dropout)
+
+
+def run_stack(
+    engine: str, inputs: Inputs, weights: Sequence[Tensor], layer: Layer, num_layers: int, dropout: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run layers on top of each other on an engine that takes them; dropout: between them, 0 in evaluation mode."""
+    inputs = inputs._replace(x=ops.unit_stride(inputs.x))
     if num_layers == 1:
-        return _run(engine, Inputs(x, batch_sizes, h0, c0), weights, layer)
+        return _run(engine, inputs, weights, layer)
 
     # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
     time_major, D, each = dropout > 0 and layer.batch_first, layer.directions, len(weights) // num_layers
-    by_time = Layer(layer.cell, D, layer.bias, layer.projected)
-    y, hs, cs = x, [], []
+    by_time = layer._replace(batch_first=False)
+    y, batch_sizes, h0, c0 = inputs
+    hs, cs = [], []
     for index in range(num_layers):
         own, last = slice(index * D, (index + 1) * D), index == num_layers - 1
         if time_major and (index == 0 or last):

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, fallback, functional, ops
+from fastrnn import dispatch, fallback, functional
 from fastrnn.cells import CellFunction
-from fastrnn.checkpoint import recompute
+from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels import cpu
 from fastrnn.kernels.layer import Inputs, Layer
 
@@ -240,9 +239,9 @@ class Recurrent(nn.Module):
 
     def _run(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], batch_first: bool) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
-        definition, D = self.cell.definition, 1 + self.bidirectional
-        weights = [self._weights(layer) for layer in range(self.num_layers)]
-        engine = dispatch.choose(x, batch_sizes, states, [each for own in weights for each in own])
+        definition = self.cell.definition
+        weights = [each for layer in range(self.num_layers) for each in self._weights(layer)]
+        engine = dispatch.choose(x, batch_sizes, states, weights)
         if engine != "cpu" or cpu.why_not_cell(definition.name):
             engine = "reference"
         else:
@@ -250,21 +249,11 @@ class Recurrent(nn.Module):
         h0, *others = states
         c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
         bias = self.bias or definition.weights > 0
-        described = Layer(definition.name, D, bias=bias, batch_first=batch_first)
-        y, h_n, c_n = ops.unit_stride(x), [], []
-        for layer, own in enumerate(weights):
-            part = slice(layer * D, (layer + 1) * D)
-            if layer and self.training and self.dropout:
-                y = F.dropout(y, self.dropout, True)
-            inputs = Inputs(y, batch_sizes, h0[part], None if c0 is None else c0[part])
-            with recompute(self.recompute):
-                y, h, c = functional._run(engine, inputs, own, described)
-            h_n.append(h)
-            c_n.append(c)
-        after = [_joined(h_n)]
-        if c0 is not None:
-            after += _joined(c_n).chunk(definition.states, -1)
-        return [y, *after]
+        layer = Layer(definition.name, 1 + self.bidirectional, bias, batch_first=batch_first)
+        dropout = self.dropout if self.training else 0.0
+        with recompute(self.recompute or is_on()):
+            y, h_n, c_n = functional.run_stack(engine, Inputs(x, batch_sizes, h0, c0), weights, layer, self.num_layers, dropout)
+        return [y, h_n, *(() if c_n is None else c_n.chunk(definition.states, -1))]
 
     def _weights(self, layer: int) -> list[Tensor]:
         """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
@@ -321,7 +310,3 @@ def _described(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"{type(value).__name__} ({', '.join(map(_described, value))})"
     return type(value).__name__ + (f" {list(value.shape)}" if isinstance(value, Tensor) else "")
-
-
-def _joined(states: Sequence[Any]) -> Tensor:
-    return states[0] if len(states) == 1 else torch.cat(list(states))

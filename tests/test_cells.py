@@ -287,6 +287,7 @@ def test_compiles_and_exports():
 
     grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, torch.stack((x, 2 * x)))
     layer(2 * x)[0].square().sum().backward()
+    # vmap takes both inputs in one call, which adds up in another order
     torch.testing.assert_close(grads["weight_hh_l0"][1], layer.weight_hh_l0.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -305,8 +306,10 @@ def test_half_precision_and_recompute():
     expected = results(run, layer, x, [])
     layer.recompute = True
     for key, value in results(run, layer, x, []).items():
+        # float32 sums of a thousand rows in another order
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
     half = copy.deepcopy(layer).bfloat16()
+    # bfloat16 has eight bits, and its roundings add up over twenty steps
     torch.testing.assert_close(half(x.bfloat16())[0].float(), layer(x)[0], rtol=0.1, atol=0.05)
 
 
@@ -318,9 +321,43 @@ def test_a_bare_cell_runs_on_tensors():
 
 
 def test_a_cell_of_lstms_arithmetic_is_derived_as_the_built_in_one():
-    own, built_in = cells.lstm.definition, fastrnn.kernels.cells.CELLS["lstm"]
-    assert own.derived.backward.source() == built_in.derived.backward.source()
+    @fastrnn.cell
+    def lstm(i: Gate, f: Gate, g: Gate, o: Gate, c: State):
+        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        return sigmoid(o) * tanh(c), c
+
+    built_in = fastrnn.kernels.cells.CELLS["lstm"]
+    for own in (lstm, cells.lstm):
+        assert own.definition.derived.backward.source() == built_in.derived.backward.source()
     assert "tanh(c_new)" in cells.lstm.source()
+
+
+def test_dropout_draws_the_numbers_of_torch_nn(monkeypatch):
+    monkeypatch.setattr(dispatch, "forced", "reference")  # nothing is compiled for this test
+    sizes = {"input_size": 3, "hidden_size": 4, "num_layers": 3, "batch_first": True, "dropout": 0.5, "dtype": torch.float64}
+    layer, theirs = fastrnn.recurrent(cells.gru)(**sizes), torch.nn.GRU(**sizes)
+    layer.load_state_dict(theirs.state_dict())
+    x, outputs = torch.randn(2, 5, 3, dtype=torch.float64), []
+    for module in (layer, theirs):
+        torch.manual_seed(0)
+        outputs.append(module(x)[0])
+    torch.testing.assert_close(*outputs)
+
+
+def test_an_outer_recompute_reaches_the_layer(monkeypatch):
+    layer, x, found = fastrnn.recurrent(cells.gru)(3, 4), torch.randn(5, 2, 3), []
+    run_layer = reference.layer_forward
+
+    def layer_forward(*args):
+        found.append(fastrnn.checkpoint.is_on())
+        return run_layer(*args)
+
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    monkeypatch.setattr(reference, "layer_forward", layer_forward)
+    layer(x)
+    with fastrnn.recompute():
+        layer(x)
+    assert found == [False, True]
 
 
 @fastrnn.cell
