@@ -165,16 +165,16 @@ def test_compiled_kernels_are_within_the_contract(name, monkeypatch):
 
 
 @every_cell
-@pytest.mark.parametrize("packed", [False, True])
-def test_derived_gradients_are_those_of_autograd(name, packed):
+@pytest.mark.parametrize(("packed", "heads"), [(False, 1), (True, 1), (False, 2)])
+def test_derived_gradients_are_those_of_autograd(name, packed, heads):
     """kernels/gradients.py, first and second order, through the ops' reference; two directions."""
     kind = cell_of(name).definition
-    T, B, I, H, D = 3, 3, 2, 2, 2
-    layer, sizes = Layer(kind.name, D, bias=True), torch.tensor([3, 3, 1]) if packed else None
+    T, B, I, H, D = 3, 3, 2, 2 * heads, 2
+    layer, sizes = Layer(kind.name, D, bias=True, heads=heads), torch.tensor([3, 3, 1]) if packed else None
     x = torch.randn(*((7, I) if packed else (T, B, I)), dtype=torch.float64)
     h0 = torch.rand(D, B, H, dtype=torch.float64) + 0.5
     c0 = torch.rand(D, B, kind.states * H, dtype=torch.float64) + 0.5 if kind.states else None
-    shapes = (kind.gates * H, I), (kind.gates * H, H), ((kind.gates + kind.weights) * H,), (kind.gates * H,)
+    shapes = (kind.gates * H, I), (kind.gates * H, H // heads), ((kind.gates + kind.weights) * H,), (kind.gates * H,)
     weights = [torch.randn(shape, dtype=torch.float64) for _ in range(D) for shape in shapes]
     leaves = [each.requires_grad_() for each in (x, h0, c0, *weights) if each is not None]
     inputs = Inputs(x, sizes, h0, c0)
