@@ -200,19 +200,19 @@ def elementary_errors(device: str = "cpu") -> dict[str, float]:
         at = tl.arange(0, N)
         tl.store(y + at, FUNCTION(tl.load(x + at)))
 
-    cells = PTX if device == "cuda" else PLAIN
+    functions = (PTX if device == "cuda" else PLAIN).by_name
     at = torch.logspace(-30, 1.9, 8192, base=10, device=device)
     errors = {}
     for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh)):
         for sign in (1, -1):
             x, y = sign * at, torch.empty(8192, device=device)
-            apply[(1,)](x, y, getattr(cells, name), 8192)
+            apply[(1,)](x, y, functions[name], 8192)
             truth = exact(x.double())
             errors[f"{name} {sign:+}"] = float(((y - truth) / truth).abs().max())
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], device=device)
     for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh), ("relu", torch.relu)):
         y = torch.empty(4, device=device)
-        apply[(1,)](special, y, getattr(cells, name), 4)
+        apply[(1,)](special, y, functions[name], 4)
         torch.testing.assert_close(y, exact(special), equal_nan=True, msg=name)
     return errors
 
