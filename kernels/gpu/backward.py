@@ -247,7 +247,9 @@ def single_backward(
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
     at = w_hh + d * (GATES * H * WIDTH) + (gate * H + head * HEAD + unit)[None, :] * WIDTH + outputs[:, None]
-    w = tl.load(at, mask=outputs_ok[:, None] & ((gate < GATES) & (unit < HEAD))[None, :], other=0.0)  # [OUTPUTS, PADDED * UNITS]
+    w = tl.load(
+        at, mask=outputs_ok[:, None] & ((gate < GATES) & (unit < HEAD))[None, :], other=0.0
+    )  # [OUTPUTS, PADDED * UNITS]
     units += head * HEAD
     outputs += head * WIDTH
     own_weights = (b_ih + d * ((GATES + WEIGHTS) * H) + GATES * H + units)[:, None]

@@ -210,7 +210,10 @@ def single_forward(
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     SAVE: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All steps of ROWS rows in one program, which holds every unit of a head and the state. Grid: HEADS * D * blocks of rows."""
+    """All steps of ROWS rows in one program, which holds every unit of a head and the state.
+
+    Grid: HEADS * D * blocks of rows.
+    """
     CARRIED: tl.constexpr = STATES + READS
     HEAD: tl.constexpr = H // HEADS  # units of a head
     K: tl.constexpr = R // HEADS
@@ -230,7 +233,9 @@ def single_forward(
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
     at = w_hh + d * (GATES * H * K) + (gate * H + head * HEAD + unit)[:, None] * K + outputs[None, :]
-    w = tl.load(at, mask=((gate < GATES) & (unit < HEAD))[:, None] & outputs_ok[None, :], other=0.0)  # [PADDED * UNITS, OUTPUTS]
+    w = tl.load(
+        at, mask=((gate < GATES) & (unit < HEAD))[:, None] & outputs_ok[None, :], other=0.0
+    )  # [PADDED * UNITS, OUTPUTS]
     units += head * HEAD
     outputs += head * K
     b_ih += d * ((GATES + WEIGHTS) * H)

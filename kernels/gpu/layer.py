@@ -207,7 +207,7 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
     kernels = forward_kernels.single_forward, forward_kernels.scan_forward
     for launch in call.launches(plan, *kernels, arguments, call.T, phases):
         call.run(launch)
-    c_n = carry[..., : call.cell.states * call.H].to(x.dtype, memory_format=torch.contiguous_format) if c0 is not None else x.new_empty(0)
+    c_n = x.new_empty(0) if c0 is None else carry[..., : c0.shape[-1]].to(x.dtype).contiguous()
     saved = x.new_empty(0)
     if save:
         saved = kept if call.slots else x.new_empty(call.D, call.N, 0)
@@ -222,8 +222,9 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
     dh0, h0, y = x.new_empty(D, B, R), h0.contiguous(), y.contiguous()
     # gradients of states and of the cell's own weights, and in a scan of h element by element
     width = cell.states + cell.weights + (cell.reads_hidden and plan.schedule != "single")
-    carry = torch.zeros(D, B, width, H, dtype=torch.float32, device=x.device)
-    of_states, of_weights = carry[:, :, : cell.states].flatten(2), carry[:, :, cell.states : cell.states + cell.weights]
+    carry = torch.zeros(D, B, width * H, dtype=torch.float32, device=x.device)
+    of_states = carry[..., : cell.states * H]
+    of_weights = carry[..., cell.states * H : (cell.states + cell.weights) * H]
     if dc_n is not None:
         of_states.copy_(dc_n)
     arguments = {
@@ -253,7 +254,7 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
     kernels = backward_kernels.single_backward, backward_kernels.scan_backward
     for launch in call.launches(plan, *kernels, arguments, call.T + 1, phases):
         call.run(launch)
-    dc0 = of_states.to(x.dtype, memory_format=torch.contiguous_format) if needs.dh0 and cell.states else x.new_empty(0)
+    dc0 = of_states.to(x.dtype).contiguous() if needs.dh0 and cell.states else x.new_empty(0)
     d_input, d_hidden = da[..., : cell.gates * H], da[..., cell.hidden * H :]
     with products_in(call.dtype, precision):
         dx = _input_gradient(call, d_input) if needs.dx else x.new_empty(0)
@@ -273,7 +274,7 @@ def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
 def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, saved) -> list[Tensor]:
     """Of each weight, in the order of the weights, each in memory of its own.
 
-    of_weights: of the cell's own weights, [D, B, W, H] float32.
+    of_weights: of the cell's own weights, the sums over a row's steps [D, B, W*H], float32.
     """
     cell, H = call.cell, call.H
     order = [cell.input.index(gate) for gate in range(cell.gates)]  # torch's gates among the cell's arguments
@@ -285,16 +286,15 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, save
         if call.layer.bias:
             b_ih = d_input[d].sum(0)
             b_hh = d_hidden[d].sum(0) if cell.hidden else b_ih.clone()
-            own = [of_weights[d].sum(0).flatten().to(b_ih.dtype)] if cell.weights else []
             b_ih = _gates_in(order, b_ih)
-            grads += [torch.cat([b_ih, *own]) if own else b_ih, b_hh]
+            grads += [torch.cat([b_ih, of_weights[d].sum(0).to(b_ih.dtype)]) if cell.weights else b_ih, b_hh]
         if call.layer.projected:
             grads.append(torch.mm(dp[d].T, saved[d][:, -H:]))
     return grads
 
 
 def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tensor, dw: Tensor) -> None:
-    """dw [G*H, R / heads], out: the sum over all steps of da^T [G*H, rows] with the state [rows, R] that the step began with."""
+    """dw [G*H, R / heads], out: the sum over steps of da^T [G*H, rows] with the state [rows, R] that each began with."""
     B, N, R = call.B, call.N, call.R
     backwards = call.layer.reverse != (d == 1)
     if not (call.packed or call.batch_first):  # those states are y, a step later
