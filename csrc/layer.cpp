@@ -1,6 +1,7 @@
 #include "layer.h"
 
 #include <algorithm>
+#include <charconv>
 #include <memory>
 #include <utility>
 
@@ -59,6 +60,23 @@ constexpr std::pair<std::string_view, bool Layer::*> FLAGS[] = {
     {"reverse", &Layer::reverse},
     {"batch_first", &Layer::batch_first}};
 
+constexpr std::pair<std::string_view, int64_t Layer::*> NUMBERS[] = {{"directions=", &Layer::directions}, {"heads=", &Layer::heads}};
+
+namespace {
+
+// "heads=4" to its field; false where a layer has no such number, or it is not positive.
+bool read_number(std::string_view word, Layer& layer) {
+  for (const auto& [name, number] : NUMBERS) {
+    if (!word.starts_with(name)) continue;
+    const char* const end = word.data() + word.size();
+    const auto [rest, error] = std::from_chars(word.data() + name.size(), end, layer.*number);
+    return error == std::errc() && rest == end && layer.*number > 0;
+  }
+  return false;
+}
+
+}  // namespace
+
 std::optional<Layer> Layer::of(std::string_view text) {
   const auto word = [&] {
     const size_t end = std::min(text.find(' '), text.size());
@@ -75,17 +93,17 @@ std::optional<Layer> Layer::of(std::string_view text) {
     const auto* flag = std::find_if(std::begin(FLAGS), std::end(FLAGS), [&](const auto& f) { return f.first == property; });
     if (flag != std::end(FLAGS))
       layer.*flag->second = true;
-    else if (property == "directions=2")
-      layer.directions = 2;
-    else
+    else if (!read_number(property, layer))
       return std::nullopt;
   }
+  if (layer.directions > 2) return std::nullopt;
   return layer;
 }
 
 std::string Layer::text() const {
   std::string words = cell->name;
-  if (directions == 2) words += " directions=2";
+  for (const auto& [name, number] : NUMBERS)
+    if (this->*number != 1) ((words += ' ') += name) += std::to_string(this->*number);
   for (const auto& [name, flag] : FLAGS)
     if (this->*flag) (words += ' ') += name;
   return words;
@@ -94,7 +112,7 @@ std::string Layer::text() const {
 std::optional<LayerSizes> LayerSizes::of(const Layer& layer, const View* weights, size_t count, Dtype vectors) {
   const bool counted = count == layer.weights() * static_cast<size_t>(layer.directions);
   if (!counted || weights[0].dims != 2 || weights[1].dims != 2 || (layer.projected && !layer.cell->states) ||
-      (layer.cell->weights && !layer.bias))
+      (layer.cell->weights && !layer.bias) || layer.heads > 1)
     return std::nullopt;
   const bool half = weights[0].dtype == Dtype::bf16;
   const Dtype matrices = weights[0].dtype;

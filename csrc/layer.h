@@ -92,7 +92,7 @@ struct Layer {
   bool operator==(const Layer&) const = default;
 
   const Cell* cell = nullptr;
-  int64_t directions = 1;
+  int64_t directions = 1, heads = 1;
   bool bias = false, projected = false, reverse = false, batch_first = false;
 };
 

@@ -93,8 +93,8 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 @torch.library.register_fake("fastrnn::layer_forward", lib=library)
 def _fake_forward(x, batch_sizes, h0, c0, weights, text, save):
-    layer, (rows, width) = layer_of(text), weights[1].shape
-    cell, batch = CELLS[layer.cell], h0.shape[1]
+    layer, (rows, _), (_, batch, width) = layer_of(text), weights[1].shape, h0.shape
+    cell = CELLS[layer.cell]
     hidden, steps = rows // cell.gates, x.shape[:-1]
     saved = (layer.directions, math.prod(steps), (cell.slots + layer.projected) * hidden) if save else (0,)
     return (

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.derive import Printer
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, Steps, Weights
-from fastrnn.kernels.reference import NAMES, apart, first, order_of, replace, states_before, taken_apart
+from fastrnn.kernels.reference import NAMES, Product, apart, first, order_of, replace, states_before, taken_apart
 from fastrnn.kernels.symbols import Symbol, is_number
 
 BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so many numbers fit a core's cache
@@ -74,11 +74,12 @@ def layer_double_backward(
     for d, (own, along) in enumerate(zip(layer.by_direction(weights), vws, strict=True)):
         direction = Direction(layer, steps, d, inputs, own, y, saved)
         blocks, order = direction.blocks, direction.order
+        product = None if along.w_hh is None else Product(layer, along.w_hh)
         vxs, dys = direction.split(None if vx is None else steps.flat(vx)), direction.split(direction.columns(dy))
         changes: list[Any] = [None] * len(blocks)
         state = direction.state(vh0, vc0)
         for k in order:
-            changes[k], state = blocks[k].push(vxs[k], along, state)
+            changes[k], state = blocks[k].push(vxs[k], along, product, state)
         ys.append(joined([change.y for change in changes]))
         h_ns.append(state.h)
         c_ns.append(state.c)
@@ -88,7 +89,7 @@ def layer_double_backward(
         for k in reversed(order):
             block, change = blocks[k], changes[k]
             grads, state = block.pull(dys[k], state)
-            bent, bent_state = block.bend(grads, along, change, bent_state)
+            bent, bent_state = block.bend(grads, along, product, change, bent_state)
             if needs.dx:
                 dx[k] = total(torch.mm(bent.input, own.w_ih), _times(grads.input, along.w_ih))
             if needs.dw:
@@ -162,8 +163,9 @@ class Direction:
             count = 1 + cell.states
             units = torch.eye(count, dtype=h.dtype, device=h.device).view(count, count, 1, 1).unbind()
         split = zip(*map(self.split, (x, h, out, *kept)), strict=True)
+        product = Product(layer, weights.w_hh)
         self.blocks = [
-            Block(cell, weights, part, order_of(len(part), reverse), units, *each)
+            Block(cell, weights, product, part, order_of(len(part), reverse), units, *each)
             for part, each in zip(parts, split, strict=True)
         ]
 
@@ -186,21 +188,26 @@ class Direction:
 class Block:
     """Some steps of one direction, one after the other, near the states that they went through."""
 
-    def __init__(self, cell: Cell, weights: Weights, sizes: list[int], order: range, units, x, h, out, *kept) -> None:
-        self.cell, self.weights, self.sizes, self.order, self.x, self.h, self.out = cell, weights, sizes, order, x, h, out
+    def __init__(self, cell: Cell, weights: Weights, product: Product, sizes: list[int], order: range, units, *rows) -> None:
+        self.cell, self.weights, self.product, self.sizes, self.order = cell, weights, product, sizes, order
+        x, h, out, *kept = rows
+        self.x, self.h, self.out = x, h, out
         self.rows, self.hidden = x.shape[0], out.shape[-1]
         self.kept = *kept, *apart(cell, weights.b_ih)[1]
         self.arithmetic = arithmetic(cell.name)
         self.slopes = self.arithmetic.slopes(*units, *self.kept)  # of h [N, Q, H]; with states [1 + S, N, Q, H], of them too
         self.by_state = [steps_of(each, sizes) for each in (self.slopes.unbind() if len(units) > 1 else (self.slopes,))]
 
-    def push(self, x: Tensor | None, v: Weights, state: State) -> tuple[Change, State]:
-        """Return how all changes, and the state after, where x, the weights (by v) and the state before change by these."""
+    def push(self, x: Tensor | None, v: Weights, along: Product | None, state: State) -> tuple[Change, State]:
+        """Return how all changes, and the state after, where x, the weights (by v) and the state before change by these.
+
+        along: products with v.w_hh, if there is one.
+        """
         cell, weights, sizes, (h, c) = self.cell, self.weights, self.sizes, state
-        G, P, B, w_hh, w_hr = cell.gates, cell.preactivations, h.shape[0], weights.w_hh.T, weights.w_hr
+        G, P, B, w_hr = cell.gates, cell.preactivations, h.shape[0], weights.w_hr
         v_b_ih, v_own = apart(cell, v.b_ih)
         from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v_b_ih)
-        from_h = total(_times(self.h, v.w_hh, True), v.b_hh)
+        from_h = total(None if along is None else along(self.h), v.b_hh)
         a_inputs, a_hidden = self._preactivations(from_x, from_h)
         a_hidden = steps_of(a_hidden, sizes)
         # narrow and select: in torch 2.14 a slice of all is aten.alias, which the older of torch's two vmaps does not know
@@ -216,7 +223,7 @@ class Block:
         for t in self.order:
             b = sizes[t]
             h_s[t] = p = h if b == B else h.narrow(0, 0, b)
-            a_s[t] = torch.mm(p, w_hh) + a_hidden[t]
+            a_s[t] = self.product(p) + a_hidden[t]
             after = slopes[t] * a_s[t]  # [b, G * H], or [2, b, G * H]
             if G > 1:
                 after = after.reshape(*after.shape[:-1], G, self.hidden).sum(-2)
@@ -270,7 +277,7 @@ class Block:
         state before each step, more_out [N, H] to those of out.
         """
         cell, sizes, (dh, dc) = self.cell, self.sizes, state
-        P, G, B, w_hh, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hh, self.weights.w_hr
+        P, G, B, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hr
         dys, more_a, more_h, more_out = (
             None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out)
         )
@@ -289,7 +296,7 @@ class Block:
                 c_s[t] = dc if b == B else dc.narrow(0, 0, b)
                 for by_one, d_one in zip(by_others, taken_apart(cell, c_s[t].unsqueeze(1)), strict=True):
                     a_s[t] = da = torch.addcmul(da, by_one[t], d_one)
-            d_before = torch.mm(_narrow(da, cell.hidden, G).reshape(b, -1), w_hh)
+            d_before = self.product.back(_narrow(da, cell.hidden, G).reshape(b, -1))
             d_states = {name: da.select(1, P + k) for k, name in enumerate(states)}
             if "h" in d_states:
                 d_before = d_before + d_states.pop("h")
@@ -308,16 +315,18 @@ class Block:
         own = a.narrow(1, a.shape[1] - cell.weights, cell.weights).reshape(self.rows, -1) if cell.weights else None
         return Gradients(d_input, d_hidden, own, y, out, d_c), State(dh, dc)
 
-    def bend(self, grads: Gradients, v: Weights, change: Change, state: State) -> tuple[Gradients, State]:
+    def bend(
+        self, grads: Gradients, v: Weights, along: Product | None, change: Change, state: State
+    ) -> tuple[Gradients, State]:
         """Return how `grads` change with the block, and the gradient of the state before, from how the one after does."""
         outer = grads.out, *taken_apart(self.cell, grads.c)
         more_a = self.arithmetic.bend(*outer, *self.kept, *change.a, *change.inner)
-        return self.pull(None, state, more_a, _times(grads.hidden, v.w_hh), _times(grads.y, v.w_hr))
+        return self.pull(None, state, more_a, None if along is None else along.back(grads.hidden), _times(grads.y, v.w_hr))
 
     def add_weights(self, so_far: Weights, grads: Gradients, x, h, out, biases: bool = True) -> Weights:
         """Add the gradients of weights, from what the steps multiply with them, None for nothing."""
         w_ih, w_hh, b_ih, b_hh, w_hr = so_far
-        w_ih, w_hh = _add_product(w_ih, grads.input, x), _add_product(w_hh, grads.hidden, h)
+        w_ih, w_hh = _add_product(w_ih, grads.input, x), self.product.outer(grads.hidden, h, w_hh)
         if self.weights.w_hr is not None:
             w_hr = _add_product(w_hr, grads.y, out)
         if biases and self.weights.b_ih is not None:

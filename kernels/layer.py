@@ -27,6 +27,7 @@ class Layer(NamedTuple):
     projected:   it has w_hr, which makes the output and the next state of R numbers of the cell's H.
     reverse:     the first direction runs from the last step to the first.
     batch_first: dense sequences are [B, T, ...], not [T, B, ...].
+    heads:       W_hh has so many blocks on its diagonal, and no more: units see the H / heads states of their own head.
     """
 
     cell: str
@@ -35,10 +36,12 @@ class Layer(NamedTuple):
     projected: bool = False
     reverse: bool = False
     batch_first: bool = False
+    heads: int = 1
 
     def text(self) -> str:
         """Write it as operators take it, and as csrc/layer.cpp reads it: "lstm directions=2 bias batch_first"."""
-        words = [self.cell, *[f"directions={self.directions}"] * (self.directions != 1)]
+        numbers = ("directions", self.directions), ("heads", self.heads)
+        words = [self.cell, *(f"{name}={number}" for name, number in numbers if number != 1)]
         flags = ("bias", self.bias), ("projected", self.projected), ("reverse", self.reverse), ("batch_first", self.batch_first)
         return " ".join(words + [name for name, has in flags if has])
 
@@ -72,7 +75,7 @@ def layer_of(text: str) -> Layer:
 class Weights(NamedTuple):
     """The weights of a direction, their gradients, or a vector for each; None where there is none.
 
-    w_ih [G*H, I], w_hh [G*H, R], b_ih and b_hh [G*H], w_hr [R, H]. Of a cell with W weights of its own for each unit b_ih is
+    w_ih [G*H, I], w_hh [G*H, R], with heads [G*H, H / heads], b_ih and b_hh [G*H], w_hr [R, H]. Of a cell with W weights of its own for each unit b_ih is
     [(G + W)*H], and these stand behind the biases.
     """
 
@@ -181,7 +184,7 @@ def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int 
         return f"c0: {'needed by' if cell.states else 'not an argument of'} cell {layer.cell!r}"
     if reason := misfit_of_weights(layer, weights, x.shape[-1], layers):
         return reason
-    rows, width = weights[1].shape
+    rows, width = weights[1].shape[0], weights[1].shape[1] * layer.heads
     batch = h0.shape[1] if batch_sizes is not None and h0.dim() == 3 else x.shape[0 if layer.batch_first else 1]
     if type(batch_sizes) is Tensor and not torch.compiler.is_compiling() and int(batch_sizes[0]) != batch:
         return f"batch_sizes: expected {batch} rows in the first step, as the states have, got {int(batch_sizes[0])}"
@@ -196,18 +199,21 @@ def misfit_of_weights(layer: Layer, weights: Sequence[Tensor], input_size: int, 
     cell, D, kinds = CELLS[layer.cell], layer.directions, layer.kinds()
     if layer.projected and not cell.states:
         return f"w_hr: cell {layer.cell!r} has no projection"
+    if layer.projected and layer.heads > 1:
+        return f"w_hr: a layer of {layer.heads} heads has no projection"
     if len(weights) != layers * D * len(kinds):
         return f"weights: expected {len(kinds)} for each of {layers} layers and {D} directions, got {len(weights)}"
     if weights[1].dim() != 2:
         return f"w_hh: expected [G * H, R], got {tuple(weights[1].shape)}"
-    rows, width = weights[1].shape
-    hidden = rows // cell.gates
-    if hidden * cell.gates != rows or (width != hidden and not layer.projected):
-        return f"w_hh: expected {cell.gates} * H rows and {'R' if layer.projected else 'H'} columns, got {(rows, width)}"
+    (rows, of_head), heads = weights[1].shape, layer.heads
+    hidden, width = rows // cell.gates, of_head * heads
+    if heads < 1 or hidden * cell.gates != rows or (width != hidden and not layer.projected):
+        columns = "R" if layer.projected else "H" if heads == 1 else f"H / {heads}"
+        return f"w_hh: expected {cell.gates} * H rows and {columns} columns, got {(rows, of_head)}"
     if cell.weights and not layer.bias:
         return f"b_ih: needed by cell {layer.cell!r}, whose own weights stand behind the biases"
     biases = [(rows + cell.weights * hidden,), (rows,)]
-    expected: list[tuple[int, ...]] = [(rows, input_size), (rows, width), *biases * layer.bias]
+    expected: list[tuple[int, ...]] = [(rows, input_size), (rows, of_head), *biases * layer.bias]
     expected += [(width, hidden)] * layer.projected
     for index, weight in enumerate(weights):
         if index == D * len(kinds):

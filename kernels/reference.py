@@ -66,7 +66,8 @@ def layer_forward(
     xs = steps.each(x)
     ys, states, carries, kept = [], [], [], []
     for d, own in enumerate(layer.by_direction(weights)):
-        h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], own, layer.reverse != bool(d))
+        product = Product(layer, own.w_hh)
+        h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], own, product, layer.reverse != bool(d))
         ys.append(out)
         kept.append(torch.cat(slots))
         states.append(h)
@@ -77,16 +78,18 @@ def layer_forward(
     return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
 
 
-def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, reverse: bool):
+def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, product: Product, reverse: bool):
     """One direction: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H]."""
-    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    w_ih, _, b_ih, b_hh, w_hr = weights
     b_ih, own_weights = apart(kind, b_ih)
     ys: list = [None] * len(xs)
     kept: list = [None] * len(xs)
     for t in order_of(len(xs), reverse):
         b = len(xs[t])
         before = states_before(kind, first(b, h), None if c is None else first(b, c))
-        a = _preactivations(kind, _affine(xs[t], w_ih, b_ih), _affine(first(b, h), w_hh, b_hh))
+        of_h = product(first(b, h))
+        of_x = xs[t] @ w_ih.T
+        a = _preactivations(kind, of_x if b_ih is None else of_x + b_ih, of_h if b_hh is None else of_h + b_hh)
         out, *slots = _FORWARD[kind.name](*a, *before, *own_weights)
         if c is not None:
             c = replace(c, slots[-1] if kind.states == 1 else torch.cat(slots[kind.kept :], -1))
@@ -97,6 +100,45 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, reve
         h = replace(h, out)
         ys[t], kept[t] = out, torch.cat(slots, -1) if slots else out[:, :0]
     return h, c, ys, kept
+
+
+class Product:
+    """Products with W_hh [G * H, R], or with the blocks on its diagonal, of which it then is a column [G * H, H / heads]."""
+
+    def __init__(self, layer: Layer, w_hh: Tensor) -> None:
+        self.gates, self.heads = CELLS[layer.cell].gates, layer.heads
+        self.transposed = w_hh.T if self.heads == 1 else self._of_heads(w_hh.T, self.gates)
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Return h [n, R] times W_hh transposed, [n, G * H]."""
+        if self.heads == 1:
+            return torch.mm(h, self.transposed)
+        return self._whole(torch.bmm(self._of_heads(h, 1), self.transposed), self.gates)
+
+    def back(self, d: Tensor) -> Tensor:
+        """Return d [n, G * H] times W_hh, [n, R]."""
+        if self.heads == 1:
+            return torch.mm(d, self.transposed.T)
+        return self._whole(torch.bmm(self._of_heads(d, self.gates), self.transposed.transpose(1, 2)), 1)
+
+    def outer(self, d: Tensor, h: Tensor, so_far: Tensor | None) -> Tensor:
+        """Return what d [n, G * H] and h [n, R] add to a gradient of W_hh, of which there is `so_far`."""
+        if self.heads == 1:
+            return torch.mm(d.T, h) if so_far is None else torch.addmm(so_far, d.T, h)
+        blocks = torch.bmm(self._of_heads(h, 1).transpose(1, 2), self._of_heads(d, self.gates))
+        added = self._whole(blocks, self.gates).T
+        return added if so_far is None else so_far + added
+
+    def _of_heads(self, rows: Tensor, gates: int) -> Tensor:
+        """Return each head's part [heads, n, gates * H / heads] of rows [n, gates * H]."""
+        n, width = rows.shape
+        size = width // (gates * self.heads)
+        return rows.reshape(n, gates, self.heads, size).permute(2, 0, 1, 3).reshape(self.heads, n, gates * size)
+
+    def _whole(self, parts: Tensor, gates: int) -> Tensor:
+        """Undo `_of_heads`."""
+        heads, n, width = parts.shape
+        return parts.reshape(heads, n, gates, width // gates).permute(1, 2, 0, 3).reshape(n, heads * width)
 
 
 def _preactivations(kind: Cell, a_input: Tensor, a_hidden: Tensor) -> Iterator[Tensor]:
@@ -125,10 +167,6 @@ def apart(kind: Cell, b_ih: Tensor | None) -> tuple[Tensor | None, Sequence[Tens
         return b_ih, ()
     parts = b_ih.chunk(kind.gates + kind.weights)
     return torch.cat(parts[: kind.gates]), parts[kind.gates :]
-
-
-def _affine(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    return x @ w.T if b is None else x @ w.T + b
 
 
 def order_of(length: int, reverse: bool) -> range:
