@@ -23,6 +23,7 @@ import fastrnn
 from fastrnn import cells, dispatch
 from fastrnn.cells import Gate, Hidden, Input, State, Weight, exp, maximum, relu, sigmoid, tanh, where
 from fastrnn.kernels import gradients, reference
+from fastrnn.kernels.cpu import fallback
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 
 NATIVE = ["slstm", "peephole_lstm", "mgu", "indrnn", "wide"]  # what the others have is among what these have
@@ -743,3 +744,30 @@ def test_the_command_compiles_beforehand(tmp_path):
         "from fastrnn.__main__ import main; main(['compile', 'fastrnn.cells:leaky_rnn'])", FASTRNN_CACHE_DIR=str(tmp_path)
     )
     assert "leaky_rnn: forward and backward, float32" in found and list(tmp_path.glob("kernels-*/*leaky_rnn*.o"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes memory by Linux's mmap")
+def test_a_process_whose_free_memory_lies_in_pieces():
+    """A kernel's code and its constants may be no more than 2 GiB apart; here there is a small hole, and much farther down the rest."""
+    code = """
+import ctypes, llvmlite.binding, torch, fastrnn
+from fastrnn import cells
+
+layer = fastrnn.recurrent(cells.mgu)(3, 4)
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+reserve = lambda size: libc.mmap(None, size, 0, 0x4022, -1, 0)  # private, anonymous, without memory: addresses alone
+wall, size = reserve(8 << 30), 1 << 32
+while size >= 4096:  # whatever is free above
+    found = reserve(size)
+    if found < wall or found == 2**64 - 1:
+        if found != 2**64 - 1:
+            libc.munmap(found, size)
+        size //= 2
+libc.munmap(wall + (8 << 30) - 36 * 1024, 32 * 1024)
+layer(torch.randn(5, 2, 3))[0].sum().backward()
+print("finite", bool(layer.weight_hh_l0.grad.isfinite().all()))
+"""
+    assert "finite True" in python(code, FASTRNN_CACHE_DIR=str(fallback.cache_path()))  # where the tests above have it

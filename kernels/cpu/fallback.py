@@ -57,7 +57,9 @@ def _engine():
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    # With llvmlite's memory for sections, of which those of an object lie together. LLVM's own takes any free place for each,
+    # and code that is two gigabytes away from its constants kills the process.
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
 
 
 @cache
