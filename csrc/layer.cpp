@@ -111,15 +111,16 @@ std::string Layer::text() const {
 
 std::optional<LayerSizes> LayerSizes::of(const Layer& layer, const View* weights, size_t count, Dtype vectors) {
   const bool counted = count == layer.weights() * static_cast<size_t>(layer.directions);
-  if (!counted || weights[0].dims != 2 || weights[1].dims != 2 || (layer.projected && !layer.cell->states) ||
-      (layer.cell->weights && !layer.bias) || layer.heads > 1)
+  if (!counted || weights[0].dims != 2 || weights[1].dims != 2 || (layer.cell->weights && !layer.bias) ||
+      (layer.projected && (!layer.cell->states || layer.heads > 1)))
     return std::nullopt;
   const bool half = weights[0].dtype == Dtype::bf16;
   const Dtype matrices = weights[0].dtype;
-  const int64_t gate_rows = weights[1].size(0), hidden = gate_rows / layer.cell->gates, output = weights[1].size(1);
+  const int64_t gate_rows = weights[1].size(0), hidden = gate_rows / layer.cell->gates;
+  const int64_t of_head = weights[1].size(1), output = product({of_head, layer.heads});
   const LayerSizes sizes{layer, half ? Dtype::f32 : matrices, weights[0].size(1), hidden, output, half};
   if (hidden == 0 || hidden * layer.cell->gates != gate_rows || !(layer.projected || output == hidden)) return std::nullopt;
-  if ((sizes.dtype != Dtype::f32 && sizes.dtype != Dtype::f64) || (half && output % 2)) return std::nullopt;
+  if ((sizes.dtype != Dtype::f32 && sizes.dtype != Dtype::f64) || (half && of_head % 2)) return std::nullopt;
   for (size_t i = 0; i < count; ++i) {
     const View& w = weights[i];
     const Layer::Weight which = layer.weight(i);
@@ -128,7 +129,7 @@ std::optional<LayerSizes> LayerSizes::of(const Layer& layer, const View* weights
     const int64_t height = which == Layer::W_HR ? output : gate_rows + own_weights;
     if (w.dims != (vector ? 1 : 2) || w.size(0) != height) return std::nullopt;
     if (vector ? vectors != Dtype::other && w.dtype != vectors : w.dtype != matrices) return std::nullopt;
-    const int64_t width = which == Layer::W_IH ? sizes.input_size : which == Layer::W_HH ? output : hidden;
+    const int64_t width = which == Layer::W_IH ? sizes.input_size : which == Layer::W_HH ? of_head : hidden;
     if (!vector && w.size(1) != width) return std::nullopt;
   }
   return sizes;
@@ -149,6 +150,7 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, const int64_t*
   r.input_size = sizes.input_size;
   r.output_size = sizes.output_size;
   r.hidden_size = sizes.hidden_size;
+  r.heads = layer.heads;
   r.bias = layer.bias;
   r.projected = layer.projected;
   r.half = sizes.half;
@@ -283,7 +285,8 @@ int64_t Call::pack() {
 
 int64_t Call::operations(bool forward) const {
   const Record& r = records[0];
-  return (forward ? 2 : 4) * layer.directions * r.rows * layer.cell->gates * r.hidden_size * (r.input_size + r.output_size);
+  return (forward ? 2 : 4) * layer.directions * r.rows * layer.cell->gates * r.hidden_size *
+         (r.input_size + r.output_size / r.heads);
 }
 
 // How long to wait for a thread: waking one takes 5 to 50 us, on a virtual machine now and then a millisecond, which a long
@@ -383,7 +386,7 @@ Call backward_call(const Inputs& inputs, const Gradients& gradients, const View&
       each(result, r.half ? half : field, {height, width}, inputs.weights[0].dtype);
     };
     matrix(DW_IH, &Record::dw_ih, &Record::dw_ih_half, G, r.input_size);
-    matrix(DW_HH, &Record::dw_hh, &Record::dw_hh_half, G, R);
+    matrix(DW_HH, &Record::dw_hh, &Record::dw_hh_half, G, R / r.heads);
     if (r.bias) {
       each(DB_IH, &Record::db_ih, {G + W}, dtype);
       each(DB_HH, &Record::db_hh, {G}, dtype);

@@ -235,7 +235,7 @@ class Stack {
   double operations(const View& x) const {
     const auto rows = static_cast<double>(x.numel() / x.size(-1));
     const auto units = static_cast<double>(layers * sizes.layer.directions * sizes.layer.cell->gates * sizes.hidden_size);
-    return 2 * rows * units * static_cast<double>(sizes.input_size + sizes.output_size);
+    return 2 * rows * units * static_cast<double>(sizes.input_size + sizes.output_size / sizes.layer.heads);
   }
 
   LayerSizes sizes;  // of the lowest layer

@@ -243,32 +243,25 @@ class Recurrent(nn.Module):
             engine = "reference"
         else:
             cpu.prepare_cell(definition.name, x.dtype, torch.is_grad_enabled())
-        heads = 1 if engine == "cpu" else self.num_heads
-        weights = [each for layer in range(self.num_layers) for each in self._weights(layer, heads)]
+        weights = [each for layer in range(self.num_layers) for each in self._weights(layer)]
         h0, *others = states
         c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
         bias = self.bias or definition.weights > 0
-        layer = Layer(definition.name, 1 + self.bidirectional, bias, batch_first=batch_first, heads=heads)
+        layer = Layer(definition.name, 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
         dropout = self.dropout if self.training else 0.0
         with recompute(self.recompute or is_on()):
             y, h_n, c_n = functional.run_stack(engine, Inputs(x, batch_sizes, h0, c0), weights, layer, self.num_layers, dropout)
         return [y, h_n, *(() if c_n is None else c_n.chunk(definition.states, -1))]
 
-    def _weights(self, layer: int, heads: int) -> list[Tensor]:
-        """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction.
-
-        heads: the layer's, or 1: w_hh then is the whole matrix, with zeros.
-        """
+    def _weights(self, layer: int) -> list[Tensor]:
+        """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
         definition, parts, H = self.cell.definition, self.cell.parts, self.hidden_size
         found: list[Tensor] = []
         for suffix in self._suffixes(layer):
             own = [getattr(self, f"weight_{name}{suffix}") for name in parts["own"]]
             matrix = getattr(self, f"weight_ih{suffix}")
             recurrent = getattr(self, f"weight_hh{suffix}", None)
-            if recurrent is None:
-                recurrent = matrix.new_zeros(0, H // heads)
-            elif heads != self.num_heads:
-                recurrent = self._dense(recurrent)
+            recurrent = matrix.new_zeros(0, H // self.num_heads) if recurrent is None else recurrent
             found += (
                 _blocks(matrix, parts["ih"], definition.input_parts, H),
                 _blocks(recurrent, parts["hh"], definition.hidden_parts, H),
@@ -280,12 +273,6 @@ class Recurrent(nn.Module):
                 found.append(torch.cat([of_input, *own]) if own else of_input)
                 found.append(_blocks(of_hidden, parts["hh"] if len(of_hidden) else [], definition.hidden_parts, H))
         return found
-
-    def _dense(self, w: Tensor) -> Tensor:
-        """Return w_hh [blocks * H, H] of its heads' blocks [blocks * H, H / num_heads], with zeros elsewhere."""
-        heads, size = self.num_heads, self.hidden_size // self.num_heads
-        eye = torch.eye(heads, dtype=w.dtype, device=w.device)
-        return (w.view(-1, heads, size, 1, size) * eye.view(1, heads, 1, heads, 1)).reshape(-1, self.hidden_size)
 
     @staticmethod
     def _fastrnn_explain(module: Recurrent, input: Any, hx: Any = None) -> dispatch.Explanation:

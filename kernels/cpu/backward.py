@@ -44,7 +44,9 @@ from .product import (
 from .team import (
     RECORD_BYTES,
     active_rows,
+    end_unit,
     first_row,
+    first_unit,
     record_at,
     share,
     split_row,
@@ -183,6 +185,19 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             fill_rows(table + 8 * s * p.hidden_size, p.hidden_size, row, row_bytes)
 
     @njit(**options)
+    def parts_of_head(p):
+        """(parts, length): the rows of W_hh that a head's product meets are so many parts of that length, H rows apart."""
+        return (gates, p.head_units) if p.heads > 1 else (1, gates * p.hidden_size)
+
+    @njit(**options)
+    def fill_hidden_rows(p, head, table):
+        """Addresses of these rows."""
+        (parts, length), row_bytes = parts_of_head(p), p.output_size // p.heads * weight_size(p)
+        for part in range(parts):
+            row = p.w_hh + (part * p.hidden_size + head * p.head_units) * row_bytes
+            fill_rows(table + 8 * part * length, length, row, row_bytes)
+
+    @njit(**options)
     def pack_weights(p, member, members, table):
         """This member's share of the panels that every step needs, of W_hh and W_hr: their rows are the k of the product.
 
@@ -190,14 +205,17 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """
         depth = gates * p.hidden_size
         if not p.one_step:
-            fill_rows(table, depth, p.w_hh, p.output_size * weight_size(p))
-            panels = ceil_div(p.output_size, wide)
-            for panel in range(share(panels, members, member), share(panels, members, member + 1)):
+            panels, width = p.heads * p.head_panels, p.output_size // p.heads
+            first, last = share(panels, members, member), share(panels, members, member + 1)
+            for panel in range(first, last):
+                head, own = panel // p.head_panels, panel % p.head_panels
+                if panel == first or own == 0:
+                    fill_hidden_rows(p, head, table)
                 out = p.hh_panels + panel * p.hh_depth * panel_row
                 if p.tiles:
-                    pack_tiles(table, depth, p.output_size, panel, out)
+                    pack_tiles(table, depth, width, own, out)
                 else:
-                    pack_weight(p, table, depth, p.output_size, panel, out)
+                    pack_weight(p, table, depth // p.heads, width, own, out)
         if not p.ih_once:
             fill_input_rows(p, table)
             panels = ceil_div(p.input_size, wide)
@@ -253,9 +271,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def arguments(q, context):
         """What the cell's vector-Jacobian product is given for vector q of a row."""
-        p, t, b, unit0, sums, panel_sums, dy, more, _, saved_row = context
+        p, t, b, unit0, end, sums, panel_sums, dy, more, _, saved_row = context
         unit = unit0 + q * lanes
-        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
         dh = state_gradient(q, unit, n, sums, panel_sums, dy, more)
         carried = read_carried(p.dc0 + b * states * gate_stride + at, gate_stride, n)
         kept = read_slots(kept_at(p, t, b, saved_row) + at, gate_stride, n)
@@ -267,18 +285,19 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def keep(q, result, context):
         """Keep the gradients of vector q's pre-activations, and what is carried past them."""
-        p, _, b, unit0, _, _, _, _, gradients, _ = context
+        p, _, b, unit0, end, _, _, _, _, gradients, _ = context
         unit = unit0 + q * lanes
-        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
         write_gradients(gradients + at, gate_stride, result, n)
         write_carried(p.dc0 + b * states * gate_stride + at, gate_stride, result, n)
         if reads_hidden:
             store(p.dh0 + b * gate_stride + at, result[of_hidden], n)
 
     @njit(**options)
-    def expect(p, t, first, rows, panel, vectors, saved_row):
-        """Prefetch what the gates of a panel read of `rows` rows from `first` on: it comes while their product is computed."""
-        gate_stride, at = p.hidden_size * size, panel * wide * size
+    def expect(p, t, first, rows, unit, vectors, saved_row):
+        """Prefetch what the gates of units from `unit` on read of `rows` rows from `first` on: it comes while their product is
+        computed."""
+        gate_stride, at = p.hidden_size * size, unit * size
         for b in range(first, first + rows):
             dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row + at
             kept, carried = kept_at(p, t, b, saved_row) + at, carried_at(p, t, b, saved_row) + at
@@ -310,13 +329,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         p, turn, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, own_block,
         saved_row
     ):  # fmt: skip
-        """Step t of rows r0 .. r0+count-1, of which `live` have a later step: later * W_hh + dy + extra is dh.
+        """Step t of rows r0 .. r0+count-1, of which `live` have a later step, in one head: later * W_hh + dy + extra is dh.
 
         turn: from the first panel to the last if even, or back.
         Without a projection the cell takes it from the tile.
         """
-        depth = gates * p.hidden_size
+        parts, depth = parts_of_head(p)
         row_bytes, panel_bytes, blocks = pitch(p), p.hh_depth * panel_row, tile_blocks(depth)
+        end = end_unit(p, first)
         together = group if count > most else alone if count == 1 else 1
         if p.tiles:
             split(min(count, max(0, live)), later, depth, PARTS, own_block)
@@ -325,20 +345,26 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             panel = first + there_and_back(turn, 0, groups, index) * together
             next_panel = first + there_and_back(turn, 0, groups, min(index + 1, groups - 1)) * together
             panels = min(together, last - panel)
-            wanted = min(columns, ceil_div(p.output_size, lanes) - (panel + panels - 1) * columns)
+            unit0 = first_unit(p, panel, wide)
+            vectors = min(panels * columns, ceil_div(end - unit0, lanes))
+            wanted = vectors - (panels - 1) * columns
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 going_on, weights = min(rows, max(0, live - i)), p.hh_panels + panel * panel_bytes
                 if rows > most and not p.projected:
-                    expect(p, t, r0 + i, rows, panel, panels * columns, saved_row)
+                    expect(p, t, r0 + i, rows, unit0, panels * columns, saved_row)
                 if p.tiles:
                     tile_product(going_on, rows_at(own_block, i, blocks, PARTS), weights, blocks, scratch)
-                else:
+                for part in range(0 if p.tiles else parts):
+                    own, following = weights + part * depth * panel_row, p.hh_panels + next_panel * panel_bytes
+                    if part + 1 < parts:
+                        following = own + depth * panel_row
                     product(
-                        going_on, later + 8 * i, size, weights, panel_bytes, panels, wanted, panel_row, depth, scratch,
-                        p.hh_panels + next_panel * panel_bytes,
+                        going_on, later + 8 * i, size, own, panel_bytes, panels, wanted, panel_row, depth, scratch, following,
+                        part,
                     )  # fmt: skip
+                    shift_rows(later + 8 * i, going_on, (p.hidden_size if part + 1 < parts else -part * p.hidden_size) * size)
                 for m in range(rows):
                     b = r0 + i + m
                     dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
@@ -346,17 +372,16 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     sums, panel_sums = scratch + m * columns * vector, going_on * columns * vector
                     if m >= going_on:
                         sums, panel_sums = p.zeros, columns * vector
-                    unit = panel * wide
-                    vectors = min(panels * columns, ceil_div(p.output_size - unit, lanes))
                     if p.projected:
                         row = projected_gradients + (base + b) * p.output_size * size
                         for q in range(vectors):
-                            n = p.output_size - unit
-                            store(row + unit * size, state_gradient(q, unit, n, sums, panel_sums, dy, more), n)
-                            unit += lanes
+                            unit = unit0 + q * lanes
+                            store(
+                                row + unit * size, state_gradient(q, unit, end - unit, sums, panel_sums, dy, more), end - unit
+                            )
                     else:
                         row = gradients + (base + b) * row_bytes
-                        gate_gradients(vectors, (p, t, b, unit, sums, panel_sums, dy, more, row, saved_row))
+                        gate_gradients(vectors, (p, t, b, unit0, end, sums, panel_sums, dy, more, row, saved_row))
                 i += rows
 
     @njit(**options)
@@ -371,13 +396,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                product(rows, out_rows + 8 * i, size, weights, 0, 1, wanted, panel_row, depth, scratch, following)
+                product(rows, out_rows + 8 * i, size, weights, 0, 1, wanted, panel_row, depth, scratch, following, 0)
                 for m in range(rows):
                     b = r0 + i + m
                     unit, row = panel * wide, gradients + (base + b) * row_bytes
                     vectors = min(columns, ceil_div(p.hidden_size - unit, lanes))
                     sums = scratch + m * columns * vector
-                    gate_gradients(vectors, (p, t, b, unit, sums, 0, p.zeros, p.zeros, row, saved_row))
+                    gate_gradients(vectors, (p, t, b, unit, p.hidden_size, sums, 0, p.zeros, p.zeros, row, saved_row))
                 i += rows
 
     @njit(**options)
@@ -433,22 +458,34 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             for i in range(from_row, to_row):  # rows without a carried part start from zero
                 dh0 = p.dh0 + (r0 + i) * p.output_size * size
                 if load_int(extra + 8 * i) != dh0:
-                    for unit in range(first * wide, min(last * wide, p.output_size), lanes):
-                        store(dh0 + unit * size, zero(), p.output_size - unit)
-            depth, rows = gates * p.hidden_size, later + 8 * from_row
-            if p.tiles:
-                multiply_in_tiles(p, count, rows, p.hh_panels, p.output_size, first, last, table, 1, scratch, own_block)
-            elif p.one_step:
-                weight_rows = table + 8 * count
-                fill_rows(weight_rows, depth, p.w_hh, p.output_size * weight_size(p))
-                multiply_once(
-                    p, count, rows, weight_rows, True, depth, p.output_size, first, last, table, 1, scratch, own_panel
-                )  # fmt: skip
-            else:
-                multiply(
-                    count, rows, size, p.hh_panels, depth * panel_row, panel_row, depth, p.output_size, first, last, table, 1,
-                    scratch,
-                )  # fmt: skip
+                    unit1 = first_unit(p, last, wide)
+                    for unit in range(first_unit(p, first, wide), unit1, lanes):
+                        store(dh0 + unit * size, zero(), unit1 - unit)
+            rows, weight_rows, width = later + 8 * from_row, table + 8 * count, p.output_size // p.heads
+            parts, length = parts_of_head(p)
+            for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
+                low, high = max(0, first - head * p.head_panels), min(last - head * p.head_panels, p.head_panels)
+                own, at = p.hh_panels + head * p.head_panels * p.hh_depth * panel_row, head * p.head_units * size
+                shift_rows(table, count, at)
+                if p.tiles:
+                    multiply_in_tiles(p, count, rows, own, width, low, high, table, 1, scratch, own_block)
+                if p.one_step:
+                    fill_hidden_rows(p, head, weight_rows)
+                for part in range(0 if p.tiles else parts):
+                    along = at + part * p.hidden_size * size
+                    shift_rows(rows, count, along)
+                    if p.one_step:
+                        multiply_once(
+                            p, count, rows, weight_rows + 8 * part * length, True, length, width, low, high, table, 1, scratch,
+                            own_panel,
+                        )  # fmt: skip
+                    else:
+                        multiply(
+                            count, rows, size, own + part * length * panel_row, p.hh_depth * panel_row, panel_row, length,
+                            width, low, high, table, 1, scratch,
+                        )  # fmt: skip
+                    shift_rows(rows, count, -along)
+                shift_rows(table, count, -at)
 
     @njit(**options)
     def sum_columns(gradients, rows, row_bytes, n, totals, part):
@@ -548,41 +585,51 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def weight_gradient(
-        p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch, own_block
+        p, member, a, a_bytes, parts, units, operand_rows, rows, width, out_rows, add, tables, scratch, own_block
     ):  # fmt: skip
         """What is at out_rows, [units, width], (+)= a[rows, units]^T * operand[rows, width]; a_bytes from one row of a on.
 
-        The operand is packed by all members together, some panels at a time.
+        Of a and out_rows there are so many parts of `units`, H units apart. The operand is packed by all members together, some
+        panels at a time, and each multiplies its share of the units.
         """
-        unit, end = share(units, members, member), share(units, members, member + 1)
+        members = p.row_groups * p.unit_groups
+        unit0, unit1 = share(parts * units, members, member), share(parts * units, members, member + 1)
         if rows <= FEW_ROWS:
-            half, out = p.rounded_at_once, out_rows + 8 * unit
-            outer_products(a + unit * size, a_bytes, end - unit, operand_rows, rows, width, out, half, add)
+            for part in range(unit0 // units, ceil_div(unit1, units)):
+                unit, end = max(unit0 - part * units, 0), min(unit1 - part * units, units)
+                at = part * p.hidden_size + unit
+                outer_products(
+                    a + at * size, a_bytes, end - unit, operand_rows, rows, width, out_rows + 8 * at, p.rounded_at_once, add
+                )  # fmt: skip
             return
-        panels, parts = ceil_div(width, wide), 0
+        panels, operand_parts = ceil_div(width, wide), 0
         if p.tiles:
-            parts = parts_of(rows, operand_rows, width)
+            operand_parts = parts_of(rows, operand_rows, width)
         for first in range(0, panels, operand_panels):
             count, last = min(operand_panels, panels - first), min(panels, first + operand_panels)
             for begin in range(0, rows, p.operand_rows):
                 length, adds = min(p.operand_rows, rows - begin), add or begin > 0
-                part, own_rows = a + begin * a_bytes, operand_rows + 8 * begin
+                own_rows = operand_rows + 8 * begin
                 wait_crew(p, member)  # the panels before are done with
                 if p.tiles:
-                    pack_operand_tiles(p, member, members, own_rows, length, width, first, count, parts)
+                    pack_operand_tiles(p, member, members, own_rows, length, width, first, count, operand_parts)
                 else:
                     pack_operand(p, member, members, own_rows, length, width, first, count)
                 wait_crew(p, member)
-                if p.tiles:
-                    base = p.operands - first * tile_blocks(length) * columns * parts * TILE_BYTES
-                    multiply_units_in_tiles(
-                        part, a_bytes, unit, end, base, parts, length, width, first, last, out_rows, adds, scratch, own_block
-                    )  # fmt: skip
-                else:
-                    base = p.operands - first * length * panel_row
-                    multiply_units(
-                        part, a_bytes, unit, end, base, length, width, first, last, out_rows, adds, tables, scratch, own_block
-                    )  # fmt: skip
+                for part in range(unit0 // units, ceil_div(unit1, units)):
+                    unit, end = max(unit0 - part * units, 0), min(unit1 - part * units, units)
+                    own, out = a + begin * a_bytes + part * p.hidden_size * size, out_rows + 8 * part * p.hidden_size
+                    if p.tiles:
+                        base = p.operands - first * tile_blocks(length) * columns * operand_parts * TILE_BYTES
+                        multiply_units_in_tiles(
+                            own, a_bytes, unit, end, base, operand_parts, length, width, first, last, out, adds, scratch,
+                            own_block,
+                        )  # fmt: skip
+                    else:
+                        base = p.operands - first * length * panel_row
+                        multiply_units(
+                            own, a_bytes, unit, end, base, length, width, first, last, out, adds, tables, scratch, own_block
+                        )  # fmt: skip
 
     @njit(**options)
     def fill_gate_rows(p, table, order, matrix, width):
@@ -603,7 +650,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """The weights' gradients to where they are wanted in bfloat16."""
         depth = gates * p.hidden_size
         round_gradient(p.dw_ih, depth * p.input_size, p.dw_ih_half, members, member)
-        round_gradient(p.dw_hh, depth * p.output_size, p.dw_hh_half, members, member)
+        round_gradient(p.dw_hh, depth * (p.output_size // p.heads), p.dw_hh_half, members, member)
         if p.projected:
             round_gradient(p.dw_hr, p.output_size * p.hidden_size, p.dw_hr_half, members, member)
 
@@ -625,20 +672,23 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 i += 1
         fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
         weight_gradient(
-            p, member, members, gradients, row_bytes, depth, x_rows, rows, p.input_size, out_rows, add, columns_of_a,
-            scratch, own_block,
+            p, member, gradients, row_bytes, 1, depth, x_rows, rows, p.input_size, out_rows, add, columns_of_a, scratch,
+            own_block,
         )  # fmt: skip
-        fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, p.output_size)
-        weight_gradient(
-            p, member, members, gradients + hidden * units * size, row_bytes, depth, h_rows, rows, p.output_size,
-            out_rows, add, columns_of_a, scratch, own_block,
-        )  # fmt: skip
+        (parts, length), width = parts_of_head(p), p.output_size // p.heads
+        fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, width)
+        for head in range(p.heads):
+            weight_gradient(
+                p, member, gradients + (hidden * units + head * p.head_units) * size, row_bytes, parts, length, h_rows, rows,
+                width, out_rows + 8 * head * p.head_units, add, columns_of_a, scratch, own_block,
+            )  # fmt: skip
+            shift_rows(h_rows, rows, p.head_units * size)
         if p.projected:
             saved_row = (slots + 1) * units * size
             fill_rows(x_rows, rows, p.saved + first_row(p, t_low) * saved_row + slots * units * size, saved_row)
             fill_rows(out_rows, p.output_size, p.dw_hr, units * (2 if p.rounded_at_once else size))
             weight_gradient(
-                p, member, members, out_gradients, p.output_size * size, p.output_size, x_rows, rows, units, out_rows, add,
+                p, member, out_gradients, p.output_size * size, 1, p.output_size, x_rows, rows, units, out_rows, add,
                 columns_of_a, scratch, own_block,
             )  # fmt: skip
         if p.bias:
@@ -697,7 +747,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         row_group, unit_group = member // p.unit_groups, member % p.unit_groups
         r0, r1 = split_row(p, row_group), split_row(p, row_group + 1)
         hidden_bytes, output_bytes = p.hidden_size * size, p.output_size * size
-        panels = ceil_div(p.output_size, wide)
+        panels = p.heads * p.head_panels
         first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
         cell_panels = ceil_div(p.hidden_size, wide)
         first_cell = share(cell_panels, p.unit_groups, unit_group)
@@ -754,10 +804,15 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 base = first_row(p, t) - first_row(p, t_low)
                 for i in range(0, count, p.split_rows):
                     n = min(count - i, p.split_rows)
-                    step(
-                        p, k + i // p.split_rows, t, base, r0 + i, n, previous_count - i, later + 8 * i, extra + 8 * i,
-                        gradients, out_gradients, first, last, scratch, own_block, saved_row,
-                    )  # fmt: skip
+                    for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
+                        low, high = max(first, head * p.head_panels), min(last, (head + 1) * p.head_panels)
+                        live = previous_count - i
+                        shift_rows(later + 8 * i, min(n, live), head * p.head_units * size)
+                        step(
+                            p, k + i // p.split_rows, t, base, r0 + i, n, live, later + 8 * i, extra + 8 * i, gradients,
+                            out_gradients, low, high, scratch, own_block, saved_row,
+                        )  # fmt: skip
+                        shift_rows(later + 8 * i, min(n, live), -head * p.head_units * size)
                 if p.projected:
                     wait_group(p, member)
                     fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)

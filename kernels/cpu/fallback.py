@@ -128,7 +128,7 @@ class Call:
         self.keep: list = [self.records]
         self.cell, self.scalar, self.steps = CELLS[layer.cell], TYPES[x.dtype], Steps(layer, inputs)
         self.H, self.R = weights[0].shape[0] // self.cell.gates, inputs.h0.shape[2]
-        if weights[0].dtype == torch.bfloat16 and self.R % 2 == 0:  # matrices as kernels read them
+        if weights[0].dtype == torch.bfloat16 and weights[1].shape[1] % 2 == 0:  # matrices as kernels read them
             self.weights = [w.contiguous() for w in weights]
         else:
             self.weights = [w.to(x.dtype).contiguous() for w in weights]
@@ -139,6 +139,7 @@ class Call:
             "input_size": x.shape[-1],
             "hidden_size": self.H,
             "output_size": self.R,
+            "heads": layer.heads,
             "bias": layer.bias,
             "projected": layer.projected,
             "half": self.weights[0].dtype == torch.bfloat16,
