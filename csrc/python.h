@@ -158,5 +158,6 @@ PyObject* answer(const Body& body) {
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
 Function forward, step, cell, pack;
 Function layer_forward, layer_backward, check_memory;
+Function turn;
 
 }  // namespace fastrnn
