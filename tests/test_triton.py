@@ -270,6 +270,15 @@ def test_what_programs_exchange_is_ordered(target, forward):
 
 
 @needs_triton
+@pytest.mark.parametrize("forward", [True, False])
+def test_no_program_waits_for_ever(forward):
+    """A loop of polls has a bound, which is in the code, and what is beyond it writes the host's word."""
+    code = _compiled("sm_90", forward, "persistent").asm["ptx"]
+    assert re.search(r"setp\.\w+\.[su]32 .*268435456", code) or re.search(r"26843545[56]", code)
+    assert len(re.findall(r"atom\.global\.gpu\.relaxed", code)) == 1
+
+
+@needs_triton
 @pytest.mark.parametrize("schedule", ["single", "stepwise", "persistent"])
 @pytest.mark.parametrize("forward", [True, False])
 def test_lengths_are_run_time_arguments(forward, schedule):

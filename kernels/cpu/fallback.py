@@ -7,11 +7,8 @@ loaded without importing numba.
 from __future__ import annotations
 
 import ctypes
-import os
-import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,31 +19,13 @@ from torch import Tensor
 
 from ..cells import CELLS
 from ..layer import Inputs, Layer, Steps, layer_of
+from ..user_cache import cache_directory
 from . import processor
 from .plan import FIELDS, L2_BYTES
 from .processor import Tier
 from .source import KERNELS, object_directory
 
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
-
-
-def cache_path() -> Path:
-    """Name the directory that keeps compiled kernels: FASTRNN_CACHE_DIR, or else ~/.cache/fastrnn."""
-    return Path(os.environ.get("FASTRNN_CACHE_DIR") or Path.home() / ".cache" / "fastrnn")
-
-
-def cache_directory() -> Path:
-    """Make `cache_path`, or a temporary directory where that one is not to be had or others can write to it."""
-    base = cache_path()
-    try:
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = base.stat()
-        # Windows has neither owners nor modes of this kind
-        if not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-            return base
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="fastrnn-"))
 
 
 @cache

@@ -55,7 +55,7 @@ def kept_values(
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, lengths, offsets, counters,
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, lengths, offsets, counters, gave_up,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
@@ -151,7 +151,7 @@ def scan_backward(
                 tl.store(at_dp, dh.to(dp.dtype.element_ty), mask=outputs_ok[:, None] & active[None, :])
             if SYNC and PROJECTED:
                 arrive(counter)
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS)
+                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
         if PHASE != "state":
             if PROJECTED:
                 dh = product((), r_rows, units_ok, dp_rows, active, R, H, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION)
@@ -175,7 +175,7 @@ def scan_backward(
             dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
             dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
             own = row_index(at, rows, offsets, T, B, PACKED, False)
-            wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS)
+            wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS, gave_up)
     if CARRY != "none" and PHASE != "state":
         tl.store(carry + state_at, dc, mask=state_ok)
 

@@ -11,7 +11,7 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     carry    [D, B, H] float32: what enters element by element (c, or h of GRU); the initial one, in the end the final one
     w_hh, w_hr, b_ih, b_hh   as in the op, with a leading axis D
     lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED
-    counters [groups, 16] int64, zero: see barrier.py; only used where both phases or several steps share a launch
+    counters [groups, 16] int64, zero, and gave_up [1] int32: see barrier.py; only used where SYNC
 
 A program has UNITS units of every gate (and OUTPUTS outputs of the projection) and ROWS rows; programs of the same rows and
 direction are a group. Groups never wait for each other, and stop with the longest of their rows.
@@ -58,7 +58,7 @@ def preactivations(inputs, hiddens, biases, GATES: tl.constexpr, HIDDEN: tl.cons
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
-    kept, y, out, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, counters,
+    kept, y, out, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, counters, gave_up,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr,
     CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
@@ -147,7 +147,7 @@ def scan_forward(
             elif CARRY == "hidden":
                 p = tl.where(active[None, :], new[0], p)
             if SYNC and PROJECTED:
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS)
+                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
         if PROJECTED and PHASE != "gates":
             proj = product((), r_rows, outputs_ok, out_rows, active, H, 1, OUTPUTS, ROWS, BK, SPLIT, False, STAGES, PRECISION)
             proj = released(proj).to(y.dtype.element_ty)  # [OUTPUTS, ROWS]
@@ -166,9 +166,9 @@ def scan_forward(
             y_before = y_rows
             y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
             if PROJECTED:
-                wait(counter, (2 * (s - begin) + 2).to(tl.int64) * BLOCKS)
+                wait(counter, (2 * (s - begin) + 2).to(tl.int64) * BLOCKS, gave_up)
             else:
-                wait(counter, (s - begin + 1).to(tl.int64) * BLOCKS)
+                wait(counter, (s - begin + 1).to(tl.int64) * BLOCKS, gave_up)
     if CARRY != "none" and PHASE != "project":
         tl.store(carry + state_at, p, mask=tile_ok)
 

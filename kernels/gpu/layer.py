@@ -6,7 +6,6 @@ Letters as in fastrnn/ops.py; N rows of the sequence, P pre-activations of a uni
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,21 +17,9 @@ from . import DTYPES, device_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .cell import PLAIN, PTX
+from .launch import Launch, alarm
 from .plan import Plan, choose
 from .precision import precision_of, products_in
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with everything it is started with."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 class Call:
@@ -137,6 +124,7 @@ class Call:
             for wave in range(waves):
                 groups = min(plan.groups, blocks_of_rows - wave * plan.groups)
                 given = {"counters": counters[wave], "first_row": wave * plan.groups * plan.rows, "begin": 0, "end": steps}
+                given["gave_up"] = alarm(self.device).word
                 grid = (plan.blocks * self.D * groups,)
                 yield Launch(
                     scan, grid, arguments | sizes | given | {"PHASE": "both"}, options | {"launch_cooperative_grid": True}
@@ -146,11 +134,13 @@ class Call:
         for step in range(steps):
             for phase in phases:
                 given = {"counters": counters, "first_row": 0, "begin": step, "end": step + 1, "PHASE": phase}
+                given["gave_up"] = counters  # nobody waits
                 yield Launch(scan, (plan.blocks * self.D * blocks_of_rows,), arguments | sizes | given, options)
 
 
 def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
     """The op's implementation, on x's device and its current stream."""
+    alarm(x.device).check()
     call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0), weights)
     with torch.cuda.device(x.device):
         return forward(call, save, *call.chosen(forward=True))
@@ -158,6 +148,7 @@ def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
 
 def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
     """The op's implementation, on x's device and its current stream."""
+    alarm(x.device).check()
     call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0), weights)
     with torch.cuda.device(x.device):
         return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
