@@ -10,7 +10,10 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     h0, h_n  [D, B, R]
     carry    [D, B, H] float32: what enters element by element (c, or h of GRU); the initial one, in the end the final one
     w_hh, w_hr, b_ih, b_hh   as in the op, with a leading axis D
-    lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED
+    start    [D, B, H], what carry begins with, which resets go back to
+    lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED, lengths also where
+             RAGGED: rows are those of a dense sequence, in any order, and have no steps past their lengths
+    resets   a byte for each row of x: not 0 where the states before that step go back to the initial ones; only where RESETS
     counters [groups, 16] int64, zero: see barrier.py; only used where both phases or several steps share a launch
 
 A program has UNITS units of every gate (and OUTPUTS outputs of the projection) and ROWS rows; programs of the same rows and
@@ -23,7 +26,17 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, wait
-from .tile import load_tiles, product, released, resident_weights, row_index, store_tiles, unstack
+from .tile import (
+    begins_anew,
+    load_tiles,
+    product,
+    released,
+    resident_weights,
+    row_index,
+    steps_of_rows,
+    store_tiles,
+    unstack,
+)
 
 
 @triton.jit
@@ -58,11 +71,12 @@ def preactivations(inputs, hiddens, biases, GATES: tl.constexpr, HIDDEN: tl.cons
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
-    kept, y, out, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, counters,
+    kept, y, out, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr,
     CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
@@ -80,8 +94,7 @@ def scan_forward(
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
-    length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32) if PACKED else tl.where(rows_ok, T, 0)  # [ROWS]
-    steps = tl.load(lengths + first).to(tl.int32) if PACKED else T  # rows are sorted: its first row's
+    length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
     stop = tl.minimum(end, steps)
 
     units = block * UNITS + tl.arange(0, UNITS)  # [UNITS]
@@ -107,13 +120,15 @@ def scan_forward(
 
     # what a step needs from memory, and does not wait for, is loaded in the step before
     t = tl.where(backwards, steps - 1 - begin, begin)
-    at = tl.maximum(t, 0) if PACKED else t
+    at = tl.maximum(t, 0) if PACKED or RAGGED else t
     kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W  # [ROWS]
     active = (t < length) & (t >= 0)
     inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & active[None, :], GATES, H)
     y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     t_before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
     y_before = y + row_index(t_before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
+    if RESETS:
+        anew = begins_anew(resets, at, rows, active, offsets, T, B, PACKED, BATCH_FIRST)
 
     for s in tl.range(begin, stop, num_stages=1):
         t = tl.where(backwards, steps - 1 - s, s)
@@ -123,6 +138,11 @@ def scan_forward(
         out_rows = kept_rows + SLOTS * H if SAVE else out + (d * B + rows) * H  # [ROWS]
         if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
+            if RESETS:
+                joined = joined & (anew == 0)
+                if CARRY != "none":
+                    fresh = tl.load(start + state_at, mask=ok & anew[None, :], other=0.0).to(tl.float32)
+                    p = tl.where(anew[None, :], fresh, p)
             h_rows = tl.where(joined, y_before, h0_rows)
             if ALIGNED:  # of a choice between pointers the compiler forgets it
                 h_rows = tl.multiple_of(h_rows, 16)
@@ -163,6 +183,8 @@ def scan_forward(
             kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W
             here = (t < length) & (t >= 0)
             inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
+            if RESETS:
+                anew = begins_anew(resets, at, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
             y_before = y_rows
             y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
             if PROJECTED:
@@ -175,11 +197,12 @@ def scan_forward(
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_forward(
-    kept, y, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets,
+    kept, y, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr,
     CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     SAVE: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All steps of ROWS rows in one program, which holds every unit and the state. Grid: D * blocks of rows."""
@@ -188,8 +211,7 @@ def single_forward(
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
-    length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32) if PACKED else tl.where(rows_ok, T, 0)  # [ROWS]
-    steps = tl.load(lengths + first).to(tl.int32) if PACKED else T
+    length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
 
     units = tl.arange(0, UNITS)  # [UNITS]
     units_ok = units < H
@@ -217,6 +239,8 @@ def single_forward(
     t = tl.where(backwards, steps - 1, 0)
     kept_rows = kept + (d * N + row_index(t, rows, offsets, T, B, PACKED, False)) * W  # [ROWS]
     inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & (t < length)[None, :], GATES, H)
+    if RESETS:
+        anew = begins_anew(resets, t, rows, t < length, offsets, T, B, PACKED, BATCH_FIRST)
 
     for s in tl.range(0, steps, num_stages=1):
         t = tl.where(backwards, steps - 1 - s, s)
@@ -228,6 +252,12 @@ def single_forward(
         kept_rows = kept + (d * N + row_index(ahead, rows, offsets, T, B, PACKED, False)) * W
         here = (ahead < length) & (s + 1 < steps)
         inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
+        if RESETS:
+            h = tl.where(anew[None, :], tl.load(h0 + n_at, mask=n_ok & anew[None, :], other=0.0), h)
+            if CARRY != "none":
+                fresh = tl.load(start + state_at, mask=ok & anew[None, :], other=0.0).to(tl.float32)
+                p = tl.where(anew[None, :], fresh, p)
+            anew = begins_anew(resets, ahead, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
 
         hiddens = unstack(tl.dot(w, h, input_precision=PRECISION), PADDED, UNITS, ROWS)
         a = preactivations(own_inputs, hiddens, biases, GATES, HIDDEN)
