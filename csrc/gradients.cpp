@@ -15,8 +15,8 @@ namespace {
 // few: the ops get float32.
 class Arguments {
  public:
-  // The first four of a tuple: x, batch_sizes, h0, c0; and its weights, from the seventh on. False where that is not what a
-  // kernel reads.
+  // The first six of a tuple: x, batch_sizes, h0, c0, resets, lengths; and its weights, from the ninth on. False where that is
+  // not what a kernel reads.
   bool tensors(PyObject* tuple, const Reads& reads) {
     const Py_ssize_t count = PyTuple_Size(tuple) - FIRST_WEIGHT;
     results.like(imported.float32_pattern, FLOAT32);
@@ -29,7 +29,8 @@ class Arguments {
     }
     return numbers(PyTuple_GetItem(tuple, 0), inputs.x, x, false, !reads.x) &&
            maybe(PyTuple_GetItem(tuple, 1), inputs.batch_sizes) &&
-           numbers(PyTuple_GetItem(tuple, 2), inputs.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), inputs.c0, c);
+           numbers(PyTuple_GetItem(tuple, 2), inputs.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), inputs.c0, c) &&
+           maybe(PyTuple_GetItem(tuple, 4), inputs.resets) && maybe(PyTuple_GetItem(tuple, 5), inputs.lengths);
   }
   // Two of a tuple: the layer as text, and segments. False in recompute mode.
   bool options(PyObject* tuple, Py_ssize_t at) {
@@ -58,12 +59,20 @@ class Arguments {
     return true;
   }
   bool maybe_numbers(PyObject* object, View& seen, Dtype& dtype) { return object == Py_None || numbers(object, seen, dtype); }
+  // A gradient from outside, which may be one number, again and again. rows: of a sequence; else it is to be contiguous.
+  bool gradient(PyObject* object, View& seen, bool rows) {
+    Dtype any;
+    if (!look_strided(object, seen) || !Repeated::is(seen)) return numbers(object, seen, any, !rows);
+    seen = rows ? repeated.row(seen) : repeated.all(seen);
+    return true;
+  }
 
-  static constexpr Py_ssize_t FIRST_WEIGHT = 6;  // among the arguments of a Function, and among what it keeps
+  static constexpr Py_ssize_t FIRST_WEIGHT = 8;  // among the arguments of a Function, and among what it keeps
 
   Inputs inputs{};
   Dtype x{}, h{}, c{}, bias{};
   Widened wide;
+  Repeated repeated;
   Results results;
 
  private:
@@ -121,7 +130,7 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     Arguments own;
     if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < own.FIRST_WEIGHT || is_watched()) return nullptr;
-    if (!own.options(args[0], 4) || !own.tensors(args[0], Reads())) return nullptr;
+    if (!own.options(args[0], 6) || !own.tensors(args[0], Reads())) return nullptr;
     MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Dtype::f32}, Y);
     results.run(forward_call(own.inputs, true, results.make()), true);
     auto& made = results.made[0];
@@ -153,17 +162,14 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     own.inputs.x = x;
     if (!own.tensors(tensors, Reads(own.inputs, gradients))) return nullptr;
     Dtype any;
-    if (!own.numbers(PyTuple_GetItem(tensors, 4), y, any, false)) return nullptr;
-    if (!own.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;
-    if (!own.maybe_numbers(PyTuple_GetItem(outer, 1), gradients.dh_n, any)) return nullptr;
-    if (!own.maybe_numbers(PyTuple_GetItem(outer, 2), gradients.dc_n, any)) return nullptr;
-    Owned dy = kept(PyTuple_GetItem(outer, 0));
-    if (dy.get() == Py_None) {
-      if (!gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
-      dy = own.results.zeros({y.sizes, y.sizes + y.dims}, y.dtype, gradients.dy);
-    } else if (!own.numbers(dy.get(), gradients.dy, any, false)) {
-      return nullptr;
-    }
+    if (!own.numbers(PyTuple_GetItem(tensors, 6), y, any, false)) return nullptr;
+    if (!own.whole(PyTuple_GetItem(tensors, 7), saved)) return nullptr;
+    PyObject *dy = PyTuple_GetItem(outer, 0), *dh_n = PyTuple_GetItem(outer, 1), *dc_n = PyTuple_GetItem(outer, 2);
+    if (dh_n != Py_None && !own.gradient(dh_n, gradients.dh_n, false)) return nullptr;
+    if (dc_n != Py_None && !own.gradient(dc_n, gradients.dc_n, false)) return nullptr;
+    if (dy != Py_None && !own.gradient(dy, gradients.dy, true)) return nullptr;
+    if (!gradients.dy.dims && !gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
+    if (!gradients.dy.dims) gradients.dy = own.repeated.zeros(y);
     const Dtype as_made = Dtype::f32;
     MadeResults<BACKWARD_RESULTS> results(own, {own.x, own.h, own.c, as_made, as_made, own.bias, own.bias, as_made});
     results.run(backward_call(own.inputs, gradients, y, saved, results.make()), false);

@@ -20,6 +20,7 @@ import torch
 
 from ..cells import CELLS
 from ..layer import Layer
+from ..user_cache import cache_path
 from . import plan, processor
 from .processor import Tier
 from .source import source_hash
@@ -118,9 +119,7 @@ def _prepare_cell(cell: str, scalar: str, training: bool) -> None:
     begin, name = time.monotonic(), CELLS[cell].derived.name
     if fallback.compile_units(cell, scalar, passes, tier):
         what, seconds = " and ".join(passes), time.monotonic() - begin
-        print(
-            f"fastrnn: compiled {name} ({scalar}, {what}) in {seconds:.0f} s, kept in {fallback.cache_path()}", file=sys.stderr
-        )
+        print(f"fastrnn: compiled {name} ({scalar}, {what}) in {seconds:.0f} s, kept in {cache_path()}", file=sys.stderr)
     for which in passes:
         _ADDRESSES[cell, scalar, which] = fallback.addresses(cell, scalar, which, tier)
     found = [_ADDRESSES.get((cell, *unit), (0, 0)) for unit in itertools.product(("f32", "f64"), ("forward", "backward"))]
@@ -186,16 +185,16 @@ def describe(
     """
     how, tier = load()
     target, threads = tier.target, team()[0]
-    gates, D, lanes = CELLS[layer.cell].gates, layer.directions, target.vector_bytes // size
+    gates, D, heads, lanes = CELLS[layer.cell].gates, layer.directions, layer.heads, target.vector_bytes // size
     columns = plan.unit_vectors(gates, target.registers) * gates
     l2_bytes = runtime_module().l2_bytes if how == "compiled" else plan.L2_BYTES
     words = []
     for name in ("forward", "backward")[: 1 + training]:
         forward = name == "forward"
         width = columns if forward else plan.wide_columns(target.registers)
-        depth, units = (R, H) if forward else (gates * H, R)
-        panels = plan.ceil_div(units, width // (gates if forward else 1) * lanes)
-        given = forward, half and R % 2 == 0, bool(target.tiles), T, B, target.vector_bytes
+        depth, units = (R // heads, H) if forward else (gates * H // heads, R)
+        panels = heads * plan.ceil_div(units // heads, width // (gates if forward else 1) * lanes)
+        given = forward, half and R // heads % 2 == 0, bool(target.tiles), T, B, target.vector_bytes, heads
         _, tiles, way = plan.way_of_weights(*given)
         at_once = 1
         if layers > 1 and D == 1 and not (training or half):

@@ -44,8 +44,13 @@ from .product import (
 from .team import (
     RECORD_BYTES,
     active_rows,
+    begins_anew,
+    end_unit,
     first_row,
+    first_unit,
+    kept_row,
     record_at,
+    row_at,
     share,
     split_row,
     step_base,
@@ -102,6 +107,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     tile_multiply_both_apart = tools(make_tile_multiply, v, target, columns, PARTS, PARTS)
     input_order, hidden_order = cell.input, tuple(range(gates))
     reads_hidden = cell.reads_hidden
+    reset_numbers = gates + states + reads_hidden  # times units, of the sums over a row's resets
     differentiate, differentiate_twice = over_vectors(cell.derived.backward, v, target)
 
     def reader(places):
@@ -183,6 +189,19 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             fill_rows(table + 8 * s * p.hidden_size, p.hidden_size, row, row_bytes)
 
     @njit(**options)
+    def parts_of_head(p):
+        """(parts, length): the rows of W_hh that a head's product meets are so many parts of that length, H rows apart."""
+        return (gates, p.head_units) if p.heads > 1 else (1, gates * p.hidden_size)
+
+    @njit(**options)
+    def fill_hidden_rows(p, head, table):
+        """Addresses of these rows."""
+        (parts, length), row_bytes = parts_of_head(p), p.output_size // p.heads * weight_size(p)
+        for part in range(parts):
+            row = p.w_hh + (part * p.hidden_size + head * p.head_units) * row_bytes
+            fill_rows(table + 8 * part * length, length, row, row_bytes)
+
+    @njit(**options)
     def pack_weights(p, member, members, table):
         """This member's share of the panels that every step needs, of W_hh and W_hr: their rows are the k of the product.
 
@@ -190,14 +209,17 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """
         depth = gates * p.hidden_size
         if not p.one_step:
-            fill_rows(table, depth, p.w_hh, p.output_size * weight_size(p))
-            panels = ceil_div(p.output_size, wide)
-            for panel in range(share(panels, members, member), share(panels, members, member + 1)):
+            panels, width = p.heads * p.head_panels, p.output_size // p.heads
+            first, last = share(panels, members, member), share(panels, members, member + 1)
+            for panel in range(first, last):
+                head, own = panel // p.head_panels, panel % p.head_panels
+                if panel == first or own == 0:
+                    fill_hidden_rows(p, head, table)
                 out = p.hh_panels + panel * p.hh_depth * panel_row
                 if p.tiles:
-                    pack_tiles(table, depth, p.output_size, panel, out)
+                    pack_tiles(table, depth, width, own, out)
                 else:
-                    pack_weight(p, table, depth, p.output_size, panel, out)
+                    pack_weight(p, table, depth // p.heads, width, own, out)
         if not p.ih_once:
             fill_input_rows(p, table)
             panels = ceil_div(p.input_size, wide)
@@ -214,6 +236,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def earlier(p, t, b):
         """The step that came before step t of row b, or -1 where the initial state did."""
+        if begins_anew(p, t, b):
+            return -1
         if p.reverse:
             return t + 1 if t + 1 < p.steps and b < active_rows(p, t + 1) else -1
         return t - 1
@@ -223,25 +247,25 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """Address of the hidden state that step t of row b read."""
         before = earlier(p, t, b)
         if before < 0:
-            return p.h0 + b * p.output_size * size
-        return p.y + step_base(p, before) * p.y_step + b * p.y_row
+            return p.h0 + row_at(p, b) * p.output_size * size
+        return p.y + step_base(p, before) * p.y_step + row_at(p, b) * p.y_row
 
     @njit(**options)
     def kept_at(p, t, b, saved_row):
         """Address of what forward has kept of step t of row b."""
-        return p.saved + (first_row(p, t) + b) * saved_row
+        return p.saved + kept_row(p, t, b) * saved_row
 
     @njit(**options)
     def output_at(p, t, b):
         """Address of the output of step t of row b."""
-        return p.y + step_base(p, t) * p.y_step + b * p.y_row
+        return p.y + step_base(p, t) * p.y_step + row_at(p, b) * p.y_row
 
     @njit(**options)
     def carried_at(p, t, b, saved_row):
         """Address of the states but h that step t of row b read element by element."""
         before = earlier(p, t, b)
         if before < 0:
-            return p.c0 + b * states * p.hidden_size * size
+            return p.c0 + row_at(p, b) * states * p.hidden_size * size
         return kept_at(p, before, b, saved_row) + (slots - states) * p.hidden_size * size
 
     @njit(**options)
@@ -251,36 +275,46 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return load_all(sums + q // columns * panel_sums + q % columns * vector) + load(dy + at, n) + load(more + at, n)
 
     @njit(**options)
+    def places_of(p, t, b, saved_row):
+        """Addresses of what step t of row b reads of forward's, and of the gradients that are carried past the gates."""
+        kept, output = kept_at(p, t, b, saved_row), output_at(p, t, b)
+        h, c = hidden_before(p, t, b), carried_at(p, t, b, saved_row)
+        unit_bytes = p.hidden_size * size
+        return kept, output, h, c, p.dc0 + row_at(p, b) * states * unit_bytes, p.dh0 + row_at(p, b) * unit_bytes
+
+    @njit(**options)
     def arguments(q, context):
         """What the cell's vector-Jacobian product is given for vector q of a row."""
-        p, t, b, unit0, sums, panel_sums, dy, more, _, saved_row = context
+        p, unit0, end, sums, panel_sums, dy, more, _, places = context
+        kept_row_at, output_row, h_row, c_row, dc_row, _ = places
         unit = unit0 + q * lanes
-        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
         dh = state_gradient(q, unit, n, sums, panel_sums, dy, more)
-        carried = read_carried(p.dc0 + b * states * gate_stride + at, gate_stride, n)
-        kept = read_slots(kept_at(p, t, b, saved_row) + at, gate_stride, n)
-        output = read_output(output_at(p, t, b) + at, gate_stride, n)
-        h = read_hidden(hidden_before(p, t, b) + at, gate_stride, n)
-        before = in_order(h, read_states(carried_at(p, t, b, saved_row) + at, gate_stride, n))
+        carried = read_carried(dc_row + at, gate_stride, n)
+        kept = read_slots(kept_row_at + at, gate_stride, n)
+        output = read_output(output_row + at, gate_stride, n)
+        h = read_hidden(h_row + at, gate_stride, n)
+        before = in_order(h, read_states(c_row + at, gate_stride, n))
         return (dh,) + carried + kept + output + before + read_weights(p.b_ih + at, gate_stride, n)
 
     @njit(**options)
     def keep(q, result, context):
         """Keep the gradients of vector q's pre-activations, and what is carried past them."""
-        p, _, b, unit0, _, _, _, _, gradients, _ = context
+        p, unit0, end, _, _, _, _, gradients, (_, _, _, _, dc_row, dh_row) = context
         unit = unit0 + q * lanes
-        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
         write_gradients(gradients + at, gate_stride, result, n)
-        write_carried(p.dc0 + b * states * gate_stride + at, gate_stride, result, n)
+        write_carried(dc_row + at, gate_stride, result, n)
         if reads_hidden:
-            store(p.dh0 + b * gate_stride + at, result[of_hidden], n)
+            store(dh_row + at, result[of_hidden], n)
 
     @njit(**options)
-    def expect(p, t, first, rows, panel, vectors, saved_row):
-        """Prefetch what the gates of a panel read of `rows` rows from `first` on: it comes while their product is computed."""
-        gate_stride, at = p.hidden_size * size, panel * wide * size
+    def expect(p, t, first, rows, unit, vectors, saved_row):
+        """Prefetch what the gates of units from `unit` on read of `rows` rows from `first` on: it comes while their product is
+        computed."""
+        gate_stride, at = p.hidden_size * size, unit * size
         for b in range(first, first + rows):
-            dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row + at
+            dy = p.dy + step_base(p, t) * p.dy_step + row_at(p, b) * p.dy_row + at
             kept, carried = kept_at(p, t, b, saved_row) + at, carried_at(p, t, b, saved_row) + at
             for j in range(0, vectors * vector, vector):
                 prefetch_far(dy + j)
@@ -310,13 +344,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         p, turn, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, own_block,
         saved_row
     ):  # fmt: skip
-        """Step t of rows r0 .. r0+count-1, of which `live` have a later step: later * W_hh + dy + extra is dh.
+        """Step t of rows r0 .. r0+count-1, of which `live` have a later step, in one head: later * W_hh + dy + extra is dh.
 
         turn: from the first panel to the last if even, or back.
         Without a projection the cell takes it from the tile.
         """
-        depth = gates * p.hidden_size
+        parts, depth = parts_of_head(p)
         row_bytes, panel_bytes, blocks = pitch(p), p.hh_depth * panel_row, tile_blocks(depth)
+        end = end_unit(p, first)
         together = group if count > most else alone if count == 1 else 1
         if p.tiles:
             split(min(count, max(0, live)), later, depth, PARTS, own_block)
@@ -325,38 +360,44 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             panel = first + there_and_back(turn, 0, groups, index) * together
             next_panel = first + there_and_back(turn, 0, groups, min(index + 1, groups - 1)) * together
             panels = min(together, last - panel)
-            wanted = min(columns, ceil_div(p.output_size, lanes) - (panel + panels - 1) * columns)
+            unit0 = first_unit(p, panel, wide)
+            vectors = min(panels * columns, ceil_div(end - unit0, lanes))
+            wanted = vectors - (panels - 1) * columns
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 going_on, weights = min(rows, max(0, live - i)), p.hh_panels + panel * panel_bytes
                 if rows > most and not p.projected:
-                    expect(p, t, r0 + i, rows, panel, panels * columns, saved_row)
+                    expect(p, t, r0 + i, rows, unit0, panels * columns, saved_row)
                 if p.tiles:
                     tile_product(going_on, rows_at(own_block, i, blocks, PARTS), weights, blocks, scratch)
-                else:
+                for part in range(0 if p.tiles else parts):
+                    own, following = weights + part * depth * panel_row, p.hh_panels + next_panel * panel_bytes
+                    if part + 1 < parts:
+                        following = own + depth * panel_row
                     product(
-                        going_on, later + 8 * i, size, weights, panel_bytes, panels, wanted, panel_row, depth, scratch,
-                        p.hh_panels + next_panel * panel_bytes,
+                        going_on, later + 8 * i, size, own, panel_bytes, panels, wanted, panel_row, depth, scratch, following,
+                        part,
                     )  # fmt: skip
+                    shift_rows(later + 8 * i, going_on, (p.hidden_size if part + 1 < parts else -part * p.hidden_size) * size)
                 for m in range(rows):
                     b = r0 + i + m
-                    dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
+                    dy = p.dy + step_base(p, t) * p.dy_step + row_at(p, b) * p.dy_row
                     more = load_int(extra + 8 * (i + m))
                     sums, panel_sums = scratch + m * columns * vector, going_on * columns * vector
                     if m >= going_on:
                         sums, panel_sums = p.zeros, columns * vector
-                    unit = panel * wide
-                    vectors = min(panels * columns, ceil_div(p.output_size - unit, lanes))
                     if p.projected:
                         row = projected_gradients + (base + b) * p.output_size * size
                         for q in range(vectors):
-                            n = p.output_size - unit
-                            store(row + unit * size, state_gradient(q, unit, n, sums, panel_sums, dy, more), n)
-                            unit += lanes
+                            unit = unit0 + q * lanes
+                            store(
+                                row + unit * size, state_gradient(q, unit, end - unit, sums, panel_sums, dy, more), end - unit
+                            )
                     else:
                         row = gradients + (base + b) * row_bytes
-                        gate_gradients(vectors, (p, t, b, unit, sums, panel_sums, dy, more, row, saved_row))
+                        places = places_of(p, t, b, saved_row)
+                        gate_gradients(vectors, (p, unit0, end, sums, panel_sums, dy, more, row, places))
                 i += rows
 
     @njit(**options)
@@ -371,13 +412,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                product(rows, out_rows + 8 * i, size, weights, 0, 1, wanted, panel_row, depth, scratch, following)
+                product(rows, out_rows + 8 * i, size, weights, 0, 1, wanted, panel_row, depth, scratch, following, 0)
                 for m in range(rows):
                     b = r0 + i + m
                     unit, row = panel * wide, gradients + (base + b) * row_bytes
                     vectors = min(columns, ceil_div(p.hidden_size - unit, lanes))
                     sums = scratch + m * columns * vector
-                    gate_gradients(vectors, (p, t, b, unit, sums, 0, p.zeros, p.zeros, row, saved_row))
+                    places = places_of(p, t, b, saved_row)
+                    gate_gradients(vectors, (p, unit, p.hidden_size, sums, 0, p.zeros, p.zeros, row, places))
                 i += rows
 
     @njit(**options)
@@ -425,30 +467,111 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             tile_multiply(n, own_block, panels, depth, width, first, last, out_rows + 8 * i, add, scratch)
 
     @njit(**options)
-    def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
+    def own_units(p, member):
+        """The units of the cell whose gate gradients this member calculates: the first, and the one past the last."""
+        panels, unit_group = ceil_div(p.hidden_size, wide) if p.projected else p.heads * p.head_panels, member % p.unit_groups
+        first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
+        if p.projected:
+            return first * wide, last * wide
+        return first_unit(p, first, wide), first_unit(p, last, wide)
+
+    @njit(**options)
+    def reset_row(p, b):
+        """Address of what the resets of row b sum up."""
+        return p.reset_sums + b * reset_numbers * p.hidden_size * size
+
+    @njit(**options)
+    def add_units(source, sums, first, last, n):
+        """Add units first .. last-1 of n to sums."""
+        for unit in range(first, min(last, n), lanes):
+            count, at = min(n, last) - unit, unit * size
+            store(sums + at, load(sums + at, count) + load(source + at, count), count)
+
+    @njit(**options)
+    def clear_units(row, first, last, n):
+        for unit in range(first, min(last, n), lanes):
+            store(row + unit * size, zero(), min(n, last) - unit)
+
+    @njit(**options)
+    def add_gates(p, b, later, first, last):
+        """Add the gate gradients of a step that began anew to the sums of its row, for units first .. last-1."""
+        for g in range(gates):
+            at = g * p.hidden_size * size
+            add_units(later + at, reset_row(p, b) + at, first, last, p.hidden_size)
+
+    @njit(**options)
+    def stop_at_reset(p, b, i, later, extra, first, last):
+        """What step t of row b would carry back is a gradient of the initial states instead, for units first .. last-1.
+
+        The product with W_hh, which is linear, is done once, of the sum over all resets of a row.
+        """
+        unit_bytes = p.hidden_size * size
+        sums, dc = reset_row(p, b) + gates * unit_bytes, p.dc0 + row_at(p, b) * states * unit_bytes
+        if p.need_dh0:
+            add_gates(p, b, load_int(later + 8 * i), first, last)
+            for s in range(states):
+                add_units(dc + s * unit_bytes, sums + s * unit_bytes, first, last, p.hidden_size)
+            if reads_hidden:
+                dh = p.dh0 + row_at(p, b) * unit_bytes
+                add_units(dh, sums + states * unit_bytes, first, last, p.hidden_size)
+        for s in range(states):
+            clear_units(dc + s * unit_bytes, first, last, p.hidden_size)
+        store_int(later + 8 * i, p.zeros)
+        store_int(extra + 8 * i, p.zeros)
+
+    @njit(**options)
+    def finish_resets(p, member, r0, from_row, to_row, later):
+        """Take the sums over the resets of rows whose first step is done in, and its gate gradients into these sums."""
+        (unit0, unit1), unit_bytes = own_units(p, member), p.hidden_size * size
+        for i in range(from_row, to_row):
+            b = r0 + i
+            sums, dc = reset_row(p, b) + gates * unit_bytes, p.dc0 + row_at(p, b) * states * unit_bytes
+            add_gates(p, b, load_int(later + 8 * i), unit0, unit1)
+            for s in range(states):
+                add_units(sums + s * unit_bytes, dc + s * unit_bytes, unit0, unit1, p.hidden_size)
+            if reads_hidden:
+                dh = p.dh0 + row_at(p, b) * unit_bytes
+                add_units(sums + states * unit_bytes, dh, unit0, unit1, p.hidden_size)
+            store_int(later + 8 * i, reset_row(p, b))
+        wait_group(p, member)
+
+    @njit(**options)
+    def finish_rows(p, member, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
         """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
         count = to_row - from_row
         if count > 0 and p.need_dh0:
-            fill_rows(table, count, p.dh0 + (r0 + from_row) * p.output_size * size, p.output_size * size)
             for i in range(from_row, to_row):  # rows without a carried part start from zero
-                dh0 = p.dh0 + (r0 + i) * p.output_size * size
+                dh0 = p.dh0 + row_at(p, r0 + i) * p.output_size * size
+                store_int(table + 8 * (i - from_row), dh0)
                 if load_int(extra + 8 * i) != dh0:
-                    for unit in range(first * wide, min(last * wide, p.output_size), lanes):
-                        store(dh0 + unit * size, zero(), p.output_size - unit)
-            depth, rows = gates * p.hidden_size, later + 8 * from_row
-            if p.tiles:
-                multiply_in_tiles(p, count, rows, p.hh_panels, p.output_size, first, last, table, 1, scratch, own_block)
-            elif p.one_step:
-                weight_rows = table + 8 * count
-                fill_rows(weight_rows, depth, p.w_hh, p.output_size * weight_size(p))
-                multiply_once(
-                    p, count, rows, weight_rows, True, depth, p.output_size, first, last, table, 1, scratch, own_panel
-                )  # fmt: skip
-            else:
-                multiply(
-                    count, rows, size, p.hh_panels, depth * panel_row, panel_row, depth, p.output_size, first, last, table, 1,
-                    scratch,
-                )  # fmt: skip
+                    clear_units(dh0, first_unit(p, first, wide), first_unit(p, last, wide), p.output_size)
+            if p.resets:
+                finish_resets(p, member, r0, from_row, to_row, later)
+            rows, weight_rows, width = later + 8 * from_row, table + 8 * count, p.output_size // p.heads
+            parts, length = parts_of_head(p)
+            for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
+                low, high = max(0, first - head * p.head_panels), min(last - head * p.head_panels, p.head_panels)
+                own, at = p.hh_panels + head * p.head_panels * p.hh_depth * panel_row, head * p.head_units * size
+                shift_rows(table, count, at)
+                if p.tiles:
+                    multiply_in_tiles(p, count, rows, own, width, low, high, table, 1, scratch, own_block)
+                if p.one_step:
+                    fill_hidden_rows(p, head, weight_rows)
+                for part in range(0 if p.tiles else parts):
+                    along = at + part * p.hidden_size * size
+                    shift_rows(rows, count, along)
+                    if p.one_step:
+                        multiply_once(
+                            p, count, rows, weight_rows + 8 * part * length, True, length, width, low, high, table, 1, scratch,
+                            own_panel,
+                        )  # fmt: skip
+                    else:
+                        multiply(
+                            count, rows, size, own + part * length * panel_row, p.hh_depth * panel_row, panel_row, length,
+                            width, low, high, table, 1, scratch,
+                        )  # fmt: skip
+                    shift_rows(rows, count, -along)
+                shift_rows(table, count, -at)
 
     @njit(**options)
     def sum_columns(gradients, rows, row_bytes, n, totals, part):
@@ -548,41 +671,51 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def weight_gradient(
-        p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch, own_block
+        p, member, a, a_bytes, parts, units, operand_rows, rows, width, out_rows, add, tables, scratch, own_block
     ):  # fmt: skip
         """What is at out_rows, [units, width], (+)= a[rows, units]^T * operand[rows, width]; a_bytes from one row of a on.
 
-        The operand is packed by all members together, some panels at a time.
+        Of a and out_rows there are so many parts of `units`, H units apart. The operand is packed by all members together, some
+        panels at a time, and each multiplies its share of the units.
         """
-        unit, end = share(units, members, member), share(units, members, member + 1)
+        members = p.row_groups * p.unit_groups
+        unit0, unit1 = share(parts * units, members, member), share(parts * units, members, member + 1)
         if rows <= FEW_ROWS:
-            half, out = p.rounded_at_once, out_rows + 8 * unit
-            outer_products(a + unit * size, a_bytes, end - unit, operand_rows, rows, width, out, half, add)
+            for part in range(unit0 // units, ceil_div(unit1, units)):
+                unit, end = max(unit0 - part * units, 0), min(unit1 - part * units, units)
+                at = part * p.hidden_size + unit
+                outer_products(
+                    a + at * size, a_bytes, end - unit, operand_rows, rows, width, out_rows + 8 * at, p.rounded_at_once, add
+                )  # fmt: skip
             return
-        panels, parts = ceil_div(width, wide), 0
+        panels, operand_parts = ceil_div(width, wide), 0
         if p.tiles:
-            parts = parts_of(rows, operand_rows, width)
+            operand_parts = parts_of(rows, operand_rows, width)
         for first in range(0, panels, operand_panels):
             count, last = min(operand_panels, panels - first), min(panels, first + operand_panels)
             for begin in range(0, rows, p.operand_rows):
                 length, adds = min(p.operand_rows, rows - begin), add or begin > 0
-                part, own_rows = a + begin * a_bytes, operand_rows + 8 * begin
+                own_rows = operand_rows + 8 * begin
                 wait_crew(p, member)  # the panels before are done with
                 if p.tiles:
-                    pack_operand_tiles(p, member, members, own_rows, length, width, first, count, parts)
+                    pack_operand_tiles(p, member, members, own_rows, length, width, first, count, operand_parts)
                 else:
                     pack_operand(p, member, members, own_rows, length, width, first, count)
                 wait_crew(p, member)
-                if p.tiles:
-                    base = p.operands - first * tile_blocks(length) * columns * parts * TILE_BYTES
-                    multiply_units_in_tiles(
-                        part, a_bytes, unit, end, base, parts, length, width, first, last, out_rows, adds, scratch, own_block
-                    )  # fmt: skip
-                else:
-                    base = p.operands - first * length * panel_row
-                    multiply_units(
-                        part, a_bytes, unit, end, base, length, width, first, last, out_rows, adds, tables, scratch, own_block
-                    )  # fmt: skip
+                for part in range(unit0 // units, ceil_div(unit1, units)):
+                    unit, end = max(unit0 - part * units, 0), min(unit1 - part * units, units)
+                    own, out = a + begin * a_bytes + part * p.hidden_size * size, out_rows + 8 * part * p.hidden_size
+                    if p.tiles:
+                        base = p.operands - first * tile_blocks(length) * columns * operand_parts * TILE_BYTES
+                        multiply_units_in_tiles(
+                            own, a_bytes, unit, end, base, operand_parts, length, width, first, last, out, adds, scratch,
+                            own_block,
+                        )  # fmt: skip
+                    else:
+                        base = p.operands - first * length * panel_row
+                        multiply_units(
+                            own, a_bytes, unit, end, base, length, width, first, last, out, adds, tables, scratch, own_block
+                        )  # fmt: skip
 
     @njit(**options)
     def fill_gate_rows(p, table, order, matrix, width):
@@ -603,7 +736,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """The weights' gradients to where they are wanted in bfloat16."""
         depth = gates * p.hidden_size
         round_gradient(p.dw_ih, depth * p.input_size, p.dw_ih_half, members, member)
-        round_gradient(p.dw_hh, depth * p.output_size, p.dw_hh_half, members, member)
+        round_gradient(p.dw_hh, depth * (p.output_size // p.heads), p.dw_hh_half, members, member)
         if p.projected:
             round_gradient(p.dw_hr, p.output_size * p.hidden_size, p.dw_hr_half, members, member)
 
@@ -620,25 +753,32 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         i = 0
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
-                store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + b * p.x_row)
+                store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + row_at(p, b) * p.x_row)
                 store_int(h_rows + 8 * i, hidden_before(p, t, b))
                 i += 1
         fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
         weight_gradient(
-            p, member, members, gradients, row_bytes, depth, x_rows, rows, p.input_size, out_rows, add, columns_of_a,
-            scratch, own_block,
+            p, member, gradients, row_bytes, 1, depth, x_rows, rows, p.input_size, out_rows, add, columns_of_a, scratch,
+            own_block,
         )  # fmt: skip
-        fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, p.output_size)
-        weight_gradient(
-            p, member, members, gradients + hidden * units * size, row_bytes, depth, h_rows, rows, p.output_size,
-            out_rows, add, columns_of_a, scratch, own_block,
-        )  # fmt: skip
+        (parts, length), width = parts_of_head(p), p.output_size // p.heads
+        fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, width)
+        for head in range(p.heads):
+            weight_gradient(
+                p, member, gradients + (hidden * units + head * p.head_units) * size, row_bytes, parts, length, h_rows, rows,
+                width, out_rows + 8 * head * p.head_units, add, columns_of_a, scratch, own_block,
+            )  # fmt: skip
+            shift_rows(h_rows, rows, p.head_units * size)
         if p.projected:
             saved_row = (slots + 1) * units * size
-            fill_rows(x_rows, rows, p.saved + first_row(p, t_low) * saved_row + slots * units * size, saved_row)
+            i = 0
+            for t in range(t_low, t_high + 1):
+                for b in range(active_rows(p, t)):
+                    store_int(x_rows + 8 * i, kept_at(p, t, b, saved_row) + slots * units * size)
+                    i += 1
             fill_rows(out_rows, p.output_size, p.dw_hr, units * (2 if p.rounded_at_once else size))
             weight_gradient(
-                p, member, members, out_gradients, p.output_size * size, p.output_size, x_rows, rows, units, out_rows, add,
+                p, member, out_gradients, p.output_size * size, 1, p.output_size, x_rows, rows, units, out_rows, add,
                 columns_of_a, scratch, own_block,
             )  # fmt: skip
         if p.bias:
@@ -678,7 +818,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
                 if first <= i < last:
-                    store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + b * p.dx_row)
+                    store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + row_at(p, b) * p.dx_row)
                 i += 1
         if p.tiles:
             multiply_in_tiles(
@@ -692,16 +832,27 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         )  # fmt: skip
 
     @njit(**options)
+    def clear_input_gradients(p, member, members):
+        """Zeros in dx past the lengths: this member's share of the rows."""
+        for t in range(p.padded_steps):
+            active = active_rows(p, t) if t < p.steps else 0
+            for b in range(
+                active + share(p.batch - active, members, member), active + share(p.batch - active, members, member + 1)
+            ):
+                clear_units(p.dx + t * p.dx_step + row_at(p, b) * p.dx_row, 0, p.input_size, p.input_size)
+
+    @njit(**options)
     def run_direction(p, member):
         members = p.row_groups * p.unit_groups
         row_group, unit_group = member // p.unit_groups, member % p.unit_groups
         r0, r1 = split_row(p, row_group), split_row(p, row_group + 1)
         hidden_bytes, output_bytes = p.hidden_size * size, p.output_size * size
-        panels = ceil_div(p.output_size, wide)
+        panels = p.heads * p.head_panels
         first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
         cell_panels = ceil_div(p.hidden_size, wide)
         first_cell = share(cell_panels, p.unit_groups, unit_group)
         last_cell = share(cell_panels, p.unit_groups, unit_group + 1)
+        unit0, unit1 = own_units(p, member)
         row_bytes = pitch(p)
         saved_row = (slots + p.projected) * hidden_bytes
 
@@ -726,19 +877,25 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         pack_weights(p, member, members, tables)
         for b in range(r0, r1):
             store_int(later + 8 * (b - r0), p.zeros)
-            store_int(extra + 8 * (b - r0), p.dh0 + b * output_bytes)
+            own = row_at(p, b)
+            store_int(extra + 8 * (b - r0), p.dh0 + own * output_bytes)
+            if p.resets and p.need_dh0:
+                for s in range(reset_numbers):
+                    clear_units(reset_row(p, b) + s * hidden_bytes, unit0, unit1, p.hidden_size)
             for panel in range(first, last):
                 for j in range(columns):
                     unit = (panel * columns + j) * lanes
                     if unit < p.output_size:
                         n = p.output_size - unit
-                        given = load(p.dh_n + b * output_bytes + unit * size, n) if p.dh_n else zero()
-                        store(p.dh0 + b * output_bytes + unit * size, given, n)
-            for state in range(b * states, (b + 1) * states):
+                        given = load(p.dh_n + own * output_bytes + unit * size, n) if p.dh_n else zero()
+                        store(p.dh0 + own * output_bytes + unit * size, given, n)
+            for state in range(own * states, (own + 1) * states):
                 for unit in range(first_cell * wide, min(last_cell * wide, p.hidden_size), lanes):
                     n = p.hidden_size - unit
                     given = load(p.dc_n + state * hidden_bytes + unit * size, n) if p.dc_n else zero()
                     store(p.dc0 + state * hidden_bytes + unit * size, given, n)
+        if p.order and p.need_dx:
+            clear_input_gradients(p, member, members)
         wait_crew(p, member)
 
         end, previous_count = p.steps, 0
@@ -750,14 +907,21 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             for k in range(end - 1, start - 1, -1):
                 t = p.steps - 1 - k if p.reverse else k
                 count = max(0, min(r1, active_rows(p, t)) - r0)
-                finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block)
+                finish_rows(
+                    p, member, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block
+                )  # fmt: skip
                 base = first_row(p, t) - first_row(p, t_low)
                 for i in range(0, count, p.split_rows):
                     n = min(count - i, p.split_rows)
-                    step(
-                        p, k + i // p.split_rows, t, base, r0 + i, n, previous_count - i, later + 8 * i, extra + 8 * i,
-                        gradients, out_gradients, first, last, scratch, own_block, saved_row,
-                    )  # fmt: skip
+                    for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
+                        low, high = max(first, head * p.head_panels), min(last, (head + 1) * p.head_panels)
+                        live = previous_count - i
+                        shift_rows(later + 8 * i, min(n, live), head * p.head_units * size)
+                        step(
+                            p, k + i // p.split_rows, t, base, r0 + i, n, live, later + 8 * i, extra + 8 * i, gradients,
+                            out_gradients, low, high, scratch, own_block, saved_row,
+                        )  # fmt: skip
+                        shift_rows(later + 8 * i, min(n, live), -head * p.head_units * size)
                 if p.projected:
                     wait_group(p, member)
                     fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)
@@ -765,11 +929,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 wait_group(p, member)
                 for i in range(count):
                     store_int(later + 8 * i, gradients + (base + r0 + i) * row_bytes + hidden * hidden_bytes)
-                    if not reads_hidden:
-                        store_int(extra + 8 * i, p.zeros)
+                    store_int(extra + 8 * i, p.dh0 + row_at(p, r0 + i) * output_bytes if reads_hidden else p.zeros)
+                    if begins_anew(p, t, r0 + i):
+                        stop_at_reset(p, r0 + i, i, later, extra, unit0, unit1)
                 previous_count = count
             if start == 0:
-                finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block)
+                finish_rows(
+                    p, member, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block
+                )  # fmt: skip
             wait_crew(p, member)
             if start > 0:  # the next block overwrites the gradients that its first step reads
                 share0, share1 = (
@@ -800,7 +967,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def add_other_direction(p, rank):
         """Add dx of direction 1, which is kept apart: so it is the same sum when both directions run at once."""
-        count = p.rows * p.input_size
+        count = (p.padded_steps * p.batch if p.order else p.rows) * p.input_size
         step_size = ceil_div(ceil_div(count, p.threads), lanes) * lanes
         for i in range(rank * step_size, min(count, (rank + 1) * step_size), lanes):
             n = min(count, (rank + 1) * step_size) - i

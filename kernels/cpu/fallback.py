@@ -7,11 +7,8 @@ loaded without importing numba.
 from __future__ import annotations
 
 import ctypes
-import os
-import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,31 +19,13 @@ from torch import Tensor
 
 from ..cells import CELLS
 from ..layer import Inputs, Layer, Steps, layer_of
+from ..user_cache import cache_directory
 from . import processor
 from .plan import FIELDS, L2_BYTES
 from .processor import Tier
 from .source import KERNELS, object_directory
 
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
-
-
-def cache_path() -> Path:
-    """Name the directory that keeps compiled kernels: FASTRNN_CACHE_DIR, or else ~/.cache/fastrnn."""
-    return Path(os.environ.get("FASTRNN_CACHE_DIR") or Path.home() / ".cache" / "fastrnn")
-
-
-def cache_directory() -> Path:
-    """Make `cache_path`, or a temporary directory where that one is not to be had or others can write to it."""
-    base = cache_path()
-    try:
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = base.stat()
-        # Windows has neither owners nor modes of this kind
-        if not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-            return base
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="fastrnn-"))
 
 
 @cache
@@ -57,7 +36,9 @@ def _engine():
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    # With llvmlite's memory for sections, of which those of an object lie together. LLVM's own takes any free place for each,
+    # and code that is two gigabytes away from its constants kills the process.
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
 
 
 @cache
@@ -126,17 +107,19 @@ class Call:
         self.keep: list = [self.records]
         self.cell, self.scalar, self.steps = CELLS[layer.cell], TYPES[x.dtype], Steps(layer, inputs)
         self.H, self.R = weights[0].shape[0] // self.cell.gates, inputs.h0.shape[2]
-        if weights[0].dtype == torch.bfloat16 and self.R % 2 == 0:  # matrices as kernels read them
+        if weights[0].dtype == torch.bfloat16 and weights[1].shape[1] % 2 == 0:  # matrices as kernels read them
             self.weights = [w.contiguous() for w in weights]
         else:
             self.weights = [w.to(x.dtype).contiguous() for w in weights]
         sizes = {
             "steps": self.steps.steps,
+            "padded_steps": self.steps.steps,
             "batch": self.steps.batch,
             "rows": self.steps.rows,
             "input_size": x.shape[-1],
             "hidden_size": self.H,
             "output_size": self.R,
+            "heads": layer.heads,
             "bias": layer.bias,
             "projected": layer.projected,
             "half": self.weights[0].dtype == torch.bfloat16,
@@ -150,11 +133,36 @@ class Call:
             offsets = torch.cumsum(batch_sizes, 0) - batch_sizes
             self.point("batch_sizes", [batch_sizes.contiguous()] * D)
             self.point("offsets", [offsets] * D)
+            self.records["packed"] = 1
+        if inputs.lengths is not None:
+            self.order_rows(inputs.lengths)
+        if inputs.resets is not None:
+            self.point("resets", [inputs.resets] * D)
+            strides = [
+                inputs.resets.stride(self.steps.axis),
+                inputs.resets.stride(-1 if self.steps.packed else 1 - self.steps.axis),
+            ]
+            self.records["resets_step"], self.records["resets_row"] = strides
         self.records["direction"] = np.arange(D)
         self.records["reverse"] = [layer.reverse ^ bool(d) for d in range(D)]
         self.rows("x", x)
         for name in layer.kinds():
             self.point(name, [getattr(own, name) for own in layer.by_direction(self.weights)])
+
+    def order_rows(self, lengths: Tensor) -> None:
+        """Have the kernel see the longest rows first; see `Call::lengths` in csrc/layer.cpp."""
+        T = self.steps.steps
+        if int(lengths.min()) < 0 or int(lengths.max()) > T:
+            raise RuntimeError(f"fastrnn: lengths: expected numbers from 0 to {T}, got {lengths.tolist()}")
+        steps = max(int(lengths.max()), min(T, 2))
+        rows = (lengths > torch.arange(steps).unsqueeze(1)).sum(1)
+        self.records["steps"], self.records["rows"] = steps, int(rows.sum())
+        for name, numbers in (
+            ("batch_sizes", rows),
+            ("offsets", rows.cumsum(0) - rows),
+            ("order", lengths.argsort(descending=True, stable=True)),
+        ):
+            self.point(name, [numbers] * len(self.records))
 
     def point(self, field: str, tensors) -> None:
         """Pointers to each direction's tensor."""
@@ -185,10 +193,10 @@ class Call:
         run(address, 0)
 
 
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None):
     """The op's implementation."""
     (D, B, R), layer = h0.shape, layer_of(text)
-    call = Call(layer, Inputs(x, batch_sizes, h0, c0), weights)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
     slots = call.cell.slots + layer.projected
     y = x.new_empty(*x.shape[:-1], D * R)
     h_n = x.new_empty(D, B, R)
@@ -207,10 +215,10 @@ def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
     return y, h_n, c_n, saved
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None):
     """The op's implementation."""
     layer, (need_dx, need_dh0, need_dw) = layer_of(text), needs
-    call = Call(layer, Inputs(x, batch_sizes, h0, c0), weights)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dh0 = x.new_empty(h0.shape)
     dc0 = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)

@@ -28,12 +28,17 @@ from .product import (
     make_product,
     options,
     panels_together,
+    shift_rows,
 )
 from .team import (
     RECORD_BYTES,
     active_rows,
-    first_row,
+    begins_anew,
+    end_unit,
+    first_unit,
+    kept_row,
     record_at,
+    row_at,
     share,
     split_row,
     step_base,
@@ -61,12 +66,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     """forward(records, rank): the share of thread `rank` in one call; records is the address of one record a direction, or a
     layer where layers run at once."""
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
-    load, store, load_all, store_all, zero = v.load, v.store, v.load_all, v.store_all, v.zero
+    load, store, load_all, zero = v.load, v.store, v.load_all, v.zero
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
     kept, states, weights = cell.kept, cell.states, cell.weights
     names = tuple(name for name, _ in cell.derived.before)
     per_panel = unit_vectors(gates, target.registers)
-    columns = gates * per_panel
+    columns, panel_units = gates * per_panel, per_panel * lanes
     sums_bytes = scratch_bytes(columns * vector)
     product = make_product(v, target, columns)
     # The same for matrices in bfloat16; in float64 there are none.
@@ -158,11 +163,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
         paired: in bfloat16, pairs of k. In torch's layout these are next to each other: one number in the size of a float32.
         """
-        w_size = 2 if p.half else size
+        w_size, end = 2 if p.half else size, end_unit(p, panel)
         for j in range(per_panel):
-            unit = (panel * per_panel + j) * lanes
+            unit = first_unit(p, panel, panel_units) + j * lanes
             for g in range(gates):
-                source, units = w + (order[g] * p.hidden_size + unit) * depth * w_size, p.hidden_size - unit
+                source, units = w + (order[g] * p.hidden_size + unit) * depth * w_size, end - unit
                 column = out + (g * per_panel + j) * vector
                 if p.tiles:
                     tile = out + (g * per_panel + j) * TILE_BYTES
@@ -177,23 +182,23 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def dot_gates(p, count, a_rows, w, depth, order, panel, sums, buffer):
         """What the product with a panel of pack_gates gives, but for rounding, from the matrix where it lies."""
-        w_size = 2 if p.half else size
+        w_size, end = 2 if p.half else size, end_unit(p, panel)
         for j in range(per_panel):
-            unit = (panel * per_panel + j) * lanes
+            unit = first_unit(p, panel, panel_units) + j * lanes
             for g in range(gates):
                 rows = w + (order[g] * p.hidden_size + unit) * depth * w_size
                 out = sums + (g * per_panel + j) * vector
                 if p.half:
-                    dot_rows_half(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector, buffer)
+                    dot_rows_half(count, a_rows, rows, end - unit, depth, out, columns * vector, buffer)
                 else:
-                    dot_rows(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector, buffer)
+                    dot_rows(count, a_rows, rows, end - unit, depth, out, columns * vector, buffer)
 
     @njit(**options)
     def sum_biases(p, panel, bias_gate):
         """Both biases of each pre-activation of a panel's units, summed."""
         for j in range(per_panel):
-            unit = (panel * per_panel + j) * lanes
-            n = p.hidden_size - unit
+            unit = first_unit(p, panel, panel_units) + j * lanes
+            n = end_unit(p, panel) - unit
             for s in range(preactivations):
                 total = zero()
                 if p.bias and n > 0:
@@ -201,19 +206,19 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         total = total + load(p.b_ih + (input_order[s] * p.hidden_size + unit) * size, n)
                     if s >= hidden:
                         total = total + load(p.b_hh + ((s - hidden) * p.hidden_size + unit) * size, n)
-                store_all(p.bias_sums + s * bias_gate + unit * size, total)
+                store(p.bias_sums + s * bias_gate + unit * size, total, n)
 
     @njit(**options)
     def pack_weights(p, member, members, bias_gate):
         """This member's share of the panels that are packed once for all, and of the biases."""
-        panels = ceil_div(p.hidden_size, lanes * per_panel)
+        panels = p.heads * p.head_panels
         for panel in range(share(panels, members, member), share(panels, members, member + 1)):
             if not p.ih_once:
                 out = p.ih_panels + panel * p.ih_depth * columns * vector
                 pack_gates(p, p.w_ih, p.input_size, input_order, panel, 0, out)
             if not p.one_step:
                 out = p.hh_panels + panel * p.hh_depth * columns * vector
-                pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, p.half_panels, out)
+                pack_gates(p, p.w_hh, p.output_size // p.heads, hidden_order, panel, p.half_panels, out)
             sum_biases(p, panel, bias_gate)
         if p.projected:
             outputs = ceil_div(p.output_size, lanes * wide)
@@ -227,14 +232,13 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def pack_alone(p):
         """All of a direction's panels, by one thread."""
-        bias_gate = ceil_div(p.hidden_size, lanes * per_panel) * per_panel * vector
-        pack_weights(p, 0, 1, bias_gate)
+        pack_weights(p, 0, 1, p.heads * p.head_panels * per_panel * vector)
 
     @njit(**options)
-    def bring_near(count, rows, parts, part_bytes, panel):
+    def bring_near(p, count, rows, parts, part_bytes, panel):
         """Prefetch the units of a panel in each part of `count` rows, whose addresses are at `rows`."""
         for m in range(count):
-            row = load_int(rows + 8 * m) + panel * per_panel * vector
+            row = load_int(rows + 8 * m) + first_unit(p, panel, panel_units) * size
             for part in range(parts):
                 for j in range(per_panel):
                     prefetch(row + part * part_bytes + j * vector)
@@ -242,7 +246,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def wanted_columns(p, panel):
         """Count the columns of a panel that stand for units: of a cell of one gate, the last panel may have others."""
-        return min(columns, ceil_div(p.hidden_size, lanes) - panel * columns) if gates == 1 else columns
+        left = end_unit(p, panel) - first_unit(p, panel, panel_units)
+        return min(columns, ceil_div(left, lanes)) if gates == 1 else columns
 
     @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
@@ -260,7 +265,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
-                bring_near(rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
+                bring_near(p, rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch, own_panel)
                 elif p.tiles and parts == 1:
@@ -270,53 +275,57 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 else:
                     product(
                         rows, x_rows + 8 * i, size, weights, 0, 1, wanted_columns(p, panel), columns * vector, p.input_size,
-                        scratch, following,
+                        scratch, following, 0,
                     )  # fmt: skip
+                unit0, end = first_unit(p, panel, panel_units), end_unit(p, panel)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     for j in range(per_panel):
-                        unit = (panel * per_panel + j) * lanes
-                        if unit < p.hidden_size:
+                        unit = unit0 + j * lanes
+                        if unit < end:
                             for g in range(gates):
                                 value = load_all(scratch + ((m * gates + g) * per_panel + j) * vector)
                                 value = value + load_all(p.bias_sums + g * bias_gate + unit * size)
-                                store(z + g * z_gate + unit * size, value, p.hidden_size - unit)
+                                store(z + g * z_gate + unit * size, value, end - unit)
                 i += rows
 
     @njit(**options)
-    def vector_at(q, i, count, panel, scratch):
-        """Row, first unit and sums of vector q, of rows from i on in one panel, or of a row alone in those from `panel` on."""
+    def vector_at(q, i, count, unit, scratch):
+        """Row, first unit and sums of vector q: of rows from i on in the panel whose units begin at `unit`, or of a row alone
+        in those from there on."""
         group, j = q // per_panel, q % per_panel
-        m, own_panel = (i, panel + group) if count == 1 else (i + group, panel)
-        return m, (own_panel * per_panel + j) * lanes, scratch + (group * columns + j) * vector
+        m, unit = (i, unit + group * panel_units) if count == 1 else (i + group, unit)
+        return m, unit + j * lanes, scratch + (group * columns + j) * vector
 
     @njit(**options)
-    def arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, bias_gate):
-        """What the cell is given for a vector of units of row m."""
-        n, at, stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+    def arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, bias_gate):
+        """What the cell is given for a vector of units of row m, in the head whose first unit is `head`."""
+        n, at, stride = head + p.head_units - unit, unit * size, p.hidden_size * size
         a = preactivations_of(load_int(z_rows + 8 * m) + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
-        before = read_states(load_int(previous + 8 * m) + at, c_rows + m * states * stride + at, stride, n)
+        h = load_int(previous + 8 * m) + at - head * size
+        before = read_states(h, load_int(c_rows + 8 * m) + at, stride, n)
         return a + before + read_weights(p.b_ih + at, stride, n)
 
     @njit(**options)
-    def keep(p, m, unit, result, z_rows, h_rows, c_rows):
+    def keep(p, m, unit, head, result, z_rows, h_rows, c_rows):
         """The new states, and what backward needs, of a vector of units of row m."""
-        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
-        write_states(c_rows + m * states * gate_stride + at, gate_stride, result, n)
+        n, at, gate_stride = head + p.head_units - unit, unit * size, p.hidden_size * size
+        write_states(load_int(c_rows + 8 * m) + at, gate_stride, result, n)
         if p.save:
             write_slots(load_int(z_rows + 8 * m) + at, gate_stride, result, n)
         store(load_int(h_rows + 8 * m) + at, result[0], n)
 
     @njit(**options)
     def step(p, turn, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
-        """A step of `count` rows, for the units of panels first .. last-1: product, gate maths, new state.
+        """A step of `count` rows, for the units of panels first .. last-1 of one head: product, gate maths, new state.
 
-        turn: from the first panel to the last if even, or back.
+        turn: from the first panel to the last if even, or back. previous: addresses of the head's states.
         """
-        panel_bytes, blocks = p.hh_depth * columns * vector, tile_blocks(p.output_size)
+        head, depth = first // p.head_panels * p.head_units, p.output_size // p.heads
+        panel_bytes, blocks = p.hh_depth * columns * vector, tile_blocks(depth)
         own_rows = own_panel + p.panel_bytes
         if p.tiles:
-            split(count, previous, p.output_size, PARTS, own_rows)
+            split(count, previous, depth, PARTS, own_rows)
         together = alone if count == 1 else 1
         groups = ceil_div(last - first, together)
         for index in range(groups):
@@ -328,12 +337,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 for q in range(panels):
-                    bring_near(rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel + q)
-                    bring_near(rows, h_rows + 8 * i, 1, 0, panel + q)
+                    bring_near(p, rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel + q)
+                    bring_near(p, rows, h_rows + 8 * i, 1, 0, panel + q)
                 if p.one_step:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
-                        dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel + q, sums, own_panel)
+                        dot_gates(p, rows, previous + 8 * i, p.w_hh, depth, hidden_order, panel + q, sums, own_panel)
                 elif p.tiles:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
@@ -342,27 +351,27 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 elif p.half_panels:
                     product_half(
                         rows, previous + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
-                        columns * vector, p.output_size, scratch, following,
+                        columns * vector, depth, scratch, following, 0,
                     )  # fmt: skip
                 else:
                     product(
                         rows, previous + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
-                        columns * vector, p.output_size, scratch, following,
+                        columns * vector, depth, scratch, following, 0,
                     )  # fmt: skip
-                vectors = panels * rows * per_panel
+                vectors, unit0 = panels * rows * per_panel, first_unit(p, panel, panel_units)
                 for q in range(0, vectors, 2):
-                    m, unit, sums = vector_at(q, i, count, panel, scratch)
-                    if unit >= p.hidden_size:
+                    m, unit, sums = vector_at(q, i, count, unit0, scratch)
+                    if unit >= head + p.head_units:
                         continue
-                    a = arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, bias_gate)
+                    a = arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, bias_gate)
                     if q + 1 < vectors:
-                        other, unit_too, sums = vector_at(q + 1, i, count, panel, scratch)
-                        b = arguments(p, other, unit_too, sums, previous, z_rows, z_gate, c_rows, bias_gate)
+                        other, unit_too, sums = vector_at(q + 1, i, count, unit0, scratch)
+                        b = arguments(p, other, unit_too, head, sums, previous, z_rows, z_gate, c_rows, bias_gate)
                         result, b_result = apply_twice(a, b)
-                        keep(p, other, unit_too, b_result, z_rows, h_rows, c_rows)
+                        keep(p, other, unit_too, head, b_result, z_rows, h_rows, c_rows)
                     else:
                         result = apply(a)
-                    keep(p, m, unit, result, z_rows, h_rows, c_rows)
+                    keep(p, m, unit, head, result, z_rows, h_rows, c_rows)
                 i += rows
 
     @njit(**options)
@@ -371,16 +380,32 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             store(destination + unit * size, load(source + unit * size, min(n, last) - unit), min(n, last) - unit)
 
     @njit(**options)
+    def begin_states(p, b, unit0, unit1):
+        """Set the states of row b, but for the hidden one, to the initial ones, for units unit0 .. unit1-1."""
+        state_bytes = p.hidden_size * size
+        for s in range(row_at(p, b) * states, (row_at(p, b) + 1) * states):
+            copy_units(p.c0 + s * state_bytes, p.c_n + s * state_bytes, unit0, unit1, p.hidden_size)
+
+    @njit(**options)
+    def clear_outputs(p, r0, r1, first, last):
+        """Zeros past the lengths of rows r0 .. r1-1, in outputs first .. last-1."""
+        for t in range(p.padded_steps):
+            for b in range(max(r0, active_rows(p, t) if t < p.steps else 0), r1):
+                row = p.y + t * p.y_step + row_at(p, b) * p.y_row
+                for unit in range(first, last, lanes):
+                    store(row + unit * size, zero(), last - unit)
+
+    @njit(**options)
     def run_block(p, member, block, begins):
         """A block of steps of one direction or layer; nothing but what comes before all blocks if begins and block < 0."""
         unit_group = member % p.unit_groups
         hidden_bytes, output_bytes = p.hidden_size * size, p.output_size * size
-        panels = ceil_div(p.hidden_size, lanes * per_panel)
+        panels = p.heads * p.head_panels
         first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
         bias_gate = panels * per_panel * vector
         outputs = ceil_div(p.output_size, lanes * wide)
         first_out, last_out = share(outputs, p.unit_groups, unit_group), share(outputs, p.unit_groups, unit_group + 1)
-        unit0, unit1 = first * per_panel * lanes, last * per_panel * lanes
+        unit0, unit1 = first_unit(p, first, panel_units), first_unit(p, last, panel_units)
 
         # This thread's own memory: scratch tiles, a panel packed to be used once, tables of row addresses.
         scratch = p.own + member * p.own_bytes
@@ -388,9 +413,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         previous = own_panel + p.panel_bytes + p.own_block
         h_rows = previous + 8 * p.batch
         y_rows = h_rows + 8 * p.batch
-        x_rows = y_rows + 8 * p.batch
+        c_rows = y_rows + 8 * p.batch
+        x_rows = c_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
         own_rows = z_rows + 8 * p.block_steps * p.batch  # this thread's
+        own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
 
         if begins:
             r0, r1 = split_row(p, member // p.unit_groups), split_row(p, member // p.unit_groups + 1)
@@ -399,9 +426,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             if not p.pack:
                 pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
             for b in range(r0, r1):
-                store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
-                for s in range(b * states, (b + 1) * states):
-                    copy_units(p.c0 + s * hidden_bytes, p.c_n + s * hidden_bytes, unit0, unit1, p.hidden_size)
+                store_int(previous + 8 * (b - r0), p.h0 + row_at(p, b) * output_bytes)
+                store_int(c_rows + 8 * (b - r0), p.c_n + row_at(p, b) * states * hidden_bytes)
+                begin_states(p, b, unit0, unit1)
+            if p.order:
+                clear_outputs(p, r0, r1, own, owns)
             wait_crew(p, member)
             if block < 0:
                 return
@@ -416,11 +445,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         for k in range(s, end):
             t = p.steps - 1 - k if p.reverse else k
             for b in range(r0, min(r1, active_rows(p, t))):
-                store_int(x_rows + 8 * n, p.x + step_base(p, t) * p.x_step + b * p.x_row)
+                store_int(x_rows + 8 * n, p.x + step_base(p, t) * p.x_step + row_at(p, b) * p.x_row)
                 if slots == 0:
-                    z = p.y + step_base(p, t) * p.y_step + b * p.y_row
+                    z = p.y + step_base(p, t) * p.y_step + row_at(p, b) * p.y_row
                 elif in_saved:
-                    z = p.saved + (first_row(p, t) + b) * saved_row
+                    z = p.saved + kept_row(p, t, b) * saved_row
                 else:
                     z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
                 store_int(z_rows + 8 * n, z)
@@ -434,20 +463,27 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             t = p.steps - 1 - k if p.reverse else k
             count = max(0, min(r1, active_rows(p, t)) - r0)
             for i in range(count):
-                y = p.y + step_base(p, t) * p.y_step + (r0 + i) * p.y_row
+                y = p.y + step_base(p, t) * p.y_step + row_at(p, r0 + i) * p.y_row
                 store_int(y_rows + 8 * i, y)
                 if not p.projected:
                     h = y
                 elif p.save:
-                    h = p.saved + (first_row(p, t) + r0 + i) * saved_row + slots * hidden_bytes
+                    h = p.saved + kept_row(p, t, r0 + i) * saved_row + slots * hidden_bytes
                 else:
                     h = p.tails + (r0 + i) * hidden_bytes
                 store_int(h_rows + 8 * i, h)
+                if begins_anew(p, t, r0 + i):
+                    store_int(previous + 8 * i, p.h0 + row_at(p, r0 + i) * output_bytes)
+                    begin_states(p, r0 + i, unit0, unit1)
             for i in range(0, count, p.split_rows):
                 rows, before, z = min(count - i, p.split_rows), previous + 8 * i, z_rows + 8 * (n + i)
-                h, c = h_rows + 8 * i, p.c_n + (r0 + i) * states * hidden_bytes
+                h, c = h_rows + 8 * i, c_rows + 8 * i
                 turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
-                step(p, turn, rows, before, z, hidden_bytes, h, c, first, last, bias_gate, scratch, own_panel)
+                for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
+                    low, high = max(first, head * p.head_panels), min(last, (head + 1) * p.head_panels)
+                    shift_rows(before, rows, head * p.head_units * size)
+                    step(p, turn, rows, before, z, hidden_bytes, h, c, low, high, bias_gate, scratch, own_panel)
+                    shift_rows(before, rows, -head * p.head_units * size)
             if p.projected:
                 wait_group(p, member)
                 panel_row = wide * vector
@@ -461,9 +497,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             n += count
 
         if end == p.steps:
-            own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
             for b in range(r0, r1):
-                copy_units(load_int(previous + 8 * (b - r0)), p.h_n + b * output_bytes, own, owns, p.output_size)
+                copy_units(load_int(previous + 8 * (b - r0)), p.h_n + row_at(p, b) * output_bytes, own, owns, p.output_size)
 
     @njit(**options)
     def forward(records, rank):

@@ -8,7 +8,7 @@ from numba.extending import intrinsic
 
 from .plan import ARRIVALS_BYTES, FIELDS
 from .product import options
-from .vector import call, load_int
+from .vector import call, load_byte, load_int
 
 RECORD = np.dtype([(name, np.int64) for name in FIELDS])
 RECORD_BYTES = RECORD.itemsize
@@ -42,9 +42,9 @@ def wait_crew(p, member):
 
 @njit(**options)
 def wait_group(p, member):
-    """The threads that share this thread's rows."""
+    """The threads that share this thread's rows, unless each has whole heads, of which none reads what another has done."""
     size = p.unit_groups
-    if size > 1:
+    if p.heads % size != 0:
         group = member // size
         first = p.threads + (2 * p.direction + 1) * p.crew_threads + group * size
         call(p.wait, p.arrivals + ARRIVALS_BYTES * first, member % size, size)
@@ -54,6 +54,19 @@ def wait_group(p, member):
 def share(count, parts, index):
     """First of `count` things that part `index` of `parts` takes."""
     return count * index // parts
+
+
+@njit(**options)
+def first_unit(p, panel, panel_units):
+    """First unit of a panel, each of panel_units but for the last one of a head."""
+    head = panel // p.head_panels
+    return head * p.head_units + (panel - head * p.head_panels) * panel_units
+
+
+@njit(**options)
+def end_unit(p, panel):
+    """First unit past the head that a panel is of."""
+    return (panel // p.head_panels + 1) * p.head_units
 
 
 @njit(**options)
@@ -71,13 +84,31 @@ def active_rows(p, t):
 @njit(**options)
 def step_base(p, t):
     """What p.x_step and p.y_step are multiplied with: rows before step t if packed, else t."""
-    return load_int(p.offsets + 8 * t) if p.offsets else t
+    return load_int(p.offsets + 8 * t) if p.packed else t
 
 
 @njit(**options)
 def first_row(p, t):
-    """Rows before step t, counting in steps: the row of `saved`."""
+    """Rows before step t, counting in steps."""
     return load_int(p.offsets + 8 * t) if p.offsets else t * p.batch
+
+
+@njit(**options)
+def row_at(p, b):
+    """Where row b of the batch lies among its rows."""
+    return load_int(p.order + 8 * b) if p.order else b
+
+
+@njit(**options)
+def kept_row(p, t, b):
+    """The row of `saved` that step t of row b has."""
+    return t * p.batch + load_int(p.order + 8 * b) if p.order else first_row(p, t) + b
+
+
+@njit(**options)
+def begins_anew(p, t, b):
+    """Do the states before step t of row b go back to the initial ones?"""
+    return p.resets != 0 and load_byte(p.resets + step_base(p, t) * p.resets_step + row_at(p, b) * p.resets_row) != 0
 
 
 @njit(**options)
