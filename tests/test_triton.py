@@ -92,8 +92,9 @@ OF_OWN = {
 
 
 def _quick(row: dict) -> bool:
-    """Of what is interpreted there is little: half precision is run on three seeds."""
-    return _possible(row) and (row.get("heads") != 4 or row.get("dtype", torch.float32) is torch.float32)
+    """Half precision, which is run on three seeds, in few programs."""
+    few = row.get("heads", 1) == row.get("directions", 1) == 1
+    return _possible(row) and (few or row.get("dtype", torch.float32) is torch.float32)
 
 
 OWN_LAYERS = [Layer(OWN[k % len(OWN)], **row, sizes=(2, 3, 5, 19)) for k, row in enumerate(pairwise(OF_OWN, _quick))]
@@ -293,8 +294,8 @@ def _chosen(target: str, cells, **limits) -> list:
 @needs_triton
 def test_resources_of_a_cell_of_ones_own(compilers):
     """The cell with the most states and the longest formulas of those that come with fastrnn; the others are slow tests."""
-    cases = [case for case in _chosen("sm_90", ("slstm",), units=(64, 768), rows=(16,)) if case.dtype is torch.float16]
-    assert len(cases) == 4
+    cases = [case for case in _chosen("sm_90", ("slstm",), units=(768,), rows=(16,)) if case.dtype is torch.float16]
+    assert len(cases) == 2
     _assert_resources(cases, compilers)
 
 
