@@ -130,6 +130,7 @@ class Derivation:
     alone, shared, hidden: names of the pre-activations of the input's product alone, of both products, of the state's alone.
     states:                names of the states; "h", if it is among them, is the output.
     weights:               names of the learned values.
+    noise:                 names of the numbers that a call brings, which have no gradients.
     order:                 all of these in the order of the function's arguments.
 
     inputs:       names and nodes of the pre-activations, of the states before the step, and of the weights, in this order.
@@ -147,6 +148,7 @@ class Derivation:
         hidden: Sequence[str],
         states: Sequence[str],
         weights: Sequence[str],
+        noise: Sequence[str],
         order: Sequence[str],
     ) -> None:
         graph = Graph()
@@ -167,6 +169,7 @@ class Derivation:
         self.inputs = (*((each, symbols[each]) for each in (*alone, *shared, *hidden, *states, *weights)),)
         self.after = tuple((f"{state}_new", node) for state, node in zip(carried, after, strict=True))
         self._weights = self.inputs[len(self.inputs) - len(weights) :]
+        self._noise = tuple((each, symbols[each]) for each in noise)
         self._output = ("h_new", output)
         self._seeds = tuple((f"d_{each}", graph.argument(f"d_{each}")) for each in ("h_new", *(n for n, _ in self.after)))
         seeds = [node for _, node in self._seeds]
@@ -175,15 +178,15 @@ class Derivation:
         self._changes = tuple((f"change_{each}", graph.argument(f"change_{each}")) for each, _ in self.inputs)
 
         forward = {node.index for node in ancestors([output, *after])}
-        for each, node in self.inputs:
+        for each, node in (*self.inputs, *self._noise):
             if node.index not in forward:
                 raise Refused(f"{each} is not used: leave the argument out")
-        at_hand = {node.index for _, node in (*self.before, *self.after, *self._weights, self._output)}
+        at_hand = {node.index for _, node in (*self.before, *self.after, *self._weights, *self._noise, self._output)}
         kept = choose_kept(found, seeds, forward, at_hand)
         places = {node.index: place for place, (_, node) in enumerate(self.inputs)}
         kept.sort(key=lambda node: min(places[each.index] for each in ancestors([node]) if each.index in places))
         self.kept = labelled(kept, {*order, "h_new", *(each for each, _ in self.after)})
-        given = {node.index for _, node in (*self.kept, *self.before, *self.after, *self._weights)}
+        given = {node.index for _, node in (*self.kept, *self.before, *self.after, *self._weights, *self._noise)}
         self.reads_output = output.index in {node.index for node in ancestors(found, given)} - given
 
     @property
@@ -193,15 +196,15 @@ class Derivation:
 
     @property
     def forward(self) -> Code:
-        """(pre-activations..., states before..., weights...) -> (output, kept..., states after...)."""
-        return Code(f"{self.name}_forward", self.inputs, (self._output, *self.kept, *self.after))
+        """(pre-activations..., states before..., weights..., noise...) -> (output, kept..., states after...)."""
+        return Code(f"{self.name}_forward", (*self.inputs, *self._noise), (self._output, *self.kept, *self.after))
 
     @property
     def backward(self) -> Code:
         """(gradients of output and states after..., kept..., states after..., the output if it is read, states before...,
-        weights...) -> gradients of (pre-activations..., states before..., weights...)."""
+        weights..., noise...) -> gradients of (pre-activations..., states before..., weights...)."""
         output = (self._output,) if self.reads_output else ()
-        parameters = *self._seeds, *self.kept, *self.after, *output, *self.before, *self._weights
+        parameters = *self._seeds, *self.kept, *self.after, *output, *self.before, *self._weights, *self._noise
         return Code(f"{self.name}_backward", parameters, self._gradients)
 
     @cached_property
