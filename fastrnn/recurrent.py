@@ -98,30 +98,13 @@ class Recurrent(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("input_size", input_size),
-            ("hidden_size", hidden_size),
-            ("num_layers", num_layers),
-            ("num_heads", num_heads),
-        ):
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-            if size <= 0:
-                raise ValueError(f"{name} must be greater than zero")
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-            raise ValueError(
-                "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
-            )
-        for name, flag in (
-            ("bias", bias),
-            ("batch_first", batch_first),
-            ("bidirectional", bidirectional),
-            ("recompute", recompute),
-        ):
+        # torch.nn's own constructor sees to the arguments that are its own, on a device where nothing takes memory
+        nn.GRU(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device="meta")
+        for name, flag in (("bidirectional", bidirectional), ("recompute", recompute)):
             if not isinstance(flag, bool):
-                raise TypeError(f"{name} should be a bool, got {flag!r}")
-        if hidden_size % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads}")
+                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+        if not isinstance(num_heads, int) or num_heads < 1 or hidden_size % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads!r}")
         self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
         self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bidirectional
         self.num_heads, self.recompute = num_heads, recompute
@@ -167,19 +150,22 @@ class Recurrent(nn.Module):
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Run the layers; see the class."""
+        packed = isinstance(input, PackedSequence)
         x, batch_sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
-        batched = batch_sizes is not None or x.dim() == 3
-        batch = self._check_input(x, batch_sizes)
-        states = self._states(x, batch, batched, hx)
+        if not packed and x.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+        batched, row = packed or x.dim() == 3, 0 if self.batch_first else 1
+        states = None if hx is None else self._states(hx, None if packed else x.dim())
+        x = x if batched else x.unsqueeze(row)
+        states = self._checked(x, batch_sizes, states)
         if order is not None:
             states = [state.index_select(1, order) for state in states]
-        batch_first = self.batch_first and batched and batch_sizes is None
-        y, *after = self._run(x if batched else x.unsqueeze(1), batch_sizes, states, batch_first)
+        y, *after = self._run(x, batch_sizes, states, self.batch_first and not packed)
         if back is not None:
             after = [state.index_select(1, back) for state in after]
         if not batched:
-            y, after = y.squeeze(1), [state.squeeze(1) for state in after]
-        output = y if batch_sizes is None else PackedSequence(y, batch_sizes, order, back)
+            y, after = y.squeeze(row), [state.squeeze(1) for state in after]
+        output = PackedSequence(y, batch_sizes, order, back) if packed else y
         return output, after[0] if len(after) == 1 else tuple(after)
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -198,44 +184,56 @@ class Recurrent(nn.Module):
         """
         return fallback.module_step(self, x, state, None)
 
-    def _check_input(self, x: Tensor, batch_sizes: Tensor | None) -> int:
-        """Return the rows of the batch; raise torch.nn's errors."""
-        dims = (2,) if batch_sizes is not None else (2, 3)
-        if x.dim() not in dims:
-            raise ValueError(f"RNN: Expected input to be {'2D' if len(dims) == 1 else '2D or 3D'}, got {x.dim()}D instead")
-        if x.shape[-1] != self.input_size:
-            raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}")
-        dtype = self.weight_ih_l0.dtype
-        if x.dtype != dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(
-                f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). Convert input: input.to({dtype}), "
-                f"or convert model: model.to({x.dtype})"
-            )
-        if batch_sizes is not None:
-            return int(batch_sizes[0])
-        batch_first = self.batch_first and x.dim() == 3
-        if x.shape[1 if batch_first else 0] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        return 1 if x.dim() == 2 else x.shape[0 if batch_first else 1]
+    # torch.nn's own checks of a call, and what they look at
+    check_input: Any = nn.RNNBase.check_input
+    check_hidden_size: Any = nn.RNNBase.check_hidden_size
+    get_expected_hidden_size: Any = nn.RNNBase.get_expected_hidden_size
+    proj_size = 0
 
-    def _states(self, x: Tensor, batch: int, batched: bool, hx: Any) -> list[Tensor]:
-        """Return h and the other states, each [L * D, B, H]."""
-        count, depth = 1 + self.cell.definition.states, self.num_layers * (1 + self.bidirectional)
-        if hx is None:
-            return [x.new_zeros(depth, batch, self.hidden_size) for _ in range(count)]
-        states = [hx] if count == 1 else list(hx) if isinstance(hx, (tuple, list)) else []
-        if len(states) != count or not all(isinstance(state, Tensor) for state in states):
-            names = ", ".join(["h", *(name.removesuffix("_new") for name, _ in self.cell.definition.derived.after)])
-            raise TypeError(f"hx: expected {'h' if count == 1 else f'a tuple ({names})'} of tensors, got {_described(hx)}")
-        expected = (depth, batch, self.hidden_size)
-        for state in states:
-            if state.dim() != (3 if batched else 2):
-                wanted = "batched 3-D input, hx should also be 3-D" if batched else "unbatched 2-D input, hx should also be 2-D"
-                raise RuntimeError(f"For {wanted} but got {state.dim()}-D tensor")
-            own = tuple(state.shape) if batched else (state.shape[0], 1, state.shape[1])
-            if own != expected:
-                raise RuntimeError(f"Expected hidden size {expected}, got {list(own)}")
-        return states if batched else [state.unsqueeze(1) for state in states]
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return [self.weight_ih_l0]
+
+    def _states(self, hx: Any, dims: int | None) -> list[Tensor]:
+        """Return the states of a call whose input has so many dimensions, None for packed input, each with a batch."""
+        names = ["h", *(name.removesuffix("_new") for name, _ in self.cell.definition.derived.after)]
+        states = [hx] if len(names) == 1 else list(hx) if isinstance(hx, (tuple, list)) else []
+        if len(states) != len(names) or not all(isinstance(state, Tensor) for state in states):
+            wanted = "a tensor h" if len(names) == 1 else f"a tuple of tensors ({', '.join(names)})"
+            raise TypeError(f"hx: expected {wanted}, got {_described(hx)}")
+        if dims is None:
+            return states
+        if any(state.dim() != dims for state in states):
+            whose = "batched 3-D" if dims == 3 else "unbatched 2-D"
+            given = ", ".join(f"{state.dim()}-D" for state in states)
+            which = "hx" if len(names) == 1 else f"{', '.join(f'{name}x' for name in names[:-1])} and {names[-1]}x"
+            got = f"{given} tensor" if len(names) == 1 else f"({given}) tensors"
+            raise RuntimeError(f"For {whose} input, {which} should also be {dims}-D but got {got}")
+        return states if dims == 3 else [state.unsqueeze(1) for state in states]
+
+    def _checked(self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor] | None) -> list[Tensor]:
+        """Return the states, zeros where there are none, of a call that fits the layer; raise torch.nn's errors of others."""
+        self.check_input(x, batch_sizes)
+        expected = self.get_expected_hidden_size(x, batch_sizes)
+        if states is None:
+            states = [x.new_zeros(expected) for _ in range(1 + self.cell.definition.states)]
+        for place, state in enumerate(states):
+            name = f"hidden[{place}]" if len(states) > 1 else "hidden"
+            self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
+        if batch_sizes is None and x.shape[1 if self.batch_first else 0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        for kind, tensor in (*(("hidden", state) for state in states), ("parameter", self._flat_weights[0])):
+            if tensor.device != x.device:
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} "
+                    f"and {kind} tensor at {tensor.device}"
+                )
+            if tensor.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+                raise RuntimeError(
+                    f"Input and {kind} tensors are not the same dtype, found input tensor with {_scalar(x)} "
+                    f"and {kind} tensor with {_scalar(tensor)}"
+                )
+        return states
 
     def _run(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], batch_first: bool) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
@@ -331,6 +329,11 @@ def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> T
         return w
     blocks = dict(zip(names, w.split(H) if len(w) else (), strict=True))
     return torch.cat([blocks[name] if name in blocks else w.new_zeros(H, *w.shape[1:]) for name in wanted])
+
+
+def _scalar(tensor: Tensor) -> str:
+    """Name a dtype as torch's messages do: Float."""
+    return tensor.type().rpartition(".")[2].removesuffix("Tensor")
 
 
 def _described(value: Any) -> str:

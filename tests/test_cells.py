@@ -7,6 +7,7 @@ import importlib.util
 import io
 import math
 import pickle
+import random
 import re
 import sys
 from pathlib import Path
@@ -566,33 +567,117 @@ def test_a_function_named_as_an_operation_is_refused():
         fastrnn.cell(sigmoid)
 
 
+TWINS = ("gru", nn.GRU), ("lstm", nn.LSTM)
+
+
+def outcome(function, *args, **kwargs) -> str:
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".replace("GRU", "Gru").replace("LSTM", "Lstm")
+    return "no error"
+
+
+@pytest.mark.parametrize(("own", "torchs"), TWINS)
+def test_wrong_calls_are_refused_in_the_words_of_torch_nn(own, torchs, monkeypatch):
+    """Calls with one, two or no mistakes, drawn at random: the first that torch.nn finds is the one that is named."""
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    draw, found = random.Random(0), set()
+    for _ in range(400):
+        D, L, batch_first, T, B = draw.choice([1, 2]), draw.choice([1, 2]), draw.random() < 0.5, draw.choice([0, 1, 3, 3, 3]), 2
+        options = {"num_layers": L, "bidirectional": D == 2, "batch_first": batch_first}
+        layer, twin = fastrnn.recurrent(getattr(cells, own))(3, 4, **options), torchs(3, 4, **options)
+        kind, I = draw.choice(["dense", "unbatched", "packed", "odd"]), draw.choice([3, 3, 3, 2, 5])
+        dtype = draw.choice([*[torch.float32] * 6, torch.float64, torch.int64, torch.bfloat16])
+        lead = [L * D] if kind == "unbatched" else [L * D, B]
+        shape = {"dense": (B, T, I) if batch_first else (T, B, I), "unbatched": (T, I), "odd": (2,) * draw.choice([0, 1, 4])}
+        x = torch.zeros(shape.get(kind, (3, B, I)), dtype=dtype)
+        if kind == "packed":
+            x = pack_padded_sequence(x, torch.tensor([1, 3]), enforce_sorted=False)
+            x = x._replace(data=x.data[None]) if draw.random() < 0.1 else x
+
+        def state(lead=lead):
+            size, which = [*lead, 4], draw.random()
+            if which < 0.25:
+                size[draw.randrange(len(size))] += draw.choice([-1, 1])
+            return torch.zeros(size[1:] if 0.25 < which < 0.35 else [1, *size] if 0.35 < which < 0.4 else size)
+
+        states = None if draw.random() < 0.3 else (state(), state()) if own == "lstm" else state()
+        if kind == "packed":  # torch.nn's LSTM does not look at it, and its GRU sorts the states of any batch
+            zeros = torch.zeros(*lead, 4)
+            fitting = ((zeros, zeros) if own == "lstm" else zeros) if states is None else states
+            expected = outcome(twin.check_forward_args, x.data, fitting, x.batch_sizes)
+        else:
+            expected = outcome(twin, x, states)
+        assert outcome(layer, x, states) == expected
+        found.add(re.sub(r"[\d()\[\], ]+", " ", expected))
+    assert len(found) > 9  # kinds of words
+
+
+def test_states_of_another_kind_dtype_or_device(monkeypatch):
+    """What torch.nn's modules stumble over, each in other words."""
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    x, h = torch.zeros(2, 1, 3), torch.zeros(1, 1, 4)
+    two, one = (fastrnn.recurrent(cell)(3, 4) for cell in (cells.lstm, cells.gru))
+    for layer, states, words in (
+        (one, (h,), r"TypeError: hx: expected a tensor h, got tuple \(Tensor \[1, 1, 4\]\)"),
+        (two, (h, 1), r"TypeError: hx: expected a tuple of tensors \(h, c\), got tuple \(Tensor \[1, 1, 4\], int\)"),
+        (two, h, r"TypeError: hx: expected a tuple of tensors \(h, c\), got Tensor"),
+        (one, h.double(), "RuntimeError: .* not the same dtype, found input tensor with Float and hidden tensor with Double"),
+        (two, (h, h.long()), "RuntimeError: .* not the same dtype, found input tensor with Float and hidden tensor with Long"),
+        (
+            two,
+            (h, h.to("meta")),
+            "RuntimeError: .* not at the same device, found input tensor at cpu and hidden tensor at meta",
+        ),
+    ):
+        assert re.match(words, outcome(layer, x, states)), outcome(layer, x, states)
+        assert re.match(words, outcome(layer, pack_padded_sequence(x, torch.tensor([2])), states))
+    assert "parameter tensor at cpu" in outcome(one, x.to("meta"))
+
+
+def test_wrong_arguments_are_refused_in_the_words_of_torch_nn():
+    for arguments in (
+        (3, 4.0), ("3", 4), (3, 0), (-1, 4), (3, 4, 0), (3, 4, 1.5), (3, 4, 1, 1), (3, 4, 1, True, None),
+        (3, 4, 2, True, False, 2), (3, 4, 2, True, False, "half"), (3, 4, 2, True, False, True),
+    ):  # fmt: skip
+        expected = outcome(nn.GRU, *arguments)
+        assert expected != "no error" and outcome(fastrnn.recurrent(cells.gru), *arguments) == expected
+    for module in (nn.GRU, fastrnn.recurrent(cells.slstm)):
+        with pytest.warns(UserWarning, match="non-zero dropout expects num_layers greater than 1"):
+            module(3, 4, dropout=0.5)
+    torch.manual_seed(0)
+    fastrnn.recurrent(cells.gru)(3, 4, device="meta")
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), drawn)  # what checks the arguments draws no numbers
+
+
 def test_bad_arguments():
     Layer = fastrnn.recurrent(cells.slstm)
     with pytest.raises(TypeError, match=r"cell: expected a cell that fastrnn.cell has made"):
         fastrnn.recurrent(tanh)
-    for error, words, arguments in (
-        (TypeError, "hidden_size should be of type int, got: float", (3, 4.0)),
-        (ValueError, "num_layers must be greater than zero", (3, 4, 0)),
-        (ValueError, "dropout should be a number in range", (3, 4, 1, True, False, 2)),
+    for error, words, options in (
+        (ValueError, "num_heads: expected a divisor of hidden_size 4, got 3", {"num_heads": 3}),
+        (ValueError, "num_heads: expected a divisor of hidden_size 4, got 0", {"num_heads": 0}),
+        (ValueError, r"num_heads: expected a divisor of hidden_size 4, got 2\.0", {"num_heads": 2.0}),
+        (TypeError, "recompute should be of type bool, got: int", {"recompute": 1}),
+        (TypeError, "bidirectional should be of type bool, got: int", {"bidirectional": 2}),
     ):
         with pytest.raises(error, match=words):
-            Layer(*arguments)
-    with pytest.raises(ValueError, match="num_heads: expected a divisor of hidden_size 4, got 3"):
-        Layer(3, 4, num_heads=3)
-    layer = Layer(3, 4)
-    for error, words, arguments in (
-        (RuntimeError, r"input\.size", (torch.zeros(2, 1, 5),)),
-        (ValueError, "does not match weight dtype", (torch.zeros(2, 1, 3).double(),)),
-        (TypeError, r"a tuple \(h, c, n, m\)", (torch.zeros(2, 1, 3), torch.zeros(1, 1, 4))),
-        (RuntimeError, "Expected hidden size", (torch.zeros(2, 1, 3), (torch.zeros(1, 2, 4),) * 4)),
+            Layer(3, 4, **options)
+    layer, x, state = Layer(3, 4), torch.zeros(2, 1, 3), torch.zeros(1, 1, 4)
+    for error, words, states in (
+        (TypeError, r"a tuple of tensors \(h, c, n, m\)", state),
+        (RuntimeError, r"Expected hidden\[2\] size \(1, 1, 4\), got \[1, 2, 4\]", (state, state, torch.zeros(1, 2, 4), state)),
+        (
+            RuntimeError,
+            r"3-D input, hx, cx, nx and mx should also be 3-D but got \(3-D, 3-D, 2-D, 3-D\) tensors",
+            (state, state, state[0], state),
+        ),
     ):
         with pytest.raises(error, match=words):
-            layer(*arguments)
-    with pytest.raises(TypeError, match=r"got tuple \(Tensor \[1, 1, 4\], int\)$"):
-        layer(torch.zeros(2, 1, 3), (torch.zeros(1, 1, 4), 1))
-    for batch_first, shape in ((False, (0, 2, 3)), (True, (2, 0, 3)), (True, (0, 3))):
-        with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
-            Layer(3, 4, batch_first=batch_first)(torch.zeros(shape))
+            layer(x, states)
     for batch_first in (False, True):
         with pytest.raises(RuntimeError, match=r"input\.size"):
             Layer(3, 4, batch_first=batch_first).step(torch.zeros(2, 5))
