@@ -22,7 +22,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrnn.kernels import reference
 from fastrnn.kernels.cells import CELLS, Cell, define
@@ -253,13 +253,25 @@ def _traced_again(code: Code, given: dict[str, Any], change: dict[int, Callable]
     return [value(node) for _, node in code.results]
 
 
-def with_initial_state(module: Any, depth: int, batch: int, batched: bool) -> list[Tensor]:
-    """Return the learned states of a module, each [L * D, B, features], or [L * D, features] without a batch."""
-    states = [torch.stack([getattr(module, name) for name in names]) for names in initial_names(module)]
-    return [state.unsqueeze(1).expand(-1, batch, -1) if batched else state for state in states]
+INITIAL = "initial_"  # begins the names of the parameters for initial states
 
 
-def initial_names(module: Any) -> list[list[str]]:
+def add_initial_states(module: Any, device: Any, dtype: Any) -> None:
+    """Register the parameters for the initial value of each state, zeros, of one layer and direction after another."""
+    of_h = getattr(module, "proj_size", 0) or module.hidden_size
+    for names in zip(*_initial_names(module), strict=True):
+        for place, name in enumerate(names):
+            size = module.hidden_size if place else of_h
+            module.register_parameter(name, nn.Parameter(torch.zeros(size, device=device, dtype=dtype)))
+
+
+def initial_states(module: Any, batch: int) -> list[Tensor]:
+    """Return the learned states of a module, each [L * D, B, features]."""
+    states = [torch.stack([getattr(module, name) for name in names]) for names in _initial_names(module)]
+    return [state.unsqueeze(1).expand(-1, batch, -1) for state in states]
+
+
+def _initial_names(module: Any) -> list[list[str]]:
     """Return the names of the parameters for the initial value of each state: one a layer and direction."""
     suffixes = [f"_l{k}{end}" for k in range(module.num_layers) for end in ("", "_reverse")[: 1 + module.bidirectional]]
-    return [[f"initial_{state}{suffix}" for suffix in suffixes] for state in state_names(module._fastrnn_cell)]
+    return [[f"{INITIAL}{state}{suffix}" for suffix in suffixes] for state in state_names(module._fastrnn_cell)]

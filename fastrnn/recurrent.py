@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, fallback, functional
+from fastrnn import dispatch, fallback, features, functional
 from fastrnn.cells import CellFunction
 from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels import cpu, gpu
+from fastrnn.kernels.cells import Cell
 from fastrnn.kernels.layer import Inputs, Layer
 
 _CLASSES: dict[CellFunction, type[Recurrent]] = {}
@@ -54,8 +55,9 @@ class Recurrent(nn.Module):
         weight_hh_l{k} [blocks * H, H / num_heads], for each Gate and Hidden
         bias_ih_l{k}, bias_hh_l{k} [blocks * H], as many, unless bias is False
         weight_<name>_l{k} [H], for each Weight
+        initial_<name>_l{k} [H], with learn_initial_state, for each state, h first
 
-    They are drawn from the uniform distribution within 1 / sqrt(H), as torch.nn's.
+    They are drawn from the uniform distribution within 1 / sqrt(H), as torch.nn's, but for initial states, which are zeros.
 
     Args:
         input_size: I, features of the input.
@@ -67,11 +69,17 @@ class Recurrent(nn.Module):
         bidirectional: run in both directions, D = 2.
         device, dtype: of the parameters.
         num_heads: keyword only. Units see the hidden state of their own head alone: the recurrent matrix is block-diagonal.
+        cell_clip: keyword only. Keep the state named c of the cell within -cell_clip and cell_clip, as in `fastrnn.LSTM`.
+        learn_initial_state: keyword only. Have a parameter for the initial value of each state, used where hx is missing.
+        recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
+        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training; or a tuple of these, of h
+            and each other state.
         recompute: keyword only. Keep less for backward, as in `fastrnn.recompute`.
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
-        hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, each so. Zeros where it is missing.
+        hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, each so. Where it is missing,
+            zeros, or what is learned.
         output: as input, with D * H features.
         state after the last step: as hx.
 
@@ -81,6 +89,8 @@ class Recurrent(nn.Module):
     """
 
     cell: ClassVar[CellFunction]
+    num_heads, cell_clip, learn_initial_state = features.Setting(), features.Setting(), features.Setting()
+    recurrent_dropout, zoneout = features.Setting(), features.Setting()
 
     def __init__(
         self,
@@ -95,6 +105,10 @@ class Recurrent(nn.Module):
         dtype: Any = None,
         *,
         num_heads: int = 1,
+        cell_clip: float | None = None,
+        learn_initial_state: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -103,11 +117,10 @@ class Recurrent(nn.Module):
         for name, flag in (("bidirectional", bidirectional), ("recompute", recompute)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-        if not isinstance(num_heads, int) or num_heads < 1 or hidden_size % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads!r}")
         self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
         self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bidirectional
-        self.num_heads, self.recompute = num_heads, recompute
+        self.num_heads, self.cell_clip, self.learn_initial_state = num_heads, cell_clip, learn_initial_state
+        self.recurrent_dropout, self.zoneout, self.recompute = recurrent_dropout, zoneout, recompute
         parts, H = self.cell.parts, hidden_size
         for layer in range(num_layers):
             inputs = input_size if layer == 0 else H * (1 + bidirectional)
@@ -122,13 +135,18 @@ class Recurrent(nn.Module):
                 for name, shape in shapes.items():
                     if shape[0]:
                         self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        if learn_initial_state:
+            features.add_initial_states(self, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         bound = 1 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        for name, parameter in self.named_parameters():
+            if name.startswith(features.INITIAL):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
 
     def flatten_parameters(self) -> None:
         """Do nothing, as torch.nn's modules on a CPU: the parameters stay as they are."""
@@ -139,7 +157,7 @@ class Recurrent(nn.Module):
     def extra_repr(self) -> str:
         """Name the sizes, and what is not as by default."""
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
-        defaults |= {"num_heads": 1, "recompute": False}
+        defaults |= {**features.DEFAULTS, "recompute": False}
         given = [f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *given])
 
@@ -184,6 +202,10 @@ class Recurrent(nn.Module):
         """
         return fallback.module_step(self, x, state, None)
 
+    @property
+    def _fastrnn_cell(self) -> Cell:
+        return self.cell.definition
+
     # torch.nn's own checks of a call, and what they look at
     check_input: Any = nn.RNNBase.check_input
     check_hidden_size: Any = nn.RNNBase.check_hidden_size
@@ -215,7 +237,9 @@ class Recurrent(nn.Module):
         """Return the states, zeros where there are none, of a call that fits the layer; raise torch.nn's errors of others."""
         self.check_input(x, batch_sizes)
         expected = self.get_expected_hidden_size(x, batch_sizes)
-        if states is None:
+        if states is None and self.learn_initial_state:
+            states = features.initial_states(self, expected[1])
+        elif states is None:
             states = [x.new_zeros(expected) for _ in range(1 + self.cell.definition.states)]
         for place, state in enumerate(states):
             name = f"hidden[{place}]" if len(states) > 1 else "hidden"

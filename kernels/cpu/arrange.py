@@ -92,7 +92,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             block = forward_block(p.steps, B, p.rows, 0 if at_once else I, gates * H * size)
             if at_once:  # the same for all, whatever their inputs
                 block = layer_block(p.steps, B, block)
-            tables = 3 * B + 2 * block * B + 2
+            tables = 3 * B + 2 * block * B + 2 + B + (B if cell.noise else 0)
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
             ih_once = row_groups == 1 and block == p.steps and not frozen and p.rows <= together
             panel_bytes = align(columns * vector * ih_depth) if ih_once else 0
@@ -113,7 +113,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if operand_rows > 0:
                 own_block = max(own_block, split_bytes(plan.TILE_UNITS, operand_rows, tile_parts))
                 operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * tile_parts
-        own = align(scratch + panel_bytes + own_block + 8 * tables)
+        masked = B * R * size if p.mask else 0
+        own = align(scratch + panel_bytes + own_block + 8 * tables + (masked if forward else 0))
 
         offset = start
         for direction in range(p.directions):
@@ -160,6 +161,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.tails = d.workspace + offset
             if d.projected:
                 offset += align(B * H * size if forward else block * B * R * size)
+            d.masked = d.workspace + offset
+            if not forward and d.mask:
+                offset += align(block * masked)
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
                 d.operand_rows = operand_rows

@@ -126,6 +126,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     read_slots = reader((*range(kept_values), *range(slots - states, slots)))
     read_output, read_weights = reader((0,) * reads_output), reader(tuple(range(gates, gates + weights)))
+    read_noise = reader(tuple(range(cell.noise)))
     read_states, read_carried = reader(tuple(range(states))), reader(tuple(range(states)))
     # results: gradients of pre-activations, of states before the step, of the cell's own weights
     of_states = [preactivations + names.index(name) for name in names if name != "h"]
@@ -245,29 +246,43 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return kept_at(p, before, b, saved_row) + (slots - states) * p.hidden_size * size
 
     @njit(**options)
-    def state_gradient(q, unit, n, sums, panel_sums, dy, more):
+    def noise_at(p, t, b):
+        """Address of the noise of step t of row b."""
+        return p.noise + step_base(p, t) * p.noise_step + b * p.noise_row
+
+    @njit(**options)
+    def mask_at(p, b):
+        """Address of the mask of row b, or 0."""
+        return p.mask + b * p.output_size * size if p.mask else 0
+
+    @njit(**options)
+    def state_gradient(q, unit, n, sums, panel_sums, mask, dy, more):
         """What reaches vector q of a row, units from `unit` on: through the next step, from outside, and past the gates."""
         at = unit * size
-        return load_all(sums + q // columns * panel_sums + q % columns * vector) + load(dy + at, n) + load(more + at, n)
+        through = load_all(sums + q // columns * panel_sums + q % columns * vector)
+        if mask:
+            through = through * load(mask + at, n)
+        return through + load(dy + at, n) + load(more + at, n)
 
     @njit(**options)
     def arguments(q, context):
         """What the cell's vector-Jacobian product is given for vector q of a row."""
-        p, t, b, unit0, sums, panel_sums, dy, more, _, saved_row = context
+        p, t, b, unit0, sums, panel_sums, mask, dy, more, _, saved_row = context
         unit = unit0 + q * lanes
         n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
-        dh = state_gradient(q, unit, n, sums, panel_sums, dy, more)
+        dh = state_gradient(q, unit, n, sums, panel_sums, mask, dy, more)
         carried = read_carried(p.dc0 + b * states * gate_stride + at, gate_stride, n)
         kept = read_slots(kept_at(p, t, b, saved_row) + at, gate_stride, n)
         output = read_output(output_at(p, t, b) + at, gate_stride, n)
         h = read_hidden(hidden_before(p, t, b) + at, gate_stride, n)
         before = in_order(h, read_states(carried_at(p, t, b, saved_row) + at, gate_stride, n))
-        return (dh,) + carried + kept + output + before + read_weights(p.b_ih + at, gate_stride, n)
+        given = read_weights(p.b_ih + at, gate_stride, n) + read_noise(noise_at(p, t, b) + at, gate_stride, n)
+        return (dh,) + carried + kept + output + before + given
 
     @njit(**options)
     def keep(q, result, context):
         """Keep the gradients of vector q's pre-activations, and what is carried past them."""
-        p, _, b, unit0, _, _, _, _, gradients, _ = context
+        p, _, b, unit0, _, _, _, _, _, gradients, _ = context
         unit = unit0 + q * lanes
         n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
         write_gradients(gradients + at, gate_stride, result, n)
@@ -343,7 +358,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     b = r0 + i + m
                     dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
                     more = load_int(extra + 8 * (i + m))
-                    sums, panel_sums = scratch + m * columns * vector, going_on * columns * vector
+                    sums, panel_sums, mask = scratch + m * columns * vector, going_on * columns * vector, mask_at(p, b)
                     if m >= going_on:
                         sums, panel_sums = p.zeros, columns * vector
                     unit = panel * wide
@@ -352,11 +367,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                         row = projected_gradients + (base + b) * p.output_size * size
                         for q in range(vectors):
                             n = p.output_size - unit
-                            store(row + unit * size, state_gradient(q, unit, n, sums, panel_sums, dy, more), n)
+                            store(row + unit * size, state_gradient(q, unit, n, sums, panel_sums, mask, dy, more), n)
                             unit += lanes
                     else:
                         row = gradients + (base + b) * row_bytes
-                        gate_gradients(vectors, (p, t, b, unit, sums, panel_sums, dy, more, row, saved_row))
+                        gate_gradients(vectors, (p, t, b, unit, sums, panel_sums, mask, dy, more, row, saved_row))
                 i += rows
 
     @njit(**options)
@@ -377,7 +392,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     unit, row = panel * wide, gradients + (base + b) * row_bytes
                     vectors = min(columns, ceil_div(p.hidden_size - unit, lanes))
                     sums = scratch + m * columns * vector
-                    gate_gradients(vectors, (p, t, b, unit, sums, 0, p.zeros, p.zeros, row, saved_row))
+                    gate_gradients(vectors, (p, t, b, unit, sums, 0, 0, p.zeros, p.zeros, row, saved_row))
                 i += rows
 
     @njit(**options)
@@ -425,30 +440,57 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             tile_multiply(n, own_block, panels, depth, width, first, last, out_rows + 8 * i, add, scratch)
 
     @njit(**options)
+    def add_masked(p, source, b, total, unit0, unit1):
+        """Add units unit0 .. unit1-1 of a row, times the mask of row b, to a total."""
+        mask = mask_at(p, b)
+        for unit in range(unit0, min(unit1, p.output_size), lanes):
+            n, at = p.output_size - unit, unit * size
+            store(total + at, load(total + at, n) + load(source + at, n) * load(mask + at, n), n)
+
+    @njit(**options)
+    def mask_hidden(p, member, members, t_low, t_high, rows):
+        """This member's share of a block's rows of h before their steps, times the mask, as they entered the product."""
+        row_bytes, i = p.output_size * size, 0
+        begin, end = share(rows, members, member), share(rows, members, member + 1)
+        for t in range(t_low, t_high + 1):
+            for b in range(active_rows(p, t)):
+                if begin <= i < end:
+                    source, mask, row = hidden_before(p, t, b), mask_at(p, b), p.masked + i * row_bytes
+                    for unit in range(0, p.output_size, lanes):
+                        n, at = p.output_size - unit, unit * size
+                        store(row + at, load(source + at, n) * load(mask + at, n), n)
+                i += 1
+        wait_crew(p, member)
+
+    @njit(**options)
     def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
         """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
         count = to_row - from_row
         if count > 0 and p.need_dh0:
-            fill_rows(table, count, p.dh0 + (r0 + from_row) * p.output_size * size, p.output_size * size)
+            out, row_bytes = p.masked if p.mask else p.dh0, p.output_size * size
+            fill_rows(table, count, out + (r0 + from_row) * row_bytes, row_bytes)
             for i in range(from_row, to_row):  # rows without a carried part start from zero
                 dh0 = p.dh0 + (r0 + i) * p.output_size * size
                 if load_int(extra + 8 * i) != dh0:
                     for unit in range(first * wide, min(last * wide, p.output_size), lanes):
                         store(dh0 + unit * size, zero(), p.output_size - unit)
-            depth, rows = gates * p.hidden_size, later + 8 * from_row
+            depth, rows, add = gates * p.hidden_size, later + 8 * from_row, 0 if p.mask else 1
             if p.tiles:
-                multiply_in_tiles(p, count, rows, p.hh_panels, p.output_size, first, last, table, 1, scratch, own_block)
+                multiply_in_tiles(p, count, rows, p.hh_panels, p.output_size, first, last, table, add, scratch, own_block)
             elif p.one_step:
                 weight_rows = table + 8 * count
                 fill_rows(weight_rows, depth, p.w_hh, p.output_size * weight_size(p))
                 multiply_once(
-                    p, count, rows, weight_rows, True, depth, p.output_size, first, last, table, 1, scratch, own_panel
+                    p, count, rows, weight_rows, True, depth, p.output_size, first, last, table, add, scratch, own_panel
                 )  # fmt: skip
             else:
                 multiply(
-                    count, rows, size, p.hh_panels, depth * panel_row, panel_row, depth, p.output_size, first, last, table, 1,
+                    count, rows, size, p.hh_panels, depth * panel_row, panel_row, depth, p.output_size, first, last, table, add,
                     scratch,
                 )  # fmt: skip
+            if p.mask:
+                for b in range(r0 + from_row, r0 + to_row):
+                    add_masked(p, p.masked + b * row_bytes, b, p.dh0 + b * row_bytes, first * wide, last * wide)
 
     @njit(**options)
     def sum_columns(gradients, rows, row_bytes, n, totals, part):
@@ -617,11 +659,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         x_rows, h_rows = tables, tables + 8 * rows
         out_rows = h_rows + 8 * rows
         columns_of_a = out_rows + 8 * max(depth, p.output_size)
+        if p.mask:
+            mask_hidden(p, member, members, t_low, t_high, rows)
         i = 0
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
                 store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + b * p.x_row)
-                store_int(h_rows + 8 * i, hidden_before(p, t, b))
+                h = p.masked + i * p.output_size * size if p.mask else hidden_before(p, t, b)
+                store_int(h_rows + 8 * i, h)
                 i += 1
         fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
         weight_gradient(

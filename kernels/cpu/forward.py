@@ -63,7 +63,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     load, store, load_all, store_all, zero = v.load, v.store, v.load_all, v.store_all, v.zero
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
-    kept, states, weights = cell.kept, cell.states, cell.weights
+    kept, states, weights, noise = cell.kept, cell.states, cell.weights, cell.noise
     names = tuple(name for name, _ in cell.derived.before)
     per_panel = unit_vectors(gates, target.registers)
     columns = gates * per_panel
@@ -136,14 +136,15 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     read_states = state_reader(names)
 
-    def weight_reader(count):
-        """The cell's own weights of a vector of units, which stand behind the gates' biases."""
-        if count == 0:
-            return njit(lambda b_ih, stride, n: (), **options)
-        before, s = weight_reader(count - 1), gates + count - 1
-        return njit(lambda b_ih, stride, n: before(b_ih, stride, n) + (load(b_ih + s * stride, n),), **options)
+    def reader(places):
+        """Numbers of a vector of units at numbered places, `stride` bytes apart, as a tuple."""
+        if not places:
+            return njit(lambda row, stride, n: (), **options)
+        before, s = reader(places[:-1]), places[-1]
+        return njit(lambda row, stride, n: before(row, stride, n) + (load(row + s * stride, n),), **options)
 
-    read_weights = weight_reader(weights)
+    # The cell's own weights stand behind the gates' biases.
+    read_weights, read_noise = reader(tuple(range(gates, gates + weights))), reader(tuple(range(noise)))
 
     @njit(**options)
     def pack_rows_of(p, source, units, depth, out, out_stride):
@@ -291,12 +292,13 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         return m, (own_panel * per_panel + j) * lanes, scratch + (group * columns + j) * vector
 
     @njit(**options)
-    def arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, bias_gate):
+    def arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate):
         """What the cell is given for a vector of units of row m."""
         n, at, stride = p.hidden_size - unit, unit * size, p.hidden_size * size
         a = preactivations_of(load_int(z_rows + 8 * m) + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
         before = read_states(load_int(previous + 8 * m) + at, c_rows + m * states * stride + at, stride, n)
-        return a + before + read_weights(p.b_ih + at, stride, n)
+        given = read_weights(p.b_ih + at, stride, n) + read_noise(load_int(noise_rows + 8 * m) + at, stride, n)
+        return a + before + given
 
     @njit(**options)
     def keep(p, m, unit, result, z_rows, h_rows, c_rows):
@@ -308,15 +310,19 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         store(load_int(h_rows + 8 * m) + at, result[0], n)
 
     @njit(**options)
-    def step(p, turn, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
+    def step(
+        p, turn, count, previous, entering, z_rows, z_gate, h_rows, c_rows, noise_rows, first, last, bias_gate, scratch,
+        own_panel
+    ):  # fmt: skip
         """A step of `count` rows, for the units of panels first .. last-1: product, gate maths, new state.
 
+        entering: rows of h as they enter the product, `previous` but for a mask.
         turn: from the first panel to the last if even, or back.
         """
         panel_bytes, blocks = p.hh_depth * columns * vector, tile_blocks(p.output_size)
         own_rows = own_panel + p.panel_bytes
         if p.tiles:
-            split(count, previous, p.output_size, PARTS, own_rows)
+            split(count, entering, p.output_size, PARTS, own_rows)
         together = alone if count == 1 else 1
         groups = ceil_div(last - first, together)
         for index in range(groups):
@@ -333,7 +339,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 if p.one_step:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
-                        dot_gates(p, rows, previous + 8 * i, p.w_hh, p.output_size, hidden_order, panel + q, sums, own_panel)
+                        dot_gates(p, rows, entering + 8 * i, p.w_hh, p.output_size, hidden_order, panel + q, sums, own_panel)
                 elif p.tiles:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
@@ -341,12 +347,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         tile_product(rows, own, weights + q * panel_bytes, blocks, sums)
                 elif p.half_panels:
                     product_half(
-                        rows, previous + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
+                        rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
                         columns * vector, p.output_size, scratch, following,
                     )  # fmt: skip
                 else:
                     product(
-                        rows, previous + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
+                        rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
                         columns * vector, p.output_size, scratch, following,
                     )  # fmt: skip
                 vectors = panels * rows * per_panel
@@ -354,10 +360,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     m, unit, sums = vector_at(q, i, count, panel, scratch)
                     if unit >= p.hidden_size:
                         continue
-                    a = arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, bias_gate)
+                    a = arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
                     if q + 1 < vectors:
                         other, unit_too, sums = vector_at(q + 1, i, count, panel, scratch)
-                        b = arguments(p, other, unit_too, sums, previous, z_rows, z_gate, c_rows, bias_gate)
+                        b = arguments(p, other, unit_too, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
                         result, b_result = apply_twice(a, b)
                         keep(p, other, unit_too, b_result, z_rows, h_rows, c_rows)
                     else:
@@ -369,6 +375,17 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     def copy_units(source, destination, first, last, n):
         for unit in range(first, min(last, n), lanes):
             store(destination + unit * size, load(source + unit * size, min(n, last) - unit), min(n, last) - unit)
+
+    @njit(**options)
+    def enter(p, count, r0, previous, masked_rows, masked):
+        """Multiply `count` rows of h with their mask, into memory at `masked`, and note where each then is."""
+        row_bytes = p.output_size * size
+        for i in range(count):
+            source, factors, row = load_int(previous + 8 * i), p.mask + (r0 + i) * row_bytes, masked + i * row_bytes
+            store_int(masked_rows + 8 * i, row)
+            for unit in range(0, p.output_size, lanes):
+                n, at = p.output_size - unit, unit * size
+                store(row + at, load(source + at, n) * load(factors + at, n), n)
 
     @njit(**options)
     def run_block(p, member, block, begins):
@@ -391,6 +408,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         x_rows = y_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
         own_rows = z_rows + 8 * p.block_steps * p.batch  # this thread's
+        masked_rows = own_rows + 16
+        masked = masked_rows + 8 * p.batch
+        noise_rows = masked + p.batch * output_bytes * (p.mask != 0) if noise else previous
 
         if begins:
             r0, r1 = split_row(p, member // p.unit_groups), split_row(p, member // p.unit_groups + 1)
@@ -443,11 +463,20 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 else:
                     h = p.tails + (r0 + i) * hidden_bytes
                 store_int(h_rows + 8 * i, h)
+                if noise:
+                    store_int(noise_rows + 8 * i, p.noise + step_base(p, t) * p.noise_step + (r0 + i) * p.noise_row)
+            entering = previous
+            if p.mask:
+                enter(p, count, r0, previous, masked_rows, masked)
+                entering = masked_rows
             for i in range(0, count, p.split_rows):
-                rows, before, z = min(count - i, p.split_rows), previous + 8 * i, z_rows + 8 * (n + i)
-                h, c = h_rows + 8 * i, p.c_n + (r0 + i) * states * hidden_bytes
+                rows, at, z = min(count - i, p.split_rows), 8 * i, z_rows + 8 * (n + i)
+                c = p.c_n + (r0 + i) * states * hidden_bytes
                 turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
-                step(p, turn, rows, before, z, hidden_bytes, h, c, first, last, bias_gate, scratch, own_panel)
+                step(
+                    p, turn, rows, previous + at, entering + at, z, hidden_bytes, h_rows + at, c, noise_rows + at, first, last,
+                    bias_gate, scratch, own_panel,
+                )  # fmt: skip
             if p.projected:
                 wait_group(p, member)
                 panel_row = wide * vector

@@ -23,6 +23,9 @@ _GROUPS = (
     "layers",
     # packed only: rows of each step, and rows before it
     "batch_sizes offsets",
+    # numbers of the cell's kind Noise, as many for each unit of a row of x, side by side; a factor for each number of h that
+    # enters the recurrent product [batch, output_size], or 0
+    "noise noise_step noise_row mask",
     # the op's tensors; y and dy point at this direction's columns
     "x x_step x_row y y_step y_row h0 c0 h_n c_n w_ih w_hh b_ih b_hh w_hr saved",
     # dw_*_half: where the weights' gradients are wanted in bfloat16; dw_* are then the workspace's, where they are summed in
@@ -46,8 +49,9 @@ _GROUPS = (
     "pack pack_only pack_bytes",
     # the workspace: packed weights, summed biases, a row of zeros; of the crew: pre-activations or their gradients (shared),
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
-    # (own, own_bytes apart); dx of direction 1, to be added (dx_other)
-    "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other",
+    # (own, own_bytes apart); dx of direction 1, to be added (dx_other); of the crew, h times the mask (masked; forward has them
+    # in each thread's own)
+    "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other masked",
     # the runtime's barrier function, and where it keeps count of arrivals: the team's, then each crew's and its groups'
     "wait arrivals",
 )
