@@ -15,8 +15,8 @@ namespace {
 // few: the ops get float32.
 class Arguments {
  public:
-  // The first four of a tuple: x, batch_sizes, h0, c0; and its weights, from the seventh on. False where that is not what a
-  // kernel reads.
+  // The first six of a tuple: x, batch_sizes, h0, c0, resets, lengths; and its weights, from the ninth on. False where that is
+  // not what a kernel reads.
   bool tensors(PyObject* tuple, const Reads& reads) {
     const Py_ssize_t count = PyTuple_Size(tuple) - FIRST_WEIGHT;
     results.like(imported.float32_pattern, FLOAT32);
@@ -29,7 +29,8 @@ class Arguments {
     }
     return numbers(PyTuple_GetItem(tuple, 0), inputs.x, x, false, !reads.x) &&
            maybe(PyTuple_GetItem(tuple, 1), inputs.batch_sizes) &&
-           numbers(PyTuple_GetItem(tuple, 2), inputs.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), inputs.c0, c);
+           numbers(PyTuple_GetItem(tuple, 2), inputs.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), inputs.c0, c) &&
+           maybe(PyTuple_GetItem(tuple, 4), inputs.resets) && maybe(PyTuple_GetItem(tuple, 5), inputs.lengths);
   }
   // Two of a tuple: the layer as text, and segments. False in recompute mode.
   bool options(PyObject* tuple, Py_ssize_t at) {
@@ -59,7 +60,7 @@ class Arguments {
   }
   bool maybe_numbers(PyObject* object, View& seen, Dtype& dtype) { return object == Py_None || numbers(object, seen, dtype); }
 
-  static constexpr Py_ssize_t FIRST_WEIGHT = 6;  // among the arguments of a Function, and among what it keeps
+  static constexpr Py_ssize_t FIRST_WEIGHT = 8;  // among the arguments of a Function, and among what it keeps
 
   Inputs inputs{};
   Dtype x{}, h{}, c{}, bias{};
@@ -121,7 +122,7 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     Arguments own;
     if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < own.FIRST_WEIGHT || is_watched()) return nullptr;
-    if (!own.options(args[0], 4) || !own.tensors(args[0], Reads())) return nullptr;
+    if (!own.options(args[0], 6) || !own.tensors(args[0], Reads())) return nullptr;
     MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Dtype::f32}, Y);
     results.run(forward_call(own.inputs, true, results.make()), true);
     auto& made = results.made[0];
@@ -153,8 +154,8 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     own.inputs.x = x;
     if (!own.tensors(tensors, Reads(own.inputs, gradients))) return nullptr;
     Dtype any;
-    if (!own.numbers(PyTuple_GetItem(tensors, 4), y, any, false)) return nullptr;
-    if (!own.whole(PyTuple_GetItem(tensors, 5), saved)) return nullptr;
+    if (!own.numbers(PyTuple_GetItem(tensors, 6), y, any, false)) return nullptr;
+    if (!own.whole(PyTuple_GetItem(tensors, 7), saved)) return nullptr;
     if (!own.maybe_numbers(PyTuple_GetItem(outer, 1), gradients.dh_n, any)) return nullptr;
     if (!own.maybe_numbers(PyTuple_GetItem(outer, 2), gradients.dc_n, any)) return nullptr;
     Owned dy = kept(PyTuple_GetItem(outer, 0));

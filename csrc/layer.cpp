@@ -168,7 +168,9 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, const int64_t*
     STD_TORCH_CHECK(total == r.rows, "fastrnn: batch_sizes do not fit x");
     r.batch_sizes = reinterpret_cast<int64_t>(batch_sizes);
     r.offsets = reinterpret_cast<int64_t>(offsets_.data());
+    r.packed = 1;
   }
+  r.padded_steps = r.steps;
   r.l2_bytes = l2_bytes();
   r.wait = reinterpret_cast<int64_t>(&wait_at);
   r.reverse = layer.reverse;
@@ -195,8 +197,8 @@ void Call::rows(const View& given, int64_t Record::*field, int64_t Record::*step
   const Record& r = records[0];
   const bool dense = is_dense(layout_);
   STD_TORCH_CHECK(given.dims == (dense ? 3 : 2) && given.dtype == dtype_, "fastrnn: a sequence's layout or dtype does not fit x");
-  const int64_t outer = layout_ == Layout::time_batch ? r.steps : layout_ == Layout::packed ? r.rows : r.batch;
-  const bool fits = given.size(0) == outer && (!dense || given.size(1) == (layout_ == Layout::time_batch ? r.batch : r.steps));
+  const int64_t T = r.padded_steps, outer = layout_ == Layout::time_batch ? T : layout_ == Layout::packed ? r.rows : r.batch;
+  const bool fits = given.size(0) == outer && (!dense || given.size(1) == (layout_ == Layout::time_batch ? r.batch : T));
   STD_TORCH_CHECK(fits && given.size(-1) == (width ? layer.directions * width : r.input_size),
                   "fastrnn: a sequence's shape does not fit x or the layer");
   for (int64_t d = 0; d < layer.directions; ++d) {
@@ -204,6 +206,56 @@ void Call::rows(const View& given, int64_t Record::*field, int64_t Record::*step
     records[d].*step = given.stride(layout_ == Layout::batch_time ? 1 : 0) * bytes_of(dtype_);
     records[d].*row = given.stride(layout_ == Layout::time_batch ? 1 : 0) * bytes_of(dtype_);
   }
+}
+
+void Call::resets(const View& given) {
+  const Record& r = records[0];
+  const bool dense = is_dense(layout_), by_time = layout_ == Layout::time_batch;
+  const bool shaped = dense ? given.dims == 2 && given.size(0) == (by_time ? r.padded_steps : r.batch) &&
+                                  given.size(1) == (by_time ? r.batch : r.padded_steps)
+                            : layout_ == Layout::packed && given.dims == 1 && given.size(0) == r.rows;
+  STD_TORCH_CHECK(shaped && given.dtype == Dtype::flag, "fastrnn: resets: expected bool for each row of x, on the CPU");
+  for (Record& record : records) {
+    record.resets = given.address;
+    record.resets_step = given.stride(layout_ == Layout::batch_time ? 1 : 0);
+    record.resets_row = given.stride(dense && by_time ? 1 : 0);
+  }
+}
+
+// Kernels see the rows with the longest first, as in a packed sequence, but that each lies where it lies.
+void Call::lengths(const View& given) {
+  Record& r = records[0];
+  const int64_t T = r.steps, B = r.batch;
+  const bool shaped = is_dense(layout_) && given.dims == 1 && given.size(0) == B && given.dtype == Dtype::i64;
+  STD_TORCH_CHECK(shaped && given.is_contiguous(), "fastrnn: lengths: expected int64 [B] on the CPU, of a dense sequence");
+  const auto* of_rows = reinterpret_cast<const int64_t*>(given.address);
+  std::vector<int64_t> ending(T + 1), places(T + 1);  // of each length: rows, and the place of the first
+  for (int64_t b = 0; b < B; ++b) {
+    STD_TORCH_CHECK(of_rows[b] >= 0 && of_rows[b] <= T, "fastrnn: lengths: expected numbers from 0 to ", T, ", got ", of_rows[b]);
+    ++ending[of_rows[b]];
+  }
+  int64_t longer = 0, longest = 0, total = 0;
+  for (int64_t length = T; length >= 0; --length) {
+    places[length] = longer;
+    longer += ending[length];
+    if (!longest && ending[length]) longest = length;
+  }
+  order_.resize(B);
+  for (int64_t b = 0; b < B; ++b) order_[places[of_rows[b]]++] = b;
+  // A single step has an order of its own, which must not depend on the other rows.
+  r.steps = std::max(longest, std::min<int64_t>(T, 2));
+  for (int64_t t = 0; t < r.steps; ++t) {
+    longer -= ending[t];  // those that are longer than t
+    batch_sizes_.push_back(longer);
+    offsets_.push_back(total);
+    total += longer;
+  }
+  r.rows = total;
+  r.batch_sizes = reinterpret_cast<int64_t>(batch_sizes_.data());
+  r.offsets = reinterpret_cast<int64_t>(offsets_.data());
+  r.order = reinterpret_cast<int64_t>(order_.data());
+  for (int64_t Record::*field : {&Record::steps, &Record::rows, &Record::batch_sizes, &Record::offsets, &Record::order})
+    records[1].*field = r.*field;
 }
 
 void Call::scratch(int64_t Record::*field, int64_t numbers_a_direction) {
@@ -315,6 +367,8 @@ Call call_of(const Inputs& inputs, Dtype biases) {
   const Cell& cell = *call.layer.cell;
   STD_TORCH_CHECK(!cell.states || inputs.c0.dims, "fastrnn: ", cell.name, " needs c0");
   if (cell.states) call.states(inputs.c0, &Record::c0, r.batch * cell.states * r.hidden_size);
+  if (inputs.resets.dims) call.resets(inputs.resets);
+  if (inputs.lengths.dims) call.lengths(inputs.lengths);
   return call;
 }
 
@@ -343,7 +397,8 @@ Call forward_call(const Inputs& inputs, bool save, const Make& make) {
   call.rows(make(Y, y_sizes, dtype, 0), &Record::y, &Record::y_step, &Record::y_row, R);
   const int64_t S = call.layer.cell->states * H;
   if (S) call.states(make(C_N, sizes_of(inputs.c0), dtype, 0), &Record::c_n, B * S);
-  if (save) call.states(make(SAVED, {D, r.rows, width}, dtype, 0), &Record::saved, r.rows * width);
+  const int64_t N = call.places();
+  if (save) call.states(make(SAVED, {D, N, width}, dtype, 0), &Record::saved, N * width);
   for (Record& record : call.records) record.save = save;
   return call;
 }
@@ -360,7 +415,7 @@ Call backward_call(const Inputs& inputs, const Gradients& gradients, const View&
   }
   call.rows(y, &Record::y, &Record::y_step, &Record::y_row, R);
   call.rows(gradients.dy, &Record::dy, &Record::dy_step, &Record::dy_row, R);
-  call.states(saved, &Record::saved, r.rows * saved_width(call));
+  call.states(saved, &Record::saved, call.places() * saved_width(call));
   // The states' gradients are carried back in the place of the result.
   const auto state = [&](const View& initial, const View& final, int64_t Record::*field, size_t result,
                          int64_t Record::*carried, int64_t width) {

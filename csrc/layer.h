@@ -39,7 +39,7 @@ const Cell* find_cell(const Matches& matches) {
   return nullptr;
 }
 
-enum class Dtype { f32, f64, bf16, byte, i64, other };  // of a tensor's numbers; other: also where it is not on the CPU
+enum class Dtype { f32, f64, bf16, byte, flag, i64, other };  // of a tensor's numbers; other: also where it is not on the CPU
 
 inline int64_t bytes_of(Dtype dtype) {
   switch (dtype) {
@@ -128,6 +128,13 @@ class Call {
   // A sequence in x's layout; direction d starts d * width numbers into a row, which has those of all directions; 0: of x's own.
   void rows(const View& given, int64_t Record::*field, int64_t Record::*step, int64_t Record::*row, int64_t width);
 
+  // Where the states go back to the initial ones, in x's layout; and of a dense sequence, the steps of each row.
+  void resets(const View& given);
+  void lengths(const View& given);
+
+  // Rows of x, those past their lengths too.
+  int64_t places() const { return layout_ == Layout::packed ? records[0].rows : records[0].padded_steps * records[0].batch; }
+
   // A place for states that nobody asks for.
   void scratch(int64_t Record::*field, int64_t numbers_a_direction);
 
@@ -152,7 +159,7 @@ class Call {
 
   Dtype dtype_;
   Layout layout_;
-  std::vector<int64_t> offsets_;
+  std::vector<int64_t> batch_sizes_, offsets_, order_;
   std::forward_list<std::unique_ptr<char[]>> scratch_;
 
  public:
@@ -164,7 +171,7 @@ class Call {
 using Views = std::vector<View>;
 struct Inputs {
   Layer layer;
-  View x, batch_sizes, h0, c0;
+  View x, batch_sizes, h0, c0, resets, lengths;
   Views weights;
 };
 struct Gradients {

@@ -16,7 +16,8 @@ const std::pair<int32_t, Dtype> DTYPES[] = {{aoti_torch_dtype_float32(), Dtype::
                                             {aoti_torch_dtype_float64(), Dtype::f64},
                                             {aoti_torch_dtype_bfloat16(), Dtype::bf16},
                                             {aoti_torch_dtype_int64(), Dtype::i64},
-                                            {aoti_torch_dtype_uint8(), Dtype::byte}};
+                                            {aoti_torch_dtype_uint8(), Dtype::byte},
+                                            {aoti_torch_dtype_bool(), Dtype::flag}};
 
 Dtype dtype_of(int32_t code) {
   const auto* found = std::find_if(std::begin(DTYPES), std::end(DTYPES), [&](const auto& pair) { return pair.first == code; });

@@ -31,7 +31,7 @@ from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, layer_of
 
-_WEIGHTS = 6  # the place of the first weight among the arguments of a Function
+_OPTIONS, _WEIGHTS = 6, 8  # the places of the layer's text and of the first weight among the arguments of a Function
 
 
 def run_layer(
@@ -50,7 +50,7 @@ def run_layer(
     if wanted and not (torch.compiler.is_compiling() or dispatch.watched()):
         y, h_n, c_n, _ = LayerFunction.apply(*inputs, text, segments, *weights)
     elif segments:
-        y, h_n, c_n, _ = ops.checkpoint_forward(*inputs, weights, text, segments)
+        y, h_n, c_n, _ = ops.checkpoint_forward(*inputs[:4], weights, text, segments, *inputs[4:])
     else:
         y, h_n, c_n, _ = ops.forward(inputs, weights, text, False)
     return y, h_n, None if inputs.c0 is None else c_n
@@ -80,8 +80,8 @@ def _in_float32(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell
 
 def _cast(inputs: Inputs) -> Inputs:
     """The same in float32, whatever it was."""
-    x, batch_sizes, h0, c0 = inputs
-    return Inputs(_to(x, torch.float32), batch_sizes, _to(h0, torch.float32), _to(c0, torch.float32))
+    x, batch_sizes, h0, c0, *more = inputs
+    return Inputs(_to(x, torch.float32), batch_sizes, _to(h0, torch.float32), _to(c0, torch.float32), *more)
 
 
 def _cast_vectors(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -105,8 +105,8 @@ def _forward_kernel(op, checkpointed: bool):
     """Make the kernel for autograd of layer_forward, or of checkpoint_forward."""
 
     def kernel(keys, *arguments):
-        *tensors, weights, text, last = arguments
-        inputs, forward_mode = Inputs(*tensors), _at_forward_mode()
+        *tensors, weights, text, last = arguments[:7]
+        inputs, forward_mode = Inputs(*tensors, *arguments[7:]), _at_forward_mode()
         wanted = torch.is_grad_enabled() and _requires_grad(*inputs, *weights)
         if not (wanted or forward_mode):
             with torch._C._AutoDispatchBelowAutograd():
@@ -130,7 +130,9 @@ def _backward_kernel(op, checkpointed: bool):
     """Make the kernel for autograd of layer_backward, or of checkpoint_backward."""
 
     def kernel(keys, *arguments):
-        outer, inputs, (weights, y, saved, text, *last) = Outer(*arguments[:3]), Inputs(*arguments[3:7]), arguments[7:]
+        given = 13 if checkpointed else 12  # but for resets and lengths
+        outer, (weights, y, saved, text, *last) = Outer(*arguments[:3]), arguments[7:given]
+        inputs = Inputs(*arguments[3:7], *arguments[given:])
         wanted = torch.is_grad_enabled() and _requires_grad(*outer, *inputs, *weights)
         forward_mode = _at_forward_mode()
         if not (wanted or forward_mode):
@@ -211,7 +213,7 @@ class LayerFunction(_Function):
         else:
             dx, dh0, dc0, dw = _backward_by_operators(outer, inputs, weights, y, saved, text, segments, needs)
         dh0, dc0 = (dh0, None if inputs.c0 is None else dc0) if any(states) else (None, None)
-        return dx if need_dx else None, None, dh0, dc0, None, None, *(dw if need_dw else [None] * len(weights))
+        return dx if need_dx else None, None, dh0, dc0, *[None] * 4, *(dw if need_dw else [None] * len(weights))
 
 
 def _forward_by_operators(inputs: tuple) -> tuple[Tensor, ...]:
@@ -220,14 +222,14 @@ def _forward_by_operators(inputs: tuple) -> tuple[Tensor, ...]:
     weights = inputs[_WEIGHTS:]
     with _outer_levels():
         if segments:
-            return ops.checkpoint_forward(*tensors, weights, text, segments)
+            return ops.checkpoint_forward(*tensors[:4], weights, text, segments, *tensors[4:])
         return ops.forward(Inputs(*tensors), weights, text, True)
 
 
 def _backward_by_operators(outer: Outer, inputs: Inputs, weights, y, saved, text: str, segments: int, needs: list[bool]):
     """Return dx, dh0, dc0 and the list of dw."""
     if segments:
-        return ops.checkpoint_backward(*outer, *inputs, weights, y, saved, text, segments, needs)
+        return ops.checkpoint_backward(*outer, *inputs[:4], weights, y, saved, text, segments, needs, *inputs[4:])
     return ops.backward(outer, inputs, weights, y, saved, text, needs)
 
 
@@ -239,14 +241,14 @@ def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor, eager: bool) -> None:
 
     eager: no compiler and no transform sees the call, nor is it in recompute mode.
     """
-    ctx.options = inputs[4:_WEIGHTS]
+    ctx.options = inputs[_OPTIONS:_WEIGHTS]
     ctx.set_materialize_grads(False)
-    if not (eager or _is_eager(inputs[5])):
+    if not (eager or _is_eager(inputs[_WEIGHTS - 1])):
         ctx.apart = None
-        ctx.save_for_backward(*inputs[:4], y, saved, *inputs[_WEIGHTS:])
+        ctx.save_for_backward(*inputs[:_OPTIONS], y, saved, *inputs[_WEIGHTS:])
         return
     one_step = y.numel() == inputs[2].numel()  # of h0
-    unneeded, *selectors = _unneeded(ctx.needs_input_grad, inputs[4], one_step)
+    unneeded, *selectors = _unneeded(ctx.needs_input_grad, inputs[_OPTIONS], one_step)
     if unneeded and unneeded[0] < _WEIGHTS:
         # An input that is no leaf may become a function of the output, in place, and a reference from here would be a cycle.
         unneeded = tuple(index for index in unneeded if index >= _WEIGHTS or inputs[index].is_leaf)
@@ -292,7 +294,7 @@ def _unneeded(needs: tuple[bool, ...], text: str, one_step: bool) -> tuple:
 @functools.cache
 def _selectors(unneeded: tuple[int, ...], count: int) -> tuple[Callable, Callable, Callable]:
     """Make functions that take the others and these out of `count` inputs, y and saved, and one that joins them again."""
-    everything = [0, 1, 2, 3, count, count + 1, *range(_WEIGHTS, count)]
+    everything = [*range(_OPTIONS), count, count + 1, *range(_WEIGHTS, count)]
     others = [index for index in everything if index not in unneeded]
     together = [*others, *unneeded]
     return _selector(others), _selector(unneeded), _selector([together.index(index) for index in everything])
@@ -305,7 +307,7 @@ def _selector(indices: Sequence[int]) -> Callable[[tuple], tuple]:
 
 
 def _kept(ctx) -> tuple[Any, ...]:
-    """Return x, batch_sizes, h0, c0, y, saved and the weights, of those that `_keep` kept."""
+    """Return the inputs, y, saved and the weights, of those that `_keep` kept."""
     if ctx.apart is None:
         return ctx.saved_tensors
     order, apart, _ = ctx.apart
@@ -381,7 +383,7 @@ class HalfFunction(_Function):
             wide_y = y if wide_y is None else wide_y
         else:
             dtype = inputs[0].dtype
-            wide = *_cast(Inputs(*inputs[:4])), *inputs[4:_WEIGHTS], *_cast_vectors(inputs[_WEIGHTS:])
+            wide = *_cast(Inputs(*inputs[:_OPTIONS])), *inputs[_OPTIONS:_WEIGHTS], *_cast_vectors(inputs[_WEIGHTS:])
             found = dispatch.native and dispatch.native.layer_forward(wide)
             wide_y, h_n, c_n, saved, *_ = found or _forward_by_operators(wide)
             y, h_n, c_n = _to(wide_y, dtype), _to(h_n, dtype), None if inputs[3] is None else _to(c_n, dtype)
@@ -397,7 +399,7 @@ class HalfFunction(_Function):
         dispatch.check_memory(*outer, *kept)
         *tensors, y, saved = kept[:_WEIGHTS]
         inputs, weights = Inputs(*tensors), list(kept[_WEIGHTS:])
-        dtypes = inputs.x.dtype, None, inputs.h0.dtype, inputs.h0.dtype, None, None, *[weight.dtype for weight in weights]
+        dtypes = inputs.x.dtype, None, inputs.h0.dtype, inputs.h0.dtype, *[None] * 4, *[weight.dtype for weight in weights]
         plain = not (dispatch.forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         if not plain or _mapped_by_old_vmap(outer):
             weights = [weight.float() for weight in weights]
@@ -426,7 +428,8 @@ class CellFunction(_Function):
         found = _runtime_backward(Outer(dh, None, dc), kept, ctx.options, ctx.needs_input_grad)
         if found is None:
             outer = Outer(_unsqueezed(dh), None, _unsqueezed(dc))
-            found = LayerFunction.gradients(ctx, outer, (*map(_unsqueezed, kept[:5]), *kept[5:]))
+            y = _OPTIONS  # and what stands before it
+            found = LayerFunction.gradients(ctx, outer, (*map(_unsqueezed, kept[: y + 1]), *kept[y + 1 :]))
             found = *(None if grad is None else grad.squeeze(0) for grad in found[:4]), *found[4:]
         return found
 
@@ -436,16 +439,16 @@ class BackwardFunction(_Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        (y, saved, text, segments, needs), weights = arguments[7:12], arguments[12:]
-        outer, inputs = Outer(*arguments[:3]), Inputs(*arguments[3:7])
+        outer, inputs = Outer(*arguments[:3]), Inputs(*arguments[3:9])
+        (y, saved, text, segments, needs), weights = arguments[9:14], arguments[14:]
         ctx.options = text, segments, needs
         ctx.save_for_backward(*outer, *inputs, y, saved, *weights)
         ctx.set_materialize_grads(False)
         need_dx, need_dh0, need_dw = needs
-        needed = need_dx, False, need_dh0, need_dh0, False, False, *(need_dw,) * len(weights)
+        needed = need_dx, False, need_dh0, need_dh0, *(False,) * 4, *(need_dw,) * len(weights)
         found = _runtime_backward(outer, (*inputs, y, saved, *weights), (text, segments), needed)
         if found is not None:
-            dx, _, dh0, dc0, _, _, *dw = found
+            dx, _, dh0, dc0, _, _, _, _, *dw = found
             empty = inputs.x.new_empty(0)
             return *(empty if grad is None else grad for grad in (dx, dh0, dc0)), *(dw if need_dw else ())
         with _outer_levels():
@@ -454,10 +457,10 @@ class BackwardFunction(_Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        *tensors, y, saved = ctx.saved_tensors[:9]
-        outer, inputs, weights = Outer(*tensors[:3]), Inputs(*tensors[3:]), ctx.saved_tensors[9:]
+        *tensors, y, saved = ctx.saved_tensors[:11]
+        outer, inputs, weights = Outer(*tensors[:3]), Inputs(*tensors[3:]), ctx.saved_tensors[11:]
         if all(grad is None for grad in grads):
-            return (None,) * (12 + len(weights))
+            return (None,) * (14 + len(weights))
         (text, segments, (need_dx, need_dh0, need_dw)), (ddx, ddh0, ddc0, *ddw) = ctx.options, grads
         v = ddx if need_dx else None, *((ddh0, ddc0) if need_dh0 else (None, None)), ddw if need_dw else None
         # y and saved are functions of the rest, and their share of a third derivative is taken through it
@@ -465,7 +468,7 @@ class BackwardFunction(_Function):
             y, _, _, saved = reference.layer_forward(inputs, weights, layer_of(text), True)
         elif segments:
             y, _, _, saved = ops.forward(inputs, weights, text, True)
-        need_dw = any(ctx.needs_input_grad[12:]) and _asks_for_any(ctx, len(weights), y.numel())
+        need_dw = any(ctx.needs_input_grad[14:]) and _asks_for_any(ctx, len(weights), y.numel())
         needs = Needs(ctx.needs_input_grad[3], True, need_dw)
         outer, inputs, dw = gradients.layer_double_backward(v, outer, inputs, weights, y, saved, layer_of(text), needs)
         return *outer, *inputs, *(None,) * 5, *(dw or (None,) * len(weights))

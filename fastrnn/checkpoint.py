@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.kernels.cells import CELLS
-from fastrnn.kernels.layer import Inputs, Layer, Steps, layer_of
+from fastrnn.kernels.layer import Inputs, Layer, Outer, Steps, layer_of
 
 SEGMENT_ROWS = 768  # rows of a segment at least: with fewer, packing weights and adding up their gradients takes the time
 
@@ -70,6 +70,8 @@ def segments_wanted(layer: Layer, inputs: Inputs) -> int:
     """Segments into which the current mode divides a layer's steps; 0: it keeps the gates."""
     if not _mode.recompute or CELLS[layer.cell].slots == 0:
         return 0
+    if inputs.resets is not None or inputs.lengths is not None:
+        return 1  # a segment begins with states that are not those to which its resets go back
     steps = Steps(layer, inputs)
     return count_segments(steps.steps, steps.rows, steps.batch, layer.cell, layer.projected)
 
@@ -99,13 +101,13 @@ def bounds(offsets: Sequence[int], segments: int) -> list[int]:
     return [*found, steps]
 
 
-def forward(x, batch_sizes, h0, c0, weights, text, segments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(x, batch_sizes, h0, c0, weights, text, segments, resets=None, lengths=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op checkpoint_forward, see ops.py."""
-    inputs, layer = Inputs(x, batch_sizes, h0, c0), layer_of(text)
+    inputs, layer = Inputs(x, batch_sizes, h0, c0, resets, lengths), layer_of(text)
     D, B, R = h0.shape
     kept = x.new_empty((0,) if c0 is None else (D, segments - 1, B, c0.shape[2]))
     if kept.numel() == 0:
-        y, h_n, c_n, _ = _layer_forward(*inputs, weights, text, False)
+        y, h_n, c_n, _ = _layer_forward(inputs, weights, text, False)
         return y, h_n, c_n, kept
     y = x.new_empty((*x.shape[:-1], D * R))
     h_n, c_n = (state.clone(memory_format=torch.contiguous_format) for state in (h0, c0))
@@ -116,7 +118,7 @@ def forward(x, batch_sizes, h0, c0, weights, text, segments) -> tuple[Tensor, Te
                 kept[d, k - 1] = c_n[d]
             b = steps.sizes[start]
             h, c = h_n[d : d + 1, :b], c_n[d : d + 1, :b]
-            part, h_last, c_last, _ = _layer_forward(*steps.inputs(start, stop, h, c), own_weights, own.text(), False)
+            part, h_last, c_last, _ = _layer_forward(steps.inputs(start, stop, h, c), own_weights, own.text(), False)
             steps.part(y, start, stop).narrow(-1, d * R, R).copy_(part)
             h.copy_(h_last)
             c.copy_(c_last)
@@ -124,13 +126,13 @@ def forward(x, batch_sizes, h0, c0, weights, text, segments) -> tuple[Tensor, Te
 
 
 def backward(
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, segments, needs
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, segments, needs, resets=None, lengths=None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The op checkpoint_backward, see ops.py."""
-    inputs, layer, (need_dx, need_dh0, need_dw) = Inputs(x, batch_sizes, h0, c0), layer_of(text), needs
+    inputs, layer, (need_dx, need_dh0, need_dw) = Inputs(x, batch_sizes, h0, c0, resets, lengths), layer_of(text), needs
     if segments == 1:
-        saved = _layer_forward(*inputs, weights, text, True)[3]
-        return _layer_backward(dy, dh_n, dc_n, *inputs, weights, y, saved, text, needs)
+        saved = _layer_forward(inputs, weights, text, True)[3]
+        return _layer_backward(Outer(dy, dh_n, dc_n), inputs, weights, y, saved, text, needs)
     R = h0.shape[2]
     dx = x.new_empty(x.shape if need_dx else (0,))
     # gradients of the states after the segments that are still to come, in the end of the first ones
@@ -150,12 +152,12 @@ def backward(
             h = steps.before(y_own, h0[d : d + 1], start, stop, own.reverse) if k > 0 else h0[d : d + 1, :b]
             c = None if c0 is None else kept[d, k - 1 : k, :b] if k > 0 else c0[d : d + 1, :b]
             part, need_states = steps.inputs(start, stop, h, c), need_dh0 or k > 0
-            saved = _layer_forward(*part, own_weights, own.text(), True)[3]
+            saved = _layer_forward(part, own_weights, own.text(), True)[3]
             dh_here, dc_here = dh[d : d + 1, :b], None if c0 is None else dc[d : d + 1, :b]
+            outer = Outer(None if dy_own is None else steps.part(dy_own, start, stop), dh_here, dc_here)
             dx_part, dh_part, dc_part, dw_part = _layer_backward(
-                None if dy_own is None else steps.part(dy_own, start, stop), dh_here, dc_here, *part, own_weights,
-                steps.part(y_own, start, stop), saved, own.text(), (need_dx, need_states, need_dw),
-            )  # fmt: skip
+                outer, part, own_weights, steps.part(y_own, start, stop), saved, own.text(), (need_dx, need_states, need_dw)
+            )
             if need_states:
                 dh_here.copy_(dh_part)
             if dc_here is not None and need_states:
@@ -184,12 +186,12 @@ def _directions(layer: Layer, weights: Sequence[Tensor]) -> Iterator[tuple[Layer
         yield layer._replace(directions=1, reverse=layer.reverse != bool(d)), weights[d * count : (d + 1) * count]
 
 
-def _layer_forward(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.ops.fastrnn.layer_forward.default(*args)
+def _layer_forward(inputs: Inputs, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.fastrnn.layer_forward.default(*inputs[:4], *args, *inputs[4:])
 
 
-def _layer_backward(*args) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    return torch.ops.fastrnn.layer_backward.default(*args)
+def _layer_backward(outer: Outer, inputs: Inputs, *args) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    return torch.ops.fastrnn.layer_backward.default(*outer, *inputs[:4], *args, *inputs[4:])
 
 
 class _Segments(Steps):

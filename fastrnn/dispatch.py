@@ -269,13 +269,16 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Explanation:
+def explain(
+    module: nn.Module, input: Tensor | PackedSequence, hx=None, *, resets: Any = None, lengths: Any = None
+) -> Explanation:
     """Say which engine would run `module(input, hx)`, why each other engine would not, and how; nothing is computed.
 
     Args:
         module: an RNN, LSTM, GRU or one of the cells. For a torch.nn module, the answer is what fastrnn would do with it.
         input: the call's input. An input that the module would refuse is not looked for.
         hx: the call's initial state, or None.
+        resets, lengths: those of the call, or None.
 
     Raises:
         TypeError: module is none of these.
@@ -294,12 +297,17 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx=None) -> Expla
     weights = [parameter for parameter in _weights(module) if parameter is not None]
     call = x, batch_sizes, states, weights, getattr(module, "_fastrnn_compressed", False)
     engine = choose(*call)
-    if left := engine == "triton" and _left_to_cudnn(module, x, batch_sizes, weights[1]):
+    marked = resets is not None or lengths is not None
+    if left := engine == "triton" and not marked and _left_to_cudnn(module, x, batch_sizes, weights[1]):
         engine = "torch"
+    elif marked and engine == "torch":
+        engine = "reference"
     idle = f"{engine} is forced" if forced else f"{engine} takes the call"
     declined = {name: why_not(name, *call) or idle for name in _WHY_NOT if name != engine}
     if left:
         declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"
+    if marked:
+        declined["torch"] = "torch.nn has neither resets nor lengths"
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))

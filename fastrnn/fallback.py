@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch, functional
-from fastrnn.checkpoint import recompute
+from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels.cells import CELLS
+from fastrnn.kernels.layer import Inputs
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _VF = functional  # the name under which torch.nn's code finds its functions
@@ -73,6 +75,46 @@ def own_weights(module: Any) -> list[Tensor] | None:
         if weight is None or known is None or known() is not weight:
             return None
     return module._flat_weights
+
+
+def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any) -> tuple[Any, Any]:
+    """`module(input, hx, resets=resets, lengths=lengths)`: torch.nn's checks, in its words, and our engines."""
+    module._update_flat_weights()
+    lstm, packed = isinstance(module, nn.LSTM), isinstance(input, PackedSequence)
+    x, batch_sizes, order, back = input if packed else (input, None, None, None)
+    batched, batch_dim = packed or x.dim() == 3, 0 if module.batch_first else 1
+    if not packed and x.dim() not in (2, 3):
+        name = dispatch.mode_of(module).split("_")[0]
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+    resets, lengths = functional.marked(input, batch_dim, resets, lengths)
+    x = x if batched else x.unsqueeze(batch_dim)
+    if hx is None:
+        depth, batch = module.num_layers * (1 + module.bidirectional), batch_sizes[0] if packed else x.size(batch_dim)
+        h0 = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
+        hx = (h0, x.new_zeros(depth, batch, module.hidden_size)) if lstm else h0
+    elif not packed:
+        states, dims = hx if lstm else (hx,), 3 if batched else 2
+        if any(state.dim() != dims for state in states):
+            found, kind = ", ".join(f"{state.dim()}-D" for state in states), "batched" if batched else "unbatched"
+            of_pair = f"hx and cx should also be {dims}-D but got ({found}) tensors"
+            of_one = f"hx should also be {dims}-D but got {found} tensor"
+            raise RuntimeError(f"For {kind} {dims}-D input, {of_pair if lstm else of_one}")
+        if not batched:
+            hx = tuple(state.unsqueeze(1) for state in states) if lstm else hx.unsqueeze(1)
+    module.check_forward_args(x, hx, batch_sizes)
+    h0, c0 = module.permute_hidden(hx, order) if lstm else (module.permute_hidden(hx, order), None)
+    layer, dropout = dispatch.layer_of_module(module), module.dropout if module.training else 0.0
+    if packed:
+        layer = layer._replace(batch_first=False)
+    with recompute(module.recompute is True or is_on()):
+        y, h_n, c_n = functional.run_marked(
+            Inputs(x, batch_sizes, h0, c0, resets, lengths), module._flat_weights, layer, module.num_layers, dropout,
+            module._fastrnn_compressed,
+        )  # fmt: skip
+    if not batched:
+        y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n if c_n is None else c_n.squeeze(1)
+    state = module.permute_hidden((h_n, c_n) if lstm else h_n, back)
+    return PackedSequence(y, batch_sizes, order, back) if packed else y, state
 
 
 def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:

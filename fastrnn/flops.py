@@ -16,8 +16,9 @@ def count_operations(counter: ModuleType) -> None:
     def forward(x, batch_sizes, h0, c0, weights, *options, out_shape):
         return 2 * math.prod(x[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)
 
-    def backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, *segments_and_needs, out_shape):
-        rows, (need_dx, need_dh0, need_dw) = math.prod(x[:-1]), segments_and_needs[-1]
+    def backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, *segments_needs_and_more, out_shape):
+        rows = math.prod(x[:-1])
+        need_dx, need_dh0, need_dw = next(each for each in segments_needs_and_more if isinstance(each, (list, tuple)))
         carried = rows if need_dh0 else rows - h0[1]  # from a step to the one before
         count = 0
         for own in layer_of(text).by_direction(weights):

@@ -50,6 +50,8 @@ def layer(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     batch_first: bool = False,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run one recurrent layer, differentiable to any order. Where the fused engines decline, the reference runs.
 
@@ -68,6 +70,10 @@ def layer(
         b_hh: as b_ih; both or neither.
         w_hr: [R, H] for each direction, the projection, or nothing.
         batch_sizes: of a PackedSequence, int64 [T] on the CPU.
+        resets: bool [T, B], or [B, T] with batch_first, or packed [N]: before a step where it is True, each direction, in its
+            own order, goes back to h0 and c0. No gradient crosses it.
+        lengths: steps of each row, int64 [B] on the device of x, each from 0 to T; not with batch_sizes. Past them y and the
+            gradient of x are zero, and the final states are those at the length. Backwards a row begins at its last step.
         reverse: direction 0 runs from the last step to the first.
         batch_first: x is [B, T, I], and so is y.
 
@@ -94,11 +100,12 @@ def layer(
         raise ValueError(f"x: expected at least one step, row and feature, got {tuple(x.shape)}")
     weights = [given[d] for d in range(directions) for given in kinds.values() if given]
     own = Layer(cell, directions, bool(kinds["b_ih"]), bool(kinds["w_hr"]), reverse, batch_first)
-    if reason := misfit(own, Inputs(x, batch_sizes, h0, c0), weights):
+    inputs = Inputs(x, batch_sizes, h0, c0, resets, lengths)
+    if reason := misfit(own, inputs, weights):
         raise ValueError(reason)
     states = (h0,) if c0 is None else (h0, c0)
     engine = dispatch.choose(x, batch_sizes, states, weights, compressed=True)  # if they are
-    return _run(engine, Inputs(ops.unit_stride(x), batch_sizes, h0, c0), weights, own)
+    return _run(engine, inputs._replace(x=ops.unit_stride(x)), weights, own)
 
 
 def lstm(*args):
@@ -229,7 +236,7 @@ def run_layers(
 
     layer: each of them. dropout: between them, 0 in evaluation mode. compressed: as in `_stack`.
     """
-    x, batch_sizes, h0, c0 = inputs
+    x, batch_sizes, h0, c0 = inputs[:4]
     engine = dispatch.choose(x, batch_sizes, (h0,) if c0 is None else (h0, c0), weights, compressed)
     if engine == "torch" or misfit(layer, inputs, weights, num_layers) or not 0 <= dropout <= 1:
         return None  # torch has words for what is wrong
@@ -238,6 +245,23 @@ def run_layers(
     if compressed and engine not in dispatch.FUSED:
         weights = _wide(x, weights)
     return run_stack(engine, inputs, weights, layer, num_layers, dropout)
+
+
+def run_marked(
+    inputs: Inputs, weights: Sequence[Tensor], layer: Layer, num_layers: int, dropout: float, compressed: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`run_layers` of inputs with resets or lengths, which torch.nn has not: where no engine takes them the reference runs.
+
+    Raises:
+        ValueError: what does not fit, by name.
+    """
+    if reason := misfit(layer, inputs, weights, num_layers):
+        raise ValueError(reason)
+    states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
+    engine = dispatch.choose(inputs.x, inputs.batch_sizes, states, weights, compressed)
+    if compressed and engine not in dispatch.FUSED:
+        weights = _wide(inputs.x, weights)
+    return run_stack("reference" if engine == "torch" else engine, inputs, weights, layer, num_layers, dropout)
 
 
 def run_stack(
@@ -251,13 +275,13 @@ def run_stack(
     # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
     time_major, D, each = dropout > 0 and layer.batch_first, layer.directions, len(weights) // num_layers
     by_time = layer._replace(batch_first=False)
-    y, batch_sizes, h0, c0 = inputs
+    y, _, h0, c0, resets, _ = inputs
     hs, cs = [], []
     for index in range(num_layers):
         own, last = slice(index * D, (index + 1) * D), index == num_layers - 1
         if time_major and (index == 0 or last):
-            y = y.transpose(0, 1)
-        given = Inputs(y, batch_sizes, h0[own], None if c0 is None else c0[own])
+            y, resets = y.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
+        given = inputs._replace(x=y, h0=h0[own], c0=None if c0 is None else c0[own], resets=resets)
         y, h, c = _run(engine, given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer)
         hs.append(h)
         cs += [] if c is None else [c]
@@ -284,6 +308,40 @@ def _run(engine: str, inputs: Inputs, weights: Sequence[Tensor], layer: Layer, o
         return autograd.run_layer(inputs, weights, layer, of_cell)
     y, h_n, c_n, _ = reference.layer_forward(inputs, weights, layer)
     return y, h_n, None if inputs.c0 is None else c_n
+
+
+def marked(input: Tensor | PackedSequence, batch_dim: int, resets: Any, lengths: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return `resets` and `lengths` of a module's call as `Inputs` has them; without a batch they are those of one row.
+
+    Raises:
+        TypeError: one is no tensor.
+        ValueError: resets are packed otherwise than the input, or have not its dimensions.
+    """
+    packed = isinstance(input, PackedSequence)
+    if isinstance(resets, PackedSequence):
+        if not packed:
+            raise ValueError("resets: expected a tensor, as the input is one, got a PackedSequence")
+        same_steps = resets.batch_sizes is input.batch_sizes or torch.equal(resets.batch_sizes, input.batch_sizes)
+        if not same_steps or not _same_order(resets.sorted_indices, input.sorted_indices):
+            raise ValueError("resets: expected the lengths and the order of the packed input, got others")
+        resets = resets.data
+    for name, given in (("resets", resets), ("lengths", lengths)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(given).__name__}")
+    if packed or input.dim() != 2:
+        return resets, lengths
+    for name, given, dims in (("resets", resets, 1), ("lengths", lengths, 0)):
+        if given is not None and given.dim() != dims:
+            axes = "bool [T]" if dims else "int64 []"
+            raise ValueError(f"{name}: expected {axes} without a batch, got {given.dtype} {tuple(given.shape)}")
+    return None if resets is None else resets.unsqueeze(batch_dim), None if lengths is None else lengths.unsqueeze(0)
+
+
+def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
+    """Are rows in the same order? Of tensors on a GPU that is not asked: the answer would have to be waited for."""
+    if one is None or other is None:
+        return one is other
+    return one is other or not (one.is_cpu and other.is_cpu) or torch.equal(one, other)
 
 
 def runs_in_graph(module: Any, input: Any, hx: Any) -> bool:

@@ -9,6 +9,7 @@ longer than a small step does. So constructors, checks, error words, initial val
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -47,7 +48,9 @@ def _drop_in(cls: _Class) -> _Class:
 
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
-    def forward(self, input, hx=None):
+    def forward(self, input, hx=None, *, resets=None, lengths=None):
+        if resets is not None or lengths is not None:
+            return fallback.module_sequence(self, input, hx, resets, lengths)
         if torch.compiler.is_dynamo_compiling():
             if not functional.runs_in_graph(self, input, hx):
                 return functional.call_outside_of_the_graph(forward, (self, input, hx))
@@ -57,6 +60,7 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
                 return result
         return self._fastrnn_fallback(input, hx)
 
+    forward.__signature__ = inspect.signature(forward, follow_wrapped=False)
     return forward
 
 
@@ -236,11 +240,16 @@ class RNN(nn.RNN, _Layers):
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         h_0: [L * D, B, H]; zeros where it is missing.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
+            a step where it is True, in the order of each direction, the state is the initial one again.
+        lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
+            output and gradients are zero, and the final state is the one at the length.
         output: as input, with D * H features.
         h_n: as h_0, the state after the last step.
 
     For T steps, B sequences, I input size, H hidden size, L layers, D directions. Without a batch, states have no
-    B. The call raises what torch.nn.RNN raises, in its words.
+    B. The call raises what torch.nn.RNN raises, in its words, and ValueError for resets or lengths of another shape, dtype or
+    device, and on a CPU for lengths out of range.
     """
 
 
@@ -257,11 +266,16 @@ class LSTM(nn.LSTM, _Layers):
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         h_0: [L * D, B, R], and c_0: [L * D, B, H], as a pair (h_0, c_0); zeros where it is missing.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
+            a step where it is True, in the order of each direction, the state is the initial one again.
+        lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
+            output and gradients are zero, and the final state is the one at the length.
         output: as input, with D * R features.
         h_n and c_n: as h_0 and c_0, the states after the last step.
 
     For T steps, B sequences, I input size, H hidden size, R proj_size or H, L layers, D directions. Without a batch, states
-    have no B. The call raises what torch.nn.LSTM raises, in its words.
+    have no B. The call raises what torch.nn.LSTM raises, in its words, and ValueError for resets or lengths of another shape,
+    dtype or device, and on a CPU for lengths out of range.
     """
 
 
@@ -278,11 +292,16 @@ class GRU(nn.GRU, _Layers):
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         h_0: [L * D, B, H]; zeros where it is missing.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
+            a step where it is True, in the order of each direction, the state is the initial one again.
+        lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
+            output and gradients are zero, and the final state is the one at the length.
         output: as input, with D * H features.
         h_n: as h_0, the state after the last step.
 
     For T steps, B sequences, I input size, H hidden size, L layers, D directions. Without a batch, states have no
-    B. The call raises what torch.nn.GRU raises, in its words.
+    B. The call raises what torch.nn.GRU raises, in its words, and ValueError for resets or lengths of another shape, dtype or
+    device, and on a CPU for lengths out of range.
     """
 
 

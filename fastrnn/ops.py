@@ -13,6 +13,7 @@ one device.
                  direction 1. On the CPU, where all else is float32 and R is even, matrices may be bfloat16, and their gradients
                  are then, rounded once.
     layer        the text of a fastrnn.kernels.layer.Layer
+    resets, lengths   also of Inputs; last, and with defaults, for programs that were exported before there were any
     save         keep what layer_backward needs
     y            contiguous [T, B, D*R] | [B, T, D*R] | [N, D*R]
     h_n, c_n     [D, B, R], like c0 ([0] where there is none)
@@ -50,13 +51,14 @@ from fastrnn.kernels.layer import Inputs, Outer, layer_of
 
 _INPUTS = "Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights"
 _OUTER = "Tensor? dy, Tensor? dh_n, Tensor? dc_n"
+_MORE = "Tensor? resets=None, Tensor? lengths=None"
 _GRADIENTS = "(Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw)"
 library = torch.library.Library("fastrnn", "DEF")
 for _schema in (
-    f"layer_forward({_INPUTS}, str layer, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)",
-    f"layer_backward({_OUTER}, {_INPUTS}, Tensor y, Tensor saved, str layer, bool[3] needs) -> {_GRADIENTS}",
-    f"checkpoint_forward({_INPUTS}, str layer, SymInt segments) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor kept)",
-    f"checkpoint_backward({_OUTER}, {_INPUTS}, Tensor y, Tensor kept, str layer, SymInt segments, bool[3] needs) "
+    f"layer_forward({_INPUTS}, str layer, bool save, {_MORE}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)",
+    f"layer_backward({_OUTER}, {_INPUTS}, Tensor y, Tensor saved, str layer, bool[3] needs, {_MORE}) -> {_GRADIENTS}",
+    f"checkpoint_forward({_INPUTS}, str layer, SymInt segments, {_MORE}) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor kept)",
+    f"checkpoint_backward({_OUTER}, {_INPUTS}, Tensor y, Tensor kept, str layer, SymInt segments, bool[3] needs, {_MORE}) "
     f"-> {_GRADIENTS}",
 ):
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
@@ -71,7 +73,8 @@ library.impl("checkpoint_backward", checkpoint.backward, "CompositeExplicitAutog
 
 def forward(inputs: Inputs, weights: Sequence[Tensor], text: str, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """layer_forward; on a GPU past the dispatcher where nobody would see the call there (a CPU's: `autograd.LayerFunction`)."""
-    return (gpu.layer_forward if _past_the_dispatcher(inputs.x) else forward_op)(*inputs, weights, text, save)
+    op = gpu.layer_forward if _past_the_dispatcher(inputs.x) else forward_op
+    return op(*inputs[:4], weights, text, save, *inputs[4:])
 
 
 def backward(
@@ -79,7 +82,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """layer_backward, likewise, where it is not to be differentiated."""
     past = not torch.is_grad_enabled() and _past_the_dispatcher(inputs.x)
-    return (gpu.layer_backward if past else backward_op)(*outer, *inputs, weights, y, saved, text, needs)
+    op = gpu.layer_backward if past else backward_op
+    return op(*outer, *inputs[:4], weights, y, saved, text, needs, *inputs[4:])
 
 
 def _past_the_dispatcher(x: Tensor) -> bool:
@@ -92,7 +96,7 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastrnn::layer_forward", lib=library)
-def _fake_forward(x, batch_sizes, h0, c0, weights, text, save):
+def _fake_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None, mask=None, noise=None):
     layer, (rows, _), (_, batch, width) = layer_of(text), weights[1].shape, h0.shape
     cell = CELLS[layer.cell]
     hidden, steps = rows // cell.gates, x.shape[:-1]
@@ -106,7 +110,7 @@ def _fake_forward(x, batch_sizes, h0, c0, weights, text, save):
 
 
 @torch.library.register_fake("fastrnn::layer_backward", lib=library)
-def _fake_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+def _fake_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None):
     need_dx, need_dh0, need_dw = needs
     return (
         x.new_empty(x.shape if need_dx else (0,)),
@@ -117,13 +121,13 @@ def _fake_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, te
 
 
 @torch.library.register_fake("fastrnn::checkpoint_forward", lib=library)
-def _(x, batch_sizes, h0, c0, weights, text, segments):
+def _(x, batch_sizes, h0, c0, weights, text, segments, resets=None, lengths=None):
     y, h_n, c_n, _ = _fake_forward(x, batch_sizes, h0, c0, weights, text, False)
     return y, h_n, c_n, x.new_empty((0,) if c0 is None else (h0.shape[0], segments - 1, *c0.shape[1:]))
 
 
 @torch.library.register_fake("fastrnn::checkpoint_backward", lib=library)
-def _(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, segments, needs):
+def _(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, segments, needs, resets=None, lengths=None):
     return _fake_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, needs)
 
 

@@ -15,7 +15,7 @@ from fastrnn.cells import CellFunction
 from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import Cell
-from fastrnn.kernels.layer import Inputs, Layer
+from fastrnn.kernels.layer import Inputs, Layer, misfit
 
 _CLASSES: dict[CellFunction, type[Recurrent]] = {}
 
@@ -80,11 +80,15 @@ class Recurrent(nn.Module):
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, each so. Where it is missing,
             zeros, or what is learned.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
+            a step where it is True, in the order of each direction, the state is the initial one again.
+        lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
+            output and gradients are zero, and the final state is the one at the length.
         output: as input, with D * H features.
         state after the last step: as hx.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or value, in torch.nn's words.
+        TypeError, ValueError: an argument is of the wrong type or value, in torch.nn's words; resets or lengths do not fit.
         RuntimeError: shapes or dtypes do not agree, in torch.nn's words.
     """
 
@@ -166,7 +170,14 @@ class Recurrent(nn.Module):
             return super().__reduce_ex__(protocol)
         return _empty, (self.cell,), self.__dict__
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        resets: Tensor | PackedSequence | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Any, Any]:
         """Run the layers; see the class."""
         packed = isinstance(input, PackedSequence)
         x, batch_sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
@@ -178,7 +189,8 @@ class Recurrent(nn.Module):
         states = self._checked(x, batch_sizes, states)
         if order is not None:
             states = [state.index_select(1, order) for state in states]
-        y, *after = self._run(x, batch_sizes, states, self.batch_first and not packed)
+        marks = functional.marked(input, row, resets, lengths)
+        y, *after = self._run(x, batch_sizes, states, self.batch_first and not packed, *marks)
         if back is not None:
             after = [state.index_select(1, back) for state in after]
         if not batched:
@@ -259,7 +271,15 @@ class Recurrent(nn.Module):
                 )
         return states
 
-    def _run(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], batch_first: bool) -> list[Tensor]:
+    def _run(
+        self,
+        x: Tensor,
+        batch_sizes: Tensor | None,
+        states: Sequence[Tensor],
+        batch_first: bool,
+        resets: Tensor | None,
+        lengths: Tensor | None,
+    ) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
         definition = self.cell.definition
         engine = self._engine(x, batch_sizes, states)
@@ -270,9 +290,11 @@ class Recurrent(nn.Module):
         h0, *others = states
         c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
         layer = self._layer(batch_first, heads)
-        dropout = self.dropout if self.training else 0.0
+        dropout, inputs = self.dropout if self.training else 0.0, Inputs(x, batch_sizes, h0, c0, resets, lengths)
+        if (resets is not None or lengths is not None) and (reason := misfit(layer, inputs, weights, self.num_layers)):
+            raise ValueError(reason)
         with recompute(self.recompute or is_on()):
-            y, h_n, c_n = functional.run_stack(engine, Inputs(x, batch_sizes, h0, c0), weights, layer, self.num_layers, dropout)
+            y, h_n, c_n = functional.run_stack(engine, inputs, weights, layer, self.num_layers, dropout)
         return [y, h_n, *(() if c_n is None else c_n.chunk(definition.states, -1))]
 
     def _engine(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor]) -> str:

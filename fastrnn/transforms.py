@@ -12,11 +12,11 @@ from fastrnn import ops
 from fastrnn.kernels.layer import layer_of
 
 
-def _map_forward(info, in_dims, x, batch_sizes, h0, c0, weights, text, save):
+def _map_forward(info, in_dims, x, batch_sizes, h0, c0, weights, text, save, *more):
     """Map layer_forward."""
     V, at = info.batch_size, 0 if layer_of(text).batch_first else 1
-    if batch_sizes is not None or _is_mapped(in_dims[4]):
-        return _loop(ops.forward_op, V, in_dims, (x, batch_sizes, h0, c0, weights, text, save)), (0, 0, 0, 0)
+    if batch_sizes is not None or _is_mapped(in_dims[4]) or _is_given(more):
+        return _loop(ops.forward_op, V, in_dims, (x, batch_sizes, h0, c0, weights, text, save, *more)), (0, 0, 0, 0)
     x, h0, c0 = _fold(x, in_dims[0], at, V), _fold(h0, in_dims[2], 1, V), _fold(c0, in_dims[3], 1, V)
     y, h_n, c_n, saved = ops.forward_op(ops.unit_stride(x), None, h0, c0, weights, text, save)
     c_n, c_dim = (c_n, None) if c0 is None else (_unfold(c_n, 1, V), 1)
@@ -26,11 +26,11 @@ def _map_forward(info, in_dims, x, batch_sizes, h0, c0, weights, text, save):
     return (_unfold(y, at, V), _unfold(h_n, 1, V), c_n, saved), (at, 1, c_dim, saved_dim)
 
 
-def _map_backward(info, in_dims, dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+def _map_backward(info, in_dims, dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
     """Map layer_backward; the gradients of weights are each member's own."""
     V, at, (need_dx, need_dh0, need_dw) = info.batch_size, 0 if layer_of(text).batch_first else 1, needs
-    if batch_sizes is not None or need_dw or _is_mapped(in_dims[7]):
-        arguments = dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs
+    if batch_sizes is not None or need_dw or _is_mapped(in_dims[7]) or _is_given(more):
+        arguments = dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more
         return _loop(ops.backward_op, V, in_dims, arguments), (0, 0, 0, 0)
     dy, x, y = (_fold(t, in_dims[k], at, V) for k, t in ((0, dy), (3, x), (8, y)))
     dh_n, dc_n, h0, c0 = (_fold(t, in_dims[k], 1, V) for k, t in ((1, dh_n), (2, dc_n), (5, h0), (6, c0)))
@@ -46,7 +46,7 @@ def _map_backward(info, in_dims, dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights
 
 def _map_checkpoint_forward(info, in_dims, *arguments):
     """Map checkpoint_forward; recompute mode has no effect under vmap."""
-    return _map_forward(info, in_dims, *(*arguments[:-1], False))
+    return _map_forward(info, in_dims, *arguments[:6], False, *arguments[7:])
 
 
 def _map_checkpoint_backward(info, in_dims, *arguments):
@@ -66,6 +66,11 @@ for _name, _rule in (
 def _is_mapped(dims: Sequence[int | None] | None) -> bool:
     """Is any tensor of a list mapped?"""
     return any(dim is not None for dim in dims or ())
+
+
+def _is_given(more: Sequence[Tensor | None]) -> bool:
+    """Are there resets or lengths?"""
+    return any(tensor is not None for tensor in more)
 
 
 def _loop(op, size: int, in_dims: Sequence, arguments: Sequence) -> tuple[Any, ...]:

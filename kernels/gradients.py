@@ -47,6 +47,7 @@ def layer_backward(
             dx[k] = torch.mm(grads.input, own.w_ih) if needs.dx else None
             dw = block.add_weights(dw, grads, block.x, block.h, block.out) if needs.dw else dw
         dxs.append(dx)
+        state = state.total()
         dh0s.append(state.h)
         dc0s.append(state.c)
         dws += [each for each in dw if each is not None]
@@ -75,9 +76,11 @@ def layer_double_backward(
         direction = Direction(layer, steps, d, inputs, own, y, saved)
         blocks, order = direction.blocks, direction.order
         product = None if along.w_hh is None else Product(layer, along.w_hh)
-        vxs, dys = direction.split(None if vx is None else steps.flat(vx)), direction.split(direction.columns(dy))
+        vxs = direction.split(None if vx is None else direction.known(steps.flat(vx)))
+        dys = direction.split(direction.columns(dy))
         changes: list[Any] = [None] * len(blocks)
         state = direction.state(vh0, vc0)
+        state = state._replace(initial=state)
         for k in order:
             changes[k], state = blocks[k].push(vxs[k], along, product, state)
         ys.append(joined([change.y for change in changes]))
@@ -96,6 +99,7 @@ def layer_double_backward(
                 dw = block.add_weights(dw, bent, block.x, block.h, block.out)
                 dw = block.add_weights(dw, grads, change.x, change.h, change.out, biases=False)
         dxs.append(dx)
+        bent_state = bent_state.total()
         dh0s.append(bent_state.h)
         dc0s.append(bent_state.c)
         dws += [each for each in dw if each is not None]
@@ -109,10 +113,20 @@ def layer_double_backward(
 
 
 class State(NamedTuple):
-    """A direction's states, a change of them, or their gradients: [B, R] and, where there are others, [B, S * H]."""
+    """A direction's states, a change of them, or their gradients: [B, R] and, where there are others, [B, S * H].
+
+    initial: the same of the initial states, to which resets go back: their change, or the sum of their gradients so far.
+    """
 
     h: Tensor
     c: Tensor | None
+    initial: State | None = None
+
+    def total(self) -> State:
+        """Return the gradients of the initial states, from those that reached the first step and those that resets took."""
+        if self.initial is None:
+            return self
+        return State(self.h + self.initial.h, None if self.c is None else self.c + self.initial.c)
 
 
 class Change(NamedTuple):
@@ -120,7 +134,7 @@ class Change(NamedTuple):
 
     x: Tensor | None  # [N, I]
     a: Sequence[Tensor]  # P times [N, H], pre-activations
-    h: Tensor  # [N, R], the state before each step
+    h: Tensor  # [N, R], the hidden state that enters the product of each step
     inner: Sequence[Tensor]  # each [N, H], the states that enter element by element, and the cell's own weights
     out: Tensor  # [N, H], the cell's h, before the projection
     y: Tensor  # [N, R]
@@ -145,15 +159,22 @@ class Direction:
         cell, sizes, reverse, x = CELLS[layer.cell], steps.sizes, layer.reverse != bool(d), steps.flat(inputs.x)
         hidden, order = weights.w_hh.shape[0] // cell.gates, order_of(len(sizes), reverse)
         h0, c0 = inputs.h0[d], None if inputs.c0 is None else inputs.c0[d]
+        self.within, begins = steps.within(), steps.begins(reverse)
         self.zeros = State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
-        y = self.columns(y)
-        slots = saved[d].split(hidden, -1) if cell.slots else ()
+        if begins is not None:
+            self.zeros = self.zeros._replace(initial=self.zeros)
+        x, y, own_saved = self.known(x), self.known(self.columns(y)), self.known(saved[d])
+        slots = own_saved.split(hidden, -1) if cell.slots else ()
         h, c = before(order, sizes, y, h0), None
         if c0 is not None:
-            c = before(order, sizes, saved[d].narrow(-1, (cell.slots - cell.states) * hidden, cell.states * hidden), c0)
+            c = before(order, sizes, own_saved.narrow(-1, (cell.slots - cell.states) * hidden, cell.states * hidden), c0)
+        if begins is not None:
+            h = torch.where(begins, steps.repeated(h0), h)
+            c = c if c0 is None else torch.where(begins, steps.repeated(c0), c)
         out = y if weights.w_hr is None else slots[-1]
         kept = [*slots[: cell.kept], *slots[cell.slots - cell.states : cell.slots], *(out,)[: cell.derived.reads_output]]
-        kept += states_before(cell, h, c)
+        kept += [*states_before(cell, h, c), *steps.noise_of(d, cell.noise)]
+        mask = None if inputs.mask is None else steps.repeated(inputs.mask[d])
         length = max(1, BLOCK // max(1, sizes[0] * hidden))
         parts = [sizes[t : t + length] for t in range(0, len(sizes), length)]
         self.rows, self.order = [sum(part) for part in parts], order_of(len(parts), reverse)
@@ -162,12 +183,16 @@ class Direction:
         else:  # [1 + S, 1, 1]: a gradient of h, and none of the others; one of the first of these, and so on
             count = 1 + cell.states
             units = torch.eye(count, dtype=h.dtype, device=h.device).view(count, count, 1, 1).unbind()
-        split = zip(*map(self.split, (x, h, out, *kept)), strict=True)
+        split = zip(*map(self.split, (begins, self.within, mask, x, h, out, *kept)), strict=True)
         product = Product(layer, weights.w_hh)
         self.blocks = [
             Block(cell, weights, product, part, order_of(len(part), reverse), units, *each)
             for part, each in zip(parts, split, strict=True)
         ]
+
+    def known(self, rows: Any) -> Any:
+        """Return rows of all steps with zeros past the lengths, where anything may stand."""
+        return rows if self.within is None else torch.where(self.within, rows, 0.0)
 
     def columns(self, sequence: Tensor | None) -> Tensor | None:
         """Return this direction's share [N, R] of y, or of its gradient."""
@@ -182,18 +207,25 @@ class Direction:
 
     def state(self, h: Tensor | None, c: Tensor | None) -> State:
         """Return this direction's part of the changes or gradients of states, zeros where there are none."""
-        return State(self.zeros.h if h is None else h[self.d], self.zeros.c if c is None else c[self.d])
+        zeros = self.zeros
+        return State(zeros.h if h is None else h[self.d], zeros.c if c is None else c[self.d], zeros.initial)
 
 
 class Block:
     """Some steps of one direction, one after the other, near the states that they went through."""
 
-    def __init__(self, cell: Cell, weights: Weights, product: Product, sizes: list[int], order: range, units, *rows) -> None:
+    def __init__(
+        self, cell: Cell, weights: Weights, product: Product, sizes: list[int], order: range, units, begins, within, mask, *rows
+    ) -> None:
         self.cell, self.weights, self.product, self.sizes, self.order = cell, weights, product, sizes, order
+        # of each step, which rows [b, 1] begin with the initial states, and which are within their lengths; or None. And the
+        # factors [b, R] of h where it enters the product
+        self.begins, self.within, self.mask = (None if each is None else steps_of(each, sizes) for each in (begins, within, mask))
         x, h, out, *kept = rows
-        self.x, self.h, self.out = x, h, out
+        self.x, self.h, self.out = x, h if mask is None else h * mask, out
         self.rows, self.hidden = x.shape[0], out.shape[-1]
-        self.kept = *kept, *apart(cell, weights.b_ih)[1]
+        noise = len(kept) - cell.noise
+        self.kept = *kept[:noise], *apart(cell, weights.b_ih)[1], *kept[noise:]
         self.arithmetic = arithmetic(cell.name)
         self.slopes = self.arithmetic.slopes(*units, *self.kept)  # of h [N, Q, H]; with states [1 + S, N, Q, H], of them too
         self.by_state = [steps_of(each, sizes) for each in (self.slopes.unbind() if len(units) > 1 else (self.slopes,))]
@@ -203,8 +235,8 @@ class Block:
 
         along: products with v.w_hh, if there is one.
         """
-        cell, weights, sizes, (h, c) = self.cell, self.weights, self.sizes, state
-        G, P, B, w_hr = cell.gates, cell.preactivations, h.shape[0], weights.w_hr
+        cell, weights, sizes, (h, c, initial) = self.cell, self.weights, self.sizes, state
+        G, P, w_hr = cell.gates, cell.preactivations, weights.w_hr
         v_b_ih, v_own = apart(cell, v.b_ih)
         from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v_b_ih)
         from_h = total(None if along is None else along(self.h), v.b_hh)
@@ -219,33 +251,52 @@ class Block:
         by_x = total(*(self.slopes.select(-2, k) * a for k, a in known))
         by_x = None if by_x is None else steps_of(by_x, sizes, -2)
         by_w_hr = None if v.w_hr is None else steps_of(torch.mm(self.out, v.w_hr.T), sizes)
-        a_s, h_s, c_s, out_s, y_s = self._places(5)
+        a_s, h_s, inner_h, c_s, out_s, y_s = self._places(6)
         for t in self.order:
-            b = sizes[t]
-            h_s[t] = p = h if b == B else h.narrow(0, 0, b)
-            a_s[t] = self.product(p) + a_hidden[t]
+            inner_h[t] = p = self._before(t, h, None if initial is None else initial.h)
+            h_s[t] = self._entering(t, p)
+            a_s[t] = self.product(h_s[t]) + a_hidden[t]
             after = slopes[t] * a_s[t]  # [b, G * H], or [2, b, G * H]
             if G > 1:
                 after = after.reshape(*after.shape[:-1], G, self.hidden).sum(-2)
             if c is not None:
-                c_s[t] = c if b == B else c.narrow(0, 0, b)
+                c_s[t] = self._before(t, c, None if initial is None else initial.c)
             for by_one, before_one in zip(by_states, states_before(cell, p, c_s[t]), strict=True):
                 after = torch.addcmul(after, by_one[t], before_one)
             if by_x is not None:
                 after = after + by_x[t]
             if c is not None:
                 after, *others = after.unbind()
-                c_after = others[0] if cell.states == 1 else torch.cat(others, -1)
-                c = c_after if b == B else replace(c, c_after)
-            out_s[t] = y_s[t] = after
+                c = self._after(t, others[0] if cell.states == 1 else torch.cat(others, -1), c)
+            out_s[t] = y_s[t] = after if self.within is None else torch.where(self.within[t], after, 0.0)
             if w_hr is not None:
                 y_s[t] = torch.mm(after, w_hr.T) if by_w_hr is None else torch.mm(after, w_hr.T) + by_w_hr[t]
-            h = y_s[t] if b == B else replace(h, y_s[t])
+            h = self._after(t, y_s[t], h)
         a, h_before, y = joined(a_s), joined(h_s), joined(y_s)
         a = [*a_inputs, *(a.split(self.hidden, -1) if G > 1 else (a,))]
-        inner = states_before(cell, h_before, None if c is None else joined(c_s))
+        inner = states_before(cell, h_before if self.mask is None else joined(inner_h), None if c is None else joined(c_s))
         inner += [each.expand_as(self.out) for each in v_own] or [torch.zeros_like(self.out)] * cell.weights
-        return Change(x, a, h_before, inner, y if w_hr is None else joined(out_s), y), State(h, c)
+        return Change(x, a, h_before, inner, y if w_hr is None else joined(out_s), y), State(h, c, initial)
+
+    def _before(self, t: int, state: Tensor, initial: Any) -> Tensor:
+        """Return the rows of step t of a state, from before it."""
+        rows = first(self.sizes[t], state)
+        return rows if self.begins is None else torch.where(self.begins[t], first(self.sizes[t], initial), rows)
+
+    def _entering(self, t: int, rows: Tensor) -> Tensor:
+        """Return rows of h of step t as they enter the product, or their gradient from what enters."""
+        return rows if self.mask is None else rows * self.mask[t]
+
+    def _after(self, t: int, rows: Tensor, state: Tensor) -> Tensor:
+        """Return a state with the rows of step t replaced, but for those past their lengths."""
+        return replace(state, rows if self.within is None else torch.where(self.within[t], rows, first(len(rows), state)))
+
+    def _stopped(self, t: int, rows: Tensor, so_far: Any) -> tuple[Tensor, Any]:
+        """Return a gradient of the states before step t without what is one of the initial states, and these' with it."""
+        if self.begins is None:
+            return rows, so_far
+        taken = first(len(rows), so_far) + torch.where(self.begins[t], rows, 0.0)
+        return torch.where(self.begins[t], 0.0, rows), replace(so_far, taken)
 
     def _preactivations(self, from_x: Tensor | None, from_h: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Return those of the input alone, each [N, H], and the others [N, G * H], but for the products with h."""
@@ -274,9 +325,10 @@ class Block:
         """Return the gradients of all, and of the state before, from those of y and of the state after.
 
         more_a [N, Q, H] is added to those of the pre-activations, states and weights, more_h [N, R] to those of the hidden
-        state before each step, more_out [N, H] to those of out.
+        state that enters the product of each step, more_out [N, H] to those of out.
         """
-        cell, sizes, (dh, dc) = self.cell, self.sizes, state
+        cell, sizes, (dh, dc, initial) = self.cell, self.sizes, state
+        dh0, dc0 = (None, None) if initial is None else initial[:2]
         P, G, B, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hr
         dys, more_a, more_h, more_out = (
             None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out)
@@ -287,25 +339,30 @@ class Block:
         for t in reversed(self.order):
             b = sizes[t]
             d_out = dh if b == B else dh.narrow(0, 0, b)
-            y_s[t] = d_out = d_out if dys is None else d_out + dys[t]
+            d_out = d_out if dys is None else d_out + dys[t]
+            y_s[t] = d_out = d_out if self.within is None else torch.where(self.within[t], d_out, 0.0)
             if w_hr is not None:
                 d_out = torch.mm(d_out, w_hr) if more_out is None else torch.mm(d_out, w_hr) + more_out[t]
             out_s[t], d_out = d_out, d_out.unsqueeze(1)
             a_s[t] = da = by_out[t] * d_out if more_a is None else torch.addcmul(more_a[t], by_out[t], d_out)  # [b, Q, H]
             if dc is not None:
-                c_s[t] = dc if b == B else dc.narrow(0, 0, b)
+                d_c = dc if b == B else dc.narrow(0, 0, b)
+                c_s[t] = d_c if self.within is None else torch.where(self.within[t], d_c, 0.0)
                 for by_one, d_one in zip(by_others, taken_apart(cell, c_s[t].unsqueeze(1)), strict=True):
                     a_s[t] = da = torch.addcmul(da, by_one[t], d_one)
+            if self.within is not None:
+                a_s[t] = da = torch.where(self.within[t].unsqueeze(1), da, 0.0)
             d_before = self.product.back(_narrow(da, cell.hidden, G).reshape(b, -1))
+            d_before = self._entering(t, d_before if more_h is None else d_before + more_h[t])
             d_states = {name: da.select(1, P + k) for k, name in enumerate(states)}
             if "h" in d_states:
                 d_before = d_before + d_states.pop("h")
             if dc is not None:
                 d_c = torch.cat([*d_states.values()], -1) if cell.states > 1 else next(iter(d_states.values()))
-                dc = d_c if b == B else replace(dc, d_c)
-            if more_h is not None:
-                d_before = d_before + more_h[t]
-            dh = d_before if b == B else replace(dh, d_before)
+                d_c, dc0 = self._stopped(t, d_c, dc0)
+                dc = self._after(t, d_c, dc)
+            d_before, dh0 = self._stopped(t, d_before, dh0)
+            dh = self._after(t, d_before, dh)
         a, y = joined(a_s), joined(y_s)
         d_hidden = _narrow(a, cell.hidden, G).reshape(self.rows, -1)
         d_input = d_hidden
@@ -313,7 +370,7 @@ class Block:
             d_input = torch.cat([a.select(1, cell.input.index(block)) for block in range(G)], 1)
         out, d_c = y if w_hr is None else joined(out_s), None if dc is None else joined(c_s)
         own = a.narrow(1, a.shape[1] - cell.weights, cell.weights).reshape(self.rows, -1) if cell.weights else None
-        return Gradients(d_input, d_hidden, own, y, out, d_c), State(dh, dc)
+        return Gradients(d_input, d_hidden, own, y, out, d_c), State(dh, dc, None if initial is None else State(dh0, dc0))
 
     def bend(
         self, grads: Gradients, v: Weights, along: Product | None, change: Change, state: State

@@ -62,12 +62,21 @@ def layer_forward(
     inputs: Inputs, weights: Sequence[Tensor], layer: Layer, save: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layer's outputs y, h_n [D, B, R], c_n [D, B, S * H] or [0], and saved [D, rows, slots * H] or [0]."""
-    kind, steps, (x, _, h0, c0) = CELLS[layer.cell], Steps(layer, inputs), inputs
-    xs = steps.each(x)
+    kind, steps, (x, _, h0, c0, *_) = CELLS[layer.cell], Steps(layer, inputs), inputs
+    xs, within = steps.each(x), steps.within()
+    if within is not None:  # what stands past a length is not looked at, and is in no gradient
+        within = within.view(steps.steps, -1, 1)
+        xs = [torch.where(here, x_step, 0.0) for here, x_step in zip(within, xs, strict=True)]
     ys, states, carries, kept = [], [], [], []
     for d, own in enumerate(layer.by_direction(weights)):
-        product = Product(layer, own.w_hh)
-        h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], own, product, layer.reverse != bool(d))
+        reverse = layer.reverse != bool(d)
+        begins = None if steps.resets is None else steps.begins(reverse)
+        marks = None if begins is None else begins.split(steps.sizes), within
+        product, mask = Product(layer, own.w_hh), None if inputs.mask is None else inputs.mask[d]
+        c = None if c0 is None else c0[d]
+        noise = [part.split(steps.sizes) for part in steps.noise_of(d, kind.noise)]
+        noise = [*zip(*noise, strict=True)] if noise else [()] * steps.steps
+        h, c, out, slots = _forward(kind, xs, h0[d], c, own, product, mask, noise, reverse, *marks)
         ys.append(out)
         kept.append(torch.cat(slots))
         states.append(h)
@@ -78,27 +87,40 @@ def layer_forward(
     return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
 
 
-def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, product: Product, reverse: bool):
-    """One direction: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H]."""
+def _forward(
+    kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, product: Product, mask, noise, reverse: bool, begins, within
+):
+    """One direction: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H].
+
+    mask: factors [B, R] of h where it enters the product, or None. noise: of each step the cell's, each [b, H].
+    begins, within: of each step, which rows [b, 1] begin with the initial states, and which are within their lengths; or None.
+    """
     w_ih, _, b_ih, b_hh, w_hr = weights
     b_ih, own_weights = apart(kind, b_ih)
+    h0, c0 = h, c
     ys: list = [None] * len(xs)
     kept: list = [None] * len(xs)
     for t in order_of(len(xs), reverse):
-        b = len(xs[t])
-        before = states_before(kind, first(b, h), None if c is None else first(b, c))
-        of_h = product(first(b, h))
+        b, here = len(xs[t]), None if within is None else within[t]
+        p, q = first(b, h), None if c is None else first(b, c)
+        if begins is not None:
+            p = torch.where(begins[t], first(b, h0), p)
+            q = None if q is None else torch.where(begins[t], first(b, c0), q)
+        before = states_before(kind, p, q)
+        of_h = product(p if mask is None else p * first(b, mask))
         of_x = xs[t] @ w_ih.T
         a = _preactivations(kind, of_x if b_ih is None else of_x + b_ih, of_h if b_hh is None else of_h + b_hh)
-        out, *slots = _FORWARD[kind.name](*a, *before, *own_weights)
+        out, *slots = _FORWARD[kind.name](*a, *before, *own_weights, *noise[t])
         if c is not None:
-            c = replace(c, slots[-1] if kind.states == 1 else torch.cat(slots[kind.kept :], -1))
+            after = slots[-1] if kind.states == 1 else torch.cat(slots[kind.kept :], -1)
+            c = replace(c, after if here is None else torch.where(here, after, c))
         slots[kind.kept : kind.kept] = [out] * (kind.slots - kind.kept - kind.states)  # where there is no value
         if w_hr is not None:
             slots.append(out)
             out = out @ w_hr.T
-        h = replace(h, out)
-        ys[t], kept[t] = out, torch.cat(slots, -1) if slots else out[:, :0]
+        h = replace(h, out if here is None else torch.where(here, out, h))
+        ys[t] = out if here is None else torch.where(here, out, 0.0)
+        kept[t] = torch.cat(slots, -1) if slots else out[:, :0]
     return h, c, ys, kept
 
 

@@ -55,7 +55,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     """
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     gates, slots, values = cell.gates, cell.slots, cell.preactivations + cell.weights  # of a row of gate gradients
-    preactivations = cell.preactivations
+    preactivations, reset_numbers = cell.preactivations, cell.gates + cell.states + cell.reads_hidden  # times units, of a row
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
@@ -92,7 +92,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             block = forward_block(p.steps, B, p.rows, 0 if at_once else I, gates * H * size)
             if at_once:  # the same for all, whatever their inputs
                 block = layer_block(p.steps, B, block)
-            tables = 3 * B + 2 * block * B + 2 + B + (B if cell.noise else 0)
+            tables = 4 * B + 2 * block * B + 2 + B + (B if cell.noise else 0)
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
             ih_once = row_groups == 1 and block == p.steps and not frozen and p.rows <= together
             panel_bytes = align(columns * vector * ih_depth) if ih_once else 0
@@ -164,6 +164,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.masked = d.workspace + offset
             if not forward and d.mask:
                 offset += align(block * masked)
+            d.reset_sums = d.workspace + offset
+            if not forward and d.resets and d.need_dh0:
+                offset += align(B * reset_numbers * H * size)
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
                 d.operand_rows = operand_rows
@@ -173,7 +176,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         if not forward and p.directions == 2 and p.need_dx:
             other = record_at(records + RECORD_BYTES)
             other.dx = p.dx_other = p.workspace + offset
-            offset += align(p.rows * I * size)
+            offset += align((p.padded_steps * B if p.order else p.rows) * I * size)
         return offset
 
     @njit(**options)

@@ -44,8 +44,11 @@ from .product import (
 from .team import (
     RECORD_BYTES,
     active_rows,
+    begins_anew,
     first_row,
+    kept_row,
     record_at,
+    row_at,
     share,
     split_row,
     step_base,
@@ -102,6 +105,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     tile_multiply_both_apart = tools(make_tile_multiply, v, target, columns, PARTS, PARTS)
     input_order, hidden_order = cell.input, tuple(range(gates))
     reads_hidden = cell.reads_hidden
+    reset_numbers = gates + states + reads_hidden  # times units, of the sums over a row's resets
     differentiate, differentiate_twice = over_vectors(cell.derived.backward, v, target)
 
     def reader(places):
@@ -215,6 +219,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def earlier(p, t, b):
         """The step that came before step t of row b, or -1 where the initial state did."""
+        if begins_anew(p, t, b):
+            return -1
         if p.reverse:
             return t + 1 if t + 1 < p.steps and b < active_rows(p, t + 1) else -1
         return t - 1
@@ -224,36 +230,36 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """Address of the hidden state that step t of row b read."""
         before = earlier(p, t, b)
         if before < 0:
-            return p.h0 + b * p.output_size * size
-        return p.y + step_base(p, before) * p.y_step + b * p.y_row
+            return p.h0 + row_at(p, b) * p.output_size * size
+        return p.y + step_base(p, before) * p.y_step + row_at(p, b) * p.y_row
 
     @njit(**options)
     def kept_at(p, t, b, saved_row):
         """Address of what forward has kept of step t of row b."""
-        return p.saved + (first_row(p, t) + b) * saved_row
+        return p.saved + kept_row(p, t, b) * saved_row
 
     @njit(**options)
     def output_at(p, t, b):
         """Address of the output of step t of row b."""
-        return p.y + step_base(p, t) * p.y_step + b * p.y_row
+        return p.y + step_base(p, t) * p.y_step + row_at(p, b) * p.y_row
 
     @njit(**options)
     def carried_at(p, t, b, saved_row):
         """Address of the states but h that step t of row b read element by element."""
         before = earlier(p, t, b)
         if before < 0:
-            return p.c0 + b * states * p.hidden_size * size
+            return p.c0 + row_at(p, b) * states * p.hidden_size * size
         return kept_at(p, before, b, saved_row) + (slots - states) * p.hidden_size * size
 
     @njit(**options)
     def noise_at(p, t, b):
         """Address of the noise of step t of row b."""
-        return p.noise + step_base(p, t) * p.noise_step + b * p.noise_row
+        return p.noise + step_base(p, t) * p.noise_step + row_at(p, b) * p.noise_row
 
     @njit(**options)
     def mask_at(p, b):
         """Address of the mask of row b, or 0."""
-        return p.mask + b * p.output_size * size if p.mask else 0
+        return p.mask + row_at(p, b) * p.output_size * size if p.mask else 0
 
     @njit(**options)
     def state_gradient(q, unit, n, sums, panel_sums, mask, dy, more):
@@ -265,37 +271,47 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return through + load(dy + at, n) + load(more + at, n)
 
     @njit(**options)
+    def places_of(p, t, b, saved_row):
+        """Addresses of what step t of row b reads of forward's, and of the gradients that are carried past the gates."""
+        kept, output = kept_at(p, t, b, saved_row), output_at(p, t, b)
+        h, c = hidden_before(p, t, b), carried_at(p, t, b, saved_row)
+        unit_bytes = p.hidden_size * size
+        dc, dh = p.dc0 + row_at(p, b) * states * unit_bytes, p.dh0 + row_at(p, b) * unit_bytes
+        return kept, output, h, c, noise_at(p, t, b), dc, dh
+
+    @njit(**options)
     def arguments(q, context):
         """What the cell's vector-Jacobian product is given for vector q of a row."""
-        p, t, b, unit0, sums, panel_sums, mask, dy, more, _, saved_row = context
+        p, unit0, sums, panel_sums, mask, dy, more, _, places = context
+        kept_row_at, output_row, h_row, c_row, noise_row, dc_row, _ = places
         unit = unit0 + q * lanes
         n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
         dh = state_gradient(q, unit, n, sums, panel_sums, mask, dy, more)
-        carried = read_carried(p.dc0 + b * states * gate_stride + at, gate_stride, n)
-        kept = read_slots(kept_at(p, t, b, saved_row) + at, gate_stride, n)
-        output = read_output(output_at(p, t, b) + at, gate_stride, n)
-        h = read_hidden(hidden_before(p, t, b) + at, gate_stride, n)
-        before = in_order(h, read_states(carried_at(p, t, b, saved_row) + at, gate_stride, n))
-        given = read_weights(p.b_ih + at, gate_stride, n) + read_noise(noise_at(p, t, b) + at, gate_stride, n)
+        carried = read_carried(dc_row + at, gate_stride, n)
+        kept = read_slots(kept_row_at + at, gate_stride, n)
+        output = read_output(output_row + at, gate_stride, n)
+        h = read_hidden(h_row + at, gate_stride, n)
+        before = in_order(h, read_states(c_row + at, gate_stride, n))
+        given = read_weights(p.b_ih + at, gate_stride, n) + read_noise(noise_row + at, gate_stride, n)
         return (dh,) + carried + kept + output + before + given
 
     @njit(**options)
     def keep(q, result, context):
         """Keep the gradients of vector q's pre-activations, and what is carried past them."""
-        p, _, b, unit0, _, _, _, _, _, gradients, _ = context
+        p, unit0, _, _, _, _, _, gradients, (_, _, _, _, _, dc_row, dh_row) = context
         unit = unit0 + q * lanes
         n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
         write_gradients(gradients + at, gate_stride, result, n)
-        write_carried(p.dc0 + b * states * gate_stride + at, gate_stride, result, n)
+        write_carried(dc_row + at, gate_stride, result, n)
         if reads_hidden:
-            store(p.dh0 + b * gate_stride + at, result[of_hidden], n)
+            store(dh_row + at, result[of_hidden], n)
 
     @njit(**options)
     def expect(p, t, first, rows, panel, vectors, saved_row):
         """Prefetch what the gates of a panel read of `rows` rows from `first` on: it comes while their product is computed."""
         gate_stride, at = p.hidden_size * size, panel * wide * size
         for b in range(first, first + rows):
-            dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row + at
+            dy = p.dy + step_base(p, t) * p.dy_step + row_at(p, b) * p.dy_row + at
             kept, carried = kept_at(p, t, b, saved_row) + at, carried_at(p, t, b, saved_row) + at
             for j in range(0, vectors * vector, vector):
                 prefetch_far(dy + j)
@@ -356,7 +372,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     )  # fmt: skip
                 for m in range(rows):
                     b = r0 + i + m
-                    dy = p.dy + step_base(p, t) * p.dy_step + b * p.dy_row
+                    dy = p.dy + step_base(p, t) * p.dy_step + row_at(p, b) * p.dy_row
                     more = load_int(extra + 8 * (i + m))
                     sums, panel_sums, mask = scratch + m * columns * vector, going_on * columns * vector, mask_at(p, b)
                     if m >= going_on:
@@ -371,7 +387,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                             unit += lanes
                     else:
                         row = gradients + (base + b) * row_bytes
-                        gate_gradients(vectors, (p, t, b, unit, sums, panel_sums, mask, dy, more, row, saved_row))
+                        places = places_of(p, t, b, saved_row)
+                        gate_gradients(vectors, (p, unit, sums, panel_sums, mask, dy, more, row, places))
                 i += rows
 
     @njit(**options)
@@ -392,7 +409,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     unit, row = panel * wide, gradients + (base + b) * row_bytes
                     vectors = min(columns, ceil_div(p.hidden_size - unit, lanes))
                     sums = scratch + m * columns * vector
-                    gate_gradients(vectors, (p, t, b, unit, sums, 0, 0, p.zeros, p.zeros, row, saved_row))
+                    gate_gradients(vectors, (p, unit, sums, 0, 0, p.zeros, p.zeros, row, places_of(p, t, b, saved_row)))
                 i += rows
 
     @njit(**options)
@@ -463,17 +480,82 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         wait_crew(p, member)
 
     @njit(**options)
-    def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
+    def reset_row(p, b):
+        """Address of what the resets of row b sum up."""
+        return p.reset_sums + b * reset_numbers * p.hidden_size * size
+
+    @njit(**options)
+    def add_units(source, sums, first, last, n):
+        """Add units first .. last-1 of n to sums."""
+        for unit in range(first, min(last, n), lanes):
+            count, at = min(n, last) - unit, unit * size
+            store(sums + at, load(sums + at, count) + load(source + at, count), count)
+
+    @njit(**options)
+    def clear_units(row, first, last, n):
+        for unit in range(first, min(last, n), lanes):
+            store(row + unit * size, zero(), min(n, last) - unit)
+
+    @njit(**options)
+    def add_gates(p, b, later, first, last):
+        """Add the gate gradients of a step that began anew to the sums of its row, for units first .. last-1."""
+        for g in range(gates):
+            at = g * p.hidden_size * size
+            add_units(later + at, reset_row(p, b) + at, first, last, p.hidden_size)
+
+    @njit(**options)
+    def stop_at_reset(p, b, i, later, extra, first, last):
+        """What step t of row b would carry back is a gradient of the initial states instead, for units first .. last-1.
+
+        The product with W_hh, which is linear, is done once, of the sum over all resets of a row.
+        """
+        unit_bytes = p.hidden_size * size
+        sums, dc = reset_row(p, b) + gates * unit_bytes, p.dc0 + row_at(p, b) * states * unit_bytes
+        if p.need_dh0:
+            add_gates(p, b, load_int(later + 8 * i), first, last)
+            for s in range(states):
+                add_units(dc + s * unit_bytes, sums + s * unit_bytes, first, last, p.hidden_size)
+            if reads_hidden:
+                dh = p.dh0 + row_at(p, b) * unit_bytes
+                add_units(dh, sums + states * unit_bytes, first, last, p.hidden_size)
+        for s in range(states):
+            clear_units(dc + s * unit_bytes, first, last, p.hidden_size)
+        store_int(later + 8 * i, p.zeros)
+        store_int(extra + 8 * i, p.zeros)
+
+    @njit(**options)
+    def finish_resets(p, member, r0, from_row, to_row, later):
+        """Take the sums over the resets of rows whose first step is done in, and its gate gradients into these sums."""
+        panels, unit_group = ceil_div(p.hidden_size, wide), member % p.unit_groups
+        unit0, unit1 = share(panels, p.unit_groups, unit_group) * wide, share(panels, p.unit_groups, unit_group + 1) * wide
+        unit_bytes = p.hidden_size * size
+        for i in range(from_row, to_row):
+            b = r0 + i
+            sums, dc = reset_row(p, b) + gates * unit_bytes, p.dc0 + row_at(p, b) * states * unit_bytes
+            add_gates(p, b, load_int(later + 8 * i), unit0, unit1)
+            for s in range(states):
+                add_units(sums + s * unit_bytes, dc + s * unit_bytes, unit0, unit1, p.hidden_size)
+            if reads_hidden:
+                dh = p.dh0 + row_at(p, b) * unit_bytes
+                add_units(sums + states * unit_bytes, dh, unit0, unit1, p.hidden_size)
+            store_int(later + 8 * i, reset_row(p, b))
+        wait_group(p, member)
+
+    @njit(**options)
+    def finish_rows(p, member, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
         """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
-        count = to_row - from_row
+        count, unit0, unit1 = to_row - from_row, first * wide, last * wide
         if count > 0 and p.need_dh0:
-            out, row_bytes = p.masked if p.mask else p.dh0, p.output_size * size
-            fill_rows(table, count, out + (r0 + from_row) * row_bytes, row_bytes)
+            row_bytes = p.output_size * size
             for i in range(from_row, to_row):  # rows without a carried part start from zero
-                dh0 = p.dh0 + (r0 + i) * p.output_size * size
+                dh0 = p.dh0 + row_at(p, r0 + i) * p.output_size * size
+                store_int(table + 8 * (i - from_row), dh0)
                 if load_int(extra + 8 * i) != dh0:
-                    for unit in range(first * wide, min(last * wide, p.output_size), lanes):
-                        store(dh0 + unit * size, zero(), p.output_size - unit)
+                    clear_units(dh0, unit0, unit1, p.output_size)
+                if p.mask:
+                    store_int(table + 8 * (i - from_row), p.masked + row_at(p, r0 + i) * row_bytes)
+            if p.resets:
+                finish_resets(p, member, r0, from_row, to_row, later)
             depth, rows, add = gates * p.hidden_size, later + 8 * from_row, 0 if p.mask else 1
             if p.tiles:
                 multiply_in_tiles(p, count, rows, p.hh_panels, p.output_size, first, last, table, add, scratch, own_block)
@@ -490,7 +572,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 )  # fmt: skip
             if p.mask:
                 for b in range(r0 + from_row, r0 + to_row):
-                    add_masked(p, p.masked + b * row_bytes, b, p.dh0 + b * row_bytes, first * wide, last * wide)
+                    at = row_at(p, b) * row_bytes
+                    add_masked(p, p.masked + at, b, p.dh0 + at, unit0, unit1)
 
     @njit(**options)
     def sum_columns(gradients, rows, row_bytes, n, totals, part):
@@ -664,7 +747,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         i = 0
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
-                store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + b * p.x_row)
+                store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + row_at(p, b) * p.x_row)
                 h = p.masked + i * p.output_size * size if p.mask else hidden_before(p, t, b)
                 store_int(h_rows + 8 * i, h)
                 i += 1
@@ -680,7 +763,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         )  # fmt: skip
         if p.projected:
             saved_row = (slots + 1) * units * size
-            fill_rows(x_rows, rows, p.saved + first_row(p, t_low) * saved_row + slots * units * size, saved_row)
+            i = 0
+            for t in range(t_low, t_high + 1):
+                for b in range(active_rows(p, t)):
+                    store_int(x_rows + 8 * i, kept_at(p, t, b, saved_row) + slots * units * size)
+                    i += 1
             fill_rows(out_rows, p.output_size, p.dw_hr, units * (2 if p.rounded_at_once else size))
             weight_gradient(
                 p, member, members, out_gradients, p.output_size * size, p.output_size, x_rows, rows, units, out_rows, add,
@@ -723,7 +810,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
                 if first <= i < last:
-                    store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + b * p.dx_row)
+                    store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + row_at(p, b) * p.dx_row)
                 i += 1
         if p.tiles:
             multiply_in_tiles(
@@ -735,6 +822,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             p, last - first, gradient_rows, weight_rows, input_order == hidden_order, depth, p.input_size,
             share(panels, panel_parts, panel_part), share(panels, panel_parts, panel_part + 1), out_rows, 0, scratch, own_panel,
         )  # fmt: skip
+
+    @njit(**options)
+    def clear_input_gradients(p, member, members):
+        """Zeros in dx past the lengths: this member's share of the rows."""
+        for t in range(p.padded_steps):
+            active = active_rows(p, t) if t < p.steps else 0
+            for b in range(active + share(p.batch - active, members, member), active + share(p.batch - active, members, member + 1)):
+                clear_units(p.dx + t * p.dx_step + row_at(p, b) * p.dx_row, 0, p.input_size, p.input_size)
 
     @njit(**options)
     def run_direction(p, member):
@@ -771,19 +866,25 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         pack_weights(p, member, members, tables)
         for b in range(r0, r1):
             store_int(later + 8 * (b - r0), p.zeros)
-            store_int(extra + 8 * (b - r0), p.dh0 + b * output_bytes)
+            own = row_at(p, b)
+            store_int(extra + 8 * (b - r0), p.dh0 + own * output_bytes)
+            if p.resets and p.need_dh0:
+                for s in range(reset_numbers):
+                    clear_units(reset_row(p, b) + s * hidden_bytes, first_cell * wide, last_cell * wide, p.hidden_size)
             for panel in range(first, last):
                 for j in range(columns):
                     unit = (panel * columns + j) * lanes
                     if unit < p.output_size:
                         n = p.output_size - unit
-                        given = load(p.dh_n + b * output_bytes + unit * size, n) if p.dh_n else zero()
-                        store(p.dh0 + b * output_bytes + unit * size, given, n)
-            for state in range(b * states, (b + 1) * states):
+                        given = load(p.dh_n + own * output_bytes + unit * size, n) if p.dh_n else zero()
+                        store(p.dh0 + own * output_bytes + unit * size, given, n)
+            for state in range(own * states, (own + 1) * states):
                 for unit in range(first_cell * wide, min(last_cell * wide, p.hidden_size), lanes):
                     n = p.hidden_size - unit
                     given = load(p.dc_n + state * hidden_bytes + unit * size, n) if p.dc_n else zero()
                     store(p.dc0 + state * hidden_bytes + unit * size, given, n)
+        if p.order and p.need_dx:
+            clear_input_gradients(p, member, members)
         wait_crew(p, member)
 
         end, previous_count = p.steps, 0
@@ -795,7 +896,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             for k in range(end - 1, start - 1, -1):
                 t = p.steps - 1 - k if p.reverse else k
                 count = max(0, min(r1, active_rows(p, t)) - r0)
-                finish_rows(p, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block)
+                finish_rows(
+                    p, member, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block
+                )  # fmt: skip
                 base = first_row(p, t) - first_row(p, t_low)
                 for i in range(0, count, p.split_rows):
                     n = min(count - i, p.split_rows)
@@ -810,11 +913,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 wait_group(p, member)
                 for i in range(count):
                     store_int(later + 8 * i, gradients + (base + r0 + i) * row_bytes + hidden * hidden_bytes)
-                    if not reads_hidden:
-                        store_int(extra + 8 * i, p.zeros)
+                    store_int(extra + 8 * i, p.dh0 + row_at(p, r0 + i) * output_bytes if reads_hidden else p.zeros)
+                    if begins_anew(p, t, r0 + i):
+                        stop_at_reset(p, r0 + i, i, later, extra, first_cell * wide, last_cell * wide)
                 previous_count = count
             if start == 0:
-                finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block)
+                finish_rows(
+                    p, member, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block
+                )  # fmt: skip
             wait_crew(p, member)
             if start > 0:  # the next block overwrites the gradients that its first step reads
                 share0, share1 = (
@@ -845,7 +951,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def add_other_direction(p, rank):
         """Add dx of direction 1, which is kept apart: so it is the same sum when both directions run at once."""
-        count = p.rows * p.input_size
+        count = (p.padded_steps * p.batch if p.order else p.rows) * p.input_size
         step_size = ceil_div(ceil_div(count, p.threads), lanes) * lanes
         for i in range(rank * step_size, min(count, (rank + 1) * step_size), lanes):
             n = min(count, (rank + 1) * step_size) - i

@@ -132,6 +132,7 @@ class Call:
             self.weights = [w.to(x.dtype).contiguous() for w in weights]
         sizes = {
             "steps": self.steps.steps,
+            "padded_steps": self.steps.steps,
             "batch": self.steps.batch,
             "rows": self.steps.rows,
             "input_size": x.shape[-1],
@@ -150,11 +151,33 @@ class Call:
             offsets = torch.cumsum(batch_sizes, 0) - batch_sizes
             self.point("batch_sizes", [batch_sizes.contiguous()] * D)
             self.point("offsets", [offsets] * D)
+            self.records["packed"] = 1
+        if inputs.lengths is not None:
+            self.order_rows(inputs.lengths)
+        if inputs.resets is not None:
+            self.point("resets", [inputs.resets] * D)
+            strides = [inputs.resets.stride(self.steps.axis), inputs.resets.stride(-1 if self.steps.packed else 1 - self.steps.axis)]
+            self.records["resets_step"], self.records["resets_row"] = strides
         self.records["direction"] = np.arange(D)
         self.records["reverse"] = [layer.reverse ^ bool(d) for d in range(D)]
         self.rows("x", x)
         for name in layer.kinds():
             self.point(name, [getattr(own, name) for own in layer.by_direction(self.weights)])
+
+    def order_rows(self, lengths: Tensor) -> None:
+        """Have the kernel see the longest rows first; see `Call::lengths` in csrc/layer.cpp."""
+        T = self.steps.steps
+        if int(lengths.min()) < 0 or int(lengths.max()) > T:
+            raise RuntimeError(f"fastrnn: lengths: expected numbers from 0 to {T}, got {lengths.tolist()}")
+        steps = max(int(lengths.max()), min(T, 2))
+        rows = (lengths > torch.arange(steps).unsqueeze(1)).sum(1)
+        self.records["steps"], self.records["rows"] = steps, int(rows.sum())
+        for name, numbers in (
+            ("batch_sizes", rows),
+            ("offsets", rows.cumsum(0) - rows),
+            ("order", lengths.argsort(descending=True, stable=True)),
+        ):
+            self.point(name, [numbers] * len(self.records))
 
     def point(self, field: str, tensors) -> None:
         """Pointers to each direction's tensor."""
@@ -185,10 +208,10 @@ class Call:
         run(address, 0)
 
 
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None):
     """The op's implementation."""
     (D, B, R), layer = h0.shape, layer_of(text)
-    call = Call(layer, Inputs(x, batch_sizes, h0, c0), weights)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
     slots = call.cell.slots + layer.projected
     y = x.new_empty(*x.shape[:-1], D * R)
     h_n = x.new_empty(D, B, R)
@@ -207,10 +230,10 @@ def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
     return y, h_n, c_n, saved
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None):
     """The op's implementation."""
     layer, (need_dx, need_dh0, need_dw) = layer_of(text), needs
-    call = Call(layer, Inputs(x, batch_sizes, h0, c0), weights)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dh0 = x.new_empty(h0.shape)
     dc0 = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)

@@ -32,8 +32,10 @@ from .product import (
 from .team import (
     RECORD_BYTES,
     active_rows,
-    first_row,
+    begins_anew,
+    kept_row,
     record_at,
+    row_at,
     share,
     split_row,
     step_base,
@@ -296,7 +298,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         """What the cell is given for a vector of units of row m."""
         n, at, stride = p.hidden_size - unit, unit * size, p.hidden_size * size
         a = preactivations_of(load_int(z_rows + 8 * m) + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
-        before = read_states(load_int(previous + 8 * m) + at, c_rows + m * states * stride + at, stride, n)
+        before = read_states(load_int(previous + 8 * m) + at, load_int(c_rows + 8 * m) + at, stride, n)
         given = read_weights(p.b_ih + at, stride, n) + read_noise(load_int(noise_rows + 8 * m) + at, stride, n)
         return a + before + given
 
@@ -304,7 +306,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     def keep(p, m, unit, result, z_rows, h_rows, c_rows):
         """The new states, and what backward needs, of a vector of units of row m."""
         n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
-        write_states(c_rows + m * states * gate_stride + at, gate_stride, result, n)
+        write_states(load_int(c_rows + 8 * m) + at, gate_stride, result, n)
         if p.save:
             write_slots(load_int(z_rows + 8 * m) + at, gate_stride, result, n)
         store(load_int(h_rows + 8 * m) + at, result[0], n)
@@ -381,11 +383,27 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         """Multiply `count` rows of h with their mask, into memory at `masked`, and note where each then is."""
         row_bytes = p.output_size * size
         for i in range(count):
-            source, factors, row = load_int(previous + 8 * i), p.mask + (r0 + i) * row_bytes, masked + i * row_bytes
+            source, mask, row = load_int(previous + 8 * i), p.mask + row_at(p, r0 + i) * row_bytes, masked + i * row_bytes
             store_int(masked_rows + 8 * i, row)
             for unit in range(0, p.output_size, lanes):
                 n, at = p.output_size - unit, unit * size
-                store(row + at, load(source + at, n) * load(factors + at, n), n)
+                store(row + at, load(source + at, n) * load(mask + at, n), n)
+
+    @njit(**options)
+    def begin_states(p, b, unit0, unit1):
+        """Set the states of row b, but for the hidden one, to the initial ones, for units unit0 .. unit1-1."""
+        state_bytes = p.hidden_size * size
+        for s in range(row_at(p, b) * states, (row_at(p, b) + 1) * states):
+            copy_units(p.c0 + s * state_bytes, p.c_n + s * state_bytes, unit0, unit1, p.hidden_size)
+
+    @njit(**options)
+    def clear_outputs(p, r0, r1, first, last):
+        """Zeros past the lengths of rows r0 .. r1-1, in outputs first .. last-1."""
+        for t in range(p.padded_steps):
+            for b in range(max(r0, active_rows(p, t) if t < p.steps else 0), r1):
+                row = p.y + t * p.y_step + row_at(p, b) * p.y_row
+                for unit in range(first, last, lanes):
+                    store(row + unit * size, zero(), last - unit)
 
     @njit(**options)
     def run_block(p, member, block, begins):
@@ -405,12 +423,14 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         previous = own_panel + p.panel_bytes + p.own_block
         h_rows = previous + 8 * p.batch
         y_rows = h_rows + 8 * p.batch
-        x_rows = y_rows + 8 * p.batch
+        c_rows = y_rows + 8 * p.batch
+        x_rows = c_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
         own_rows = z_rows + 8 * p.block_steps * p.batch  # this thread's
         masked_rows = own_rows + 16
         masked = masked_rows + 8 * p.batch
         noise_rows = masked + p.batch * output_bytes * (p.mask != 0) if noise else previous
+        own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
 
         if begins:
             r0, r1 = split_row(p, member // p.unit_groups), split_row(p, member // p.unit_groups + 1)
@@ -419,9 +439,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             if not p.pack:
                 pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
             for b in range(r0, r1):
-                store_int(previous + 8 * (b - r0), p.h0 + b * output_bytes)
-                for s in range(b * states, (b + 1) * states):
-                    copy_units(p.c0 + s * hidden_bytes, p.c_n + s * hidden_bytes, unit0, unit1, p.hidden_size)
+                store_int(previous + 8 * (b - r0), p.h0 + row_at(p, b) * output_bytes)
+                store_int(c_rows + 8 * (b - r0), p.c_n + row_at(p, b) * states * hidden_bytes)
+                begin_states(p, b, unit0, unit1)
+            if p.order:
+                clear_outputs(p, r0, r1, own, owns)
             wait_crew(p, member)
             if block < 0:
                 return
@@ -436,11 +458,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         for k in range(s, end):
             t = p.steps - 1 - k if p.reverse else k
             for b in range(r0, min(r1, active_rows(p, t))):
-                store_int(x_rows + 8 * n, p.x + step_base(p, t) * p.x_step + b * p.x_row)
+                store_int(x_rows + 8 * n, p.x + step_base(p, t) * p.x_step + row_at(p, b) * p.x_row)
                 if slots == 0:
-                    z = p.y + step_base(p, t) * p.y_step + b * p.y_row
+                    z = p.y + step_base(p, t) * p.y_step + row_at(p, b) * p.y_row
                 elif in_saved:
-                    z = p.saved + (first_row(p, t) + b) * saved_row
+                    z = p.saved + kept_row(p, t, b) * saved_row
                 else:
                     z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
                 store_int(z_rows + 8 * n, z)
@@ -454,28 +476,31 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             t = p.steps - 1 - k if p.reverse else k
             count = max(0, min(r1, active_rows(p, t)) - r0)
             for i in range(count):
-                y = p.y + step_base(p, t) * p.y_step + (r0 + i) * p.y_row
+                y = p.y + step_base(p, t) * p.y_step + row_at(p, r0 + i) * p.y_row
                 store_int(y_rows + 8 * i, y)
                 if not p.projected:
                     h = y
                 elif p.save:
-                    h = p.saved + (first_row(p, t) + r0 + i) * saved_row + slots * hidden_bytes
+                    h = p.saved + kept_row(p, t, r0 + i) * saved_row + slots * hidden_bytes
                 else:
                     h = p.tails + (r0 + i) * hidden_bytes
                 store_int(h_rows + 8 * i, h)
+                if begins_anew(p, t, r0 + i):
+                    store_int(previous + 8 * i, p.h0 + row_at(p, r0 + i) * output_bytes)
+                    begin_states(p, r0 + i, unit0, unit1)
                 if noise:
-                    store_int(noise_rows + 8 * i, p.noise + step_base(p, t) * p.noise_step + (r0 + i) * p.noise_row)
+                    at = step_base(p, t) * p.noise_step + row_at(p, r0 + i) * p.noise_row
+                    store_int(noise_rows + 8 * i, p.noise + at)
             entering = previous
             if p.mask:
                 enter(p, count, r0, previous, masked_rows, masked)
                 entering = masked_rows
             for i in range(0, count, p.split_rows):
                 rows, at, z = min(count - i, p.split_rows), 8 * i, z_rows + 8 * (n + i)
-                c = p.c_n + (r0 + i) * states * hidden_bytes
                 turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
                 step(
-                    p, turn, rows, previous + at, entering + at, z, hidden_bytes, h_rows + at, c, noise_rows + at, first, last,
-                    bias_gate, scratch, own_panel,
+                    p, turn, rows, previous + at, entering + at, z, hidden_bytes, h_rows + at, c_rows + at, noise_rows + at, first,
+                    last, bias_gate, scratch, own_panel,
                 )  # fmt: skip
             if p.projected:
                 wait_group(p, member)
@@ -490,9 +515,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             n += count
 
         if end == p.steps:
-            own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
             for b in range(r0, r1):
-                copy_units(load_int(previous + 8 * (b - r0)), p.h_n + b * output_bytes, own, owns, p.output_size)
+                copy_units(load_int(previous + 8 * (b - r0)), p.h_n + row_at(p, b) * output_bytes, own, owns, p.output_size)
 
     @njit(**options)
     def forward(records, rank):

@@ -8,7 +8,7 @@ from numba.extending import intrinsic
 
 from .plan import ARRIVALS_BYTES, FIELDS
 from .product import options
-from .vector import call, load_int
+from .vector import call, load_byte, load_int
 
 RECORD = np.dtype([(name, np.int64) for name in FIELDS])
 RECORD_BYTES = RECORD.itemsize
@@ -71,13 +71,31 @@ def active_rows(p, t):
 @njit(**options)
 def step_base(p, t):
     """What p.x_step and p.y_step are multiplied with: rows before step t if packed, else t."""
-    return load_int(p.offsets + 8 * t) if p.offsets else t
+    return load_int(p.offsets + 8 * t) if p.packed else t
 
 
 @njit(**options)
 def first_row(p, t):
-    """Rows before step t, counting in steps: the row of `saved`."""
+    """Rows before step t, counting in steps."""
     return load_int(p.offsets + 8 * t) if p.offsets else t * p.batch
+
+
+@njit(**options)
+def row_at(p, b):
+    """Where row b of the batch lies among its rows."""
+    return load_int(p.order + 8 * b) if p.order else b
+
+
+@njit(**options)
+def kept_row(p, t, b):
+    """The row of `saved` that step t of row b has."""
+    return t * p.batch + load_int(p.order + 8 * b) if p.order else first_row(p, t) + b
+
+
+@njit(**options)
+def begins_anew(p, t, b):
+    """Do the states before step t of row b go back to the initial ones?"""
+    return p.resets != 0 and load_byte(p.resets + step_base(p, t) * p.resets_step + row_at(p, b) * p.resets_row) != 0
 
 
 @njit(**options)

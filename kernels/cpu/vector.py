@@ -502,6 +502,16 @@ def load_int(typing_context, address):
 
 
 @intrinsic
+def load_byte(typing_context, address):
+    """The byte at `address`, as an int64."""
+
+    def codegen(context, builder, sig, args):
+        return builder.zext(builder.load(_pointer(builder, args[0], ir.IntType(8))), I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
 def store_int(typing_context, address, value):
     def codegen(context, builder, sig, args):
         builder.store(args[1], _pointer(builder, args[0], I64))

@@ -1,0 +1,480 @@
+"""Resets and lengths: the definition against a loop over rows, the CPU engine against the definition, modules and transforms."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import weight_names
+from contract import CELLS, FACTOR, FIXED, SLACK, Error, same_bits, threads
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fastrnn
+from fastrnn import autograd
+from fastrnn.kernels import gradients, reference
+from fastrnn.kernels.layer import Inputs, Needs, Outer, Steps
+
+MARKS = ("resets", "lengths", "both", "packed")
+FORMS = {
+    "plain": {},
+    "batch_first": {"batch_first": True, "bias": False},
+    "two_directions": {"directions": 2},
+    "reverse": {"reverse": True, "batch_first": True},
+}
+LAYERS = [(cell, form, False) for cell in CELLS for form in FORMS] + [("lstm", form, True) for form in FORMS]
+every_layer = pytest.mark.parametrize(
+    ("cell", "form", "project"), LAYERS, ids=[f"{cell}-{form}{'-projected' * project}" for cell, form, project in LAYERS]
+)
+every_mark = pytest.mark.parametrize("marks", MARKS)
+
+
+def make(make_layer, cell: str, form: str, project, marks: str, sizes=(6, 5, 3, 4), dtype=torch.float64):
+    """Inputs, weights scaled as torch.nn's, and the layer; what stands past the lengths is NaN."""
+    form_given, packed = FORMS[form], marks == "packed"
+    made = make_layer(
+        cell, project=project, packed=packed, sizes=sizes, **(form_given | ({"batch_first": False} if packed else {}))
+    )
+    layer, (T, B, _, H) = made["layer"], sizes
+    x, resets, lengths = made["x"], None, None
+    if marks != "lengths":
+        resets = torch.rand(x.shape[:-1]) < 0.3
+    if marks in ("lengths", "both"):
+        lengths = torch.randint(0, T + 1, (B,))
+        lengths[0], lengths[-1] = 0, T - T // 4
+        past = torch.arange(T) >= lengths.unsqueeze(1)
+        x[past if layer.batch_first else past.T] = torch.nan
+    weights = [w / H**0.5 for w in made["weights"]]
+    tensors = (x.to(dtype), made["batch_sizes"], made["h0"].to(dtype), None if made["c0"] is None else made["c0"].to(dtype))
+    return Inputs(*tensors, resets, lengths), [w.to(dtype) for w in weights], layer
+
+
+def names_of(layer, inputs: Inputs) -> list[str]:
+    return ["x", "h0", *["c0"] * (inputs.c0 is not None), *weight_names(layer)]
+
+
+def results(function, inputs: Inputs, weights, layer, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Outputs of function(inputs, weights, layer) by name, and every gradient of a randomly weighted sum of them."""
+    leaves = [t.detach().clone().requires_grad_() for t in (inputs.x, inputs.h0, inputs.c0, *weights) if t is not None]
+    x, h0, *rest = leaves
+    given = inputs._replace(x=x, h0=h0, c0=rest.pop(0) if inputs.c0 is not None else None)
+    outputs = [out for out in function(given, rest, layer)[: 2 + (inputs.c0 is not None)]]
+    draw = torch.Generator().manual_seed(seed)
+    outer = [torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.dtype) for out in outputs]
+    if inputs.lengths is not None:  # nobody may read the gradients of what is zero in any case
+        past = ~Steps(layer, inputs).within()
+        past = past.view(-1, inputs.h0.shape[1])
+        outer[0][past.T if layer.batch_first else past] = torch.nan
+    grads = torch.autograd.grad(outputs, leaves, outer)
+    found = dict(zip(("y", "h_n", "c_n"), (out.detach() for out in outputs)))
+    return found | {f"d{name}": grad for name, grad in zip(names_of(layer, inputs), grads, strict=True)}
+
+
+def row_by_row(inputs: Inputs, weights, layer):
+    """The same, each row by itself, its steps cut at resets: what the definition has to be."""
+    x, _, h0, c0, resets, lengths = inputs
+    steps, each = Steps(layer, inputs._replace(resets=None, lengths=None)), len(layer.kinds())
+    one, xs = layer._replace(directions=1, reverse=False, batch_first=False), steps.each(x)
+    marks = None if resets is None else steps.each(resets)
+    zero, found, h_n, c_n = torch.zeros(h0.shape[2], dtype=x.dtype), {}, [], []
+    for d, b in itertools.product(range(layer.directions), range(h0.shape[1])):
+        own = [t for t in range(len(xs)) if b < len(xs[t])]
+        own = own if lengths is None else own[: int(lengths[b])]
+        first = h0[d, b][None, None], None if c0 is None else c0[d, b][None, None]
+        h, c = first
+        for t in own[::-1] if layer.reverse != bool(d) else own:
+            h, c = first if marks is not None and marks[t][b] else (h, c)
+            given = Inputs(xs[t][b][None, None], None, h, c)
+            y, h, c, _ = reference.layer_forward(given, weights[d * each : (d + 1) * each], one)
+            found[t, b, d] = y[0, 0]
+        h_n.append(h[0, 0])
+        c_n.append(c[0, 0] if c0 is not None else None)
+    ys = [
+        torch.stack([torch.cat([found.get((t, b, d), zero) for d in range(layer.directions)]) for b in range(len(xs[t]))])
+        for t in range(len(xs))
+    ]
+    shape = h0.shape[:2]
+    return steps.gathered(ys), torch.stack(h_n).unflatten(0, shape), torch.stack(c_n).unflatten(0, shape) if c_n[0] is not None else None
+
+
+def close(found: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@every_mark
+@every_layer
+def test_the_definition(make_layer, cell, form, project, marks):
+    """Against each row by itself, which is cut where it is reset; and gradients.py against autograd."""
+    inputs, weights, layer = make(make_layer, cell, form, project, marks)
+    expected = results(row_by_row, inputs, weights, layer)
+    close(results(reference.layer_forward, inputs, weights, layer), expected)
+
+    def by_gradients(inputs, weights, layer):
+        return _ByGradients.apply(layer, inputs.resets, inputs.lengths, inputs.batch_sizes, inputs.x, inputs.h0, inputs.c0, *weights)
+
+    close(results(by_gradients, inputs, weights, layer), expected)
+
+
+class _ByGradients(torch.autograd.Function):
+    """The reference, with its derivative by kernels/gradients.py."""
+
+    @staticmethod
+    def forward(ctx, layer, resets, lengths, batch_sizes, x, h0, c0, *weights):
+        inputs = Inputs(x, batch_sizes, h0, c0, resets, lengths)
+        y, h_n, c_n, saved = reference.layer_forward(inputs, weights, layer, True)
+        if lengths is not None:
+            saved = torch.where(Steps(layer, inputs).within(), saved, torch.nan)
+        ctx.given = inputs, weights, y, saved, layer
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n):
+        inputs, weights, y, saved, layer = ctx.given
+        outer = Outer(dy, dh_n, dc_n if inputs.c0 is not None else None)
+        dx, dh0, dc0, dw = gradients.layer_backward(outer, inputs, weights, y, saved, layer, Needs())
+        return *(None,) * 4, dx, dh0, dc0 if inputs.c0 is not None else None, *dw
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@every_mark
+@every_layer
+def test_the_engine(make_layer, poison, cell, form, project, marks, dtype):
+    """The CPU engine's error against the definition in float64, next to the definition's own error in float32."""
+    errors: dict[str, tuple[Error, Error]] = {}
+    for sizes in ((11, 9, 5, 37), (1, 4, 3, 17), (40, 3, 9, 16)):
+        inputs, weights, layer = make(make_layer, cell, form, 7 * project, marks, sizes, dtype)
+        wide = [None if t is None else t.double() if t.is_floating_point() else t for t in inputs]
+        truth = results(reference.layer_forward, Inputs(*wide), [w.double() for w in weights], layer)
+        own = truth if dtype in FIXED else results(reference.layer_forward, inputs, weights, layer)
+        for count in (1, 3):
+            with threads(count):
+                found = results(autograd.run_layer, inputs, weights, layer)
+            for name, value in truth.items():
+                assert found[name].shape == value.shape and found[name].dtype == dtype, name
+                of_own, error = errors.setdefault(name, (Error(), Error()))
+                of_own.add(own[name], value)
+                error.add(found[name], value)
+    for name, (of_own, error) in errors.items():
+        allowed = FIXED[dtype] if dtype in FIXED else FACTOR * of_own.relative + SLACK * torch.finfo(dtype).eps
+        assert error.relative <= allowed, f"{name}: error {error.relative:.3g} > {allowed:.3g}"
+
+
+# --- bits
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_bits_are_those_of_packed_rows(make_layer, cell):
+    """Of outputs and states and of their gradients: a row's depend neither on how it is given nor on the others, nor on the team."""
+    T, B, I, H = 9, 13, 5, 70
+    made = make_layer(cell, directions=2, sizes=(T, B, I, H), dtype=torch.float32)
+    lengths = torch.randint(1, T + 1, (B,))
+    lengths[3], resets = 1, torch.rand(T, B) < 0.2
+    x, weights, layer = made["x"], [w / H**0.5 for w in made["weights"]], made["layer"]
+    given = Inputs(x, None, made["h0"], made["c0"], resets, lengths)
+    outer = torch.randn(T, B, 2 * H)
+
+    def run(given, outer):
+        leaves = [t.detach().requires_grad_() for t in (given.x, given.h0, given.c0) if t is not None]
+        own = given._replace(x=leaves[0], h0=leaves[1], c0=leaves[2] if given.c0 is not None else None)
+        y, h_n, c_n = autograd.run_layer(own, weights, layer)
+        return (y, h_n, c_n), torch.autograd.grad([y, h_n], leaves, [outer, torch.ones_like(h_n)])
+
+    with threads(1):
+        (y, h_n, c_n), (dx, dh0, *dc0) = run(given, outer)
+    packed, marks, grads = (
+        pack_padded_sequence(each, lengths, enforce_sorted=False) for each in (x, resets.unsqueeze(-1), outer)
+    )
+    order, back = packed.sorted_indices, packed.unsorted_indices
+    states = [None if state is None else state[:, order] for state in (given.h0, given.c0)]
+    with threads(3):
+        (py, ph, pc), (pdx, pdh0, *pdc0) = run(Inputs(packed.data, packed.batch_sizes, *states, marks.data[:, 0]), grads.data)
+    for name, one, other in (("y", y, py), ("dx", dx, pdx)):
+        padded, _ = pad_packed_sequence(PackedSequence(other, packed.batch_sizes, order, back), total_length=T)
+        same_bits(one, padded, name)
+    for name, one, other in (("h_n", h_n, ph), ("c_n", c_n, pc), ("dh0", dh0, pdh0), *(("dc0", *pair) for pair in zip(dc0, pdc0))):
+        if one is not None:
+            same_bits(one, other[:, back], name)
+    alone = Inputs(x[:, 3:4], None, *(None if s is None else s[:, 3:4] for s in (given.h0, given.c0)), resets[:, 3:4], lengths[3:4])
+    (own_y, *_), (own_dx, *_) = run(alone, outer[:, 3:4].contiguous())
+    same_bits(own_y, y[:, 3:4])
+    same_bits(own_dx, dx[:, 3:4])
+
+
+# --- modules
+
+
+def by_torch(module: nn.Module, x, hx, resets, lengths):
+    """torch.nn's module [T, B] on each row by itself, cut at resets: output, states."""
+    lstm, outputs, finals = isinstance(module, nn.LSTM), [], []
+    for b in range(x.shape[1]):
+        first = tuple(s[:, b : b + 1] for s in hx) if lstm else hx[:, b : b + 1]
+        state, ys = first, []
+        for t in range(x.shape[0] if lengths is None else int(lengths[b])):
+            y, state = module(x[t : t + 1, b : b + 1], first if resets is not None and resets[t, b] else state)
+            ys.append(y[:, 0])
+        ys = torch.cat(ys) if ys else x.new_zeros(0, module.proj_size or module.hidden_size)
+        outputs.append(torch.cat((ys, ys.new_zeros(x.shape[0] - len(ys), ys.shape[1]))))
+        finals.append(state if lstm else (state,))
+    after = tuple(torch.cat(each, 1) for each in zip(*finals))
+    return torch.stack(outputs, 1), after if lstm else after[0]
+
+
+@pytest.mark.parametrize("layout", ["time", "batch", "unbatched", "packed", "packed_data"])
+@pytest.mark.parametrize(("name", "options"), [("RNN", {}), ("GRU", {}), ("LSTM", {}), ("LSTM", {"proj_size": 3})], ids=str)
+def test_modules(name, options, layout):
+    """Two layers, against torch.nn's, which run each row's episodes one after the other."""
+    T, B = 7, 1 if layout == "unbatched" else 4
+    stock = getattr(nn, name)(5, 6, 2, dtype=torch.float64, **options)
+    ours = getattr(fastrnn, name)(5, 6, 2, dtype=torch.float64, batch_first=layout == "batch", **options)
+    ours.load_state_dict(stock.state_dict())
+    x, resets = torch.randn(T, B, 5, dtype=torch.float64), torch.rand(T, B) < 0.3
+    hx = tuple(torch.randn(2, B, size, dtype=torch.float64) for size in (stock.proj_size or 6, 6))
+    hx = hx if name == "LSTM" else hx[0].new_tensor(torch.randn(2, B, 6))
+    lengths = torch.tensor([3, 7, 1, 5]) if "packed" in layout else torch.randint(0, T + 1, (B,))
+    y, state = by_torch(stock, x, hx, resets, lengths)
+    if layout == "unbatched":
+        own_hx = tuple(s[:, 0] for s in hx) if name == "LSTM" else hx[:, 0]
+        found, after = ours(x[:, 0], own_hx, resets=resets[:, 0], lengths=lengths[0])
+        found, after = found.unsqueeze(1), tuple(s.unsqueeze(1) for s in after) if name == "LSTM" else after.unsqueeze(1)
+    elif "packed" in layout:
+        packed, marks = (pack_padded_sequence(each, lengths, enforce_sorted=False) for each in (x, resets))
+        found, after = ours(packed, hx, resets=marks if layout == "packed" else marks.data)
+        found, _ = pad_packed_sequence(found, total_length=T)
+    elif layout == "batch":
+        found, after = ours(x.transpose(0, 1), hx, resets=resets.T, lengths=lengths)
+        found = found.transpose(0, 1)
+    else:
+        found, after = ours(x, hx, resets=resets, lengths=lengths)
+    torch.testing.assert_close(found, y)
+    torch.testing.assert_close(after, state)
+    if layout == "time":  # without a state, from zeros
+        zeros = tuple(map(torch.zeros_like, hx)) if name == "LSTM" else torch.zeros_like(hx)
+        torch.testing.assert_close(ours(x, resets=resets), ours(x, zeros, resets=resets))
+        none, every = torch.zeros(T, B, dtype=torch.bool), torch.full((B,), T)
+        torch.testing.assert_close(ours(x, hx, resets=none, lengths=every), ours(x, hx))
+
+
+def test_layers_of_own_cells():
+    """A cell of three states beside h: resets and lengths on the compiled engine, against the reference."""
+    layer = fastrnn.recurrent(fastrnn.cells.slstm)(3, 5, 2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    x, resets, lengths = torch.randn(4, 6, 3, dtype=torch.float64), torch.rand(4, 6) < 0.3, torch.tensor([6, 0, 2, 5])
+    x[1, :] = torch.nan
+    found = layer(x, resets=resets, lengths=lengths)
+    for b in range(4):
+        y, after = x.new_zeros(1, 0, 10), None
+        if lengths[b]:
+            y, after = layer(x[b : b + 1, : lengths[b]], resets=resets[b : b + 1, : lengths[b]])
+        torch.testing.assert_close(found[0][b, : lengths[b]], y[0])
+        assert found[0][b, lengths[b] :].abs().sum() == 0
+        for one, other in zip(found[1], after or [torch.zeros(4, 1, 5, dtype=torch.float64)] * len(found[1])):
+            torch.testing.assert_close(one[:, b], other[:, 0])
+    with pytest.raises(ValueError, match=r"resets: expected bool \[B, T\], \(4, 6\)"):
+        layer(x, resets=resets.float())
+
+
+def test_dropout_between_layers():
+    """torch.nn's numbers, in both layouts, which turn between the layers."""
+    x, resets = torch.randn(6, 3, 4), torch.rand(6, 3) < 0.3
+    time, batch = (fastrnn.GRU(4, 5, 3, dropout=0.5, batch_first=batch_first) for batch_first in (False, True))
+    batch.load_state_dict(time.state_dict())
+    torch.manual_seed(3)
+    expected, _ = time(x, resets=resets)
+    torch.manual_seed(3)
+    found, _ = batch(x.transpose(0, 1).contiguous(), resets=resets.T.contiguous())
+    torch.testing.assert_close(found.transpose(0, 1), expected)
+
+
+class Counted(fastrnn.GRU):
+    """A class of a user's own."""
+
+
+def test_who_runs_it():
+    layer, x, resets = Counted(3, 4), torch.randn(5, 2, 3), torch.zeros(5, 2, dtype=torch.bool)
+    choice = fastrnn.explain(layer, x, resets=resets)
+    assert choice.engine == "cpu" and choice.declined["torch"] == "torch.nn has neither resets nor lengths"
+    torch.testing.assert_close(layer(x, resets=resets), layer(x))
+    meta = fastrnn.explain(layer, x.to("meta"), resets=resets)
+    assert meta.engine == "reference"
+
+
+WRONG = {
+    "resets of float": ({"resets": torch.zeros(5, 2)}, ValueError, r"resets: expected bool \[T, B\], \(5, 2\) on cpu, got torch.float32"),
+    "turned": ({"resets": torch.zeros(2, 5, dtype=torch.bool)}, ValueError, r"resets: expected bool .* got torch.bool \(2, 5\)"),
+    "a list": ({"resets": [True]}, TypeError, "resets: expected a tensor or None, got list"),
+    "negative": ({"lengths": torch.tensor([-1, 2])}, ValueError, "lengths: expected numbers from 0 to 5, .* got -1"),
+    "too long": ({"lengths": torch.tensor([1, 6])}, ValueError, "lengths: expected numbers from 0 to 5, .* got 6"),
+    "int32": ({"lengths": torch.tensor([1, 2], dtype=torch.int32)}, ValueError, r"lengths: expected int64 \[B\], \(2,\)"),
+    "too many": ({"lengths": torch.tensor([1, 2, 3])}, ValueError, r"lengths: expected int64 \[B\], \(2,\) on cpu, got .* \(3,\)"),
+    "elsewhere": ({"lengths": torch.tensor([1, 2], device="meta")}, ValueError, "lengths: expected .* on cpu, got .* on meta"),
+    "a number": ({"lengths": 3}, TypeError, "lengths: expected a tensor or None, got int"),
+    "packed resets": (
+        {"resets": pack_padded_sequence(torch.zeros(5, 2, dtype=torch.bool), torch.tensor([5, 2]))},
+        ValueError,
+        "resets: expected a tensor, as the input is one",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_does_not_fit(wrong):
+    given, error, words = WRONG[wrong]
+    for layer in (fastrnn.LSTM(3, 4), fastrnn.recurrent(fastrnn.cells.mgu)(3, 4)):
+        with pytest.raises(error, match=words):
+            layer(torch.randn(5, 2, 3), **given)
+
+
+def test_what_does_not_fit_packed_input():
+    layer, packed = fastrnn.GRU(3, 4), pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 2]))
+    marks = torch.zeros(5, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="lengths: expected None with packed input"):
+        layer(packed, lengths=torch.tensor([5, 2]))
+    with pytest.raises(ValueError, match=r"resets: expected bool \[N\], \(7,\) on cpu, got torch.bool \(5, 2\)"):
+        layer(packed, resets=marks)
+    with pytest.raises(ValueError, match="resets: expected the lengths and the order of the packed input"):
+        layer(packed, resets=pack_padded_sequence(marks, torch.tensor([5, 3])))
+    with pytest.raises(ValueError, match=r"resets: expected bool \[T\] without a batch"):
+        layer(torch.randn(5, 3), resets=marks)
+    with pytest.raises(RuntimeError, match="Expected hidden size"):  # torch.nn's own checks
+        layer(torch.randn(5, 2, 3), torch.zeros(1, 3, 4), resets=marks)
+    with pytest.raises(ValueError, match="GRU: Expected input to be 2D or 3D, got 1D instead"):
+        layer(torch.randn(3), resets=marks)
+
+
+def test_the_runtime_checks_lengths_itself(make_layer):
+    """Whoever calls the operator gets no read past the end."""
+    made = make_layer("gru", sizes=(4, 3, 2, 5), dtype=torch.float32)
+    *tensors, weights, layer = made.values()
+    for lengths in ([5, 1, 1], [-1, 0, 0]):
+        with pytest.raises(RuntimeError, match="lengths: expected numbers from 0 to 4"):
+            torch.ops.fastrnn.layer_forward(*tensors, weights, layer.text(), False, None, torch.tensor(lengths))
+    for resets in (torch.zeros(4, 2, dtype=torch.bool), torch.zeros(4, 3)):
+        with pytest.raises(RuntimeError, match="resets: expected bool for each row of x"):
+            torch.ops.fastrnn.layer_forward(*tensors, weights, layer.text(), False, resets)
+    with pytest.raises(RuntimeError, match=r"lengths: expected int64 \[B\]"):
+        torch.ops.fastrnn.layer_forward(*tensors, weights, layer.text(), False, None, torch.tensor([1, 2]))
+
+
+# --- transforms
+
+
+@pytest.fixture
+def call():
+    """(function of (x, h, c), these tensors, resets, lengths) of a small bidirectional LSTM, and the reference as the same."""
+    module = fastrnn.LSTM(3, 4, bidirectional=True, dtype=torch.float64)
+    x, h, c = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 3, 3), (2, 3, 4), (2, 3, 4)))
+    resets, lengths = torch.rand(5, 3) < 0.4, torch.tensor([2, 5, 0])
+
+    def ours(x, h, c, resets=resets, lengths=lengths):
+        y, (h_n, c_n) = module(x, (h, c), resets=resets, lengths=lengths)
+        return y.sin().sum() + (h_n * c_n).sum()
+
+    weights, layer = module._flat_weights, fastrnn.dispatch.layer_of_module(module)
+
+    def plain(x, h, c, resets=resets, lengths=lengths):
+        y, h_n, c_n, _ = reference.layer_forward(Inputs(x, None, h, c, resets, lengths), weights, layer)
+        return y.sin().sum() + (h_n * c_n).sum()
+
+    return module, ours, plain, (x, h, c), resets, lengths
+
+
+def test_double_backward_and_func(call):
+    _, ours, plain, tensors, *_ = call
+    for transform in (
+        lambda f: torch.func.hessian(f, (0, 1, 2)),
+        lambda f: lambda *t: torch.func.jvp(torch.func.grad(f, (0, 1, 2)), t, tuple(map(torch.cos, t))),
+        lambda f: torch.func.grad(lambda *t: sum(g.pow(2).sum() for g in torch.func.grad(f, (0, 1, 2))(*t)), (0, 1, 2)),
+    ):
+        torch.testing.assert_close(transform(ours)(*tensors), transform(plain)(*tensors))
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(ours, leaves) and torch.autograd.gradgradcheck(ours, leaves)
+
+
+def test_vmap(call):
+    """Over the input, over the marks, and over the states."""
+    _, ours, plain, (x, h, c), resets, lengths = call
+    more = torch.stack((resets, ~resets)), torch.stack((lengths, 5 - lengths))
+    for given, dims in (
+        ((torch.stack((x, x.cos())), h, c, resets, lengths), (0, None, None, None, None)),
+        ((x, h, c, *more), (None, None, None, 0, 0)),
+        ((x, torch.stack((h, h.cos()), 1), c, more[0], lengths), (None, 1, None, 0, None)),
+    ):
+        for f in (lambda f: f, lambda f: torch.func.grad(f, (0, 1))):
+            torch.testing.assert_close(torch.func.vmap(f(ours), dims)(*given), torch.func.vmap(f(plain), dims)(*given))
+
+
+def test_compile_and_export(call):
+    """One graph, for other lengths too, with the op and not its steps in it."""
+    module, ours, _, tensors, resets, lengths = call
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for marks in ((resets, lengths), (~resets, lengths.flip(0)), (resets, None), (None, lengths)):
+        mine, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+        found, expected = (torch.autograd.grad(f(*t, *marks), t) for f, t in ((compiled, mine), (ours, theirs)))
+        torch.testing.assert_close(found, expected)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = module
+
+        def forward(self, x, resets, lengths):
+            return self.rnn(x, resets=resets, lengths=lengths)
+
+    program = torch.export.export(Model(), (tensors[0], resets, lengths), strict=False)
+    assert any("fastrnn.layer_forward" in str(node.target) for node in program.graph.nodes)
+    given = tensors[0].cos(), ~resets, lengths.flip(0)
+    torch.testing.assert_close(program.module()(*given), Model()(*given))
+
+
+def test_opcheck(make_layer):
+    inputs, weights, layer = make(make_layer, "lstm", "batch_first", False, "both")
+    tensors = *[None if t is None else t.nan_to_num() if t.is_floating_point() else t for t in inputs[:4]], weights
+    more, text = inputs[4:], layer.text()
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(torch.ops.fastrnn.layer_forward, (*tensors, text, True, *more), test_utils=checks[:2])
+    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*tensors, text, True, *more)
+    given = (torch.randn_like(y), None, None, *tensors, y, saved, text, [True, True, True], *more)
+    torch.library.opcheck(torch.ops.fastrnn.layer_backward, given, test_utils=checks)
+    torch.library.opcheck(torch.ops.fastrnn.checkpoint_forward, (*tensors, text, 1, *more), test_utils=checks)
+
+
+def test_recompute(call):
+    module, ours, _, tensors, *_ = call
+    mine, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    expected = torch.autograd.grad(ours(*theirs), theirs)
+    with fastrnn.recompute():
+        torch.testing.assert_close(torch.autograd.grad(ours(*mine), mine), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision(dtype, autocast):
+    """Each result is float32's, rounded once."""
+    torch.manual_seed(0)
+    module = fastrnn.GRU(8, 16, 1)
+    wide = fastrnn.GRU(8, 16, 1)
+    wide.load_state_dict({name: value.to(dtype).float() for name, value in module.state_dict().items()})
+    x, resets, lengths = torch.randn(12, 10, 8).to(dtype), torch.rand(12, 10) < 0.2, torch.randint(0, 13, (10,))
+    expected, _ = wide(x.float(), resets=resets, lengths=lengths)
+    if autocast:
+        with torch.autocast("cpu", dtype):
+            found, _ = module(x.float(), resets=resets, lengths=lengths)
+    else:
+        module = module.to(dtype)
+        found, _ = module(x, resets=resets, lengths=lengths)
+        (expected.sum() + 0).backward()
+        found.float().sum().backward()
+        torch.testing.assert_close(module.weight_hh_l0.grad.float(), wide.weight_hh_l0.grad, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_frozen_and_compressed():
+    x, resets, lengths = torch.randn(6, 3, 8), torch.rand(6, 3) < 0.3, torch.tensor([6, 0, 3])
+    for change in (fastrnn.freeze, fastrnn.compress):
+        layer = fastrnn.LSTM(8, 16, 2).eval()
+        with torch.no_grad():
+            expected = layer(x, resets=resets, lengths=lengths)
+            tolerance = {} if change is fastrnn.freeze else {"rtol": 2e-2, "atol": 2e-2}
+            torch.testing.assert_close(change(layer)(x, resets=resets, lengths=lengths), expected, **tolerance)
