@@ -369,6 +369,10 @@ Call call_of(const Inputs& inputs, Dtype biases) {
   if (cell.states) call.states(inputs.c0, &Record::c0, r.batch * cell.states * r.hidden_size);
   if (inputs.resets.dims) call.resets(inputs.resets);
   if (inputs.lengths.dims) call.lengths(inputs.lengths);
+  if (inputs.mask.dims) call.states(inputs.mask, &Record::mask, r.batch * r.output_size);
+  STD_TORCH_CHECK(!cell.noise == !inputs.noise.dims, "fastrnn: ", cell.name, cell.noise ? " needs noise" : " takes no noise");
+  if (cell.noise)
+    call.rows(inputs.noise, &Record::noise, &Record::noise_step, &Record::noise_row, cell.noise * r.hidden_size);
   return call;
 }
 

@@ -171,7 +171,7 @@ class Call {
 using Views = std::vector<View>;
 struct Inputs {
   Layer layer;
-  View x, batch_sizes, h0, c0, resets, lengths;
+  View x, batch_sizes, h0, c0, resets, lengths, mask, noise;
   Views weights;
 };
 struct Gradients {

@@ -448,7 +448,7 @@ Owned differentiated(PyObject* function, const Stack& stack, int64_t layer, PyOb
   arguments.push_back(nullptr);
   arguments.push_back(std::move(states[0]));
   arguments.push_back(std::move(states[1]));
-  for (int i = 0; i < 2; ++i) arguments.push_back(nullptr);  // neither resets nor lengths
+  for (int i = 0; i < 4; ++i) arguments.push_back(nullptr);  // resets, lengths, mask, noise
   arguments.push_back(owned(PyUnicode_FromString(stack.sizes.layer.text().c_str())));
   arguments.push_back(owned(PyLong_FromLong(0)));
   const size_t each = stack.objects.size() / static_cast<size_t>(stack.layers), first = static_cast<size_t>(layer) * each;

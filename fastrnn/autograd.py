@@ -31,7 +31,7 @@ from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, layer_of
 
-_OPTIONS, _WEIGHTS = 6, 8  # the places of the layer's text and of the first weight among the arguments of a Function
+_OPTIONS, _WEIGHTS = 8, 10  # the places of the layer's text and of the first weight among the arguments of a Function
 
 
 def run_layer(
@@ -80,8 +80,9 @@ def _in_float32(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell
 
 def _cast(inputs: Inputs) -> Inputs:
     """The same in float32, whatever it was."""
-    x, batch_sizes, h0, c0, *more = inputs
-    return Inputs(_to(x, torch.float32), batch_sizes, _to(h0, torch.float32), _to(c0, torch.float32), *more)
+    x, batch_sizes, h0, c0, resets, lengths, mask, noise = inputs
+    x, h0, c0, mask, noise = (_to(tensor, torch.float32) for tensor in (x, h0, c0, mask, noise))
+    return Inputs(x, batch_sizes, h0, c0, resets, lengths, mask, noise)
 
 
 def _cast_vectors(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -130,7 +131,7 @@ def _backward_kernel(op, checkpointed: bool):
     """Make the kernel for autograd of layer_backward, or of checkpoint_backward."""
 
     def kernel(keys, *arguments):
-        given = 13 if checkpointed else 12  # but for resets and lengths
+        given = 13 if checkpointed else 12  # but for the inputs that have defaults
         outer, (weights, y, saved, text, *last) = Outer(*arguments[:3]), arguments[7:given]
         inputs = Inputs(*arguments[3:7], *arguments[given:])
         wanted = torch.is_grad_enabled() and _requires_grad(*outer, *inputs, *weights)
@@ -213,7 +214,7 @@ class LayerFunction(_Function):
         else:
             dx, dh0, dc0, dw = _backward_by_operators(outer, inputs, weights, y, saved, text, segments, needs)
         dh0, dc0 = (dh0, None if inputs.c0 is None else dc0) if any(states) else (None, None)
-        return dx if need_dx else None, None, dh0, dc0, *[None] * 4, *(dw if need_dw else [None] * len(weights))
+        return dx if need_dx else None, None, dh0, dc0, *[None] * 6, *(dw if need_dw else [None] * len(weights))
 
 
 def _forward_by_operators(inputs: tuple) -> tuple[Tensor, ...]:
@@ -399,7 +400,7 @@ class HalfFunction(_Function):
         dispatch.check_memory(*outer, *kept)
         *tensors, y, saved = kept[:_WEIGHTS]
         inputs, weights = Inputs(*tensors), list(kept[_WEIGHTS:])
-        dtypes = inputs.x.dtype, None, inputs.h0.dtype, inputs.h0.dtype, *[None] * 4, *[weight.dtype for weight in weights]
+        dtypes = inputs.x.dtype, None, inputs.h0.dtype, inputs.h0.dtype, *[None] * 6, *[weight.dtype for weight in weights]
         plain = not (dispatch.forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         if not plain or _mapped_by_old_vmap(outer):
             weights = [weight.float() for weight in weights]
@@ -439,16 +440,16 @@ class BackwardFunction(_Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        outer, inputs = Outer(*arguments[:3]), Inputs(*arguments[3:9])
-        (y, saved, text, segments, needs), weights = arguments[9:14], arguments[14:]
+        outer, inputs = Outer(*arguments[:3]), Inputs(*arguments[3:11])
+        (y, saved, text, segments, needs), weights = arguments[11:16], arguments[16:]
         ctx.options = text, segments, needs
         ctx.save_for_backward(*outer, *inputs, y, saved, *weights)
         ctx.set_materialize_grads(False)
         need_dx, need_dh0, need_dw = needs
-        needed = need_dx, False, need_dh0, need_dh0, *(False,) * 4, *(need_dw,) * len(weights)
+        needed = need_dx, False, need_dh0, need_dh0, *(False,) * 6, *(need_dw,) * len(weights)
         found = _runtime_backward(outer, (*inputs, y, saved, *weights), (text, segments), needed)
         if found is not None:
-            dx, _, dh0, dc0, _, _, _, _, *dw = found
+            dx, _, dh0, dc0, *dw = *found[:4], *found[_WEIGHTS:]
             empty = inputs.x.new_empty(0)
             return *(empty if grad is None else grad for grad in (dx, dh0, dc0)), *(dw if need_dw else ())
         with _outer_levels():
@@ -457,10 +458,10 @@ class BackwardFunction(_Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        *tensors, y, saved = ctx.saved_tensors[:11]
-        outer, inputs, weights = Outer(*tensors[:3]), Inputs(*tensors[3:]), ctx.saved_tensors[11:]
+        *tensors, y, saved = ctx.saved_tensors[:13]
+        outer, inputs, weights = Outer(*tensors[:3]), Inputs(*tensors[3:]), ctx.saved_tensors[13:]
         if all(grad is None for grad in grads):
-            return (None,) * (14 + len(weights))
+            return (None,) * (16 + len(weights))
         (text, segments, (need_dx, need_dh0, need_dw)), (ddx, ddh0, ddc0, *ddw) = ctx.options, grads
         v = ddx if need_dx else None, *((ddh0, ddc0) if need_dh0 else (None, None)), ddw if need_dw else None
         # y and saved are functions of the rest, and their share of a third derivative is taken through it
@@ -468,7 +469,7 @@ class BackwardFunction(_Function):
             y, _, _, saved = reference.layer_forward(inputs, weights, layer_of(text), True)
         elif segments:
             y, _, _, saved = ops.forward(inputs, weights, text, True)
-        need_dw = any(ctx.needs_input_grad[14:]) and _asks_for_any(ctx, len(weights), y.numel())
+        need_dw = any(ctx.needs_input_grad[16:]) and _asks_for_any(ctx, len(weights), y.numel())
         needs = Needs(ctx.needs_input_grad[3], True, need_dw)
         outer, inputs, dw = gradients.layer_double_backward(v, outer, inputs, weights, y, saved, layer_of(text), needs)
         return *outer, *inputs, *(None,) * 5, *(dw or (None,) * len(weights))

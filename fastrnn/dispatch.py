@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import checkpoint
+from fastrnn import checkpoint, features
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Layer
@@ -69,7 +69,10 @@ def layer_of_module(module: Any) -> Layer:
     cell = BY_MODE[mode_of(module)]
     if not isinstance(module, nn.RNNBase):
         return Layer(cell, bias=module.bias)
-    return Layer(cell, 1 + module.bidirectional, module.bias, module.proj_size > 0, False, module.batch_first)
+    layer = Layer(cell, 1 + module.bidirectional, module.bias, module.proj_size > 0, False, module.batch_first)
+    if not getattr(module, "_fastrnn_features", False):
+        return layer
+    return layer._replace(cell=features.cell_name(module), heads=module.num_heads)
 
 
 def watched() -> bool:
@@ -110,6 +113,22 @@ def choose(
     if engine == "cpu":
         check_memory(x, batch_sizes, *states, *weights)
     return engine
+
+
+def choose_own(cell: str, noise: bool, *call: Any) -> str:
+    """Return the engine of a layer that torch.nn has not: of any cell, maybe with noise; the reference where no fused one can.
+
+    call: the arguments of `choose`.
+    """
+    engine = choose(*call)
+    return "reference" if engine == "torch" or why_not_own(engine, cell, noise) else engine
+
+
+def why_not_own(engine: str, cell: str, noise: bool) -> str | None:
+    """Say why an engine declines a cell, or a layer with noise, whatever the call; None where it does not."""
+    if engine == "triton" and noise:
+        return "it has neither recurrent dropout nor zoneout"
+    return cpu.why_not_cell(cell) if engine == "cpu" else None
 
 
 def why_not(engine: str, x, batch_sizes, states, weights, compressed: bool) -> str | None:
@@ -296,9 +315,12 @@ def explain(
     states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     weights = [parameter for parameter in _weights(module) if parameter is not None]
     call = x, batch_sizes, states, weights, getattr(module, "_fastrnn_compressed", False)
-    engine = choose(*call)
-    marked = resets is not None or lengths is not None
-    if left := engine == "triton" and not marked and _left_to_cudnn(module, x, batch_sizes, weights[1]):
+    engine, marked = choose(*call), resets is not None or lengths is not None
+    own = getattr(module, "_fastrnn_features", False)
+    what = (features.cell_name(module), features.noise_of(module) is not None) if own else None
+    if what:
+        engine = choose_own(*what, *call)
+    if left := engine == "triton" and not (marked or own) and _left_to_cudnn(module, x, batch_sizes, weights[1]):
         engine = "torch"
     elif marked and engine == "torch":
         engine = "reference"
@@ -308,6 +330,9 @@ def explain(
         declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"
     if marked:
         declined["torch"] = "torch.nn has neither resets nor lengths"
+    if what:
+        declined |= {name: reason for name in FUSED if name in declined and (reason := why_not_own(name, *what))}
+        declined["torch"] = f"torch.nn has no {features.described(module)[2:]}"
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, functional
+from fastrnn import dispatch, features, functional
 from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs
@@ -79,7 +79,11 @@ def own_weights(module: Any) -> list[Tensor] | None:
 
 def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any) -> tuple[Any, Any]:
     """`module(input, hx, resets=resets, lengths=lengths)`: torch.nn's checks, in its words, and our engines."""
+    known = module._flat_weights, module._flat_weight_refs
     module._update_flat_weights()
+    weights = module._flat_weights
+    if torch.compiler.is_dynamo_compiling() and weights is not known[0]:  # as in `run_compiled`
+        module._flat_weights, module._flat_weight_refs = known
     lstm, packed = isinstance(module, nn.LSTM), isinstance(input, PackedSequence)
     x, batch_sizes, order, back = input if packed else (input, None, None, None)
     batched, batch_dim = packed or x.dim() == 3, 0 if module.batch_first else 1
@@ -88,7 +92,10 @@ def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any)
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
     resets, lengths = functional.marked(input, batch_dim, resets, lengths)
     x = x if batched else x.unsqueeze(batch_dim)
-    if hx is None:
+    if hx is None and module._fastrnn_features and module.learn_initial_state:
+        h0, *others = features.initial_states(module, int(batch_sizes[0]) if packed else x.size(batch_dim))
+        hx = (h0, *others) if lstm else h0
+    elif hx is None:
         depth, batch = module.num_layers * (1 + module.bidirectional), batch_sizes[0] if packed else x.size(batch_dim)
         h0 = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
         hx = (h0, x.new_zeros(depth, batch, module.hidden_size)) if lstm else h0
@@ -108,9 +115,14 @@ def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any)
         layer = layer._replace(batch_first=False)
     with recompute(module.recompute is True or is_on()):
         y, h_n, c_n = functional.run_marked(
-            Inputs(x, batch_sizes, h0, c0, resets, lengths), module._flat_weights, layer, module.num_layers, dropout,
+            Inputs(x, batch_sizes, h0, c0, resets, lengths),
+            weights,
+            layer,
+            module.num_layers,
+            dropout,
             module._fastrnn_compressed,
-        )  # fmt: skip
+            features.noise_of(module) if module._fastrnn_features else None,
+        )
     if not batched:
         y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n if c_n is None else c_n.squeeze(1)
     state = module.permute_hidden((h_n, c_n) if lstm else h_n, back)
@@ -188,6 +200,8 @@ def layer_fallback(torch_class: type[nn.RNNBase]) -> Any:
         return result
 
     def fallback(self, input, hx):
+        if self._fastrnn_features:
+            return module_sequence(self, input, hx, None, None)
         if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)

@@ -40,6 +40,19 @@ DEFAULTS: dict[str, Any] = {
 _OF_PARAMETERS = "num_heads", "learn_initial_state"  # they say which parameters a module has
 
 
+def construct(module: Any, settings: dict[str, Any]) -> None:
+    """Set settings of a module that torch.nn's constructor has made, and give it the parameters that they want."""
+    set_past_checks(module, {name: _CHECKS[name](name, value, module) for name, value in settings.items()})
+    if module.num_heads > 1:
+        for name, weight in list(module._parameters.items()):
+            if name.startswith("weight_hh"):  # drawn from within 1 / sqrt(H) as before
+                blocks = weight.detach()[:, : module.hidden_size // module.num_heads]
+                setattr(module, name, nn.Parameter(blocks.contiguous()))
+    if module.learn_initial_state:
+        like = module.weight_ih_l0
+        add_initial_states(module, like.device, like.dtype)
+
+
 class Setting:
     """A module's attribute of a name in DEFAULTS: checked where it is set, and held by the module where it is no default.
 
@@ -69,19 +82,16 @@ def set_past_checks(module: Any, values: dict[str, Any]) -> None:
         own.pop(name, None)
         if value != DEFAULTS[name]:
             own[name] = value
-    own.pop("_fastrnn_fast_path", None)
-    if has_any(module):
-        own["_fastrnn_fast_path"] = None
+    marks = {"_fastrnn_features": True, "_fastrnn_fast_path": None}
+    for name in marks:
+        own.pop(name, None)
+    if described(module):
+        own.update(marks)
 
 
-def has_any(module: Any) -> bool:
-    """Has a module a setting that is no default?"""
-    return not module.__dict__.keys().isdisjoint(DEFAULTS)
-
-
-def described(module: Any) -> list[str]:
-    """Return "name=value" of each setting that is no default."""
-    return [f"{name}={module.__dict__[name]!r}" for name in DEFAULTS if name in module.__dict__]
+def described(module: Any) -> str:
+    """Return ", name=value" of each setting that is no default."""
+    return "".join(f", {name}={module.__dict__[name]!r}" for name in DEFAULTS if name in module.__dict__)
 
 
 def _check_heads(name: str, value: Any, module: Any) -> int:
@@ -263,6 +273,14 @@ def add_initial_states(module: Any, device: Any, dtype: Any) -> None:
         for place, name in enumerate(names):
             size = module.hidden_size if place else of_h
             module.register_parameter(name, nn.Parameter(torch.zeros(size, device=device, dtype=dtype)))
+
+
+def clear_initial_states(module: Any) -> None:
+    """Set the parameters for initial states to zeros, if they are there yet."""
+    for names in _initial_names(module):
+        for name in names:
+            if name in module._parameters:
+                nn.init.zeros_(module._parameters[name])
 
 
 def initial_states(module: Any, batch: int) -> list[Tensor]:

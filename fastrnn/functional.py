@@ -19,7 +19,8 @@ from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import autograd, dispatch, ops
-from fastrnn.kernels import reference
+from fastrnn.features import Noise
+from fastrnn.kernels import cpu, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs, Layer, Weights, misfit, misfit_of_weights
 
@@ -248,9 +249,15 @@ def run_layers(
 
 
 def run_marked(
-    inputs: Inputs, weights: Sequence[Tensor], layer: Layer, num_layers: int, dropout: float, compressed: bool = False
+    inputs: Inputs,
+    weights: Sequence[Tensor],
+    layer: Layer,
+    num_layers: int,
+    dropout: float,
+    compressed: bool = False,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`run_layers` of inputs with resets or lengths, which torch.nn has not: where no engine takes them the reference runs.
+    """`run_layers` of what torch.nn has not, such as resets, any cell, or noise: where no engine takes it the reference runs.
 
     Raises:
         ValueError: what does not fit, by name.
@@ -258,19 +265,28 @@ def run_marked(
     if reason := misfit(layer, inputs, weights, num_layers):
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
-    engine = dispatch.choose(inputs.x, inputs.batch_sizes, states, weights, compressed)
+    engine = dispatch.choose_own(layer.cell, noise is not None, inputs.x, inputs.batch_sizes, states, weights, compressed)
+    if engine == "cpu":
+        cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
     if compressed and engine not in dispatch.FUSED:
         weights = _wide(inputs.x, weights)
-    return run_stack("reference" if engine == "torch" else engine, inputs, weights, layer, num_layers, dropout)
+    return run_stack(engine, inputs, weights, layer, num_layers, dropout, noise)
 
 
 def run_stack(
-    engine: str, inputs: Inputs, weights: Sequence[Tensor], layer: Layer, num_layers: int, dropout: float
+    engine: str,
+    inputs: Inputs,
+    weights: Sequence[Tensor],
+    layer: Layer,
+    num_layers: int,
+    dropout: float,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run layers on top of each other on an engine that takes them; dropout: between them, 0 in evaluation mode."""
     inputs = inputs._replace(x=ops.unit_stride(inputs.x))
+    hidden = weights[1].shape[0] // CELLS[layer.cell].gates
     if num_layers == 1:
-        return _run(engine, inputs, weights, layer)
+        return _run(engine, inputs if noise is None else noise.drawn(inputs, layer, hidden), weights, layer)
 
     # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
     time_major, D, each = dropout > 0 and layer.batch_first, layer.directions, len(weights) // num_layers
@@ -282,7 +298,10 @@ def run_stack(
         if time_major and (index == 0 or last):
             y, resets = y.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         given = inputs._replace(x=y, h0=h0[own], c0=None if c0 is None else c0[own], resets=resets)
-        y, h, c = _run(engine, given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer)
+        how = by_time if time_major and not last else layer
+        if noise is not None:
+            given = noise.drawn(given, how, hidden)
+        y, h, c = _run(engine, given, weights[index * each : (index + 1) * each], how)
         hs.append(h)
         cs += [] if c is None else [c]
         if dropout > 0 and not last:

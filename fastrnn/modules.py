@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastrnn import dispatch, fallback, functional
+from fastrnn import dispatch, fallback, features, functional
+from fastrnn.kernels.cells import CELLS, Cell
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -38,7 +39,8 @@ def _drop_in(cls: _Class) -> _Class:
     if issubclass(torch_class, nn.RNNBase):
         own |= {"__init__": _init(torch_class), "extra_repr": _extra_repr, "forward": _forward(torch_class)}
         own |= {"_fastrnn_fallback": fallback.layer_fallback(torch_class), "check_input": _check_input}
-        own["_weights_have_changed"] = _weights_have_changed
+        own |= {"_weights_have_changed": _weights_have_changed, "reset_parameters": _reset_parameters}
+        own["flatten_parameters"] = _flatten_parameters
     else:
         own |= {"forward": _cell_forward(torch_class), "_fastrnn_fallback": fallback.cell_fallback(torch_class)}
     for name, value in own.items():
@@ -69,15 +71,31 @@ def _init(torch_class: type[nn.RNNBase]) -> Any:
     def __init__(self, *args, recompute=False, **kwargs):
         if not isinstance(recompute, bool):
             raise TypeError(f"recompute should be a bool, got {recompute!r}")
+        settings = {name: kwargs.pop(name) for name in features.DEFAULTS if name in kwargs}
         torch_class.__init__(self, *args, **kwargs)
         if recompute:  # otherwise the attributes are torch.nn's, no more
             self.recompute = True
+        if settings:
+            features.construct(self, settings)
 
     return __init__
 
 
+def _reset_parameters(self: Any) -> None:
+    """Draw all parameters anew as torch.nn; initial states are zeros."""
+    nn.RNNBase.reset_parameters(self)
+    if self.learn_initial_state:
+        features.clear_initial_states(self)
+
+
+def _flatten_parameters(self: Any) -> None:
+    """Do as torch.nn, but for heads, whose matrices cuDNN does not know."""
+    if self.num_heads == 1:
+        nn.RNNBase.flatten_parameters(self)
+
+
 def _extra_repr(self: Any) -> str:
-    return nn.RNNBase.extra_repr(self) + ", recompute=True" * (self.recompute is True)
+    return nn.RNNBase.extra_repr(self) + features.described(self) + ", recompute=True" * (self.recompute is True)
 
 
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
@@ -202,6 +220,13 @@ class _Layers(DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
     recompute = False
+    num_heads, cell_clip, learn_initial_state = features.Setting(), features.Setting(), features.Setting()
+    recurrent_dropout, zoneout = features.Setting(), features.Setting()
+    _fastrnn_features = False  # whether any of these is not as by default
+
+    @property
+    def _fastrnn_cell(self) -> Cell:
+        return CELLS[dispatch.BY_MODE[dispatch.mode_of(self)]]  # type: ignore[arg-type]  # a base of RNN, LSTM and GRU
 
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.

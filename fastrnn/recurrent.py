@@ -15,7 +15,7 @@ from fastrnn.cells import CellFunction
 from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import Cell
-from fastrnn.kernels.layer import Inputs, Layer, misfit
+from fastrnn.kernels.layer import Inputs, Layer
 
 _CLASSES: dict[CellFunction, type[Recurrent]] = {}
 
@@ -281,34 +281,21 @@ class Recurrent(nn.Module):
         lengths: Tensor | None,
     ) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
-        definition = self.cell.definition
-        engine = self._engine(x, batch_sizes, states)
-        if engine == "cpu":
-            cpu.prepare_cell(definition.name, x.dtype, torch.is_grad_enabled())
-        heads = 1 if engine == "cpu" else self.num_heads
-        weights = [each for layer in range(self.num_layers) for each in self._weights(layer, heads)]
         h0, *others = states
         c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
-        layer = self._layer(batch_first, heads)
-        dropout, inputs = self.dropout if self.training else 0.0, Inputs(x, batch_sizes, h0, c0, resets, lengths)
-        if (resets is not None or lengths is not None) and (reason := misfit(layer, inputs, weights, self.num_layers)):
-            raise ValueError(reason)
+        heads = 1 if x.is_cpu and dispatch.forced != "reference" else self.num_heads
+        weights = [each for layer in range(self.num_layers) for each in self._weights(layer, heads)]
+        inputs, dropout = Inputs(x, batch_sizes, h0, c0, resets, lengths), self.dropout if self.training else 0.0
         with recompute(self.recompute or is_on()):
-            y, h_n, c_n = functional.run_stack(engine, inputs, weights, layer, self.num_layers, dropout)
-        return [y, h_n, *(() if c_n is None else c_n.chunk(definition.states, -1))]
-
-    def _engine(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor]) -> str:
-        """Return the name of the engine that runs a call."""
-        engine = dispatch.choose(x, batch_sizes, states, list(self.parameters()))
-        if engine == "triton" or (engine == "cpu" and cpu.why_not_cell(self.cell.definition.name) is None):
-            return engine
-        return "reference"
+            y, h_n, c_n = functional.run_marked(
+                inputs, weights, self._layer(batch_first, heads), self.num_layers, dropout, False, features.noise_of(self)
+            )
+        return [y, h_n, *(() if c_n is None else c_n.chunk(self.cell.definition.states, -1))]
 
     def _layer(self, batch_first: bool, heads: int) -> Layer:
         """Describe each of the layers."""
-        definition = self.cell.definition
-        bias = self.bias or definition.weights > 0
-        return Layer(definition.name, 1 + self.bidirectional, bias, batch_first=batch_first, heads=heads)
+        bias = self.bias or self.cell.definition.weights > 0
+        return Layer(features.cell_name(self), 1 + self.bidirectional, bias, batch_first=batch_first, heads=heads)
 
     def _weights(self, layer: int, heads: int) -> list[Tensor]:
         """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction.
@@ -349,14 +336,11 @@ class Recurrent(nn.Module):
         states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         weights = list(module.parameters())
         call = x, batch_sizes, states, weights, False
-        engine = module._engine(*call[:3])
+        what = features.cell_name(module), features.noise_of(module) is not None
+        engine = dispatch.choose_own(*what, *call)
         idle = f"{dispatch.forced} is forced" if dispatch.forced else f"{engine} takes the call"
-        declined = {
-            "cpu": dispatch.why_not("cpu", *call) or cpu.why_not_cell(module.cell.definition.name) or idle,
-            "triton": dispatch.why_not("triton", *call) or idle,
-            "torch": "torch.nn has no such cell",
-            "reference": "the definition, slow",
-        }
+        fused = {name: dispatch.why_not(name, *call) or dispatch.why_not_own(name, *what) or idle for name in ("cpu", "triton")}
+        declined = fused | {"torch": "torch.nn has no such cell", "reference": "the definition, slow"}
         del declined[engine]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
         schedule = module._schedule(x, batch_sizes, training) if engine == "triton" else ()

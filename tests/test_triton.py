@@ -56,7 +56,6 @@ FACTORS = {
     "save": (True, False),
     "incoming": ("all", "dy", "dh_n", "dc_n"),
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
-    "marks": ("none", "resets", "lengths", "both"),
     "sizes": ((4, 3, 5, 19), (3, 18, 2, 7), (1, 4, 9, 33), (6, 5, 17, 40)),
 }
 
@@ -65,8 +64,6 @@ def _possible(row: dict) -> bool:
     lstm = row.get("cell", "lstm") == "lstm"
     if row.get("tiles") == "single" and row.get("dtype") is torch.float32 and "sizes" in row and row["sizes"][3] > 32:
         return False  # no program holds such weights in registers
-    if row.get("layout") == "packed" and row.get("marks") in ("lengths", "both"):
-        return False
     return (lstm or not row.get("project")) and (lstm or row.get("incoming") != "dc_n")
 
 

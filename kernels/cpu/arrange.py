@@ -56,6 +56,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     gates, slots, values = cell.gates, cell.slots, cell.preactivations + cell.weights  # of a row of gate gradients
     preactivations, reset_numbers = cell.preactivations, cell.gates + cell.states + cell.reads_hidden  # times units, of a row
+    noise = cell.noise
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
@@ -92,7 +93,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             block = forward_block(p.steps, B, p.rows, 0 if at_once else I, gates * H * size)
             if at_once:  # the same for all, whatever their inputs
                 block = layer_block(p.steps, B, block)
-            tables = 4 * B + 2 * block * B + 2 + B + (B if cell.noise else 0)
+            tables = 4 * B + 2 * block * B + 2 + B + B * (noise > 0)
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
             ih_once = row_groups == 1 and block == p.steps and not frozen and p.rows <= together
             panel_bytes = align(columns * vector * ih_depth) if ih_once else 0

@@ -158,6 +158,10 @@ class Call:
             self.point("resets", [inputs.resets] * D)
             strides = [inputs.resets.stride(self.steps.axis), inputs.resets.stride(-1 if self.steps.packed else 1 - self.steps.axis)]
             self.records["resets_step"], self.records["resets_row"] = strides
+        if inputs.mask is not None:
+            self.point("mask", inputs.mask.contiguous())
+        if inputs.noise is not None:
+            self.rows("noise", inputs.noise, self.cell.noise * self.H)
         self.records["direction"] = np.arange(D)
         self.records["reverse"] = [layer.reverse ^ bool(d) for d in range(D)]
         self.rows("x", x)
@@ -208,10 +212,10 @@ class Call:
         run(address, 0)
 
 
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None):
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
     """The op's implementation."""
     (D, B, R), layer = h0.shape, layer_of(text)
-    call = Call(layer, Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0, *more), weights)
     slots = call.cell.slots + layer.projected
     y = x.new_empty(*x.shape[:-1], D * R)
     h_n = x.new_empty(D, B, R)
@@ -230,10 +234,10 @@ def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, leng
     return y, h_n, c_n, saved
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None):
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
     """The op's implementation."""
     layer, (need_dx, need_dh0, need_dw) = layer_of(text), needs
-    call = Call(layer, Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0, *more), weights)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dh0 = x.new_empty(h0.shape)
     dc0 = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)

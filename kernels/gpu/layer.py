@@ -155,16 +155,16 @@ class Call:
                 yield Launch(scan, (plan.blocks * sides * blocks_of_rows,), arguments | sizes | given, options)
 
 
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
     """The op's implementation, on x's device and its current stream."""
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0), weights)
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, *more), weights)
     with torch.cuda.device(x.device):
         return forward(call, save, *call.chosen(forward=True))
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
     """The op's implementation, on x's device and its current stream."""
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0), weights)
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, *more), weights)
     with torch.cuda.device(x.device):
         return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
 
