@@ -81,6 +81,14 @@ class Recurrent(nn.Module):
     """
 
     cell: ClassVar[CellFunction]
+    # As whose layers the fast path takes those of this class: the cell's name in operators; None where it does not.
+    _fastrnn_fast_path: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {name for base in cls.__mro__[: cls.__mro__.index(Recurrent)] for name in vars(base)}
+        replaced = not own.isdisjoint(_INNER) or any(name.startswith(("weight_", "bias_")) for name in own)
+        cls._fastrnn_fast_path = None if replaced else cls.cell.definition.name
 
     def __init__(
         self,
@@ -122,6 +130,9 @@ class Recurrent(nn.Module):
                 for name, shape in shapes.items():
                     if shape[0]:
                         self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        # for csrc/modules.cpp, where the engines take the parameters as they are, but for the cell's own, which follow biases
+        as_they_are = parts["ih"] == self.cell.definition.input_parts and parts["hh"] == self.cell.definition.hidden_parts
+        self._flat_weights_names = [*self._parameters] if as_they_are and (bias or not parts["own"]) else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -150,6 +161,13 @@ class Recurrent(nn.Module):
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """Run the layers; see the class."""
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
+            result = dispatch.native.forward(self.__dict__, kind, input, hx, self.recompute)
+            if result is not None:
+                return result
+        return self._fastrnn_fallback(input, hx)
+
+    def _fastrnn_fallback(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
         packed = isinstance(input, PackedSequence)
         x, batch_sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
         if not packed and x.dim() not in (2, 3):
@@ -182,6 +200,10 @@ class Recurrent(nn.Module):
             ValueError: the layer is bidirectional, x has not two dimensions, or its dtype is not the weights'.
             RuntimeError: shapes do not agree, in torch.nn's words.
         """
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
+            result = dispatch.native.step(self.__dict__, kind, x, state, None)
+            if result is not None:
+                return result
         return fallback.module_step(self, x, state, None)
 
     # torch.nn's own checks of a call, and what they look at
@@ -274,6 +296,14 @@ class Recurrent(nn.Module):
                 found.append(_blocks(of_hidden, parts["hh"] if len(of_hidden) else [], definition.hidden_parts, H))
         return found
 
+    def _prepared(self) -> bool:
+        """Have the kernels of inference ready where the CPU engine takes the parameters; does it?"""
+        name, weight = self.cell.definition.name, next(self.parameters())
+        if not weight.is_cpu or weight.dtype not in cpu.DTYPES or cpu.why_not_cell(name):
+            return False
+        cpu.prepare_cell(name, weight.dtype, False)
+        return True
+
     @staticmethod
     def _fastrnn_explain(module: Recurrent, input: Any, hx: Any = None) -> dispatch.Explanation:
         x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
@@ -285,6 +315,11 @@ class Recurrent(nn.Module):
         if reason:
             return dispatch.Explanation("reference", {"cpu": reason, **declined})
         return dispatch.Explanation("cpu", {**declined, "reference": "the definition, slow"}, (), cpu.team()[1])
+
+
+# What a call runs, and the fast path does not.
+_INNER = ("check_input", "check_hidden_size", "get_expected_hidden_size", "_states", "_checked", "_run", "_weights",
+          "_fastrnn_fallback", "_flat_weights", "proj_size", "__getattr__", "__getattribute__")  # fmt: skip
 
 
 def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> Tensor:

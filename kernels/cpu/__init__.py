@@ -138,10 +138,17 @@ why_not_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as 
 
 @cache
 def _why_not_cell(cell: str) -> str | None:
-    missing = [name for name in ("numba", "llvmlite", "numpy") if importlib.util.find_spec(name) is None]
-    if CELLS[cell].mode or not missing:
+    missing = [name for name in ("numpy", "llvmlite", "numba") if importlib.util.find_spec(name) is None]
+    if CELLS[cell].mode or not missing or (missing == ["numba"] and _is_shipped(cell)):
         return None
     return f"a cell that is not built in is compiled when it first runs, and {' and '.join(missing)} are not installed"
+
+
+def _is_shipped(cell: str) -> bool:
+    """Are there objects beside the module that defines a cell, for this processor?"""
+    from . import fallback
+
+    return load()[0] == "compiled" and any(fallback.objects(load()[1], (cell, scalar, "forward")) for scalar in ("f32", "f64"))
 
 
 _ADDRESSES: dict[tuple[str, str, str], Sequence[int]] = {}

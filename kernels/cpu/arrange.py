@@ -55,7 +55,6 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     """
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     gates, slots, values = cell.gates, cell.slots, cell.preactivations + cell.weights  # of a row of gate gradients
-    preactivations = cell.preactivations
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
@@ -151,7 +150,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)
             d.bias_sums = begin + offset
             d.zeros = begin + offset
-            offset += align((preactivations * units if forward else max(gates * H, R)) * size)
+            offset += align((values * units if forward else max(gates * H, R)) * size)
             if frozen:
                 d.pack_bytes, offset = offset, behind
             d.shared = d.workspace + offset

@@ -140,11 +140,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     read_states = state_reader(names)
 
     def weight_reader(count):
-        """The cell's own weights of a vector of units, which stand behind the gates' biases."""
+        """The cell's own weights of a vector of units, which stand behind the sums of biases."""
         if count == 0:
-            return njit(lambda b_ih, stride, n: (), **options)
-        before, s = weight_reader(count - 1), gates + count - 1
-        return njit(lambda b_ih, stride, n: before(b_ih, stride, n) + (load(b_ih + s * stride, n),), **options)
+            return njit(lambda sums, stride, n: (), **options)
+        before, s = weight_reader(count - 1), preactivations + count - 1
+        return njit(lambda sums, stride, n: before(sums, stride, n) + (load(sums + s * stride, n),), **options)
 
     read_weights = weight_reader(weights)
 
@@ -193,7 +193,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def sum_biases(p, panel, bias_gate):
-        """Both biases of each pre-activation of a panel's units, summed."""
+        """Both biases of each pre-activation of a panel's units, summed, and the cell's own weights."""
         for j in range(per_panel):
             unit = first_unit(p, panel, panel_units) + j * lanes
             n = end_unit(p, panel) - unit
@@ -205,6 +205,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     if s >= hidden:
                         total = total + load(p.b_hh + ((s - hidden) * p.hidden_size + unit) * size, n)
                 store(p.bias_sums + s * bias_gate + unit * size, total, n)
+            for s in range(weights):
+                value = load(p.b_ih + ((gates + s) * p.hidden_size + unit) * size, n)
+                store(p.bias_sums + (preactivations + s) * bias_gate + unit * size, value, n)
 
     @njit(**options)
     def pack_weights(p, member, members, bias_gate):
@@ -301,7 +304,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         n, at, stride = head + p.head_units - unit, unit * size, p.hidden_size * size
         a = preactivations_of(load_int(z_rows + 8 * m) + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
         h = load_int(previous + 8 * m) + at - head * size
-        return a + read_states(h, c_rows + m * states * stride + at, stride, n) + read_weights(p.b_ih + at, stride, n)
+        before = read_states(h, c_rows + m * states * stride + at, stride, n)
+        return a + before + read_weights(p.bias_sums + at, bias_gate, n)
 
     @njit(**options)
     def keep(p, m, unit, head, result, z_rows, h_rows, c_rows):
