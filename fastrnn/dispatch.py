@@ -136,7 +136,7 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
     """
     if not may_leave():
         return False
-    T, B = _steps_and_rows(x, batch_sizes, layer.batch_first)
+    T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
     H, R = w_hh.shape[0] // CELLS[layer.cell].gates, w_hh.shape[1]
     sizes = gpu.sizes_of(layer, T, B, H, R, x.dtype)
     dtype = str(x.dtype).removeprefix("torch.")
@@ -154,7 +154,8 @@ def may_leave() -> bool:
     )
 
 
-def _steps_and_rows(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, int]:
+def steps_and_rows(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, int]:
+    """Return the steps and the rows of a module's input."""
     if batch_sizes is not None:
         return len(batch_sizes), int(batch_sizes[0])
     if x.dim() == 2:
@@ -335,7 +336,7 @@ def _schedule(
 
     if not isinstance(module, nn.RNNBase):
         return (describe(1, x.shape[0] if x.dim() == 2 else 1, I, H),)
-    T, B = _steps_and_rows(x, batch_sizes, module.batch_first)
+    T, B = steps_and_rows(x, batch_sizes, module.batch_first)
     R = module.proj_size or H
     sizes = [I] + [layer.directions * R] * (module.num_layers - 1)
     # As far as that can be told from here: what the runtime's way from module to result takes, which has all layers at hand.

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import dispatch, fallback, functional
 from fastrnn.cells import CellFunction
 from fastrnn.checkpoint import is_on, recompute
-from fastrnn.kernels import cpu
+from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.layer import Inputs, Layer
 
 _CLASSES: dict[CellFunction, type[Recurrent]] = {}
@@ -260,20 +260,30 @@ class Recurrent(nn.Module):
     def _run(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], batch_first: bool) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
         definition = self.cell.definition
-        engine = dispatch.choose(x, batch_sizes, states, list(self.parameters()))
-        if engine != "cpu" or cpu.why_not_cell(definition.name):
-            engine = "reference"
-        else:
-            cpu.prepare_cell(definition.name, x.dtype, torch.is_grad_enabled())
         weights = [each for layer in range(self.num_layers) for each in self._weights(layer)]
+        engine = self._engine(x, batch_sizes, states, weights)
+        if engine == "cpu":
+            cpu.prepare_cell(definition.name, x.dtype, torch.is_grad_enabled())
         h0, *others = states
         c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
-        bias = self.bias or definition.weights > 0
-        layer = Layer(definition.name, 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
+        layer = self._layer(batch_first)
         dropout = self.dropout if self.training else 0.0
         with recompute(self.recompute or is_on()):
             y, h_n, c_n = functional.run_stack(engine, Inputs(x, batch_sizes, h0, c0), weights, layer, self.num_layers, dropout)
         return [y, h_n, *(() if c_n is None else c_n.chunk(definition.states, -1))]
+
+    def _engine(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor]) -> str:
+        """Return the name of the engine that runs a call."""
+        engine = dispatch.choose(x, batch_sizes, states, weights)
+        if engine == "triton" or (engine == "cpu" and cpu.why_not_cell(self.cell.definition.name) is None):
+            return engine
+        return "reference"
+
+    def _layer(self, batch_first: bool) -> Layer:
+        """Describe each of the layers."""
+        definition = self.cell.definition
+        bias = self.bias or definition.weights > 0
+        return Layer(definition.name, 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
 
     def _weights(self, layer: int) -> list[Tensor]:
         """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
@@ -307,14 +317,32 @@ class Recurrent(nn.Module):
     @staticmethod
     def _fastrnn_explain(module: Recurrent, input: Any, hx: Any = None) -> dispatch.Explanation:
         x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
+        states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         weights = list(module.parameters())
-        reason = dispatch.why_not("cpu", x, batch_sizes, (), weights, False) or cpu.why_not_cell(module.cell.definition.name)
-        if dispatch.choose(x, batch_sizes, (), weights) != "cpu":
-            reason = reason or f"{dispatch.forced} is forced"
-        declined = {"triton": "it has the built-in cells alone", "torch": "torch.nn has no such cell"}
-        if reason:
-            return dispatch.Explanation("reference", {"cpu": reason, **declined})
-        return dispatch.Explanation("cpu", {**declined, "reference": "the definition, slow"}, (), cpu.team()[1])
+        call = x, batch_sizes, states, weights, False
+        engine = module._engine(*call[:4])
+        idle = f"{dispatch.forced} is forced" if dispatch.forced else f"{engine} takes the call"
+        declined = {
+            "cpu": dispatch.why_not("cpu", *call) or cpu.why_not_cell(module.cell.definition.name) or idle,
+            "triton": dispatch.why_not("triton", *call) or idle,
+            "torch": "torch.nn has no such cell",
+            "reference": "the definition, slow",
+        }
+        del declined[engine]
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
+        schedule = module._schedule(x, batch_sizes, training) if engine != "reference" else ()
+        return dispatch.Explanation(engine, declined, schedule, cpu.team()[1] if engine == "cpu" else "")
+
+    def _schedule(self, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
+        """Return what the engine says it would do in each layer."""
+        T, B = dispatch.steps_and_rows(x, batch_sizes, self.batch_first)
+        layer, I, H, L = self._layer(self.batch_first), self.input_size, self.hidden_size, self.num_layers
+        if x.is_cuda:
+            return (gpu.describe(layer, T, B, H, H, x.dtype, x.device, training),) * L
+        half, size = x.dtype is torch.bfloat16, 8 if x.dtype is torch.float64 else 4
+        at_once = L if batch_sizes is None and x.dim() == 3 and self._flat_weights_names else 1
+        inputs = [I, *[layer.directions * H] * (L - 1)]
+        return tuple(cpu.describe(layer, T, B, each, H, H, training, half, at_once, I, size) for each in inputs)
 
 
 # What a call runs, and the fast path does not.

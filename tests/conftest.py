@@ -13,6 +13,7 @@ from torch import Tensor
 import fastrnn
 import fastrnn.kernels
 from fastrnn import autograd
+from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs, Layer, Weights
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # read when keras is imported
@@ -71,19 +72,27 @@ def _make_layer(
     reverse: bool = False,
     sizes: tuple[int, int, int, int] = (3, 2, 3, 2),
     dtype: torch.dtype = torch.float64,
+    heads: int = 1,
 ) -> dict:
     """sizes: T, B, I, H; project: R, or 0; a packed batch loses a row on its way."""
     T, B, I, H = sizes
-    R, rows = int(project) or H, {"lstm": 4, "gru": 3}.get(cell, 1) * H
+    kind = CELLS[cell]
+    R, rows = int(project) or H, kind.gates * H
     steps = torch.tensor([B] * (T - 1) + [max(B - 1, 1)])
-    layer = Layer(cell, directions, bias, bool(project), reverse, batch_first)
-    shapes = {"w_ih": (rows, I), "w_hh": (rows, R), "b_ih": (rows,), "b_hh": (rows,), "w_hr": (R, H)}
+    layer = Layer(cell, directions, bias, bool(project), reverse, batch_first, heads=heads)
+    shapes = {
+        "w_ih": (rows, I),
+        "w_hh": (rows, R // heads),
+        "b_ih": (rows + kind.weights * H,),
+        "b_hh": (rows,),
+        "w_hr": (R, H),
+    }
     shape = (int(steps.sum()), I) if packed else (B, T, I) if batch_first else (T, B, I)
     return {
         "x": torch.randn(shape, dtype=dtype),
         "batch_sizes": steps if packed else None,
         "h0": torch.randn(directions, B, R, dtype=dtype),
-        "c0": torch.randn(directions, B, H, dtype=dtype) if cell == "lstm" else None,
+        "c0": torch.randn(directions, B, kind.states * H, dtype=dtype) if kind.states else None,
         "weights": [torch.randn(shapes[kind], dtype=dtype) for kind in layer.kinds() * directions],
         "layer": layer,
     }

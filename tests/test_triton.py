@@ -77,6 +77,45 @@ def test_kernels(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
+OWN = ("slstm", "peephole_lstm", "odd", "mgu", "wide", "indrnn", "cifg", "leaky_rnn", "cfc", "lstm", "gru")
+OF_OWN = {
+    "tiles": FACTORS["tiles"],
+    "heads": (1, 2, 4),
+    "directions": (2, 1),
+    "layout": FACTORS["layout"],
+    "dtype": FACTORS["dtype"],
+}
+OWN_ROWS = pairwise(OF_OWN, lambda row: row.get("heads") != 4 or row.get("dtype", torch.float32) is torch.float32)
+OWN_LAYERS = [Layer(OWN[k % len(OWN)], **row, sizes=(2, 3, 5, 19)) for k, row in enumerate(OWN_ROWS)]
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", OWN_LAYERS, ids=str)
+def test_cells_of_ones_own(layer, interpreted):
+    """Cells that come with fastrnn, one with everything and one with many gates and states; each at least once."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
+@needs_triton
+@pytest.mark.parametrize(("cell", "heads"), [("slstm", 2), pytest.param("odd", 1, marks=pytest.mark.slow)])
+def test_modules_of_cells_of_ones_own(cell, heads, interpreted):
+    """First and second derivatives, mapped, compiled and recomputed, in two directions."""
+    assert interpreted(triton_layers.faults_of_module, cell, heads) == []
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", OWN)
+@pytest.mark.parametrize("tiles", FACTORS["tiles"])
+def test_cells_of_ones_own_in_every_combination(cell, tiles, interpreted):
+    factors = {**OF_OWN, "tiles": (tiles,), "reverse": (False, True), "sizes": ((4, 3, 3, 29),)}
+    for row in (dict(zip(factors, values)) for values in itertools.product(*factors.values())):
+        assert interpreted(triton_layers.faults, Layer(cell, **row)) == [], row
+    assert interpreted(triton_layers.faults, Layer(cell, tiles, save=False)) == []
+    for incoming in FACTORS["incoming"]:
+        assert interpreted(triton_layers.faults, Layer(cell, tiles, incoming=incoming)) == [], incoming
+
+
 _WHOLE = {**FACTORS, "sizes": ((5, 18, 3, 37), (3, 5, 2, 29)), "incoming": ("all",), "save": (True,), "bias": (True,)}
 
 

@@ -5,18 +5,22 @@ Imported by tests and by the processes that interpret for them: triton must not 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 from conftest import _make_layer, weight_names
 from contract import FACTOR, SLACK, Error
 from torch import Tensor
 
+from fastrnn import cells
 from fastrnn.kernels import gradients, reference
-from fastrnn.kernels.cells import CELLS
+from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes, choose, plans
 from fastrnn.kernels.layer import Inputs, Needs, Outer
 from fastrnn.kernels.layer import Layer as Description
@@ -28,14 +32,16 @@ H100 = Device("cuda", 90, 132, 227 * 1024)
 class Layer:
     """A call, and how it runs.
 
+    cell:  a built-in one, else one that comes with fastrnn or is one of test_cells.py's.
     tiles: single, resident (weights kept), or streamed: split (its sums shared by warps) or wide.
     chunk: of the sums; small, so that a small layer has several. 0 for what the chooser takes.
-    sizes: T, B, I, H.
+    sizes: T, B, I, and H of a head.
     """
 
     cell: str = "lstm"
     tiles: str = "split"
     chunk: int = 32
+    heads: int = 1
     directions: int = 1
     reverse: bool = False
     layout: str = "time"
@@ -51,25 +57,38 @@ class Layer:
         fields = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
         return " ".join([self.cell, self.tiles] + [f"{k}={v}" for k, v in fields.items() if k not in ("cell", "tiles")])
 
+    @property
+    def kind(self) -> Cell:
+        if self.cell in CELLS:
+            return CELLS[self.cell]
+        if self.cell in cells.SHIPPED:
+            return getattr(cells, self.cell).definition
+        import test_cells
+
+        return getattr(test_cells, self.cell).definition
+
     def arguments(self, seed: int = 0) -> dict:
         torch.manual_seed(seed)
+        T, B, I, H = self.sizes
         made = _make_layer(
-            self.cell,
+            self.kind.name,
             self.directions,
             self.bias,
             self.project,
             self.layout == "packed",
             self.layout == "batch",
             self.reverse,
-            self.sizes,
+            (T, B, I, H * self.heads),
+            heads=self.heads,
         )
+        if not self.kind.mode:  # far from zero, which some divide by
+            made |= {name: made[name].abs() + 0.5 for name in ("h0", "c0") if made[name] is not None}
         kinds = made["layer"].kinds()  # as torch.nn scales them: else the state is chaotic, and rounding decides
         made["weights"] = [
             weight / self.sizes[3] ** 0.5 if kinds[k % len(kinds)] in ("w_ih", "w_hh") else weight
             for k, weight in enumerate(made["weights"])
         ]
         if self.layout == "packed":  # a row that ends early, one that ends in the middle
-            T, B = self.sizes[:2]
             lengths = sorted((max(1, T - b * T // B) for b in range(B)), reverse=True)
             steps = torch.tensor([sum(t < length for length in lengths) for t in range(T)])
             made |= {"batch_sizes": steps, "x": torch.randn(int(steps.sum()), self.sizes[2], dtype=torch.float64)}
@@ -79,7 +98,7 @@ class Layer:
         T, B, _, H = self.sizes
         R = 1 if self.project else H
         precision = "tf32" if device.backend == "cuda" and self.dtype is not torch.float32 else "ieee"
-        sizes = Sizes(T, B, H, R, self.directions, CELLS[self.cell].gates, self.dtype.itemsize, precision)
+        sizes = Sizes(T, B, H, R, self.directions * self.heads, self.kind.gates, self.dtype.itemsize, precision)
         if self.tiles == "single":
             return choose(device, sizes, forward, "single")
         of_both = [replace(sizes, precision="tf32"), replace(sizes, precision="ieee", bytes_=4)]  # each has kinds of its own
@@ -129,10 +148,17 @@ def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0, sides: Tensor 
     results = dict(zip(("y", "h_n", "c_n", "saved"), reference.layer_forward(inputs, weights, own, True)))
     given = cast(incoming(layer, cast(results, torch.float64)), dtype)
     y = results["y"]
-    if sides is not None and layer.cell == "rnn_relu":
+    if sides is not None and layer.cell in ("rnn_relu", "indrnn"):
         y = torch.where(sides > 0, y.clamp(min=torch.finfo(dtype).tiny), 0)
     grads = gradients.layer_backward(Outer(**given), inputs, weights, y, results["saved"], own, Needs())
-    return results | named(own, grads)
+    return results | {"saved": slots(layer, results["saved"])} | named(own, grads)
+
+
+def slots(layer: Layer, saved: Tensor) -> Tensor:
+    """Those that have a value, [D, rows, slots, H]."""
+    kind, count = layer.kind, layer.kind.slots + layer.project
+    own = saved.view(*saved.shape[:2], count, layer.heads * layer.sizes[3])
+    return own[:, :, [*range(kind.kept), *range(kind.slots - kind.states, count)]]
 
 
 def named(layer: Description, grads: Sequence) -> dict[str, Tensor]:
@@ -160,7 +186,7 @@ def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int 
         if not given:
             given.update(cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device))
         grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, "ieee")
-        return results | {"saved": saved} | named(own, grads)
+        return results | {"saved": slots(layer, saved)} | named(own, grads)
 
     return run
 
@@ -170,7 +196,7 @@ def faults(layer: Layer, device: str = "cpu", target: Device = H100) -> list[str
     wrong: list[str] = []
     errors: dict[str, tuple[Error, Error]] = {}
     for seed in range(1 if layer.dtype is torch.float32 else 3):  # what is rounded coarsely is wrong by chance
-        with np.errstate(over="ignore"):  # exp of what is masked
+        with np.errstate(all="ignore"):  # exp of what is masked, quotients of zeros there
             found = kernels(layer, device, target, seed)()
         own = by_reference(layer, layer.dtype, seed)
         truth, truth_of_own = (by_reference(layer, torch.float64, seed, results["y"].cpu()) for results in (found, own))
@@ -200,19 +226,19 @@ def elementary_errors(device: str = "cpu") -> dict[str, float]:
         at = tl.arange(0, N)
         tl.store(y + at, FUNCTION(tl.load(x + at)))
 
-    cells = PTX if device == "cuda" else PLAIN
+    functions = (PTX if device == "cuda" else PLAIN).by_name
     at = torch.logspace(-30, 1.9, 8192, base=10, device=device)
     errors = {}
     for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh)):
         for sign in (1, -1):
             x, y = sign * at, torch.empty(8192, device=device)
-            apply[(1,)](x, y, getattr(cells, name), 8192)
+            apply[(1,)](x, y, functions[name], 8192)
             truth = exact(x.double())
             errors[f"{name} {sign:+}"] = float(((y - truth) / truth).abs().max())
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], device=device)
     for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh), ("relu", torch.relu)):
         y = torch.empty(4, device=device)
-        apply[(1,)](special, y, getattr(cells, name), 4)
+        apply[(1,)](special, y, functions[name], 4)
         torch.testing.assert_close(y, exact(special), equal_nan=True, msg=name)
     return errors
 
@@ -238,3 +264,72 @@ def interpret() -> None:
         return plain(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def faults_of_module(name: str, heads: int) -> list[str]:
+    """What goes wrong where a module of a cell runs on the engine, by every way into the operators: they are its on a CPU too."""
+    import test_cells
+
+    import fastrnn
+    from fastrnn import dispatch
+    from fastrnn.kernels import gpu
+    from fastrnn.kernels.gpu import layer as engine
+
+    started: list = []
+
+    def layer_forward(*args):
+        started.append(args[5])
+        return gpu.layer_forward(*args)
+
+    library = torch.library.Library("fastrnn", "IMPL", "CPU")
+    library.impl("layer_forward", layer_forward, allow_override=True)
+    library.impl("layer_backward", gpu.layer_backward, allow_override=True)
+    wrong: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "choose", lambda *given: choose(*given, "single"))
+        patch.setattr(engine, "device_of", lambda device: H100)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(dispatch, "native", None)
+        patch.setattr(gpu, "device_of", lambda device: H100)
+        patch.setitem(dispatch._WHY_NOT, "triton", lambda *call: None)
+        torch.manual_seed(0)
+        truth = test_cells.layer_of(name, "plain", 3, 4 * heads, bidirectional=True, num_heads=heads)
+        module = copy.deepcopy(truth).float()
+        x, states = test_cells.sample(truth, 3, 2)
+        given = module, x.float(), [state.float() for state in states]
+
+        def second(module, x, states):
+            x = x.requires_grad_()
+            (first,) = torch.autograd.grad(test_cells.run(module, x, states)[0].square().sum(), x, create_graph=True)
+            return {"second": torch.autograd.grad(first.square().sum(), x)[0]}
+
+        def mapped(module, x, states):
+            own = torch.func.vmap(lambda x: test_cells.run(module, x, states)[0])(torch.stack([x, 2 * x]))
+            return {"mapped": own.detach()}
+
+        def compiled(module, x, states):
+            return {"compiled": torch.compile(module, fullgraph=True, backend="aot_eager")(x)[0].detach()}
+
+        def recomputed(module, x, states):
+            with fastrnn.recompute():
+                return test_cells.results(test_cells.run, module, x, states)
+
+        ways = {"plain": lambda *args: test_cells.results(test_cells.run, *args), "second": second, "mapped": mapped}
+        ways |= {"compiled": compiled, "recomputed": recomputed}
+        for way, function in ways.items():
+            patch.setattr(dispatch, "forced", "reference")
+            expected = function(truth, x.detach(), states)
+            patch.setattr(dispatch, "forced", "triton")
+            started.clear()
+            with np.errstate(all="ignore"):
+                found = function(*given)
+            if not started or any(f"heads={heads}" not in text and heads > 1 for text in started):
+                wrong.append(f"{way}: the engine ran {started}")
+            for key, value in expected.items():
+                if not torch.allclose(found[key].double(), value, rtol=1e-4, atol=1e-5):
+                    wrong.append(f"{way}: {key}: {(found[key].double() - value).abs().max():.3g} off")
+        explained = str(fastrnn.explain(module, given[1]))
+        if "engine: triton" not in explained or "layer 0: forward: single" not in explained:
+            wrong.append(explained)
+    library._destroy()
+    return wrong

@@ -66,7 +66,9 @@ def device_of(device: torch.device) -> plan.Device:
 
 
 def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype) -> plan.Sizes:
-    return plan.Sizes(T, B, H, R, layer.directions, CELLS[layer.cell].gates, dtype.itemsize, precision_of(dtype))
+    """What a plan depends on: heads are layers of their own that run beside each other, as directions are."""
+    gates, heads = CELLS[layer.cell].gates, layer.heads
+    return plan.Sizes(T, B, H // heads, R // heads, layer.directions * heads, gates, dtype.itemsize, precision_of(dtype))
 
 
 def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:

@@ -9,8 +9,10 @@ Letters and layouts as in forward.py; further
              weights and of x follow in one product each; programs read each other's
     dp       [D, N, R], out where PROJECTED: gradients of the projection's output; programs read each other's
     dh0      [D, B, R], out
-    carry    [D, B, H] float32: the gradient that enters element by element (of c; for GRU what reached h past the gates),
-             the final state's first, in the end the initial one's
+    carry    [D, B, C*H] float32: gradients of the states but h, the final ones' first, in the end the initial ones'; sums over
+             a row's steps of those of the cell's own weights, zeros first; and in scans, where the cell reads h, what reached
+             it past the gates
+    b_ih     [D, ...], which has the cell's own weights behind the biases
 
 Step s of a program first takes dh, the product of W_hh^T with `da` of the step before, then goes through the cell. So there
 are steps 0...T: in step 0 no row has a step before it, in step T none has one of its own.
@@ -22,58 +24,82 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, wait
-from .tile import diagonal, load_tiles, product, released, resident_weights, row_index, stack, store_tiles
+from .tile import diagonal, load_tiles, product, released, replaced, resident_weights, row_index, stack, store_tiles
 
 
 @triton.jit
 def kept_values(
     saved, y, h0, c0, offsets, t, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-    SLOTS: tl.constexpr, CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr,
+    STATES: tl.constexpr, READS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr,
+    PROJECTED: tl.constexpr,
 ):  # fmt: skip
-    """What forward kept of step t for the rows that are `here`: slots or output, and p, float32 [UNITS, ROWS] each."""
+    """What is there of step t for the rows that are `here`, as the cell takes it, float32 [UNITS, ROWS] each.
+
+    What was kept, the states after the step, the output if OUTPUT, the states before the step, h the last.
+    """
     ok = units_ok[:, None] & here[None, :]
     before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
     joined = tl.where(backwards, t + 1 < length, t > 0)  # had the row a step before this one?
-    if SLOTS == 0:
-        at = y + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H) + d * H  # [ROWS]
-        values = load_tiles(at[None, :] + units[:, None], ok, 1, H)
-    else:
-        at = saved + (d * N + row_index(t, rows, offsets, T, B, PACKED, False)) * W
-        values = load_tiles(at[None, :] + units[:, None], ok, SLOTS, H)
-    if CARRY == "cell":
-        after = saved + (d * N + row_index(before, rows, offsets, T, B, PACKED, False)) * W + (SLOTS - 1) * H
-        at = tl.where(joined, after, c0 + (d * B + rows) * H)
-        return values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
-    elif CARRY == "hidden":
+    own = row_index(t, rows, offsets, T, B, PACKED, False)  # [ROWS]
+    slots = saved + (d * N + own) * W  # [ROWS]
+    states = (SLOTS - STATES) * H  # of a row the first column that has them
+    values = load_tiles(slots[None, :] + units[:, None], ok, KEPT, H)
+    values = values + load_tiles(slots[None, :] + states + units[:, None], ok, STATES, H)
+    if OUTPUT:
+        if PROJECTED:
+            at = slots + SLOTS * H
+        else:
+            at = y + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H) + d * H
+        values = values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
+    if STATES:
+        after = saved + (d * N + row_index(before, rows, offsets, T, B, PACKED, False)) * W + states
+        at = tl.where(joined, after, c0 + (d * B + rows) * (STATES * H))
+        values = values + load_tiles(at[None, :] + units[:, None], ok, STATES, H)
+    if READS:
         after = y + row_index(before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H) + d * H
         at = tl.where(joined, after, h0 + (d * B + rows) * H)
-        return values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
-    else:
-        return values
+        values = values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
+    return values
+
+
+@triton.jit
+def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr):
+    """Of `carry` the gradients of states and the weights' sums after a step, where rows are active, else as before."""
+    after = replaced(grads, P, STATES, active, dc)
+    for k in tl.static_range(WEIGHTS):
+        sums = dc[STATES + k]
+        after = after + (tl.where(active, sums + grads[P + STATES + READS + k], sums),)
+    return after
 
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, lengths, offsets, counters,
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, counters,
     T, B, N, first_row, begin, end,
-    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
-    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
+    READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
     BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
     PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
-    """Steps begin...end of T + 1. Grid: BLOCKS * D * blocks of rows.
+    """Steps begin...end of T + 1. Grid: BLOCKS * HEADS * D * blocks of rows.
 
+    OUTPUT:   the cell's backward reads its output.
     PHASE:    "state" or "cell", one half of a projected step, or "both".
     DIAGONAL: the product is of every gate with every other, see tile.py.
     SYNC:     as in forward.
     """
     P: tl.constexpr = HIDDEN + GATES
+    CARRIED: tl.constexpr = STATES + READS + WEIGHTS
+    HEAD: tl.constexpr = H // HEADS  # units of a head
+    WIDTH: tl.constexpr = R // HEADS  # of its weights
     pid = tl.program_id(0)
     block, group = pid % BLOCKS, pid // BLOCKS
-    d, first = (group % D).to(tl.int64), first_row + (group // D) * ROWS
+    head, of_rows = group % HEADS, group // HEADS
+    d, first = (of_rows % D).to(tl.int64), first_row + (of_rows // D) * ROWS
     counter = counters + group * 16
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
@@ -82,18 +108,20 @@ def scan_backward(
     steps = tl.load(lengths + first).to(tl.int32) if PACKED else T  # rows are sorted: its first row's
     stop = tl.minimum(end, steps + 1)
 
-    units = block * UNITS + tl.arange(0, UNITS)  # [UNITS]
-    units_ok = units < H
+    units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
+    units_ok = units < HEAD
+    units += head * HEAD
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)  # [OUTPUTS]; without projection these are the units
-    outputs_ok = outputs < R
+    outputs_ok = outputs < WIDTH
+    outputs += head * WIDTH
     # the product's rows are outputs, its columns batch rows; or both with gates, a column's gate changing slowest
-    SIDE: tl.constexpr = (4 if GATES == 3 else GATES) if DIAGONAL else 1
-    K: tl.constexpr = H if DIAGONAL else GATES * H
+    SIDE: tl.constexpr = PADDED if DIAGONAL else 1
+    K: tl.constexpr = HEAD if DIAGONAL else GATES * HEAD
     stacked = tl.arange(0, OUTPUTS * SIDE)  # [OUTPUTS * SIDE]
     output, gate = block * OUTPUTS + stacked // SIDE, stacked % SIDE
-    a_ok = (output < R) & (gate < GATES)
-    a_rows = w_hh + d * (GATES * H * R) + gate.to(tl.int64) * (H * R) + output
-    chunks = resident_weights(a_rows, a_ok, K, R, BK, SPLIT, RESIDENT and PHASE != "cell")
+    a_ok = (output < WIDTH) & (gate < GATES)
+    a_rows = w_hh + d * (GATES * H * WIDTH) + (gate * H + head * HEAD).to(tl.int64) * WIDTH + output
+    chunks = resident_weights(a_rows, a_ok, K, WIDTH, HEAD, H, BK, SPLIT, RESIDENT and PHASE != "cell")
     columns = tl.arange(0, SIDE * ROWS)  # [SIDE * ROWS]
     column_gate, column_rows = columns // ROWS, first + columns % ROWS
     columns_ok = (column_rows < B) & (column_gate < GATES)
@@ -102,15 +130,17 @@ def scan_backward(
     else:
         column_length = tl.where(columns_ok, T, 0)
     r_rows = w_hr + d * (R * H) + units
+    own_weights = (b_ih + d * ((GATES + WEIGHTS) * H) + GATES * H + units)[:, None]
+    own_weights = load_tiles(own_weights, units_ok[:, None], WEIGHTS, H)  # [UNITS, 1] each
 
-    state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
+    state_at = (d * B + rows)[None, :] * (CARRIED * H) + units[:, None]  # [UNITS, ROWS]
     state_ok = units_ok[:, None] & rows_ok[None, :]
     n_at = (d * B + rows)[None, :] * R + outputs[:, None]  # [OUTPUTS, ROWS]
     n_ok = outputs_ok[:, None] & rows_ok[None, :]
     final = tl.load(dh_n + n_at, mask=n_ok, other=0.0).to(tl.float32)
-    dc = tl.zeros((UNITS, ROWS), tl.float32)
-    if (CARRY != "none" and PHASE != "state") or CARRY == "hidden":
-        dc = tl.load(carry + state_at, mask=state_ok, other=0.0)
+    dc = ()
+    if PHASE != "state":
+        dc = load_tiles(carry + state_at, state_ok, CARRIED, H)
 
     # what a step needs from memory, and does not wait for, is loaded in the step before
     t = tl.where(backwards, begin, steps - 1 - begin)
@@ -118,13 +148,13 @@ def scan_backward(
     here = (t < length) & (begin < steps)
     values = kept_values(
         saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-        SLOTS, CARRY, D, H, W, PACKED, BATCH_FIRST,
+        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED,
     )  # fmt: skip
     dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
     own = row_index(at, rows, offsets, T, B, PACKED, False)  # [ROWS]
     before = tl.minimum(tl.maximum(tl.where(backwards, t - 1, t + 1), 0), steps - 1)
-    state = da + HIDDEN * H + column_gate * H  # [SIDE * ROWS]
+    state = da + HIDDEN * H + column_gate * H + head * HEAD  # [SIDE * ROWS]
     da_before = state + (d * N + row_index(before, column_rows, offsets, T, B, PACKED, False)) * (P * H)
 
     for s in tl.range(begin, stop, num_stages=1):
@@ -136,12 +166,12 @@ def scan_backward(
         dp_rows = dp + (d * N + own) * R  # [ROWS]
         if PHASE != "cell":
             dh = product(
-                chunks, a_rows, a_ok, da_before, (before < column_length) & (s > 0), K, R, OUTPUTS * SIDE, SIDE * ROWS,
-                BK, SPLIT, RESIDENT, STAGES, PRECISION,
+                chunks, a_rows, a_ok, da_before, (before < column_length) & (s > 0), K, WIDTH, HEAD, H,
+                OUTPUTS * SIDE, SIDE * ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION,
             )  # fmt: skip
             dh = diagonal(dh, OUTPUTS, SIDE, ROWS) if DIAGONAL else released(dh)
-            if CARRY == "hidden":
-                dh += dc
+            if READS:
+                dh += dc[STATES + WEIGHTS]
             dh = tl.where(came[None, :], dh, final)  # [OUTPUTS, ROWS]
             leaving = came & (active == 0)
             tl.store(dh0 + n_at, dh.to(dh0.dtype.element_ty), mask=n_ok & leaving[None, :])
@@ -154,14 +184,17 @@ def scan_backward(
                 wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS)
         if PHASE != "state":
             if PROJECTED:
-                dh = product((), r_rows, units_ok, dp_rows, active, R, H, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION)
+                dh = product(
+                    (), r_rows, units_ok, dp_rows, active, R, H, R, R, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION
+                )
                 dh = released(dh)
-            grads = CELL(dh, dc, *values) if CARRY == "cell" else CELL(dh, *values)
+            grads = CELL(dh, *dc[:STATES], *values, *own_weights)
             store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
             if SYNC:
                 arrive(counter)
-            if CARRY != "none":
-                dc = tl.where(active[None, :], grads[P], dc)
+            if CARRIED:
+                of_states = carried(grads, active[None, :], dc, P, STATES, READS, WEIGHTS)
+                dc = of_states + replaced(grads, P + STATES, READS, active[None, :], dc[STATES + WEIGHTS :])
 
         if SYNC:
             da_before = state + (d * N + row_index(at, column_rows, offsets, T, B, PACKED, False)) * (P * H)
@@ -170,29 +203,37 @@ def scan_backward(
             here = (t < length) & (s + 1 < steps)
             values = kept_values(
                 saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-                SLOTS, CARRY, D, H, W, PACKED, BATCH_FIRST,
+                STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED,
             )  # fmt: skip
             dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
             dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
             own = row_index(at, rows, offsets, T, B, PACKED, False)
             wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS)
-    if CARRY != "none" and PHASE != "state":
-        tl.store(carry + state_at, dc, mask=state_ok)
+    if PHASE != "state":
+        store_tiles(carry + state_at, dc, state_ok, 0, CARRIED, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, lengths, offsets,
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets,
     T, B, N,
-    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
-    D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
+    READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
     UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All steps of ROWS rows in one program, which holds every unit and the states' gradients. Grid: D * blocks of rows."""
+    """All steps of ROWS rows in one program, which holds every unit of a head and the states' gradients.
+
+    Grid: HEADS * D * blocks of rows.
+    """
     P: tl.constexpr = HIDDEN + GATES
+    CARRIED: tl.constexpr = STATES + WEIGHTS
+    HEAD: tl.constexpr = H // HEADS  # units of a head
+    WIDTH: tl.constexpr = R // HEADS  # of its weights
     pid = tl.program_id(0)
-    d, first = (pid % D).to(tl.int64), (pid // D) * ROWS
+    head, of_rows = pid % HEADS, pid // HEADS
+    d, first = (of_rows % D).to(tl.int64), (of_rows // D) * ROWS
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
@@ -200,32 +241,33 @@ def single_backward(
     steps = tl.load(lengths + first).to(tl.int32) if PACKED else T
 
     units = tl.arange(0, UNITS)  # [UNITS]
-    units_ok = units < H
+    units_ok = units < HEAD
     outputs = tl.arange(0, OUTPUTS)  # [OUTPUTS]; without projection these are the units
-    outputs_ok = outputs < R
-    PADDED: tl.constexpr = 4 if GATES == 3 else GATES
+    outputs_ok = outputs < WIDTH
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
-    at = w_hh + d * (GATES * H * R) + (gate * H + unit)[None, :] * R + outputs[:, None]
-    w = tl.load(at, mask=outputs_ok[:, None] & ((gate < GATES) & (unit < H))[None, :], other=0.0)  # [OUTPUTS, PADDED * UNITS]
+    at = w_hh + d * (GATES * H * WIDTH) + (gate * H + head * HEAD + unit)[None, :] * WIDTH + outputs[:, None]
+    w = tl.load(at, mask=outputs_ok[:, None] & ((gate < GATES) & (unit < HEAD))[None, :], other=0.0)  # [OUTPUTS, PADDED * UNITS]
+    units += head * HEAD
+    outputs += head * WIDTH
+    own_weights = (b_ih + d * ((GATES + WEIGHTS) * H) + GATES * H + units)[:, None]
+    own_weights = load_tiles(own_weights, units_ok[:, None], WEIGHTS, H)  # [UNITS, 1] each
     if PROJECTED:
         at = w_hr + d * (R * H) + outputs[None, :] * H + units[:, None]
         proj = tl.load(at, mask=units_ok[:, None] & outputs_ok[None, :], other=0.0)  # [UNITS, OUTPUTS]
 
-    state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
+    state_at = (d * B + rows)[None, :] * (CARRIED * H) + units[:, None]  # [UNITS, ROWS]
     state_ok = units_ok[:, None] & rows_ok[None, :]
     n_at = (d * B + rows)[None, :] * R + outputs[:, None]  # [OUTPUTS, ROWS]
     n_ok = outputs_ok[:, None] & rows_ok[None, :]
     dh = tl.load(dh_n + n_at, mask=n_ok, other=0.0).to(tl.float32)
-    dc = tl.zeros((UNITS, ROWS), tl.float32)
-    if CARRY != "none":
-        dc = tl.load(carry + state_at, mask=state_ok, other=0.0)
+    dc = load_tiles(carry + state_at, state_ok, CARRIED, H)
 
     # loaded a step ahead
     t = tl.where(backwards, 0, steps - 1)
     values = kept_values(
         saved, y, h0, c0, offsets, t, t < length, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-        SLOTS, CARRY, D, H, W, PACKED, BATCH_FIRST,
+        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED,
     )  # fmt: skip
     dy_rows = dy + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & (t < length)[None, :], 1, 0)
@@ -238,7 +280,7 @@ def single_backward(
         here = (ahead < length) & (s + 1 < steps)
         values = kept_values(
             saved, y, h0, c0, offsets, ahead, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-            SLOTS, CARRY, D, H, W, PACKED, BATCH_FIRST,
+            STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED,
         )  # fmt: skip
         dy_rows = dy + row_index(ahead, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
         dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
@@ -249,19 +291,20 @@ def single_backward(
             d_proj = d_out.to(dp.dtype.element_ty)
             tl.store(dp_rows[None, :] + outputs[:, None], d_proj, mask=outputs_ok[:, None] & active[None, :])
             d_out = released(tl.dot(proj, d_proj, input_precision=PRECISION))  # [UNITS, ROWS]
-        grads = CELL(d_out, dc, *now) if CARRY == "cell" else CELL(d_out, *now)
+        grads = CELL(d_out, *dc[:STATES], *now, *own_weights)
         da_rows = da + own * (P * H)
         store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
-        d_hidden = stack(grads, HIDDEN, GATES, UNITS, ROWS).to(da.dtype.element_ty)
+        d_hidden = stack(grads, HIDDEN, GATES, PADDED, UNITS, ROWS).to(da.dtype.element_ty)
+        if UNITS > HEAD:  # of no unit it may be NaN, which zeros among the weights do not take away
+            d_hidden = tl.where((unit < HEAD)[:, None], d_hidden, 0.0)
         new = released(tl.dot(w, d_hidden, input_precision=PRECISION))  # [OUTPUTS, ROWS]
-        if CARRY == "hidden":
-            new += grads[P]
-        if CARRY == "cell":
-            dc = tl.where(active[None, :], grads[P], dc)
+        if READS:
+            new += grads[P + STATES]
+        if CARRIED:
+            dc = carried(grads, active[None, :], dc, P, STATES, READS, WEIGHTS)
         dh = tl.where(active[None, :], new, dh)
     tl.store(dh0 + n_at, dh.to(dh0.dtype.element_ty), mask=n_ok)
-    if CARRY == "cell":
-        tl.store(carry + state_at, dc, mask=state_ok)
+    store_tiles(carry + state_at, dc, state_ok, 0, CARRIED, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "blocks", "d"])

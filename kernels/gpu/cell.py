@@ -1,17 +1,23 @@
-"""The cells of cells.py as Triton functions, and the elementary functions they are written with.
+"""Cells as Triton functions, and the elementary functions that they are made of.
 
 There are two sets: with PTX's own approximations of 2^x and 1/x, each right to two units in the last place, for CUDA; and
 with Triton's, which guard against subnormal numbers that no gate can tell from zero, for ROCm and the interpreter.
+
+What a cell's function is printed as (derive.py) is the text that Triton compiles. Triton keeps the machine code in its own
+cache, under a hash of that text and of all it calls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from ..cells import CELLS, bind
+from ..cells import Cell, bind
 
 
 @triton.jit
@@ -46,9 +52,79 @@ def _tanh(x):
     return tl.where(tl.abs(x) < 0.4, x + x * q * series, far)
 
 
+def _exp(x):
+    """2^n e^r, x = n ln 2 + r with 0 <= r < ln 2: 2^x alone would have the rounding of x log2(e), many units of a large x."""
+    x = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))  # NaN stays
+    n = tl.floor(1.4426950408889634 * x)
+    r = (x - n * 0.693359375) + n * 2.12194440e-4  # Cephes: ln 2 in two parts, the first of so few bits that n times it is exact
+    return exp2(n) * exp2(1.4426950408889634 * r)  # noqa: F821 (bound below)
+
+
+def _expm1(x):
+    """Taylor's series up to x^10 where the difference would lose much."""
+    series = 1 / 720 + x * (1 / 5040 + x * (1 / 40320 + x * (1 / 362880 + x * (1 / 3628800))))
+    series = 1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * series))))
+    return tl.where(tl.abs(x) < 0.7, x * series, exp(x) - 1)  # noqa: F821 (bound below)
+
+
+def _log(x):
+    """x = 2^e m, m from sqrt(1/2) to sqrt(2): e ln 2 + 2 artanh(s), s = (m - 1) / (m + 1)."""
+    small = x < 1.1754943508222875e-38
+    bits = tl.where(small, x * 18014398509481984.0, x).to(tl.int32, bitcast=True) - 0x3F3504F3
+    m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    e = (bits >> 23).to(tl.float32) - tl.where(small, 54.0, 0.0)
+    s = (m - 1) / (m + 1)
+    q = s * s
+    series = 2 / 3 + q * (2 / 5 + q * (2 / 7 + q * (2 / 9 + q * (2 / 11))))
+    found = e * 0.693359375 + (2 * s + (s * q * series - e * 2.12194440e-4))
+    return tl.where((x > 0) & (x < float("inf")), found, tl.where(x == 0, float("-inf"), tl.where(x > 0, x, float("nan"))))
+
+
+def _log1p(x):
+    """log(u) and what u = 1 + x has lost."""
+    u = 1 + x
+    found = log(u)  # noqa: F821 (bound below)
+    return tl.where((u > 0) & (u < float("inf")), found - ((u - 1) - x) / u, found)
+
+
+def _logsigmoid(x):
+    """min(x, 0) - log(1 + y), y = e^-|x|: 2 artanh(s), s = y / (2 + y) up to 1/3."""
+    y = exp(-tl.abs(x))  # noqa: F821 (bound below)
+    s = y * reciprocal(2 + y)  # noqa: F821 (bound below)
+    q = s * s
+    series = 2 / 9 + q * (2 / 11 + q * (2 / 13 + q * (2 / 15)))
+    series = 2 + q * (2 / 3 + q * (2 / 5 + q * (2 / 7 + q * series)))
+    return tl.where(x < 0, x, 0.0) - s * series  # NaN stays by y
+
+
 @triton.jit
 def relu(x):
     return tl.where(x <= 0, 0.0, x)  # NaN stays
+
+
+@triton.jit
+def absolute(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def sqrt(x):
+    return tl.sqrt_rn(x)
+
+
+@triton.jit
+def erf(x):
+    return tl.erf(x)
+
+
+@triton.jit
+def minimum(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -61,18 +137,39 @@ def full_like(x, number):
     return tl.full(x.shape, number, x.dtype)
 
 
-class Cells:
-    """The cells by name, forward and backward, and the functions they share, over one 2^x and one 1/x."""
+PLAIN_FUNCTIONS = {
+    "abs": absolute, "erf": erf, "full_like": full_like, "maximum": maximum, "minimum": minimum, "relu": relu, "sqrt": sqrt,
+    "where": where,
+}  # fmt: skip
+
+
+class Functions:
+    """What cells are made of, by name, over one 2^x and one 1/x."""
 
     def __init__(self, exp2: Any, reciprocal: Any) -> None:
-        elementary = {"exp2": exp2, "reciprocal": reciprocal, "tl": tl}
-        self.sigmoid, self.tanh = (triton.jit(bind(function, **elementary)) for function in (_sigmoid, _tanh))
-        self.relu = relu
-        functions = {"sigmoid": self.sigmoid, "tanh": self.tanh, "relu": relu, "where": where, "full_like": full_like}
-        names = {"__name__": __name__, "tl": tl, **functions}  # tl: Triton's interpreter looks for it
-        built_in = {name: cell for name, cell in CELLS.items() if cell.mode}
-        self.forward = {name: triton.jit(cell.derived.forward.bind(names)) for name, cell in built_in.items()}
-        self.backward = {name: triton.jit(cell.derived.backward.bind(names)) for name, cell in built_in.items()}
+        names = {"exp2": exp2, "reciprocal": reciprocal, "tl": tl}
+        for function in (_sigmoid, _tanh, _exp, _expm1, _log, _log1p, _logsigmoid):  # each over those before it
+            names[function.__name__[1:]] = triton.jit(bind(function, **names))
+        self.by_name = {"__name__": __name__, **names, **PLAIN_FUNCTIONS}  # tl: Triton's interpreter looks for it
 
 
-PTX, PLAIN = Cells(_exp2_ptx, _reciprocal_ptx), Cells(_exp2, _reciprocal)
+PTX, PLAIN = Functions(_exp2_ptx, _reciprocal_ptx), Functions(_exp2, _reciprocal)
+
+
+@cache
+def bound(cell: Cell, functions: Functions, forward: bool) -> Any:
+    """A pass of a cell as a Triton function, with h behind the other states among parameters and results."""
+    code = cell.derived.forward if forward else cell.derived.backward
+    states = [name for name, _ in cell.derived.before]
+    later = len(states) - 1 - states.index("h") if cell.reads_hidden else 0
+    code = replace(code, parameters=_moved(code.parameters, "h", later), results=_moved(code.results, "d_h", later))
+    return triton.jit(code.bind(functions.by_name))
+
+
+def _moved(named: Sequence[tuple[str, Any]], name: str, later: int) -> tuple[tuple[str, Any], ...]:
+    """The same with one of them, if it is there, so many places later."""
+    names = [each for each, _ in named]
+    if name not in names:
+        return tuple(named)
+    at = names.index(name)
+    return *named[:at], *named[at + 1 : at + 1 + later], named[at], *named[at + 1 + later :]

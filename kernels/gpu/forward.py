@@ -8,13 +8,18 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     y        [..., D*R], the layout of the op
     out      [D, B, H], the output before its projection, where it is not kept
     h0, h_n  [D, B, R]
-    carry    [D, B, H] float32: what enters element by element (c, or h of GRU); the initial one, in the end the final one
+    carry    [D, B, C*H] float32: the C states that enter element by element, h the last; the initial ones, in the end the
+             final ones
     w_hh, w_hr, b_ih, b_hh   as in the op, with a leading axis D
     lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED
     counters [groups, 16] int64, zero: see barrier.py; only used where both phases or several steps share a launch
 
-A program has UNITS units of every gate (and OUTPUTS outputs of the projection) and ROWS rows; programs of the same rows and
-direction are a group. Groups never wait for each other, and stop with the longest of their rows.
+A program has UNITS units of every gate (and OUTPUTS outputs of the projection) and ROWS rows, of one head where there are
+several; programs of the same rows, direction and head are a group. Groups never wait for each other, and stop with the longest
+of their rows.
+
+What a cell is, both passes are told by GATES, HIDDEN, STATES, READS (cells.Cell.reads_hidden), WEIGHTS, KEPT and SLOTS, as in
+cells.py. PADDED is the power of two at GATES or above.
 """
 
 from __future__ import annotations
@@ -23,15 +28,14 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, wait
-from .tile import load_tiles, product, released, resident_weights, row_index, store_tiles, unstack
+from .tile import load_tiles, product, released, replaced, resident_weights, row_index, store_tiles, unstack
 
 
 @triton.jit
-def input_biases(b_ih, b_hh, units, H: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
+def input_biases(b_ih, b_hh, units, ok, H: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
                  BIAS: tl.constexpr):  # fmt: skip
     """What is added to each pre-activation in the cell's order, [UNITS, 1] float32 each."""
     biases = ()
-    ok = units < H
     for k in tl.static_range(HIDDEN + GATES):
         bias = tl.zeros_like(units).to(tl.float32)
         if BIAS and k < GATES:
@@ -56,26 +60,44 @@ def preactivations(inputs, hiddens, biases, GATES: tl.constexpr, HIDDEN: tl.cons
     return a
 
 
+@triton.jit
+def save_slots(at, new, ok, KEPT: tl.constexpr, SLOTS: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr):
+    """What backward needs of a cell's results: at the first slots what is kept, at the last the states."""
+    store_tiles(at, new, ok, 1, KEPT, H)
+    store_tiles(at + (SLOTS - STATES) * H, new, ok, 1 + KEPT, STATES, H)
+
+
+@triton.jit
+def carried(new, active, p, KEPT: tl.constexpr, STATES: tl.constexpr, READS: tl.constexpr):
+    """The states after a step, of a cell's results where rows are active, else as before."""
+    return replaced(new, 1 + KEPT, STATES, active, p) + replaced(new, 0, READS, active, p[STATES:])
+
+
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
     kept, y, out, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, counters,
     T, B, N, first_row, begin, end,
-    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr,
-    CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
+    STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
-    """Steps begin...end of the layer. Grid: BLOCKS * D * blocks of rows.
+    """Steps begin...end of the layer. Grid: BLOCKS * HEADS * D * blocks of rows.
 
     PHASE:   "gates" or "project", one half of a projected step, or "both".
-    ALIGNED: rows of y and h0 start at multiples of 16 bytes.
+    ALIGNED: rows of y and h0, and heads in them, start at multiples of 16 bytes.
     SYNC:    programs meet where one needs what others have stored; without, a launch has one step (and one phase if PROJECTED).
     """
+    CARRIED: tl.constexpr = STATES + READS
+    HEAD: tl.constexpr = H // HEADS  # units of a head
+    K: tl.constexpr = R // HEADS  # what is multiplied with its weights
     pid = tl.program_id(0)
     block, group = pid % BLOCKS, pid // BLOCKS
-    d, first = (group % D).to(tl.int64), first_row + (group // D) * ROWS
+    head, of_rows = group % HEADS, group // HEADS
+    d, first = (of_rows % D).to(tl.int64), first_row + (of_rows // D) * ROWS
     counter = counters + group * 16
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
@@ -84,22 +106,24 @@ def scan_forward(
     steps = tl.load(lengths + first).to(tl.int32) if PACKED else T  # rows are sorted: its first row's
     stop = tl.minimum(end, steps)
 
-    units = block * UNITS + tl.arange(0, UNITS)  # [UNITS]
-    units_ok = units < H
+    units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
+    units_ok = units < HEAD
+    units += head * HEAD
     tile_ok = units_ok[:, None] & rows_ok[None, :]  # [UNITS, ROWS]
-    PADDED: tl.constexpr = 4 if GATES == 3 else GATES
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, block * UNITS + stacked % UNITS
-    a_rows = w_hh + d * (GATES * H * R) + (gate * H + unit).to(tl.int64) * R
-    a_ok = (gate < GATES) & (unit < H)
-    chunks = resident_weights(a_rows, a_ok, R, 1, BK, SPLIT, RESIDENT and PHASE != "project")
-    biases = input_biases(b_ih + d * (GATES * H), b_hh + d * (GATES * H), units, H, GATES, HIDDEN, INPUT, BIAS)
+    a_rows = w_hh + d * (GATES * H * K) + (gate * H + head * HEAD + unit).to(tl.int64) * K
+    a_ok = (gate < GATES) & (unit < HEAD)
+    chunks = resident_weights(a_rows, a_ok, K, 1, K, K, BK, SPLIT, RESIDENT and PHASE != "project")
+    b_ih += d * ((GATES + WEIGHTS) * H)
+    biases = input_biases(b_ih, b_hh + d * (GATES * H), units, units_ok, H, GATES, HIDDEN, INPUT, BIAS)
+    own = load_tiles((b_ih + GATES * H + units)[:, None], units_ok[:, None], WEIGHTS, H)  # [UNITS, 1] each
 
     h0_rows = h0 + (d * B + rows) * R  # [ROWS]
-    state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
-    p = tl.zeros((UNITS, ROWS), tl.float32)
-    if CARRY != "none" and PHASE != "project":
-        p = tl.load(carry + state_at, mask=tile_ok, other=0.0)
+    state_at = (d * B + rows)[None, :] * (CARRIED * H) + units[:, None]  # [UNITS, ROWS]
+    p = ()
+    if PHASE != "project":
+        p = load_tiles(carry + state_at, tile_ok, CARRIED, H)
 
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)  # [OUTPUTS]
     outputs_ok = outputs < R
@@ -124,13 +148,15 @@ def scan_forward(
         if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
             h_rows = tl.where(joined, y_before, h0_rows)
+            if HEADS > 1:  # a sum with nothing would take what is said of it away
+                h_rows += head * K
             if ALIGNED:  # of a choice between pointers the compiler forgets it
                 h_rows = tl.multiple_of(h_rows, 16)
             acc = product(
-                chunks, a_rows, a_ok, h_rows, active, R, 1, PADDED * UNITS, ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION
+                chunks, a_rows, a_ok, h_rows, active, K, 1, K, K, PADDED * UNITS, ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION
             )
             a = preactivations(inputs, unstack(acc, PADDED, UNITS, ROWS), biases, GATES, HIDDEN)
-            new = CELL(*a) if CARRY == "none" else CELL(*a, p)
+            new = CELL(*a, *p, *own)
             h = new[0].to(y.dtype.element_ty)
             if PROJECTED:
                 tl.store(out_rows[None, :] + units[:, None], h, mask=ok)
@@ -139,17 +165,18 @@ def scan_forward(
             if SYNC:
                 arrive(counter)
             if not PROJECTED:
-                tl.store(h_n + state_at, h, mask=units_ok[:, None] & last[None, :])
+                n_at = (d * B + rows)[None, :] * H + units[:, None]
+                tl.store(h_n + n_at, h, mask=units_ok[:, None] & last[None, :])
             if SAVE:
-                store_tiles(kept_rows[None, :] + units[:, None], new, ok, 1, SLOTS, H)
-            if CARRY == "cell":
-                p = tl.where(active[None, :], new[SLOTS], p)
-            elif CARRY == "hidden":
-                p = tl.where(active[None, :], new[0], p)
+                save_slots(kept_rows[None, :] + units[:, None], new, ok, KEPT, SLOTS, STATES, H)
+            if CARRIED:
+                p = carried(new, active[None, :], p, KEPT, STATES, READS)
             if SYNC and PROJECTED:
                 wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS)
         if PROJECTED and PHASE != "gates":
-            proj = product((), r_rows, outputs_ok, out_rows, active, H, 1, OUTPUTS, ROWS, BK, SPLIT, False, STAGES, PRECISION)
+            proj = product(
+                (), r_rows, outputs_ok, out_rows, active, H, 1, H, H, OUTPUTS, ROWS, BK, SPLIT, False, STAGES, PRECISION
+            )
             proj = released(proj).to(y.dtype.element_ty)  # [OUTPUTS, ROWS]
             tl.store(y_rows[None, :] + outputs[:, None], proj, mask=outputs_ok[:, None] & active[None, :])
             n_at = (d * B + rows)[None, :] * R + outputs[:, None]
@@ -169,22 +196,27 @@ def scan_forward(
                 wait(counter, (2 * (s - begin) + 2).to(tl.int64) * BLOCKS)
             else:
                 wait(counter, (s - begin + 1).to(tl.int64) * BLOCKS)
-    if CARRY != "none" and PHASE != "project":
-        tl.store(carry + state_at, p, mask=tile_ok)
+    if PHASE != "project":
+        store_tiles(carry + state_at, p, tile_ok, 0, CARRIED, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_forward(
     kept, y, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets,
     T, B, N,
-    CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr,
-    CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
+    STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     SAVE: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All steps of ROWS rows in one program, which holds every unit and the state. Grid: D * blocks of rows."""
+    """All steps of ROWS rows in one program, which holds every unit of a head and the state. Grid: HEADS * D * blocks of rows."""
+    CARRIED: tl.constexpr = STATES + READS
+    HEAD: tl.constexpr = H // HEADS  # units of a head
+    K: tl.constexpr = R // HEADS
     pid = tl.program_id(0)
-    d, first = (pid % D).to(tl.int64), (pid // D) * ROWS
+    head, of_rows = pid % HEADS, pid // HEADS
+    d, first = (of_rows % D).to(tl.int64), (of_rows // D) * ROWS
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
@@ -192,26 +224,28 @@ def single_forward(
     steps = tl.load(lengths + first).to(tl.int32) if PACKED else T
 
     units = tl.arange(0, UNITS)  # [UNITS]
-    units_ok = units < H
+    units_ok = units < HEAD
     outputs = tl.arange(0, OUTPUTS)  # [OUTPUTS]; without projection these are the units
-    outputs_ok = outputs < R
-    biases = input_biases(b_ih + d * (GATES * H), b_hh + d * (GATES * H), units, H, GATES, HIDDEN, INPUT, BIAS)
-    PADDED: tl.constexpr = 4 if GATES == 3 else GATES
+    outputs_ok = outputs < K
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
-    at = w_hh + d * (GATES * H * R) + (gate * H + unit)[:, None] * R + outputs[None, :]
-    w = tl.load(at, mask=((gate < GATES) & (unit < H))[:, None] & outputs_ok[None, :], other=0.0)  # [PADDED * UNITS, OUTPUTS]
+    at = w_hh + d * (GATES * H * K) + (gate * H + head * HEAD + unit)[:, None] * K + outputs[None, :]
+    w = tl.load(at, mask=((gate < GATES) & (unit < HEAD))[:, None] & outputs_ok[None, :], other=0.0)  # [PADDED * UNITS, OUTPUTS]
+    units += head * HEAD
+    outputs += head * K
+    b_ih += d * ((GATES + WEIGHTS) * H)
+    biases = input_biases(b_ih, b_hh + d * (GATES * H), units, units_ok, H, GATES, HIDDEN, INPUT, BIAS)
+    own = load_tiles((b_ih + GATES * H + units)[:, None], units_ok[:, None], WEIGHTS, H)  # [UNITS, 1] each
     if PROJECTED:
         at = w_hr + d * (R * H) + outputs[:, None] * H + units[None, :]
         proj = tl.load(at, mask=outputs_ok[:, None] & units_ok[None, :], other=0.0)  # [OUTPUTS, UNITS]
 
-    state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
+    state_at = (d * B + rows)[None, :] * (CARRIED * H) + units[:, None]  # [UNITS, ROWS]
+    state_ok = units_ok[:, None] & rows_ok[None, :]
     n_at = (d * B + rows)[None, :] * R + outputs[:, None]  # [OUTPUTS, ROWS]
     n_ok = outputs_ok[:, None] & rows_ok[None, :]
     h = tl.load(h0 + n_at, mask=n_ok, other=0.0)
-    p = tl.zeros((UNITS, ROWS), tl.float32)
-    if CARRY != "none":
-        p = tl.load(carry + state_at, mask=units_ok[:, None] & rows_ok[None, :], other=0.0)
+    p = load_tiles(carry + state_at, state_ok, CARRIED, H)
 
     # loaded a step ahead
     t = tl.where(backwards, steps - 1, 0)
@@ -231,14 +265,14 @@ def single_forward(
 
         hiddens = unstack(tl.dot(w, h, input_precision=PRECISION), PADDED, UNITS, ROWS)
         a = preactivations(own_inputs, hiddens, biases, GATES, HIDDEN)
-        new = CELL(*a) if CARRY == "none" else CELL(*a, p)
+        new = CELL(*a, *p, *own)
         out = new[0].to(y.dtype.element_ty)
+        if UNITS > HEAD:  # of no unit it may be NaN, which zeros among the weights do not take away
+            out = tl.where(units_ok[:, None], out, 0.0)
         if SAVE:
-            store_tiles(own_rows[None, :] + units[:, None], new, ok, 1, SLOTS, H)
-        if CARRY == "cell":
-            p = tl.where(active[None, :], new[SLOTS], p)
-        elif CARRY == "hidden":
-            p = tl.where(active[None, :], new[0], p)
+            save_slots(own_rows[None, :] + units[:, None], new, ok, KEPT, SLOTS, STATES, H)
+        if CARRIED:
+            p = carried(new, active[None, :], p, KEPT, STATES, READS)
         if PROJECTED:
             if SAVE:
                 tl.store(own_rows[None, :] + SLOTS * H + units[:, None], out, mask=ok)
@@ -247,5 +281,4 @@ def single_forward(
         tl.store(y_rows[None, :] + outputs[:, None], out, mask=outputs_ok[:, None] & active[None, :])
         h = tl.where(active[None, :], out, h)
     tl.store(h_n + n_at, h, mask=n_ok)
-    if CARRY != "none":
-        tl.store(carry + state_at, p, mask=units_ok[:, None] & rows_ok[None, :])
+    store_tiles(carry + state_at, p, state_ok, 0, CARRIED, H)

@@ -17,8 +17,8 @@ from ..layer import Inputs, Layer, Needs, Outer, Steps, layer_of
 from . import DTYPES, device_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
-from .cell import PLAIN, PTX
-from .plan import Plan, choose
+from .cell import PLAIN, PTX, bound
+from .plan import Plan, choose, stacked
 from .precision import precision_of, products_in
 
 
@@ -51,6 +51,7 @@ class Call:
         self.cells = PTX if x.is_cuda and not torch.version.hip else PLAIN
         self.x, self.dtype, self.device = x, x.dtype, x.device
         self.D, self.B, self.R = inputs.h0.shape
+        self.heads = layer.heads
         self.H, self.I, self.steps = weights[0].shape[0] // self.cell.gates, x.shape[-1], Steps(layer, inputs)
         self.T, self.N, self.packed = self.steps.steps, self.steps.rows, self.steps.packed
         self.batch_first = self.steps.axis == 1
@@ -93,10 +94,15 @@ class Call:
         cell = self.cell
         constants = {
             "GATES": cell.gates,
+            "PADDED": stacked(cell.gates),
             "HIDDEN": cell.hidden,
+            "STATES": cell.states,
+            "READS": int(cell.reads_hidden),
+            "WEIGHTS": cell.weights,
+            "KEPT": cell.kept,
             "SLOTS": cell.slots,
-            "CARRY": cell.carry or "none",
             "D": self.D,
+            "HEADS": self.heads,
             "H": self.H,
             "R": self.R,
             "PACKED": self.packed,
@@ -126,18 +132,18 @@ class Call:
         options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 1}
         if plan.registers:
             options["maxnreg"] = plan.registers
-        sizes = {"T": self.T, "B": self.B, "N": self.N}
+        sizes, sides = {"T": self.T, "B": self.B, "N": self.N}, self.D * self.heads
         blocks_of_rows = -(-self.B // plan.rows)
         if plan.schedule == "single":
-            yield Launch(single, (self.D * blocks_of_rows,), arguments | sizes, options)
+            yield Launch(single, (sides * blocks_of_rows,), arguments | sizes, options)
             return
         if plan.schedule == "persistent":
             waves = -(-blocks_of_rows // plan.groups)
-            counters = torch.zeros(waves, plan.groups * self.D, 16, dtype=torch.int64, device=self.device)
+            counters = torch.zeros(waves, plan.groups * sides, 16, dtype=torch.int64, device=self.device)
             for wave in range(waves):
                 groups = min(plan.groups, blocks_of_rows - wave * plan.groups)
                 given = {"counters": counters[wave], "first_row": wave * plan.groups * plan.rows, "begin": 0, "end": steps}
-                grid = (plan.blocks * self.D * groups,)
+                grid = (plan.blocks * sides * groups,)
                 yield Launch(
                     scan, grid, arguments | sizes | given | {"PHASE": "both"}, options | {"launch_cooperative_grid": True}
                 )
@@ -146,7 +152,7 @@ class Call:
         for step in range(steps):
             for phase in phases:
                 given = {"counters": counters, "first_row": 0, "begin": step, "end": step + 1, "PHASE": phase}
-                yield Launch(scan, (plan.blocks * self.D * blocks_of_rows,), arguments | sizes | given, options)
+                yield Launch(scan, (plan.blocks * sides * blocks_of_rows,), arguments | sizes | given, options)
 
 
 def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
@@ -173,9 +179,8 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
         for d in range(call.D):
             torch.mm(rows, call.input_weights(d).T, out=kept[d][:, : gates * call.H])
     y, h_n = x.new_empty(*x.shape[:-1], call.D * call.R), x.new_empty(call.D, call.B, call.R)
-    carry = call.nothing
-    if call.cell.carry is not None:
-        carry = (h0 if c0 is None else c0).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    states = [*([c0] if c0 is not None else []), *([h0] if call.cell.reads_hidden else [])]
+    carry = torch.cat([state.float() for state in states], -1) if states else call.nothing
     arguments = {
         "kept": kept,
         "y": y,
@@ -188,7 +193,7 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
         "h_n": h_n,
         "lengths": call.lengths,
         "offsets": call.offsets,
-        "CELL": call.cells.forward[call.cell.name],
+        "CELL": bound(call.cell, call.cells, True),
         "INPUT": call.cell.input,
         "W": kept.shape[-1],
         "BIAS": call.layer.bias,
@@ -197,12 +202,12 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
     }
     if plan.schedule != "single":
         arguments["out"] = x.new_empty(call.D, call.B, call.H) if call.layer.projected and not save else call.nothing
-        arguments["ALIGNED"] = (call.R * x.element_size()) % 16 == 0 and arguments["h0"].data_ptr() % 16 == 0
+        arguments["ALIGNED"] = (call.R // call.heads * x.element_size()) % 16 == 0 and arguments["h0"].data_ptr() % 16 == 0
     phases = ("gates", "project") if call.layer.projected else ("both",)
     kernels = forward_kernels.single_forward, forward_kernels.scan_forward
     for launch in call.launches(plan, *kernels, arguments, call.T, phases):
         call.run(launch)
-    c_n = carry.to(x.dtype) if call.cell.carry == "cell" else x.new_empty(0)
+    c_n = carry[..., : call.cell.states * call.H].to(x.dtype, memory_format=torch.contiguous_format) if c0 is not None else x.new_empty(0)
     saved = x.new_empty(0)
     if save:
         saved = kept if call.slots else x.new_empty(call.D, call.N, 0)
@@ -212,12 +217,15 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
 def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, plan: Plan, precision: str):
     """dx, dh0, dc0, and a list of dw."""
     (x, _, h0, c0), (dy, dh_n, dc_n) = call.inputs, outer
-    D, B, N, H, R, gates, hidden = call.D, call.B, call.N, call.H, call.R, call.cell.gates, call.cell.hidden
-    da, dp = x.new_empty(D, N, call.cell.preactivations * H), x.new_empty(D, N, R) if call.layer.projected else call.nothing
+    D, B, N, H, R, cell = call.D, call.B, call.N, call.H, call.R, call.cell
+    da, dp = x.new_empty(D, N, cell.preactivations * H), x.new_empty(D, N, R) if call.layer.projected else call.nothing
     dh0, h0, y = x.new_empty(D, B, R), h0.contiguous(), y.contiguous()
-    carry = torch.zeros(D, B, H, dtype=torch.float32, device=x.device) if call.cell.carry is not None else call.nothing
+    # gradients of states and of the cell's own weights, and in a scan of h element by element
+    width = cell.states + cell.weights + (cell.reads_hidden and plan.schedule != "single")
+    carry = torch.zeros(D, B, width, H, dtype=torch.float32, device=x.device)
+    of_states, of_weights = carry[:, :, : cell.states].flatten(2), carry[:, :, cell.states : cell.states + cell.weights]
     if dc_n is not None:
-        carry.copy_(dc_n)
+        of_states.copy_(dc_n)
     arguments = {
         "saved": saved.contiguous(),
         "y": y,
@@ -231,9 +239,11 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
         "carry": carry,
         "w_hh": call.w_hh,
         "w_hr": call.w_hr,
+        "b_ih": call.b_ih,
         "lengths": call.lengths,
         "offsets": call.offsets,
-        "CELL": call.cells.backward[call.cell.name],
+        "CELL": bound(call.cell, call.cells, False),
+        "OUTPUT": cell.derived.reads_output,
         "W": call.slots,
         **call.constants(plan, precision),
     }
@@ -243,11 +253,11 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
     kernels = backward_kernels.single_backward, backward_kernels.scan_backward
     for launch in call.launches(plan, *kernels, arguments, call.T + 1, phases):
         call.run(launch)
-    dc0 = carry.to(x.dtype) if needs.dh0 and call.cell.carry == "cell" else x.new_empty(0)
-    d_input, d_hidden = da[..., : gates * H], da[..., hidden * H :]
+    dc0 = of_states.to(x.dtype, memory_format=torch.contiguous_format) if needs.dh0 and cell.states else x.new_empty(0)
+    d_input, d_hidden = da[..., : cell.gates * H], da[..., cell.hidden * H :]
     with products_in(call.dtype, precision):
         dx = _input_gradient(call, d_input) if needs.dx else x.new_empty(0)
-        dw = _weight_gradients(call, d_input, d_hidden, dp, y, h0, saved) if needs.dw else []
+        dw = _weight_gradients(call, d_input, d_hidden, of_weights, dp, y, h0, saved) if needs.dw else []
     return dx, dh0 if needs.dh0 else x.new_empty(0), dc0, dw
 
 
@@ -260,25 +270,31 @@ def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
     return dx.view(call.x.shape)
 
 
-def _weight_gradients(call: Call, d_input, d_hidden, dp, y, h0, saved) -> list[Tensor]:
-    """Of each weight, in the order of the weights, each in memory of its own."""
+def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, saved) -> list[Tensor]:
+    """Of each weight, in the order of the weights, each in memory of its own.
+
+    of_weights: of the cell's own weights, [D, B, W, H] float32.
+    """
     cell, H = call.cell, call.H
     order = [cell.input.index(gate) for gate in range(cell.gates)]  # torch's gates among the cell's arguments
     rows, grads = call.steps.flat(call.x), []
     for d in range(call.D):
-        w_hh = call.x.new_empty(cell.gates * H, call.R)
+        w_hh = call.x.new_empty(cell.gates * H, call.R // call.heads)
         _hidden_weight_gradient(call, d, d_hidden[d], y, h0[d], w_hh)
         grads += [_gates_in(order, torch.mm(d_input[d].T, rows)), w_hh]
         if call.layer.bias:
             b_ih = d_input[d].sum(0)
-            grads += [_gates_in(order, b_ih), d_hidden[d].sum(0) if cell.hidden else b_ih.clone()]
+            b_hh = d_hidden[d].sum(0) if cell.hidden else b_ih.clone()
+            own = [of_weights[d].sum(0).flatten().to(b_ih.dtype)] if cell.weights else []
+            b_ih = _gates_in(order, b_ih)
+            grads += [torch.cat([b_ih, *own]) if own else b_ih, b_hh]
         if call.layer.projected:
             grads.append(torch.mm(dp[d].T, saved[d][:, -H:]))
     return grads
 
 
 def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tensor, dw: Tensor) -> None:
-    """dw [G*H, R], out: the sum over all steps of da^T [G*H, rows] with the state [rows, R] that the step began with."""
+    """dw [G*H, R / heads], out: the sum over all steps of da^T [G*H, rows] with the state [rows, R] that the step began with."""
     B, N, R = call.B, call.N, call.R
     backwards = call.layer.reverse != (d == 1)
     if not (call.packed or call.batch_first):  # those states are y, a step later
@@ -286,9 +302,9 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
         first, later, earlier = (
             (slice(N - B, N), slice(N - B), slice(B, N)) if backwards else (slice(B), slice(B, N), slice(N - B))
         )
-        torch.mm(da[first].T, h0, out=dw)
+        _product_of_heads(call.heads, dw, da[first], h0)
         if call.T > 1:
-            dw.addmm_(da[later].T, states[earlier])
+            _product_of_heads(call.heads, dw, da[later], states[earlier], add=True)
         return
     before = y.new_empty(N, R)
     columns = min(128, max(16, 1 << (R - 1).bit_length()))
@@ -312,7 +328,18 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
         "COLUMNS": columns,
     }
     call.run(Launch(backward_kernels.states_before, (call.T * blocks, -(-R // columns)), arguments, {"num_warps": 4}))
-    torch.mm(da.T, before, out=dw)
+    _product_of_heads(call.heads, dw, da, before)
+
+
+def _product_of_heads(heads: int, dw: Tensor, da: Tensor, states: Tensor, add: bool = False) -> None:
+    """dw [G*H, R / heads], out: the product of da^T [G*H, rows] with states [rows, R], each head's rows with its columns."""
+    if heads == 1:
+        dw.addmm_(da.T, states, beta=int(add))
+        return
+    width = dw.shape[1]
+    by_head = states.unflatten(1, (heads, width)).transpose(0, 1)  # [heads, rows, R / heads]
+    for own, grads in zip(dw.split(heads * width), da.split(heads * width, 1), strict=True):  # of each gate
+        own.view(heads, width, width).baddbmm_(grads.unflatten(1, (heads, width)).permute(1, 2, 0), by_head, beta=int(add))
 
 
 def _gates_in(order: Sequence[int], w: Tensor) -> Tensor:

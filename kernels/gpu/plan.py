@@ -53,7 +53,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A layer's: steps, rows, units, outputs (projected, or the units), directions, gates, bytes of a number, precision."""
+    """A layer's: steps, rows, units, outputs (projected, or the units), directions, gates, bytes of a number, precision.
+
+    Of a layer of several heads, units and outputs are those of a head, and a direction counts for each of its heads.
+    """
 
     T: int
     B: int
@@ -160,7 +163,7 @@ def _resident(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     if device.backend == "hip" or (sizes.bytes_ == 4 and sizes.precision == "ieee"):
         return  # products without tensor cores hold a copy of the weights in registers
     diagonal = not forward and sizes.gates > 1
-    units = 64 // _stacked(sizes.gates)
+    units = 64 // stacked(sizes.gates)
     for rows in (16, 32):
         chunk = (256 if diagonal else 512) // sizes.bytes_
         plan = replace(_tiled(sizes, units, rows, chunk, split=1, stages=0), warps=4, resident=True, diagonal=diagonal)
@@ -179,7 +182,7 @@ def _streamed(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
         yield _tiled(sizes, 16, 16, 128 if plain else 512 // sizes.bytes_, split=8, stages=1 if plain else 2)
         yield _tiled(sizes, 16, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
         return
-    units = 64 // _stacked(sizes.gates) if forward else 64
+    units = 64 // stacked(sizes.gates) if forward else 64
     plan = _tiled(sizes, units, 64, 128 // sizes.bytes_, split=1, stages=3)
     yield replace(plan, warps=4 if forward else 8)
     if forward and sizes.B > 64:
@@ -195,7 +198,7 @@ def _tiled(sizes: Sizes, units: int, rows: int, chunk: int, split: int, stages: 
 def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int:
     """Shared memory of a program, at most."""
     if plan.schedule == "single":
-        matrices = _stacked(sizes.gates) + sizes.projected if device.backend == "cuda" else 1  # hip holds them in registers
+        matrices = stacked(sizes.gates) + sizes.projected if device.backend == "cuda" else 1  # hip holds them in registers
         return matrices * plan.units * plan.outputs * sizes.bytes_ + SPARE_BYTES
     height, depth = _product(sizes, forward, plan)
     chunks = plan.stages * _chunk_bytes(sizes, forward, plan)
@@ -264,7 +267,7 @@ def cudnn_is_faster(device: Device, sizes: Sizes, layers: int, dtype: str, packe
 
 def _columns(sizes: Sizes, plan: Plan) -> int:
     """Of a product: its rows of the batch, or those times gates."""
-    return plan.rows * (_stacked(sizes.gates) if plan.diagonal else 1)
+    return plan.rows * (stacked(sizes.gates) if plan.diagonal else 1)
 
 
 def _chunk_bytes(sizes: Sizes, forward: bool, plan: Plan) -> int:
@@ -276,11 +279,12 @@ def _chunk_bytes(sizes: Sizes, forward: bool, plan: Plan) -> int:
 def _product(sizes: Sizes, forward: bool, plan: Plan) -> tuple[int, int]:
     """Height and depth of the recurrent weights in a program: forward its units' rows, backward its outputs' columns."""
     if forward:
-        return _stacked(sizes.gates) * plan.units, sizes.R
-    return (_stacked(sizes.gates) * plan.outputs, sizes.H) if plan.diagonal else (plan.outputs, sizes.gates * sizes.H)
+        return stacked(sizes.gates) * plan.units, sizes.R
+    return (stacked(sizes.gates) * plan.outputs, sizes.H) if plan.diagonal else (plan.outputs, sizes.gates * sizes.H)
 
 
-def _stacked(gates: int) -> int:
+def stacked(gates: int) -> int:
+    """Tiles in which the gates of a unit are stacked: a power of two."""
     return _power(gates, 1)
 
 

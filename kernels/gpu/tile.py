@@ -1,7 +1,8 @@
 """What the scans are made of: the product of a program's weights with a step's state, and where rows lie.
 
 A product is acc [M, ROWS] = A [M, K] S [K, ROWS]: A is weights, the same in every step, S what other programs have stored.
-K goes in chunks of BK, so it need not be a power of two. With SPLIT > 1 a chunk is SPLIT products side by side, one a warp,
+K goes in chunks of BK, so it need not be a power of two. Where a program has a head of several, what it multiplies is not
+consecutive: K is in spans of SPAN numbers, which begin STEP apart. With SPLIT > 1 a chunk is SPLIT products side by side, one a warp,
 [SPLIT, M, BK / SPLIT] by [SPLIT, BK / SPLIT, ROWS], summed in the end: every warp then holds its own share of A in registers
 and has work, where M x ROWS is too small to share out. With SPLIT == 1 the tensor cores read A from shared memory where the
 device has such instructions (wgmma, tcgen05).
@@ -40,9 +41,20 @@ def chunk_index(chunk, BK: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def weight_chunk(a_rows, a_ok, k, K: tl.constexpr, STRIDE: tl.constexpr, SPLIT: tl.constexpr):
+def place(k, SPAN: tl.constexpr, STEP: tl.constexpr):
+    """Where the numbers k along K lie."""
+    if SPAN == STEP:
+        return k
+    else:
+        return k + k // SPAN * (STEP - SPAN)
+
+
+@triton.jit
+def weight_chunk(
+    a_rows, a_ok, k, K: tl.constexpr, STRIDE: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr
+):
     """A[:, k], [M, BK] or [SPLIT, M, BK / SPLIT]; a_rows [M] point at the rows, STRIDE is along K."""
-    at = k.to(tl.int64) * STRIDE
+    at = place(k, SPAN, STEP).to(tl.int64) * STRIDE
     if SPLIT == 1:
         return tl.load(a_rows[:, None] + at[None, :], mask=a_ok[:, None] & (k < K)[None, :], other=0.0)
     else:
@@ -50,24 +62,26 @@ def weight_chunk(a_rows, a_ok, k, K: tl.constexpr, STRIDE: tl.constexpr, SPLIT: 
 
 
 @triton.jit
-def state_chunk(s_rows, s_ok, k, K: tl.constexpr, SPLIT: tl.constexpr):
+def state_chunk(s_rows, s_ok, k, K: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, SPLIT: tl.constexpr):
     """S[k, :], [BK, ROWS] or [SPLIT, BK / SPLIT, ROWS]; s_rows [ROWS] point at the rows. Never from L1: see barrier.py."""
+    own = place(k, SPAN, STEP)
     if SPLIT == 1:
-        at, ok = s_rows[None, :] + k[:, None], s_ok[None, :] & (k < K)[:, None]
+        at, ok = s_rows[None, :] + own[:, None], s_ok[None, :] & (k < K)[:, None]
     else:
-        at, ok = s_rows[None, None, :] + k[:, :, None], s_ok[None, None, :] & (k < K)[:, :, None]
+        at, ok = s_rows[None, None, :] + own[:, :, None], s_ok[None, None, :] & (k < K)[:, :, None]
     return tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def resident_weights(
-    a_rows, a_ok, K: tl.constexpr, STRIDE: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr
-):
+    a_rows, a_ok, K: tl.constexpr, STRIDE: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, RESIDENT: tl.constexpr,
+):  # fmt: skip
     """Every chunk of A, loaded once, where the schedule keeps them; none otherwise."""
     chunks = ()
     if RESIDENT:
         for i in tl.static_range((K + BK - 1) // BK):
-            chunks = chunks + (weight_chunk(a_rows, a_ok, chunk_index(i, BK, SPLIT), K, STRIDE, SPLIT),)
+            chunks = chunks + (weight_chunk(a_rows, a_ok, chunk_index(i, BK, SPLIT), K, STRIDE, SPAN, STEP, SPLIT),)
     return chunks
 
 
@@ -84,8 +98,9 @@ def released(x):
 
 @triton.jit
 def product(
-    chunks, a_rows, a_ok, s_rows, s_ok, K: tl.constexpr, STRIDE: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    chunks, a_rows, a_ok, s_rows, s_ok, K: tl.constexpr, STRIDE: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr,
+    M: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [M, ROWS], float32."""
     COUNT: tl.constexpr = (K + BK - 1) // BK
@@ -99,12 +114,12 @@ def product(
             if i >= STAGES:
                 acc = tl.dot(chunks[i - STAGES], states[i - STAGES], acc, input_precision=PRECISION)
             if i < COUNT:
-                states = states + (state_chunk(s_rows, s_ok, chunk_index(i, BK, SPLIT), K, SPLIT),)
+                states = states + (state_chunk(s_rows, s_ok, chunk_index(i, BK, SPLIT), K, SPAN, STEP, SPLIT),)
     else:
         for i in tl.range(0, COUNT, num_stages=STAGES):
             k = chunk_index(i, BK, SPLIT)
-            weights = weight_chunk(a_rows, a_ok, k, K, STRIDE, SPLIT)
-            acc = tl.dot(weights, state_chunk(s_rows, s_ok, k, K, SPLIT), acc, input_precision=PRECISION)
+            weights = weight_chunk(a_rows, a_ok, k, K, STRIDE, SPAN, STEP, SPLIT)
+            acc = tl.dot(weights, state_chunk(s_rows, s_ok, k, K, SPAN, STEP, SPLIT), acc, input_precision=PRECISION)
     if SPLIT > 1:
         acc = tl.sum(acc, 0)
     return acc
@@ -112,15 +127,18 @@ def product(
 
 @triton.jit
 def unstack(x, COUNT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
-    """The COUNT (1, 2 or 4) tiles [UNITS, ROWS] of x [COUNT * UNITS, ROWS]."""
+    """The COUNT (a power of two) tiles [UNITS, ROWS] of x [COUNT * UNITS, ROWS]."""
     if COUNT == 1:
         return (released(x),)
     elif COUNT == 2:
         return tl.split(tl.permute(tl.reshape(x, (2, UNITS, ROWS)), (1, 2, 0)))
-    else:
-        tl.static_assert(COUNT == 4, "a cell has at most 4 gates")
+    elif COUNT == 4:
         halves = tl.split(tl.permute(tl.reshape(x, (2, 2, UNITS, ROWS)), (2, 3, 1, 0)))
         return tl.split(halves[0]) + tl.split(halves[1])
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        halves = tl.split(tl.permute(tl.reshape(x, (2, HALF * UNITS, ROWS)), (1, 2, 0)))
+        return unstack(halves[0], HALF, UNITS, ROWS) + unstack(halves[1], HALF, UNITS, ROWS)
 
 
 @triton.jit
@@ -132,14 +150,18 @@ def diagonal(x, UNITS: tl.constexpr, GATES: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def stack(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
-    """tiles[FIRST : FIRST + COUNT] (1, 3 or 4 of them) [UNITS, ROWS] as one, of four where there are three, the last zero."""
-    if COUNT == 1:
-        return tiles[FIRST]
-    else:
-        fourth = tiles[FIRST + 3] if COUNT == 4 else tl.zeros((UNITS, ROWS), tl.float32)
+def stack(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, SIDE: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """tiles[FIRST : FIRST + COUNT] [UNITS, ROWS] as one of SIDE (a power of two) tiles, the others zero."""
+    if SIDE == 1:
+        return tiles[FIRST] if COUNT > 0 else tl.zeros((UNITS, ROWS), tl.float32)
+    elif SIDE == 4 and COUNT > 2:
+        fourth = tiles[FIRST + 3] if COUNT > 3 else tl.zeros((UNITS, ROWS), tl.float32)
         halves = tl.join(tiles[FIRST], tiles[FIRST + 1]), tl.join(tiles[FIRST + 2], fourth)
         return tl.reshape(tl.permute(tl.join(halves[0], halves[1]), (3, 2, 0, 1)), (4 * UNITS, ROWS))
+    else:
+        HALF: tl.constexpr = SIDE // 2
+        both = stack(tiles, FIRST, COUNT, HALF, UNITS, ROWS), stack(tiles, FIRST + HALF, COUNT - HALF, HALF, UNITS, ROWS)
+        return tl.reshape(tl.permute(tl.join(both[0], both[1]), (2, 0, 1)), (SIDE * UNITS, ROWS))
 
 
 @triton.jit
@@ -156,3 +178,12 @@ def store_tiles(at, tiles, ok, FIRST: tl.constexpr, COUNT: tl.constexpr, STEP: t
     """tiles[FIRST : FIRST + COUNT], STEP numbers apart, at pointers `at`."""
     for i in tl.static_range(COUNT):
         tl.store(at + i * STEP, tiles[FIRST + i].to(at.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def replaced(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, where, others):
+    """tiles[FIRST : FIRST + COUNT] where the condition holds, elsewhere the first COUNT others."""
+    chosen = ()
+    for i in tl.static_range(COUNT):
+        chosen = chosen + (tl.where(where, tiles[FIRST + i], others[i]),)
+    return chosen
