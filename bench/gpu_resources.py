@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from fastrnn.kernels.cells import CELLS
+from fastrnn import cells as shipped
+from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.gpu import plan as plans
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
@@ -46,7 +47,10 @@ ROWS = (1, 16, 32, 64, 128, 4096)
 
 @dataclass(frozen=True)
 class Case:
-    """A pass of a layer with its plan, to be compiled for a target."""
+    """A pass of a layer with its plan, to be compiled for a target.
+
+    cell: the name of a built-in cell, else of one that comes with fastrnn. H, R: of all heads.
+    """
 
     target: str
     cell: str
@@ -59,6 +63,11 @@ class Case:
     D: int
     packed: bool
     plan: Plan
+    heads: int = 1
+
+    @property
+    def kind(self) -> Cell:
+        return CELLS[self.cell] if self.cell in CELLS else getattr(shipped, self.cell).definition
 
     def __str__(self) -> str:
         plan = self.plan
@@ -67,6 +76,7 @@ class Case:
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
         number = "tf32" if self.precision == "tf32" else NAMES[self.dtype]
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2) + ["packed"] * self.packed
+        flags += [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
         return " ".join([self.target, which, self.cell, number, f"H{self.H}", tiles, f"{plan.warps} warps", *flags])
 
@@ -96,7 +106,8 @@ class Usage:
 
 
 def sizes_of(case: Case) -> Sizes:
-    return Sizes(64, case.B, case.H, case.R, case.D, CELLS[case.cell].gates, case.dtype.itemsize, case.precision)
+    H, R, D = case.H // case.heads, case.R // case.heads, case.D * case.heads
+    return Sizes(64, case.B, H, R, D, case.kind.gates, case.dtype.itemsize, case.precision)
 
 
 def cases(target: str, cells=("lstm", "gru", "rnn_tanh"), formats=FORMATS, units=UNITS, rows=ROWS) -> Iterator[Case]:
@@ -108,6 +119,8 @@ def cases(target: str, cells=("lstm", "gru", "rnn_tanh"), formats=FORMATS, units
             continue
         plain = Case(target, cell, forward, dtype, precision, B, H, H, 1, False, Plan("", 0, 0, 0, 0, 0, 0))
         flags = replace(plain, D=2, packed=True, R=max(16, H // 2) if cell == "lstm" else H)
+        if not plain.kind.mode:  # heads in the place of a projection
+            flags = replace(flags, H=4 * H, R=4 * H, heads=4)
         wide = [replace(plain, R=H * 7 // 8)] * (cell == "lstm" and H >= 64)  # a projection to hardly less
         for case in (plain, flags, *wide):
             for schedule in (None, "single", "persistent", "stepwise"):
@@ -125,17 +138,18 @@ def launches(case: Case) -> list:
     from fastrnn.kernels.gpu import layer
     from fastrnn.kernels.gpu.cell import PLAIN, PTX
 
-    cell, T, D = CELLS[case.cell], 64, case.D
-    own = Layer(case.cell, D, bias=True, projected=case.R != case.H)
+    cell, T, D = case.kind, 64, case.D
+    own = Layer(cell.name, D, bias=True, projected=case.R != case.H, heads=case.heads)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=case.dtype, device="meta")
 
     batch_sizes = torch.full((T,), case.B) if case.packed else None
     leading = (T * case.B,) if case.packed else (T, case.B)
-    h0, c0 = empty(D, case.B, case.R), empty(D, case.B, case.H) if cell.carry == "cell" else None
+    h0, c0 = empty(D, case.B, case.R), empty(D, case.B, cell.states * case.H) if cell.states else None
     rows = cell.gates * case.H
-    weights = [empty(rows, 128), empty(rows, case.R), empty(rows), empty(rows), *[empty(case.R, case.H)] * own.projected]
+    weights = [empty(rows, 128), empty(rows, case.R // case.heads), empty(rows + cell.weights * case.H), empty(rows)]
+    weights += [empty(case.R, case.H)] * own.projected
     started: list = []
     call = layer.Call(own, Inputs(empty(*leading, 128), batch_sizes, h0, c0), weights * D, run=started.append)
     call.cells = PTX if TARGETS[case.target][1].backend == "cuda" else PLAIN

@@ -111,15 +111,16 @@ std::string Layer::text() const {
 
 std::optional<LayerSizes> LayerSizes::of(const Layer& layer, const View* weights, size_t count, Dtype vectors) {
   const bool counted = count == layer.weights() * static_cast<size_t>(layer.directions);
-  if (!counted || weights[0].dims != 2 || weights[1].dims != 2 || (layer.projected && !layer.cell->states) ||
-      (layer.cell->weights && !layer.bias) || layer.heads > 1)
+  if (!counted || weights[0].dims != 2 || weights[1].dims != 2 || (layer.cell->weights && !layer.bias) ||
+      (layer.projected && (!layer.cell->states || layer.heads > 1)))
     return std::nullopt;
   const bool half = weights[0].dtype == Dtype::bf16;
   const Dtype matrices = weights[0].dtype;
-  const int64_t gate_rows = weights[1].size(0), hidden = gate_rows / layer.cell->gates, output = weights[1].size(1);
+  const int64_t gate_rows = weights[1].size(0), hidden = gate_rows / layer.cell->gates;
+  const int64_t of_head = weights[1].size(1), output = product({of_head, layer.heads});
   const LayerSizes sizes{layer, half ? Dtype::f32 : matrices, weights[0].size(1), hidden, output, half};
   if (hidden == 0 || hidden * layer.cell->gates != gate_rows || !(layer.projected || output == hidden)) return std::nullopt;
-  if ((sizes.dtype != Dtype::f32 && sizes.dtype != Dtype::f64) || (half && output % 2)) return std::nullopt;
+  if ((sizes.dtype != Dtype::f32 && sizes.dtype != Dtype::f64) || (half && of_head % 2)) return std::nullopt;
   for (size_t i = 0; i < count; ++i) {
     const View& w = weights[i];
     const Layer::Weight which = layer.weight(i);
@@ -128,7 +129,7 @@ std::optional<LayerSizes> LayerSizes::of(const Layer& layer, const View* weights
     const int64_t height = which == Layer::W_HR ? output : gate_rows + own_weights;
     if (w.dims != (vector ? 1 : 2) || w.size(0) != height) return std::nullopt;
     if (vector ? vectors != Dtype::other && w.dtype != vectors : w.dtype != matrices) return std::nullopt;
-    const int64_t width = which == Layer::W_IH ? sizes.input_size : which == Layer::W_HH ? output : hidden;
+    const int64_t width = which == Layer::W_IH ? sizes.input_size : which == Layer::W_HH ? of_head : hidden;
     if (!vector && w.size(1) != width) return std::nullopt;
   }
   return sizes;
@@ -149,6 +150,7 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, const int64_t*
   r.input_size = sizes.input_size;
   r.output_size = sizes.output_size;
   r.hidden_size = sizes.hidden_size;
+  r.heads = layer.heads;
   r.bias = layer.bias;
   r.projected = layer.projected;
   r.half = sizes.half;
@@ -265,12 +267,16 @@ void Call::scratch(int64_t Record::*field, int64_t numbers_a_direction) {
     records[d].*field = reinterpret_cast<int64_t>(begin) + d * numbers_a_direction * bytes_of(dtype_);
 }
 
-const Unit& Call::unit(bool forward) const {
-  const Cell& cell = *layer.cell;
-  const bool wide = dtype_ == Dtype::f64, built_in = std::begin(CELLS) <= &cell && &cell < std::end(CELLS);
+const Unit& unit_of(const Cell& cell, Dtype dtype, bool forward) {
+  const bool wide = dtype == Dtype::f64, built_in = std::begin(CELLS) <= &cell && &cell < std::end(CELLS);
   if (built_in) return tier->units[(wide * (std::end(CELLS) - std::begin(CELLS)) + (&cell - CELLS)) * 2 + !forward];
-  const Unit& found = static_cast<const AddedCell&>(cell).units[wide * 2 + !forward];
-  STD_TORCH_CHECK(found.run, "fastrnn: ", forward ? "forward" : "backward", " of ", cell.name, " is not compiled for this dtype");
+  return static_cast<const AddedCell&>(cell).units[wide * 2 + !forward];
+}
+
+const Unit& Call::unit(bool forward) const {
+  const Unit& found = unit_of(*layer.cell, dtype_, forward);
+  STD_TORCH_CHECK(found.run, "fastrnn: ", forward ? "forward" : "backward", " of ", layer.cell->name,
+                  " is not compiled for this dtype");
   return found;
 }
 
@@ -335,7 +341,8 @@ int64_t Call::pack() {
 
 int64_t Call::operations(bool forward) const {
   const Record& r = records[0];
-  return (forward ? 2 : 4) * layer.directions * r.rows * layer.cell->gates * r.hidden_size * (r.input_size + r.output_size);
+  return (forward ? 2 : 4) * layer.directions * r.rows * layer.cell->gates * r.hidden_size *
+         (r.input_size + r.output_size / r.heads);
 }
 
 // How long to wait for a thread: waking one takes 5 to 50 us, on a virtual machine now and then a millisecond, which a long
@@ -442,7 +449,7 @@ Call backward_call(const Inputs& inputs, const Gradients& gradients, const View&
       each(result, r.half ? half : field, {height, width}, inputs.weights[0].dtype);
     };
     matrix(DW_IH, &Record::dw_ih, &Record::dw_ih_half, G, r.input_size);
-    matrix(DW_HH, &Record::dw_hh, &Record::dw_hh_half, G, R);
+    matrix(DW_HH, &Record::dw_hh, &Record::dw_hh_half, G, R / r.heads);
     if (r.bias) {
       each(DB_IH, &Record::db_ih, {G + W}, dtype);
       each(DB_HH, &Record::db_hh, {G}, dtype);

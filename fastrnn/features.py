@@ -42,7 +42,7 @@ _OF_PARAMETERS = "num_heads", "learn_initial_state"  # they say which parameters
 
 def construct(module: Any, settings: dict[str, Any]) -> None:
     """Set settings of a module that torch.nn's constructor has made, and give it the parameters that they want."""
-    set_past_checks(module, {name: _CHECKS[name](name, value, module) for name, value in settings.items()})
+    set_past_checks(module, {name: checked(name, value, module) for name, value in settings.items()})
     if module.num_heads > 1:
         for name, weight in list(module._parameters.items()):
             if name.startswith("weight_hh"):  # drawn from within 1 / sqrt(H) as before
@@ -66,7 +66,7 @@ class Setting:
         return self if module is None else module.__dict__.get(self.name, DEFAULTS[self.name])
 
     def __set__(self, module: Any, value: Any) -> None:
-        value = _CHECKS[self.name](self.name, value, module)
+        value = checked(self.name, value, module)
         if self.name in _OF_PARAMETERS and module._parameters and value != getattr(module, self.name):
             raise AttributeError(f"{self.name}: only the constructor sets it, as the module's parameters depend on it")
         set_past_checks(module, {self.name: value})
@@ -85,13 +85,23 @@ def set_past_checks(module: Any, values: dict[str, Any]) -> None:
     marks = {"_fastrnn_features": True, "_fastrnn_fast_path": None}
     for name in marks:
         own.pop(name, None)
-    if described(module):
+    if any(name in own and isinstance(getattr(type(module), name, None), Setting) for name in DEFAULTS):
         own.update(marks)
 
 
 def described(module: Any) -> str:
     """Return ", name=value" of each setting that is no default."""
-    return "".join(f", {name}={module.__dict__[name]!r}" for name in DEFAULTS if name in module.__dict__)
+    values = {name: getattr(module, name) for name in DEFAULTS}
+    return "".join(f", {name}={value!r}" for name, value in values.items() if value != DEFAULTS[name])
+
+
+def checked(name: str, value: Any, module: Any) -> Any:
+    """Return a setting's value as a module holds it.
+
+    Raises:
+        TypeError, ValueError: the module cannot have it.
+    """
+    return _CHECKS[name](name, value, module)
 
 
 def _check_heads(name: str, value: Any, module: Any) -> int:

@@ -88,13 +88,21 @@ class Recurrent(nn.Module):
         state after the last step: as hx.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or value, in torch.nn's words; resets or lengths do not fit.
+        TypeError, ValueError: an argument is of the wrong type or value, in torch.nn's words.
         RuntimeError: shapes or dtypes do not agree, in torch.nn's words.
     """
 
     cell: ClassVar[CellFunction]
-    num_heads, cell_clip, learn_initial_state = features.Setting(), features.Setting(), features.Setting()
+    cell_clip, learn_initial_state = features.Setting(), features.Setting()
     recurrent_dropout, zoneout = features.Setting(), features.Setting()
+    # As whose layers the fast path takes those of this class: the cell's name in operators; None where it does not.
+    _fastrnn_fast_path: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {name for base in cls.__mro__[: cls.__mro__.index(Recurrent)] for name in vars(base)}
+        replaced = not own.isdisjoint(_INNER) or any(name.startswith(("weight_", "bias_")) for name in own)
+        cls._fastrnn_fast_path = None if replaced else cls.cell.definition.name
 
     def __init__(
         self,
@@ -123,8 +131,9 @@ class Recurrent(nn.Module):
                 raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
         self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
         self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bidirectional
-        self.num_heads, self.cell_clip, self.learn_initial_state = num_heads, cell_clip, learn_initial_state
-        self.recurrent_dropout, self.zoneout, self.recompute = recurrent_dropout, zoneout, recompute
+        self.num_heads, self.recompute = features.checked("num_heads", num_heads, self), recompute
+        self.cell_clip, self.learn_initial_state = cell_clip, learn_initial_state
+        self.recurrent_dropout, self.zoneout = recurrent_dropout, zoneout
         parts, H = self.cell.parts, hidden_size
         for layer in range(num_layers):
             inputs = input_size if layer == 0 else H * (1 + bidirectional)
@@ -139,6 +148,9 @@ class Recurrent(nn.Module):
                 for name, shape in shapes.items():
                     if shape[0]:
                         self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        # for csrc/modules.cpp, where the engines take the parameters as they are, but for the cell's own, which follow biases
+        as_they_are = parts["ih"] == self.cell.definition.input_parts and parts["hh"] == self.cell.definition.hidden_parts
+        self._flat_weights_names = [*self._parameters] if as_they_are and (bias or not parts["own"]) else None
         if learn_initial_state:
             features.add_initial_states(self, device, dtype)
         self.reset_parameters()
@@ -179,6 +191,18 @@ class Recurrent(nn.Module):
         lengths: Tensor | None = None,
     ) -> tuple[Any, Any]:
         """Run the layers; see the class."""
+        if resets is not None or lengths is not None:
+            return self._sequence(input, hx, resets, lengths)
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
+            result = dispatch.native.forward(self.__dict__, kind, input, hx, self.recompute)
+            if result is not None:
+                return result
+        return self._fastrnn_fallback(input, hx)
+
+    def _fastrnn_fallback(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
+        return self._sequence(input, hx, None, None)
+
+    def _sequence(self, input: Tensor | PackedSequence, hx: Any, resets: Any, lengths: Any) -> tuple[Any, Any]:
         packed = isinstance(input, PackedSequence)
         x, batch_sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
         if not packed and x.dim() not in (2, 3):
@@ -203,7 +227,7 @@ class Recurrent(nn.Module):
 
         Args:
             x: [B, I], the step's input.
-            state: as `forward` takes and returns it; None means zeros.
+            state: as `forward` takes and returns it; None means zeros, or what is learned.
 
         Returns:
             y [B, H], and the state after the step.
@@ -212,6 +236,10 @@ class Recurrent(nn.Module):
             ValueError: the layer is bidirectional, x has not two dimensions, or its dtype is not the weights'.
             RuntimeError: shapes do not agree, in torch.nn's words.
         """
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
+            result = dispatch.native.step(self.__dict__, kind, x, state, None)
+            if result is not None:
+                return result
         return fallback.module_step(self, x, state, None)
 
     @property
@@ -230,7 +258,7 @@ class Recurrent(nn.Module):
 
     def _states(self, hx: Any, dims: int | None) -> list[Tensor]:
         """Return the states of a call whose input has so many dimensions, None for packed input, each with a batch."""
-        names = ["h", *(name.removesuffix("_new") for name, _ in self.cell.definition.derived.after)]
+        names = features.state_names(self.cell.definition)
         states = [hx] if len(names) == 1 else list(hx) if isinstance(hx, (tuple, list)) else []
         if len(states) != len(names) or not all(isinstance(state, Tensor) for state in states):
             wanted = "a tensor h" if len(names) == 1 else f"a tuple of tensors ({', '.join(names)})"
@@ -283,35 +311,27 @@ class Recurrent(nn.Module):
         """Run all layers: y, and the states after, each [L * D, B, H]."""
         h0, *others = states
         c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
-        heads = 1 if x.is_cpu and dispatch.forced != "reference" else self.num_heads
-        weights = [each for layer in range(self.num_layers) for each in self._weights(layer, heads)]
+        weights = [each for layer in range(self.num_layers) for each in self._weights(layer)]
         inputs, dropout = Inputs(x, batch_sizes, h0, c0, resets, lengths), self.dropout if self.training else 0.0
+        layer, noise = self._layer(batch_first), features.noise_of(self)
         with recompute(self.recompute or is_on()):
-            y, h_n, c_n = functional.run_marked(
-                inputs, weights, self._layer(batch_first, heads), self.num_layers, dropout, False, features.noise_of(self)
-            )
+            y, h_n, c_n = functional.run_marked(inputs, weights, layer, self.num_layers, dropout, False, noise)
         return [y, h_n, *(() if c_n is None else c_n.chunk(self.cell.definition.states, -1))]
 
-    def _layer(self, batch_first: bool, heads: int) -> Layer:
+    def _layer(self, batch_first: bool) -> Layer:
         """Describe each of the layers."""
         bias = self.bias or self.cell.definition.weights > 0
-        return Layer(features.cell_name(self), 1 + self.bidirectional, bias, batch_first=batch_first, heads=heads)
+        return Layer(features.cell_name(self), 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
 
-    def _weights(self, layer: int, heads: int) -> list[Tensor]:
-        """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction.
-
-        heads: the layer's, or 1: w_hh then is the whole matrix, with zeros.
-        """
+    def _weights(self, layer: int) -> list[Tensor]:
+        """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
         definition, parts, H = self.cell.definition, self.cell.parts, self.hidden_size
         found: list[Tensor] = []
         for suffix in self._suffixes(layer):
             own = [getattr(self, f"weight_{name}{suffix}") for name in parts["own"]]
             matrix = getattr(self, f"weight_ih{suffix}")
             recurrent = getattr(self, f"weight_hh{suffix}", None)
-            if recurrent is None:
-                recurrent = matrix.new_zeros(0, H // heads)
-            elif heads != self.num_heads:
-                recurrent = self._dense(recurrent)
+            recurrent = matrix.new_zeros(0, H // self.num_heads) if recurrent is None else recurrent
             found += (
                 _blocks(matrix, parts["ih"], definition.input_parts, H),
                 _blocks(recurrent, parts["hh"], definition.hidden_parts, H),
@@ -324,11 +344,13 @@ class Recurrent(nn.Module):
                 found.append(_blocks(of_hidden, parts["hh"] if len(of_hidden) else [], definition.hidden_parts, H))
         return found
 
-    def _dense(self, w: Tensor) -> Tensor:
-        """Return w_hh [blocks * H, H] of its heads' blocks [blocks * H, H / num_heads], with zeros elsewhere."""
-        heads, size = self.num_heads, self.hidden_size // self.num_heads
-        eye = torch.eye(heads, dtype=w.dtype, device=w.device)
-        return (w.view(-1, heads, size, 1, size) * eye.view(1, heads, 1, heads, 1)).reshape(-1, self.hidden_size)
+    def _prepared(self) -> bool:
+        """Have the kernels of inference ready where the CPU engine takes the parameters; does it?"""
+        name, weight = self.cell.definition.name, next(self.parameters())
+        if not weight.is_cpu or weight.dtype not in cpu.DTYPES or cpu.why_not_cell(name):
+            return False
+        cpu.prepare_cell(name, weight.dtype, False)
+        return True
 
     @staticmethod
     def _fastrnn_explain(module: Recurrent, input: Any, hx: Any = None) -> dispatch.Explanation:
@@ -343,14 +365,24 @@ class Recurrent(nn.Module):
         declined = fused | {"torch": "torch.nn has no such cell", "reference": "the definition, slow"}
         del declined[engine]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
-        schedule = module._schedule(x, batch_sizes, training) if engine == "triton" else ()
+        schedule = module._schedule(x, batch_sizes, training) if engine != "reference" else ()
         return dispatch.Explanation(engine, declined, schedule, cpu.team()[1] if engine == "cpu" else "")
 
     def _schedule(self, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
-        """Return what the Triton engine says it would do in each layer."""
+        """Return what the engine says it would do in each layer."""
         T, B = dispatch.steps_and_rows(x, batch_sizes, self.batch_first)
-        layer, H = self._layer(self.batch_first, self.num_heads), self.hidden_size
-        return (gpu.describe(layer, T, B, H, H, x.dtype, x.device, training),) * self.num_layers
+        layer, I, H, L = self._layer(self.batch_first), self.input_size, self.hidden_size, self.num_layers
+        if x.is_cuda:
+            return (gpu.describe(layer, T, B, H, H, x.dtype, x.device, training),) * L
+        half, size = x.dtype is torch.bfloat16, 8 if x.dtype is torch.float64 else 4
+        at_once = L if batch_sizes is None and x.dim() == 3 and self._flat_weights_names and self._fastrnn_fast_path else 1
+        inputs = [I, *[layer.directions * H] * (L - 1)]
+        return tuple(cpu.describe(layer, T, B, each, H, H, training, half, at_once, I, size) for each in inputs)
+
+
+# What a call runs, and the fast path does not.
+_INNER = ("check_input", "check_hidden_size", "get_expected_hidden_size", "_states", "_checked", "_run", "_weights",
+          "_sequence", "_fastrnn_fallback", "_flat_weights", "proj_size", "__getattr__", "__getattribute__")  # fmt: skip
 
 
 def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> Tensor:

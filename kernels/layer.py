@@ -75,8 +75,8 @@ def layer_of(text: str) -> Layer:
 class Weights(NamedTuple):
     """The weights of a direction, their gradients, or a vector for each; None where there is none.
 
-    w_ih [G*H, I], w_hh [G*H, R], with heads [G*H, H / heads], b_ih and b_hh [G*H], w_hr [R, H]. Of a cell with W weights of its own for each unit b_ih is
-    [(G + W)*H], and these stand behind the biases.
+    w_ih [G*H, I], w_hh [G*H, R], with heads [G*H, H / heads], b_ih and b_hh [G*H], w_hr [R, H]. Of a cell with W weights of its
+    own for each unit b_ih is [(G + W)*H], and these stand behind the biases.
     """
 
     w_ih: Any = None

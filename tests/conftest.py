@@ -80,7 +80,13 @@ def _make_layer(
     R, rows = int(project) or H, kind.gates * H
     steps = torch.tensor([B] * (T - 1) + [max(B - 1, 1)])
     layer = Layer(cell, directions, bias, bool(project), reverse, batch_first, heads=heads)
-    shapes = {"w_ih": (rows, I), "w_hh": (rows, R // heads), "b_ih": (rows + kind.weights * H,), "b_hh": (rows,), "w_hr": (R, H)}
+    shapes = {
+        "w_ih": (rows, I),
+        "w_hh": (rows, R // heads),
+        "b_ih": (rows + kind.weights * H,),
+        "b_hh": (rows,),
+        "w_hr": (R, H),
+    }
     shape = (int(steps.sum()), I) if packed else (B, T, I) if batch_first else (T, B, I)
     return {
         "x": torch.randn(shape, dtype=dtype),

@@ -97,6 +97,13 @@ def test_cells_of_ones_own(layer, interpreted):
 
 
 @needs_triton
+@pytest.mark.parametrize(("cell", "heads"), [("slstm", 2), pytest.param("odd", 1, marks=pytest.mark.slow)])
+def test_modules_of_cells_of_ones_own(cell, heads, interpreted):
+    """First and second derivatives, mapped, compiled and recomputed, in two directions."""
+    assert interpreted(triton_layers.faults_of_module, cell, heads) == []
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", OWN)
 @pytest.mark.parametrize("tiles", FACTORS["tiles"])

@@ -5,11 +5,14 @@ Imported by tests and by the processes that interpret for them: triton must not 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 from conftest import _make_layer, weight_names
 from contract import FACTOR, SLACK, Error
@@ -261,3 +264,72 @@ def interpret() -> None:
         return plain(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def faults_of_module(name: str, heads: int) -> list[str]:
+    """What goes wrong where a module of a cell runs on the engine, by every way into the operators: they are its on a CPU too."""
+    import test_cells
+
+    import fastrnn
+    from fastrnn import dispatch
+    from fastrnn.kernels import gpu
+    from fastrnn.kernels.gpu import layer as engine
+
+    started: list = []
+
+    def layer_forward(*args):
+        started.append(args[5])
+        return gpu.layer_forward(*args)
+
+    library = torch.library.Library("fastrnn", "IMPL", "CPU")
+    library.impl("layer_forward", layer_forward, allow_override=True)
+    library.impl("layer_backward", gpu.layer_backward, allow_override=True)
+    wrong: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "choose", lambda *given: choose(*given, "single"))
+        patch.setattr(engine, "device_of", lambda device: H100)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(dispatch, "native", None)
+        patch.setattr(gpu, "device_of", lambda device: H100)
+        patch.setitem(dispatch._WHY_NOT, "triton", lambda *call: None)
+        torch.manual_seed(0)
+        truth = test_cells.layer_of(name, "plain", 3, 4 * heads, bidirectional=True, num_heads=heads)
+        module = copy.deepcopy(truth).float()
+        x, states = test_cells.sample(truth, 3, 2)
+        given = module, x.float(), [state.float() for state in states]
+
+        def second(module, x, states):
+            x = x.requires_grad_()
+            (first,) = torch.autograd.grad(test_cells.run(module, x, states)[0].square().sum(), x, create_graph=True)
+            return {"second": torch.autograd.grad(first.square().sum(), x)[0]}
+
+        def mapped(module, x, states):
+            own = torch.func.vmap(lambda x: test_cells.run(module, x, states)[0])(torch.stack([x, 2 * x]))
+            return {"mapped": own.detach()}
+
+        def compiled(module, x, states):
+            return {"compiled": torch.compile(module, fullgraph=True, backend="aot_eager")(x)[0].detach()}
+
+        def recomputed(module, x, states):
+            with fastrnn.recompute():
+                return test_cells.results(test_cells.run, module, x, states)
+
+        ways = {"plain": lambda *args: test_cells.results(test_cells.run, *args), "second": second, "mapped": mapped}
+        ways |= {"compiled": compiled, "recomputed": recomputed}
+        for way, function in ways.items():
+            patch.setattr(dispatch, "forced", "reference")
+            expected = function(truth, x.detach(), states)
+            patch.setattr(dispatch, "forced", "triton")
+            started.clear()
+            with np.errstate(all="ignore"):
+                found = function(*given)
+            if not started or any(f"heads={heads}" not in text and heads > 1 for text in started):
+                wrong.append(f"{way}: the engine ran {started}")
+            for key, value in expected.items():
+                if not torch.allclose(found[key].double(), value, rtol=1e-4, atol=1e-5):
+                    wrong.append(f"{way}: {key}: {(found[key].double() - value).abs().max():.3g} off")
+        explained = str(fastrnn.explain(module, given[1]))
+        if "engine: triton" not in explained or "layer 0: forward: single" not in explained:
+            wrong.append(explained)
+    library._destroy()
+    return wrong

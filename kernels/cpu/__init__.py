@@ -138,10 +138,17 @@ why_not_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as 
 
 @cache
 def _why_not_cell(cell: str) -> str | None:
-    missing = [name for name in ("numba", "llvmlite", "numpy") if importlib.util.find_spec(name) is None]
-    if CELLS[cell].mode or not missing:
+    missing = [name for name in ("numpy", "llvmlite", "numba") if importlib.util.find_spec(name) is None]
+    if CELLS[cell].mode or not missing or (missing == ["numba"] and _is_shipped(cell)):
         return None
     return f"a cell that is not built in is compiled when it first runs, and {' and '.join(missing)} are not installed"
+
+
+def _is_shipped(cell: str) -> bool:
+    """Are there objects beside the module that defines a cell, for this processor?"""
+    from . import fallback
+
+    return load()[0] == "compiled" and any(fallback.objects(load()[1], (cell, scalar, "forward")) for scalar in ("f32", "f64"))
 
 
 _ADDRESSES: dict[tuple[str, str, str], Sequence[int]] = {}
@@ -186,16 +193,16 @@ def describe(
     """
     how, tier = load()
     target, threads = tier.target, team()[0]
-    gates, D, lanes = CELLS[layer.cell].gates, layer.directions, target.vector_bytes // size
+    gates, D, heads, lanes = CELLS[layer.cell].gates, layer.directions, layer.heads, target.vector_bytes // size
     columns = plan.unit_vectors(gates, target.registers) * gates
     l2_bytes = runtime_module().l2_bytes if how == "compiled" else plan.L2_BYTES
     words = []
     for name in ("forward", "backward")[: 1 + training]:
         forward = name == "forward"
         width = columns if forward else plan.wide_columns(target.registers)
-        depth, units = (R, H) if forward else (gates * H, R)
-        panels = plan.ceil_div(units, width // (gates if forward else 1) * lanes)
-        given = forward, half and R % 2 == 0, bool(target.tiles), T, B, target.vector_bytes
+        depth, units = (R // heads, H) if forward else (gates * H // heads, R)
+        panels = heads * plan.ceil_div(units // heads, width // (gates if forward else 1) * lanes)
+        given = forward, half and R // heads % 2 == 0, bool(target.tiles), T, B, target.vector_bytes, heads
         _, tiles, way = plan.way_of_weights(*given)
         at_once = 1
         if layers > 1 and D == 1 and not (training or half):

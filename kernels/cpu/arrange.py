@@ -55,8 +55,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     """
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     gates, slots, values = cell.gates, cell.slots, cell.preactivations + cell.weights  # of a row of gate gradients
-    preactivations, reset_numbers = cell.preactivations, cell.gates + cell.states + cell.reads_hidden  # times units, of a row
-    noise = cell.noise
+    reset_numbers, noise = cell.gates + cell.states + cell.reads_hidden, cell.noise  # the first times units, of a row
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
@@ -67,13 +66,14 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     def lay_out(records, threads, start):
         """The same of a layer, whose part of the workspace begins at `start`; returns where that ends."""
         p = record_at(records)
-        H, R, I, B = p.hidden_size, p.output_size, p.input_size, p.batch
-        units = ceil_div(H, lanes * per_panel) * lanes * per_panel
-        if forward:
-            input_depth, depth, panels = I, R, units // (lanes * per_panel)
-        else:
-            input_depth, depth, panels = gates * H, gates * H, ceil_div(R, wide)
-        half_panels, tiles, way = way_of_weights(forward, p.half, with_tiles, p.steps, B, vector)
+        H, R, I, B, heads = p.hidden_size, p.output_size, p.input_size, p.batch, p.heads
+        panel_units, seen = lanes * per_panel if forward else wide, R // heads
+        head_units = H // heads if forward else seen
+        head_panels = ceil_div(head_units, panel_units)
+        panels = heads * head_panels
+        units = panels * panel_units
+        input_depth, depth = (I, seen) if forward else (gates * H, gates * H // heads)
+        half_panels, tiles, way = way_of_weights(forward, p.half, with_tiles, p.steps, B, vector, heads)
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns, way,
@@ -86,7 +86,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         one_step = p.steps == 1 and not frozen
         rounded_at_once = p.half and p.rows <= plan.FEW_ROWS
         # Packed W_hh may lie in its gradient, which is as large and written when no step needs the panels any more.
-        in_gradient = not forward and p.need_dw and R % wide == 0 and hh_depth <= depth and not rounded_at_once
+        in_gradient = not forward and p.need_dw and seen % wide == 0 and hh_depth <= depth and not rounded_at_once
         team = crews * row_groups * unit_groups
         if forward:
             at_once = p.layers > 1
@@ -103,7 +103,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             block = backward_block(p.steps, B, hh_depth * R // (values * H) if in_gradient else 0)
             tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
             ih_once = not (tiles and p.need_dx)
-            panel_bytes = align(plan.GROUP_BYTES * min(depth, plan.PANEL_DEPTH)) if ih_once and (p.need_dx or one_step) else 0
+            buffered = ih_once and (p.need_dx or one_step)
+            panel_bytes = align(plan.GROUP_BYTES * min(input_depth, plan.PANEL_DEPTH)) if buffered else 0
         operand_rows = operand_panels = 0
         if not forward and p.need_dw:
             operand_panels = min(ceil_div(max(I, R, H), wide), plan.OPERAND_BYTES // (wide * size))
@@ -125,6 +126,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if crews == 1:
                 offset = start  # directions take turns in one workspace
             d.half_panels, d.tiles, d.split_rows = half_panels, tiles, together
+            d.head_units, d.head_panels = head_units, head_panels
             d.ih_once, d.one_step, d.panel_bytes, d.own_block = ih_once, one_step, panel_bytes, own_block
             d.ih_depth, d.hh_depth = ih_depth, hh_depth
             if not forward and d.half and d.need_dw:
@@ -133,7 +135,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 if not d.rounded_at_once:
                     d.dw_ih = d.workspace + offset
                     d.dw_hh = d.dw_ih + align(gates * H * I * size)
-                    d.dw_hr = d.dw_hh + align(gates * H * R * size)
+                    d.dw_hr = d.dw_hh + align(gates * H * seen * size)
                     offset = d.dw_hr - d.workspace + (align(R * H * size) if d.projected else 0)
             begin, behind = (d.pack, offset) if frozen else (d.workspace, 0)
             offset = 0 if frozen else offset
@@ -144,13 +146,13 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if in_gradient and block == p.steps:
                 d.hh_panels = d.dw_hh
             elif not one_step:
-                offset += align((units * gates if forward else ceil_div(R, wide) * wide) * hh_depth * size)
+                offset += align((units * gates if forward else units) * hh_depth * size)
             d.hr_panels = begin + offset
             if d.projected:
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)
             d.bias_sums = begin + offset
             d.zeros = begin + offset
-            offset += align((preactivations * units if forward else max(gates * H, R)) * size)
+            offset += align((values * units if forward else max(gates * H, R)) * size)
             if frozen:
                 d.pack_bytes, offset = offset, behind
             d.shared = d.workspace + offset
@@ -186,8 +188,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         crews, of_each = 1, threads
         if p.layers > 1:
             H, R, I = p.hidden_size, p.output_size, p.input_size
-            panels = ceil_div(H, lanes * per_panel)
-            _, _, way = way_of_weights(forward, 0, with_tiles, p.steps, p.batch, vector)
+            panels = p.heads * ceil_div(H // p.heads, lanes * per_panel)
+            _, _, way = way_of_weights(forward, 0, with_tiles, p.steps, p.batch, vector, p.heads)
             crews = crews_of_layers(p.layers, p.steps, p.batch, I, H, R, threads, p.l2_bytes, gates, panels, columns, way)
             if crews == 1 and p.workspace == 0:
                 return 0

@@ -45,7 +45,9 @@ from .team import (
     RECORD_BYTES,
     active_rows,
     begins_anew,
+    end_unit,
     first_row,
+    first_unit,
     kept_row,
     record_at,
     row_at,
@@ -130,7 +132,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     read_slots = reader((*range(kept_values), *range(slots - states, slots)))
     read_output, read_weights = reader((0,) * reads_output), reader(tuple(range(gates, gates + weights)))
-    read_noise = reader(tuple(range(cell.noise)))
+    noise = cell.noise
+    read_noise = reader(tuple(range(noise)))
     read_states, read_carried = reader(tuple(range(states))), reader(tuple(range(states)))
     # results: gradients of pre-activations, of states before the step, of the cell's own weights
     of_states = [preactivations + names.index(name) for name in names if name != "h"]
@@ -188,6 +191,19 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             fill_rows(table + 8 * s * p.hidden_size, p.hidden_size, row, row_bytes)
 
     @njit(**options)
+    def parts_of_head(p):
+        """(parts, length): the rows of W_hh that a head's product meets are so many parts of that length, H rows apart."""
+        return (gates, p.head_units) if p.heads > 1 else (1, gates * p.hidden_size)
+
+    @njit(**options)
+    def fill_hidden_rows(p, head, table):
+        """Addresses of these rows."""
+        (parts, length), row_bytes = parts_of_head(p), p.output_size // p.heads * weight_size(p)
+        for part in range(parts):
+            row = p.w_hh + (part * p.hidden_size + head * p.head_units) * row_bytes
+            fill_rows(table + 8 * part * length, length, row, row_bytes)
+
+    @njit(**options)
     def pack_weights(p, member, members, table):
         """This member's share of the panels that every step needs, of W_hh and W_hr: their rows are the k of the product.
 
@@ -195,14 +211,17 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """
         depth = gates * p.hidden_size
         if not p.one_step:
-            fill_rows(table, depth, p.w_hh, p.output_size * weight_size(p))
-            panels = ceil_div(p.output_size, wide)
-            for panel in range(share(panels, members, member), share(panels, members, member + 1)):
+            panels, width = p.heads * p.head_panels, p.output_size // p.heads
+            first, last = share(panels, members, member), share(panels, members, member + 1)
+            for panel in range(first, last):
+                head, own = panel // p.head_panels, panel % p.head_panels
+                if panel == first or own == 0:
+                    fill_hidden_rows(p, head, table)
                 out = p.hh_panels + panel * p.hh_depth * panel_row
                 if p.tiles:
-                    pack_tiles(table, depth, p.output_size, panel, out)
+                    pack_tiles(table, depth, width, own, out)
                 else:
-                    pack_weight(p, table, depth, p.output_size, panel, out)
+                    pack_weight(p, table, depth // p.heads, width, own, out)
         if not p.ih_once:
             fill_input_rows(p, table)
             panels = ceil_div(p.input_size, wide)
@@ -282,10 +301,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def arguments(q, context):
         """What the cell's vector-Jacobian product is given for vector q of a row."""
-        p, unit0, sums, panel_sums, mask, dy, more, _, places = context
+        p, unit0, end, sums, panel_sums, mask, dy, more, _, places = context
         kept_row_at, output_row, h_row, c_row, noise_row, dc_row, _ = places
         unit = unit0 + q * lanes
-        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
         dh = state_gradient(q, unit, n, sums, panel_sums, mask, dy, more)
         carried = read_carried(dc_row + at, gate_stride, n)
         kept = read_slots(kept_row_at + at, gate_stride, n)
@@ -298,18 +317,19 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def keep(q, result, context):
         """Keep the gradients of vector q's pre-activations, and what is carried past them."""
-        p, unit0, _, _, _, _, _, gradients, (_, _, _, _, _, dc_row, dh_row) = context
+        p, unit0, end, _, _, _, _, _, gradients, (_, _, _, _, _, dc_row, dh_row) = context
         unit = unit0 + q * lanes
-        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
         write_gradients(gradients + at, gate_stride, result, n)
         write_carried(dc_row + at, gate_stride, result, n)
         if reads_hidden:
             store(dh_row + at, result[of_hidden], n)
 
     @njit(**options)
-    def expect(p, t, first, rows, panel, vectors, saved_row):
-        """Prefetch what the gates of a panel read of `rows` rows from `first` on: it comes while their product is computed."""
-        gate_stride, at = p.hidden_size * size, panel * wide * size
+    def expect(p, t, first, rows, unit, vectors, saved_row):
+        """Prefetch what the gates of units from `unit` on read of `rows` rows from `first` on: it comes while their product is
+        computed."""
+        gate_stride, at = p.hidden_size * size, unit * size
         for b in range(first, first + rows):
             dy = p.dy + step_base(p, t) * p.dy_step + row_at(p, b) * p.dy_row + at
             kept, carried = kept_at(p, t, b, saved_row) + at, carried_at(p, t, b, saved_row) + at
@@ -323,6 +343,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     prefetch_far(carried + s * gate_stride + j)
                 if reads_hidden:
                     prefetch_far(hidden_before(p, t, b) + at + j)
+                for s in range(noise):
+                    prefetch_far(noise_at(p, t, b) + s * gate_stride + at + j)
 
     @njit(**options)
     def gate_gradients(vectors, context):
@@ -341,13 +363,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         p, turn, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, own_block,
         saved_row
     ):  # fmt: skip
-        """Step t of rows r0 .. r0+count-1, of which `live` have a later step: later * W_hh + dy + extra is dh.
+        """Step t of rows r0 .. r0+count-1, of which `live` have a later step, in one head: later * W_hh + dy + extra is dh.
 
         turn: from the first panel to the last if even, or back.
         Without a projection the cell takes it from the tile.
         """
-        depth = gates * p.hidden_size
+        parts, depth = parts_of_head(p)
         row_bytes, panel_bytes, blocks = pitch(p), p.hh_depth * panel_row, tile_blocks(depth)
+        end = end_unit(p, first)
         together = group if count > most else alone if count == 1 else 1
         if p.tiles:
             split(min(count, max(0, live)), later, depth, PARTS, own_block)
@@ -356,20 +379,26 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             panel = first + there_and_back(turn, 0, groups, index) * together
             next_panel = first + there_and_back(turn, 0, groups, min(index + 1, groups - 1)) * together
             panels = min(together, last - panel)
-            wanted = min(columns, ceil_div(p.output_size, lanes) - (panel + panels - 1) * columns)
+            unit0 = first_unit(p, panel, wide)
+            vectors = min(panels * columns, ceil_div(end - unit0, lanes))
+            wanted = vectors - (panels - 1) * columns
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 going_on, weights = min(rows, max(0, live - i)), p.hh_panels + panel * panel_bytes
                 if rows > most and not p.projected:
-                    expect(p, t, r0 + i, rows, panel, panels * columns, saved_row)
+                    expect(p, t, r0 + i, rows, unit0, panels * columns, saved_row)
                 if p.tiles:
                     tile_product(going_on, rows_at(own_block, i, blocks, PARTS), weights, blocks, scratch)
-                else:
+                for part in range(0 if p.tiles else parts):
+                    own, following = weights + part * depth * panel_row, p.hh_panels + next_panel * panel_bytes
+                    if part + 1 < parts:
+                        following = own + depth * panel_row
                     product(
-                        going_on, later + 8 * i, size, weights, panel_bytes, panels, wanted, panel_row, depth, scratch,
-                        p.hh_panels + next_panel * panel_bytes,
+                        going_on, later + 8 * i, size, own, panel_bytes, panels, wanted, panel_row, depth, scratch, following,
+                        part,
                     )  # fmt: skip
+                    shift_rows(later + 8 * i, going_on, (p.hidden_size if part + 1 < parts else -part * p.hidden_size) * size)
                 for m in range(rows):
                     b = r0 + i + m
                     dy = p.dy + step_base(p, t) * p.dy_step + row_at(p, b) * p.dy_row
@@ -377,18 +406,16 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     sums, panel_sums, mask = scratch + m * columns * vector, going_on * columns * vector, mask_at(p, b)
                     if m >= going_on:
                         sums, panel_sums = p.zeros, columns * vector
-                    unit = panel * wide
-                    vectors = min(panels * columns, ceil_div(p.output_size - unit, lanes))
                     if p.projected:
                         row = projected_gradients + (base + b) * p.output_size * size
                         for q in range(vectors):
-                            n = p.output_size - unit
-                            store(row + unit * size, state_gradient(q, unit, n, sums, panel_sums, mask, dy, more), n)
-                            unit += lanes
+                            unit = unit0 + q * lanes
+                            dp = state_gradient(q, unit, end - unit, sums, panel_sums, mask, dy, more)
+                            store(row + unit * size, dp, end - unit)
                     else:
                         row = gradients + (base + b) * row_bytes
                         places = places_of(p, t, b, saved_row)
-                        gate_gradients(vectors, (p, unit, sums, panel_sums, mask, dy, more, row, places))
+                        gate_gradients(vectors, (p, unit0, end, sums, panel_sums, mask, dy, more, row, places))
                 i += rows
 
     @njit(**options)
@@ -403,13 +430,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, ROW_BLOCK)
-                product(rows, out_rows + 8 * i, size, weights, 0, 1, wanted, panel_row, depth, scratch, following)
+                product(rows, out_rows + 8 * i, size, weights, 0, 1, wanted, panel_row, depth, scratch, following, 0)
                 for m in range(rows):
                     b = r0 + i + m
                     unit, row = panel * wide, gradients + (base + b) * row_bytes
                     vectors = min(columns, ceil_div(p.hidden_size - unit, lanes))
                     sums = scratch + m * columns * vector
-                    gate_gradients(vectors, (p, unit, sums, 0, 0, p.zeros, p.zeros, row, places_of(p, t, b, saved_row)))
+                    places = places_of(p, t, b, saved_row)
+                    gate_gradients(vectors, (p, unit, p.hidden_size, sums, 0, 0, p.zeros, p.zeros, row, places))
                 i += rows
 
     @njit(**options)
@@ -524,11 +552,17 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         store_int(extra + 8 * i, p.zeros)
 
     @njit(**options)
-    def finish_resets(p, member, r0, from_row, to_row, later):
-        """Take the sums over the resets of rows whose first step is done in, and its gate gradients into these sums."""
+    def own_units(p, member, first, last):
+        """First unit and end of those whose states but h this thread has in a step: of panels first .. last-1, or projected."""
+        if not p.projected:
+            return first_unit(p, first, wide), first_unit(p, last, wide)
         panels, unit_group = ceil_div(p.hidden_size, wide), member % p.unit_groups
-        unit0, unit1 = share(panels, p.unit_groups, unit_group) * wide, share(panels, p.unit_groups, unit_group + 1) * wide
-        unit_bytes = p.hidden_size * size
+        return share(panels, p.unit_groups, unit_group) * wide, share(panels, p.unit_groups, unit_group + 1) * wide
+
+    @njit(**options)
+    def finish_resets(p, member, r0, from_row, to_row, later, first, last):
+        """Take the sums over the resets of rows whose first step is done in, and its gate gradients into these sums."""
+        (unit0, unit1), unit_bytes = own_units(p, member, first, last), p.hidden_size * size
         for i in range(from_row, to_row):
             b = r0 + i
             sums, dc = reset_row(p, b) + gates * unit_bytes, p.dc0 + row_at(p, b) * states * unit_bytes
@@ -544,7 +578,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def finish_rows(p, member, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
         """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
-        count, unit0, unit1 = to_row - from_row, first * wide, last * wide
+        count, unit0, unit1 = to_row - from_row, first_unit(p, first, wide), first_unit(p, last, wide)
         if count > 0 and p.need_dh0:
             row_bytes = p.output_size * size
             for i in range(from_row, to_row):  # rows without a carried part start from zero
@@ -552,24 +586,36 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 store_int(table + 8 * (i - from_row), dh0)
                 if load_int(extra + 8 * i) != dh0:
                     clear_units(dh0, unit0, unit1, p.output_size)
-                if p.mask:
+                if p.mask:  # the product goes where it can be multiplied with it
                     store_int(table + 8 * (i - from_row), p.masked + row_at(p, r0 + i) * row_bytes)
             if p.resets:
-                finish_resets(p, member, r0, from_row, to_row, later)
-            depth, rows, add = gates * p.hidden_size, later + 8 * from_row, 0 if p.mask else 1
-            if p.tiles:
-                multiply_in_tiles(p, count, rows, p.hh_panels, p.output_size, first, last, table, add, scratch, own_block)
-            elif p.one_step:
-                weight_rows = table + 8 * count
-                fill_rows(weight_rows, depth, p.w_hh, p.output_size * weight_size(p))
-                multiply_once(
-                    p, count, rows, weight_rows, True, depth, p.output_size, first, last, table, add, scratch, own_panel
-                )  # fmt: skip
-            else:
-                multiply(
-                    count, rows, size, p.hh_panels, depth * panel_row, panel_row, depth, p.output_size, first, last, table, add,
-                    scratch,
-                )  # fmt: skip
+                finish_resets(p, member, r0, from_row, to_row, later, first, last)
+            rows, weight_rows, width = later + 8 * from_row, table + 8 * count, p.output_size // p.heads
+            parts, length = parts_of_head(p)
+            for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
+                low, high = max(0, first - head * p.head_panels), min(last - head * p.head_panels, p.head_panels)
+                own, at = p.hh_panels + head * p.head_panels * p.hh_depth * panel_row, head * p.head_units * size
+                shift_rows(table, count, at)
+                if p.tiles:
+                    add = 0 if p.mask else 1
+                    multiply_in_tiles(p, count, rows, own, width, low, high, table, add, scratch, own_block)
+                if p.one_step:
+                    fill_hidden_rows(p, head, weight_rows)
+                for part in range(0 if p.tiles else parts):
+                    along, add = at + part * p.hidden_size * size, 0 if p.mask and part == 0 else 1
+                    shift_rows(rows, count, along)
+                    if p.one_step:
+                        multiply_once(
+                            p, count, rows, weight_rows + 8 * part * length, True, length, width, low, high, table, add, scratch,
+                            own_panel,
+                        )  # fmt: skip
+                    else:
+                        multiply(
+                            count, rows, size, own + part * length * panel_row, p.hh_depth * panel_row, panel_row, length,
+                            width, low, high, table, add, scratch,
+                        )  # fmt: skip
+                    shift_rows(rows, count, -along)
+                shift_rows(table, count, -at)
             if p.mask:
                 for b in range(r0 + from_row, r0 + to_row):
                     at = row_at(p, b) * row_bytes
@@ -673,41 +719,51 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def weight_gradient(
-        p, member, members, a, a_bytes, units, operand_rows, rows, width, out_rows, add, tables, scratch, own_block
+        p, member, a, a_bytes, parts, units, operand_rows, rows, width, out_rows, add, tables, scratch, own_block
     ):  # fmt: skip
         """What is at out_rows, [units, width], (+)= a[rows, units]^T * operand[rows, width]; a_bytes from one row of a on.
 
-        The operand is packed by all members together, some panels at a time.
+        Of a and out_rows there are so many parts of `units`, H units apart. The operand is packed by all members together, some
+        panels at a time, and each multiplies its share of the units.
         """
-        unit, end = share(units, members, member), share(units, members, member + 1)
+        members = p.row_groups * p.unit_groups
+        unit0, unit1 = share(parts * units, members, member), share(parts * units, members, member + 1)
         if rows <= FEW_ROWS:
-            half, out = p.rounded_at_once, out_rows + 8 * unit
-            outer_products(a + unit * size, a_bytes, end - unit, operand_rows, rows, width, out, half, add)
+            for part in range(unit0 // units, ceil_div(unit1, units)):
+                unit, end = max(unit0 - part * units, 0), min(unit1 - part * units, units)
+                at = part * p.hidden_size + unit
+                outer_products(
+                    a + at * size, a_bytes, end - unit, operand_rows, rows, width, out_rows + 8 * at, p.rounded_at_once, add
+                )  # fmt: skip
             return
-        panels, parts = ceil_div(width, wide), 0
+        panels, operand_parts = ceil_div(width, wide), 0
         if p.tiles:
-            parts = parts_of(rows, operand_rows, width)
+            operand_parts = parts_of(rows, operand_rows, width)
         for first in range(0, panels, operand_panels):
             count, last = min(operand_panels, panels - first), min(panels, first + operand_panels)
             for begin in range(0, rows, p.operand_rows):
                 length, adds = min(p.operand_rows, rows - begin), add or begin > 0
-                part, own_rows = a + begin * a_bytes, operand_rows + 8 * begin
+                own_rows = operand_rows + 8 * begin
                 wait_crew(p, member)  # the panels before are done with
                 if p.tiles:
-                    pack_operand_tiles(p, member, members, own_rows, length, width, first, count, parts)
+                    pack_operand_tiles(p, member, members, own_rows, length, width, first, count, operand_parts)
                 else:
                     pack_operand(p, member, members, own_rows, length, width, first, count)
                 wait_crew(p, member)
-                if p.tiles:
-                    base = p.operands - first * tile_blocks(length) * columns * parts * TILE_BYTES
-                    multiply_units_in_tiles(
-                        part, a_bytes, unit, end, base, parts, length, width, first, last, out_rows, adds, scratch, own_block
-                    )  # fmt: skip
-                else:
-                    base = p.operands - first * length * panel_row
-                    multiply_units(
-                        part, a_bytes, unit, end, base, length, width, first, last, out_rows, adds, tables, scratch, own_block
-                    )  # fmt: skip
+                for part in range(unit0 // units, ceil_div(unit1, units)):
+                    unit, end = max(unit0 - part * units, 0), min(unit1 - part * units, units)
+                    own, out = a + begin * a_bytes + part * p.hidden_size * size, out_rows + 8 * part * p.hidden_size
+                    if p.tiles:
+                        base = p.operands - first * tile_blocks(length) * columns * operand_parts * TILE_BYTES
+                        multiply_units_in_tiles(
+                            own, a_bytes, unit, end, base, operand_parts, length, width, first, last, out, adds, scratch,
+                            own_block,
+                        )  # fmt: skip
+                    else:
+                        base = p.operands - first * length * panel_row
+                        multiply_units(
+                            own, a_bytes, unit, end, base, length, width, first, last, out, adds, tables, scratch, own_block
+                        )  # fmt: skip
 
     @njit(**options)
     def fill_gate_rows(p, table, order, matrix, width):
@@ -728,7 +784,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """The weights' gradients to where they are wanted in bfloat16."""
         depth = gates * p.hidden_size
         round_gradient(p.dw_ih, depth * p.input_size, p.dw_ih_half, members, member)
-        round_gradient(p.dw_hh, depth * p.output_size, p.dw_hh_half, members, member)
+        round_gradient(p.dw_hh, depth * (p.output_size // p.heads), p.dw_hh_half, members, member)
         if p.projected:
             round_gradient(p.dw_hr, p.output_size * p.hidden_size, p.dw_hr_half, members, member)
 
@@ -753,14 +809,17 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 i += 1
         fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
         weight_gradient(
-            p, member, members, gradients, row_bytes, depth, x_rows, rows, p.input_size, out_rows, add, columns_of_a,
-            scratch, own_block,
+            p, member, gradients, row_bytes, 1, depth, x_rows, rows, p.input_size, out_rows, add, columns_of_a, scratch,
+            own_block,
         )  # fmt: skip
-        fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, p.output_size)
-        weight_gradient(
-            p, member, members, gradients + hidden * units * size, row_bytes, depth, h_rows, rows, p.output_size,
-            out_rows, add, columns_of_a, scratch, own_block,
-        )  # fmt: skip
+        (parts, length), width = parts_of_head(p), p.output_size // p.heads
+        fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, width)
+        for head in range(p.heads):
+            weight_gradient(
+                p, member, gradients + (hidden * units + head * p.head_units) * size, row_bytes, parts, length, h_rows, rows,
+                width, out_rows + 8 * head * p.head_units, add, columns_of_a, scratch, own_block,
+            )  # fmt: skip
+            shift_rows(h_rows, rows, p.head_units * size)
         if p.projected:
             saved_row = (slots + 1) * units * size
             i = 0
@@ -770,7 +829,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     i += 1
             fill_rows(out_rows, p.output_size, p.dw_hr, units * (2 if p.rounded_at_once else size))
             weight_gradient(
-                p, member, members, out_gradients, p.output_size * size, p.output_size, x_rows, rows, units, out_rows, add,
+                p, member, out_gradients, p.output_size * size, 1, p.output_size, x_rows, rows, units, out_rows, add,
                 columns_of_a, scratch, own_block,
             )  # fmt: skip
         if p.bias:
@@ -837,11 +896,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         row_group, unit_group = member // p.unit_groups, member % p.unit_groups
         r0, r1 = split_row(p, row_group), split_row(p, row_group + 1)
         hidden_bytes, output_bytes = p.hidden_size * size, p.output_size * size
-        panels = ceil_div(p.output_size, wide)
+        panels = p.heads * p.head_panels
         first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
         cell_panels = ceil_div(p.hidden_size, wide)
         first_cell = share(cell_panels, p.unit_groups, unit_group)
         last_cell = share(cell_panels, p.unit_groups, unit_group + 1)
+        unit0, unit1 = own_units(p, member, first, last)
         row_bytes = pitch(p)
         saved_row = (slots + p.projected) * hidden_bytes
 
@@ -902,10 +962,15 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 base = first_row(p, t) - first_row(p, t_low)
                 for i in range(0, count, p.split_rows):
                     n = min(count - i, p.split_rows)
-                    step(
-                        p, k + i // p.split_rows, t, base, r0 + i, n, previous_count - i, later + 8 * i, extra + 8 * i,
-                        gradients, out_gradients, first, last, scratch, own_block, saved_row,
-                    )  # fmt: skip
+                    for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
+                        low, high = max(first, head * p.head_panels), min(last, (head + 1) * p.head_panels)
+                        live = previous_count - i
+                        shift_rows(later + 8 * i, min(n, live), head * p.head_units * size)
+                        step(
+                            p, k + i // p.split_rows, t, base, r0 + i, n, live, later + 8 * i, extra + 8 * i, gradients,
+                            out_gradients, low, high, scratch, own_block, saved_row,
+                        )  # fmt: skip
+                        shift_rows(later + 8 * i, min(n, live), -head * p.head_units * size)
                 if p.projected:
                     wait_group(p, member)
                     fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)
@@ -915,7 +980,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     store_int(later + 8 * i, gradients + (base + r0 + i) * row_bytes + hidden * hidden_bytes)
                     store_int(extra + 8 * i, p.dh0 + row_at(p, r0 + i) * output_bytes if reads_hidden else p.zeros)
                     if begins_anew(p, t, r0 + i):
-                        stop_at_reset(p, r0 + i, i, later, extra, first_cell * wide, last_cell * wide)
+                        stop_at_reset(p, r0 + i, i, later, extra, unit0, unit1)
                 previous_count = count
             if start == 0:
                 finish_rows(

@@ -7,6 +7,7 @@ loaded without importing numba.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import stat
 import subprocess
@@ -25,8 +26,9 @@ from ..layer import Inputs, Layer, Steps, layer_of
 from . import processor
 from .plan import FIELDS, L2_BYTES
 from .processor import Tier
-from .source import KERNELS, object_directory
+from .source import KERNELS, object_directory, shipped_directory
 
+SHIPPED = "fastrnn_kernels"  # the directory beside a cell's module where a package may have its objects
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -75,14 +77,14 @@ def tier() -> Tier:
 
 
 def compile_units(cell: str, scalar: str, passes: Sequence[str], tier: Tier) -> bool:
-    """Write the objects of a cell's passes that the cache has not yet, at once; is there anything to write?
+    """Write the objects of a cell's passes that are not to be had yet, at once, to the cache; is there anything to write?
 
     Raises:
         RuntimeError: they do not compile.
     """
     base, running = cache_directory(), {}
     for which in passes:
-        if not all(path.exists() for path in _objects(base, tier, (cell, scalar, which))):
+        if not objects(tier, (cell, scalar, which)):
             # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
             command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier.name, cell, scalar, which, CELLS[cell].definition]
             running[which] = subprocess.Popen([sys.executable, *command], cwd=KERNELS.parent, stderr=subprocess.PIPE, text=True)
@@ -93,8 +95,17 @@ def compile_units(cell: str, scalar: str, passes: Sequence[str], tier: Tier) -> 
     return bool(running)
 
 
-def _objects(base: Path, tier: Tier, unit: tuple[str, str, str]) -> list[Path]:
-    return [object_directory(base, tier.name) / f"{entry}.o" for entry in tier.entries(unit)]
+def objects(tier: Tier, unit: tuple[str, str, str]) -> list[Path]:
+    """Find the objects of a pass of a cell, shipped with it or in the cache; none where they are in neither."""
+    module = CELLS[unit[0]].function.__globals__.get("__file__")
+    directories = [shipped_directory(Path(module).parent / SHIPPED, tier.name)] if module else []
+    if importlib.util.find_spec("numba"):
+        directories.append(object_directory(cache_directory(), tier.name))
+    for directory in directories:
+        found = [directory / f"{entry}.o" for entry in tier.entries(unit)]
+        if all(path.exists() for path in found):
+            return found
+    return []
 
 
 @cache
@@ -104,7 +115,7 @@ def addresses(cell: str, scalar: str, which: str, tier: Tier) -> list[int]:
 
     compile_units(cell, scalar, (which,), tier)
     unit, engine = (cell, scalar, which), _engine()
-    for path in _objects(cache_directory(), tier, unit):
+    for path in objects(tier, unit):
         engine.add_object_file(llvm.object_file.ObjectFileRef.from_path(str(path)))
     engine.finalize_object()
     return [engine.get_function_address(entry) for entry in tier.entries(unit)]
@@ -126,7 +137,7 @@ class Call:
         self.keep: list = [self.records]
         self.cell, self.scalar, self.steps = CELLS[layer.cell], TYPES[x.dtype], Steps(layer, inputs)
         self.H, self.R = weights[0].shape[0] // self.cell.gates, inputs.h0.shape[2]
-        if weights[0].dtype == torch.bfloat16 and self.R % 2 == 0:  # matrices as kernels read them
+        if weights[0].dtype == torch.bfloat16 and weights[1].shape[1] % 2 == 0:  # matrices as kernels read them
             self.weights = [w.contiguous() for w in weights]
         else:
             self.weights = [w.to(x.dtype).contiguous() for w in weights]
@@ -138,6 +149,7 @@ class Call:
             "input_size": x.shape[-1],
             "hidden_size": self.H,
             "output_size": self.R,
+            "heads": layer.heads,
             "bias": layer.bias,
             "projected": layer.projected,
             "half": self.weights[0].dtype == torch.bfloat16,

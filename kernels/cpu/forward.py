@@ -28,11 +28,15 @@ from .product import (
     make_product,
     options,
     panels_together,
+    shift_rows,
 )
 from .team import (
     RECORD_BYTES,
     active_rows,
     begins_anew,
+    end_unit,
+    first_row,
+    first_unit,
     kept_row,
     record_at,
     row_at,
@@ -63,12 +67,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     """forward(records, rank): the share of thread `rank` in one call; records is the address of one record a direction, or a
     layer where layers run at once."""
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
-    load, store, load_all, store_all, zero = v.load, v.store, v.load_all, v.store_all, v.zero
+    load, store, load_all, zero = v.load, v.store, v.load_all, v.zero
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
     kept, states, weights, noise = cell.kept, cell.states, cell.weights, cell.noise
     names = tuple(name for name, _ in cell.derived.before)
     per_panel = unit_vectors(gates, target.registers)
-    columns = gates * per_panel
+    columns, panel_units = gates * per_panel, per_panel * lanes
     sums_bytes = scratch_bytes(columns * vector)
     product = make_product(v, target, columns)
     # The same for matrices in bfloat16; in float64 there are none.
@@ -145,8 +149,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         before, s = reader(places[:-1]), places[-1]
         return njit(lambda row, stride, n: before(row, stride, n) + (load(row + s * stride, n),), **options)
 
-    # The cell's own weights stand behind the gates' biases.
-    read_weights, read_noise = reader(tuple(range(gates, gates + weights))), reader(tuple(range(noise)))
+    # The cell's own weights stand behind the sums of biases.
+    own_weights = tuple(range(preactivations, preactivations + weights))
+    read_weights, read_noise = reader(own_weights), reader(tuple(range(noise)))
 
     @njit(**options)
     def pack_rows_of(p, source, units, depth, out, out_stride):
@@ -161,11 +166,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
         paired: in bfloat16, pairs of k. In torch's layout these are next to each other: one number in the size of a float32.
         """
-        w_size = 2 if p.half else size
+        w_size, end = 2 if p.half else size, end_unit(p, panel)
         for j in range(per_panel):
-            unit = (panel * per_panel + j) * lanes
+            unit = first_unit(p, panel, panel_units) + j * lanes
             for g in range(gates):
-                source, units = w + (order[g] * p.hidden_size + unit) * depth * w_size, p.hidden_size - unit
+                source, units = w + (order[g] * p.hidden_size + unit) * depth * w_size, end - unit
                 column = out + (g * per_panel + j) * vector
                 if p.tiles:
                     tile = out + (g * per_panel + j) * TILE_BYTES
@@ -180,23 +185,23 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def dot_gates(p, count, a_rows, w, depth, order, panel, sums, buffer):
         """What the product with a panel of pack_gates gives, but for rounding, from the matrix where it lies."""
-        w_size = 2 if p.half else size
+        w_size, end = 2 if p.half else size, end_unit(p, panel)
         for j in range(per_panel):
-            unit = (panel * per_panel + j) * lanes
+            unit = first_unit(p, panel, panel_units) + j * lanes
             for g in range(gates):
                 rows = w + (order[g] * p.hidden_size + unit) * depth * w_size
                 out = sums + (g * per_panel + j) * vector
                 if p.half:
-                    dot_rows_half(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector, buffer)
+                    dot_rows_half(count, a_rows, rows, end - unit, depth, out, columns * vector, buffer)
                 else:
-                    dot_rows(count, a_rows, rows, p.hidden_size - unit, depth, out, columns * vector, buffer)
+                    dot_rows(count, a_rows, rows, end - unit, depth, out, columns * vector, buffer)
 
     @njit(**options)
     def sum_biases(p, panel, bias_gate):
-        """Both biases of each pre-activation of a panel's units, summed."""
+        """Both biases of each pre-activation of a panel's units, summed, and the cell's own weights."""
         for j in range(per_panel):
-            unit = (panel * per_panel + j) * lanes
-            n = p.hidden_size - unit
+            unit = first_unit(p, panel, panel_units) + j * lanes
+            n = end_unit(p, panel) - unit
             for s in range(preactivations):
                 total = zero()
                 if p.bias and n > 0:
@@ -204,19 +209,22 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         total = total + load(p.b_ih + (input_order[s] * p.hidden_size + unit) * size, n)
                     if s >= hidden:
                         total = total + load(p.b_hh + ((s - hidden) * p.hidden_size + unit) * size, n)
-                store_all(p.bias_sums + s * bias_gate + unit * size, total)
+                store(p.bias_sums + s * bias_gate + unit * size, total, n)
+            for s in range(weights):
+                value = load(p.b_ih + ((gates + s) * p.hidden_size + unit) * size, n)
+                store(p.bias_sums + (preactivations + s) * bias_gate + unit * size, value, n)
 
     @njit(**options)
     def pack_weights(p, member, members, bias_gate):
         """This member's share of the panels that are packed once for all, and of the biases."""
-        panels = ceil_div(p.hidden_size, lanes * per_panel)
+        panels = p.heads * p.head_panels
         for panel in range(share(panels, members, member), share(panels, members, member + 1)):
             if not p.ih_once:
                 out = p.ih_panels + panel * p.ih_depth * columns * vector
                 pack_gates(p, p.w_ih, p.input_size, input_order, panel, 0, out)
             if not p.one_step:
                 out = p.hh_panels + panel * p.hh_depth * columns * vector
-                pack_gates(p, p.w_hh, p.output_size, hidden_order, panel, p.half_panels, out)
+                pack_gates(p, p.w_hh, p.output_size // p.heads, hidden_order, panel, p.half_panels, out)
             sum_biases(p, panel, bias_gate)
         if p.projected:
             outputs = ceil_div(p.output_size, lanes * wide)
@@ -230,14 +238,13 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def pack_alone(p):
         """All of a direction's panels, by one thread."""
-        bias_gate = ceil_div(p.hidden_size, lanes * per_panel) * per_panel * vector
-        pack_weights(p, 0, 1, bias_gate)
+        pack_weights(p, 0, 1, p.heads * p.head_panels * per_panel * vector)
 
     @njit(**options)
-    def bring_near(count, rows, parts, part_bytes, panel):
+    def bring_near(p, count, rows, parts, part_bytes, panel):
         """Prefetch the units of a panel in each part of `count` rows, whose addresses are at `rows`."""
         for m in range(count):
-            row = load_int(rows + 8 * m) + panel * per_panel * vector
+            row = load_int(rows + 8 * m) + first_unit(p, panel, panel_units) * size
             for part in range(parts):
                 for j in range(per_panel):
                     prefetch(row + part * part_bytes + j * vector)
@@ -245,7 +252,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def wanted_columns(p, panel):
         """Count the columns of a panel that stand for units: of a cell of one gate, the last panel may have others."""
-        return min(columns, ceil_div(p.hidden_size, lanes) - panel * columns) if gates == 1 else columns
+        left = end_unit(p, panel) - first_unit(p, panel, panel_units)
+        return min(columns, ceil_div(left, lanes)) if gates == 1 else columns
 
     @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
@@ -263,7 +271,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
-                bring_near(rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
+                bring_near(p, rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
                 if p.one_step:
                     dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch, own_panel)
                 elif p.tiles and parts == 1:
@@ -273,39 +281,42 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 else:
                     product(
                         rows, x_rows + 8 * i, size, weights, 0, 1, wanted_columns(p, panel), columns * vector, p.input_size,
-                        scratch, following,
+                        scratch, following, 0,
                     )  # fmt: skip
+                unit0, end = first_unit(p, panel, panel_units), end_unit(p, panel)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     for j in range(per_panel):
-                        unit = (panel * per_panel + j) * lanes
-                        if unit < p.hidden_size:
+                        unit = unit0 + j * lanes
+                        if unit < end:
                             for g in range(gates):
                                 value = load_all(scratch + ((m * gates + g) * per_panel + j) * vector)
                                 value = value + load_all(p.bias_sums + g * bias_gate + unit * size)
-                                store(z + g * z_gate + unit * size, value, p.hidden_size - unit)
+                                store(z + g * z_gate + unit * size, value, end - unit)
                 i += rows
 
     @njit(**options)
-    def vector_at(q, i, count, panel, scratch):
-        """Row, first unit and sums of vector q, of rows from i on in one panel, or of a row alone in those from `panel` on."""
+    def vector_at(q, i, count, unit, scratch):
+        """Row, first unit and sums of vector q: of rows from i on in the panel whose units begin at `unit`, or of a row alone
+        in those from there on."""
         group, j = q // per_panel, q % per_panel
-        m, own_panel = (i, panel + group) if count == 1 else (i + group, panel)
-        return m, (own_panel * per_panel + j) * lanes, scratch + (group * columns + j) * vector
+        m, unit = (i, unit + group * panel_units) if count == 1 else (i + group, unit)
+        return m, unit + j * lanes, scratch + (group * columns + j) * vector
 
     @njit(**options)
-    def arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate):
-        """What the cell is given for a vector of units of row m."""
-        n, at, stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+    def arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate):
+        """What the cell is given for a vector of units of row m, in the head whose first unit is `head`."""
+        n, at, stride = head + p.head_units - unit, unit * size, p.hidden_size * size
         a = preactivations_of(load_int(z_rows + 8 * m) + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
-        before = read_states(load_int(previous + 8 * m) + at, load_int(c_rows + 8 * m) + at, stride, n)
-        given = read_weights(p.b_ih + at, stride, n) + read_noise(load_int(noise_rows + 8 * m) + at, stride, n)
+        h = load_int(previous + 8 * m) + at - head * size
+        before = read_states(h, load_int(c_rows + 8 * m) + at, stride, n)
+        given = read_weights(p.bias_sums + at, bias_gate, n) + read_noise(load_int(noise_rows + 8 * m) + at, stride, n)
         return a + before + given
 
     @njit(**options)
-    def keep(p, m, unit, result, z_rows, h_rows, c_rows):
+    def keep(p, m, unit, head, result, z_rows, h_rows, c_rows):
         """The new states, and what backward needs, of a vector of units of row m."""
-        n, at, gate_stride = p.hidden_size - unit, unit * size, p.hidden_size * size
+        n, at, gate_stride = head + p.head_units - unit, unit * size, p.hidden_size * size
         write_states(load_int(c_rows + 8 * m) + at, gate_stride, result, n)
         if p.save:
             write_slots(load_int(z_rows + 8 * m) + at, gate_stride, result, n)
@@ -316,15 +327,16 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         p, turn, count, previous, entering, z_rows, z_gate, h_rows, c_rows, noise_rows, first, last, bias_gate, scratch,
         own_panel
     ):  # fmt: skip
-        """A step of `count` rows, for the units of panels first .. last-1: product, gate maths, new state.
+        """A step of `count` rows, for the units of panels first .. last-1 of one head: product, gate maths, new state.
 
-        entering: rows of h as they enter the product, `previous` but for a mask.
-        turn: from the first panel to the last if even, or back.
+        turn: from the first panel to the last if even, or back. previous: addresses of the head's states. entering: of these as
+        they enter the product, which is the same but for a mask.
         """
-        panel_bytes, blocks = p.hh_depth * columns * vector, tile_blocks(p.output_size)
+        head, depth = first // p.head_panels * p.head_units, p.output_size // p.heads
+        panel_bytes, blocks = p.hh_depth * columns * vector, tile_blocks(depth)
         own_rows = own_panel + p.panel_bytes
         if p.tiles:
-            split(count, entering, p.output_size, PARTS, own_rows)
+            split(count, entering, depth, PARTS, own_rows)
         together = alone if count == 1 else 1
         groups = ceil_div(last - first, together)
         for index in range(groups):
@@ -336,12 +348,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 for q in range(panels):
-                    bring_near(rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel + q)
-                    bring_near(rows, h_rows + 8 * i, 1, 0, panel + q)
+                    bring_near(p, rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel + q)
+                    bring_near(p, rows, h_rows + 8 * i, 1, 0, panel + q)
                 if p.one_step:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
-                        dot_gates(p, rows, entering + 8 * i, p.w_hh, p.output_size, hidden_order, panel + q, sums, own_panel)
+                        dot_gates(p, rows, entering + 8 * i, p.w_hh, depth, hidden_order, panel + q, sums, own_panel)
                 elif p.tiles:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
@@ -350,27 +362,27 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 elif p.half_panels:
                     product_half(
                         rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
-                        columns * vector, p.output_size, scratch, following,
+                        columns * vector, depth, scratch, following, 0,
                     )  # fmt: skip
                 else:
                     product(
                         rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
-                        columns * vector, p.output_size, scratch, following,
+                        columns * vector, depth, scratch, following, 0,
                     )  # fmt: skip
-                vectors = panels * rows * per_panel
+                vectors, unit0 = panels * rows * per_panel, first_unit(p, panel, panel_units)
                 for q in range(0, vectors, 2):
-                    m, unit, sums = vector_at(q, i, count, panel, scratch)
-                    if unit >= p.hidden_size:
+                    m, unit, sums = vector_at(q, i, count, unit0, scratch)
+                    if unit >= head + p.head_units:
                         continue
-                    a = arguments(p, m, unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
+                    a = arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
                     if q + 1 < vectors:
-                        other, unit_too, sums = vector_at(q + 1, i, count, panel, scratch)
-                        b = arguments(p, other, unit_too, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
+                        other, unit_too, sums = vector_at(q + 1, i, count, unit0, scratch)
+                        b = arguments(p, other, unit_too, head, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
                         result, b_result = apply_twice(a, b)
-                        keep(p, other, unit_too, b_result, z_rows, h_rows, c_rows)
+                        keep(p, other, unit_too, head, b_result, z_rows, h_rows, c_rows)
                     else:
                         result = apply(a)
-                    keep(p, m, unit, result, z_rows, h_rows, c_rows)
+                    keep(p, m, unit, head, result, z_rows, h_rows, c_rows)
                 i += rows
 
     @njit(**options)
@@ -379,14 +391,14 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             store(destination + unit * size, load(source + unit * size, min(n, last) - unit), min(n, last) - unit)
 
     @njit(**options)
-    def enter(p, count, r0, previous, masked_rows, masked):
-        """Multiply `count` rows of h with their mask, into memory at `masked`, and note where each then is."""
+    def enter(p, count, r0, previous, masked_rows, masked, first, last):
+        """Multiply units first .. last-1 of `count` rows of h with their mask, at `masked`, and note where each row is."""
         row_bytes = p.output_size * size
         for i in range(count):
             source, mask, row = load_int(previous + 8 * i), p.mask + row_at(p, r0 + i) * row_bytes, masked + i * row_bytes
             store_int(masked_rows + 8 * i, row)
-            for unit in range(0, p.output_size, lanes):
-                n, at = p.output_size - unit, unit * size
+            for unit in range(first, last, lanes):
+                n, at = last - unit, unit * size
                 store(row + at, load(source + at, n) * load(mask + at, n), n)
 
     @njit(**options)
@@ -410,12 +422,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         """A block of steps of one direction or layer; nothing but what comes before all blocks if begins and block < 0."""
         unit_group = member % p.unit_groups
         hidden_bytes, output_bytes = p.hidden_size * size, p.output_size * size
-        panels = ceil_div(p.hidden_size, lanes * per_panel)
+        panels = p.heads * p.head_panels
         first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
         bias_gate = panels * per_panel * vector
         outputs = ceil_div(p.output_size, lanes * wide)
         first_out, last_out = share(outputs, p.unit_groups, unit_group), share(outputs, p.unit_groups, unit_group + 1)
-        unit0, unit1 = first * per_panel * lanes, last * per_panel * lanes
+        unit0, unit1 = first_unit(p, first, panel_units), first_unit(p, last, panel_units)
 
         # This thread's own memory: scratch tiles, a panel packed to be used once, tables of row addresses.
         scratch = p.own + member * p.own_bytes
@@ -493,15 +505,28 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     store_int(noise_rows + 8 * i, p.noise + at)
             entering = previous
             if p.mask:
-                enter(p, count, r0, previous, masked_rows, masked)
+                # of the heads whose units are this thread's: nobody waits for those of others
+                low, high = first // p.head_panels, ceil_div(last, p.head_panels)
+                low, high = (low * p.head_units, high * p.head_units) if p.heads > 1 else (0, p.output_size)
+                enter(p, count, r0, previous, masked_rows, masked, low, high)
                 entering = masked_rows
             for i in range(0, count, p.split_rows):
                 rows, at, z = min(count - i, p.split_rows), 8 * i, z_rows + 8 * (n + i)
                 turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
-                step(
-                    p, turn, rows, previous + at, entering + at, z, hidden_bytes, h_rows + at, c_rows + at, noise_rows + at, first,
-                    last, bias_gate, scratch, own_panel,
-                )  # fmt: skip
+                before, inside = previous + at, entering + at
+                for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
+                    low, high = max(first, head * p.head_panels), min(last, (head + 1) * p.head_panels)
+                    head_bytes = head * p.head_units * size
+                    shift_rows(before, rows, head_bytes)
+                    if p.mask:
+                        shift_rows(inside, rows, head_bytes)
+                    step(
+                        p, turn, rows, before, inside, z, hidden_bytes, h_rows + at, c_rows + at, noise_rows + at, low, high,
+                        bias_gate, scratch, own_panel,
+                    )  # fmt: skip
+                    shift_rows(before, rows, -head_bytes)
+                    if p.mask:
+                        shift_rows(inside, rows, -head_bytes)
             if p.projected:
                 wait_group(p, member)
                 panel_row = wide * vector

@@ -18,6 +18,8 @@ _GROUPS = (
     # half: weight matrices are in bfloat16, and output_size is even; half_panels: forward's of W_hh stay so when packed
     # tiles: those of both stay so, and are multiplied in tile registers
     "steps batch rows input_size hidden_size output_size bias projected half half_panels tiles reverse save",
+    # heads: blocks on W_hh's diagonal, each of head_units units, whose panels head_panels are: none has units of two heads
+    "heads head_units head_panels",
     "need_dx need_dh0 need_dw",
     # layers: records are those of so many layers, on top of each other and of one direction, which run at once; else 0
     "layers",
@@ -114,17 +116,17 @@ def split_rows(depth, parts):
     return max(2 * TILE_ROWS, min(SPLIT_ROWS, SPLIT_BYTES // split_bytes(2 * TILE_ROWS, depth, parts) * 2 * TILE_ROWS))
 
 
-def way_of_weights(forward, half, with_tiles, steps, batch, vector_bytes):
+def way_of_weights(forward, half, with_tiles, steps, batch, vector_bytes, heads):
     """(half_panels, tiles, way) of a pass, see FIELDS; way: (bytes of a vector of weights, bytes a cycle from L2, vectors of
-    products a cycle).
+    products a cycle, heads).
 
-    with_tiles: the processor has them. A single step would wait for packing them.
+    with_tiles: the processor has them. A single step would wait for packing them, and a head is seldom deep enough.
     """
-    tiles = half and with_tiles and batch > VECTOR_ROWS and steps > 1
+    tiles = half and with_tiles and batch > VECTOR_ROWS and steps > 1 and heads == 1
     half_panels = forward and half and not tiles and batch <= HALF_PANEL_ROWS
     rate = TILE_RATE // (FORWARD_PARTS if forward else BACKWARD_PARTS) if tiles else VECTOR_RATE
     weight_bytes = vector_bytes // 2 if half_panels or tiles else vector_bytes
-    return half_panels, tiles, (weight_bytes, 2 * vector_bytes // 3, rate)
+    return half_panels, tiles, (weight_bytes, 2 * vector_bytes // 3, rate, heads)
 
 
 def unit_vectors(gates, registers):
@@ -151,12 +153,12 @@ def overlapped(work, streaming):
 
 def step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, l2_bytes):
     """Estimated cycles of one step of one thread: its products and gates, the streaming of its share of the weights, and
-    between threads that share rows the barrier, and fetching what the others computed.
+    between threads that share rows, but no heads, the barrier, and fetching what the others computed.
 
     way: as way_of_weights says. Other rates were measured on two AVX-512 cores: 110 cycles for the gates of a vector of units;
     10 bytes a cycle from beyond L2; 6 cycles a number fetched.
     """
-    vector_bytes, near, rate = way
+    vector_bytes, near, rate, heads = way
     group_rows = ceil_div(rows, row_groups)
     own_panels = ceil_div(panels, unit_groups)
     tiles = rate > VECTOR_RATE
@@ -164,7 +166,7 @@ def step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, 
     work = own_panels * (product_rows * (depth * panel_vectors // rate) + 110 * group_rows)
     weights = own_panels * depth * panel_vectors * vector_bytes
     streaming = weights // (near if 4 * weights <= 3 * l2_bytes else 10)
-    exchange = BARRIER + 6 * group_rows * depth * (unit_groups - 1) // unit_groups if unit_groups > 1 else 0
+    exchange = BARRIER + 6 * group_rows * depth * (unit_groups - 1) // unit_groups if heads % unit_groups else 0
     return overlapped(work, streaming) + exchange
 
 
@@ -227,9 +229,9 @@ def schedule(
     passes,
 ):
     """(crews, row_groups, unit_groups) of one call. passes: products a forward or backward pass does per weight (1 or 2)."""
-    flops = 2 * passes * directions * rows * gates * hidden_size * (input_size + output_size)
+    flops = 2 * passes * directions * rows * gates * hidden_size * (input_size + output_size // way[3])
     if steps == 1:  # reading the weights is most of the work
-        flops = max(flops, 6 * passes * directions * gates * hidden_size * (input_size + output_size))
+        flops = max(flops, 6 * flops // (2 * rows))
     threads = worth_threads(flops, threads)
     crews = 2 if directions == 2 and threads > 1 else 1
     if steps == 1:  # each thread reads its own share of the weights
@@ -249,7 +251,7 @@ def layer_cost(rows, input_size, depth, panels, panel_vectors, way, threads, l2_
     shared_by: layers whose weights one after the other are in the L2 of those threads. block: steps for which W_ih is read.
     """
     row_groups, unit_groups = choose_groups(rows, depth, panels, panel_vectors, way, threads, l2_bytes)
-    vector_bytes, near, rate = way
+    vector_bytes, near, rate, _ = way
     own_panels = ceil_div(panels, unit_groups)
     work = ceil_div(rows, row_groups) * own_panels * (input_size * panel_vectors // rate)
     own_bytes = own_panels * panel_vectors * vector_bytes
@@ -265,16 +267,16 @@ def crews_of_layers(
     much. input_size: of the lowest."""
     if steps == 1 or layers * steps * batch * output_size > LAYER_NUMBERS:
         return 1
-    flops = 2 * steps * batch * gates * hidden_size * 2 * output_size
+    R, depth = output_size, output_size // way[3]
+    flops = 2 * steps * batch * gates * hidden_size * (R + depth)
     crews = min(layers, worth_threads(layers * flops, threads))
     if crews == 1:
         return 1
     block, rounds = layer_block(steps, batch, steps), ceil_div(layers, crews)  # a crew takes its layers' blocks in turn
     blocks, of_each, most = ceil_div(steps, block), worth_threads(flops, threads // crews), worth_threads(flops, threads)
-    R = output_size
-    shared = layer_cost(batch, input_size, R, panels, panel_vectors, way, of_each, l2_bytes, rounds, block)
-    shared = max(shared, layer_cost(batch, R, R, panels, panel_vectors, way, of_each, l2_bytes, rounds, block))
-    lowest = layer_cost(batch, input_size, R, panels, panel_vectors, way, most, l2_bytes, 1, steps)
-    other = layer_cost(batch, R, R, panels, panel_vectors, way, most, l2_bytes, 1, steps)
+    shared = layer_cost(batch, input_size, depth, panels, panel_vectors, way, of_each, l2_bytes, rounds, block)
+    shared = max(shared, layer_cost(batch, R, depth, panels, panel_vectors, way, of_each, l2_bytes, rounds, block))
+    lowest = layer_cost(batch, input_size, depth, panels, panel_vectors, way, most, l2_bytes, 1, steps)
+    other = layer_cost(batch, R, depth, panels, panel_vectors, way, most, l2_bytes, 1, steps)
     at_once = (blocks + layers - 1) * (rounds * block * shared + BARRIER)
     return crews if at_once < blocks * block * (lowest + (layers - 1) * other) else 1

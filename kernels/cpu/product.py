@@ -56,6 +56,7 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
                  all, or fewer where the matrix ends. In bfloat16, and in panels of fewer than WIDEST columns, all are.
     sums:        the first together * count * columns vectors become the result, panel by panel.
     following:   the panel that comes next, or any: its first part is brought near meanwhile.
+    add:         to what `sums` hold, all of them.
 
     Every part of a panel that is one chain long meets all rows in turn: the rest of a deep panel, which no cache near holds,
     is read once. Panels that go together meet the same part of the rows in turn: it, too, is read once for them; as many as
@@ -108,12 +109,12 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
     alone = 1 if half else panels_together(v, columns)[1]
     lonely = product_tile(v, 1, columns, half, alone)
 
-    @njit(integers(11), **options)
-    def product(count, a_rows, a_stride, panels, panel_bytes, together, wanted, panel_row, depth, sums, following):
+    @njit(integers(12), **options)
+    def product(count, a_rows, a_stride, panels, panel_bytes, together, wanted, panel_row, depth, sums, following, add):
         k = 0
         while alone > 1 and count == 1 and together == alone and k < depth:
             length, part = min(depth - k, CHAIN), panels + k * panel_row
-            lonely(a_rows, k * a_stride, a_stride, part, panel_bytes, panel_row, length, sums, k, part, 0)
+            lonely(a_rows, k * a_stride, a_stride, part, panel_bytes, panel_row, length, sums, add + k, part, 0)
             k += length
         while k < depth:
             length = min(depth - k, CHAIN)
@@ -133,7 +134,7 @@ def make_product(v: VectorLibrary, target: Target, columns: int, half: str = "")
                         ahead = next_part + (tile - 1) * count_k * ahead_stride
                     run(
                         wanted if index + 1 == together else columns, rows, a_rows + 8 * i, k * a_stride, group * a_stride,
-                        part, panel_row, count_k, out, k, ahead, ahead_stride,
+                        part, panel_row, count_k, out, add + k, ahead, ahead_stride,
                     )  # fmt: skip
                     i += rows
                     tile += 1
@@ -254,7 +255,8 @@ def make_multiply(v: VectorLibrary, target: Target, columns: int, half: str = ""
                 for q in range(beside if add else 0):
                     expect(rows, out_rows + 8 * i, panel + q)
                 product(
-                    rows, a_rows + 8 * i, a_stride, weights, panel_bytes, beside, wanted, panel_row, depth, scratch, following
+                    rows, a_rows + 8 * i, a_stride, weights, panel_bytes, beside, wanted, panel_row, depth, scratch, following,
+                    0,
                 )  # fmt: skip
                 for q in range(beside):
                     deliver(rows, out_rows + 8 * i, panel + q, width, add, scratch + q * rows * columns * vector)
@@ -326,5 +328,5 @@ def fill_rows(table, count, first, stride):
 @njit(integers(3), **options)
 def shift_rows(table, count, by):
     """Add `by` bytes to each of the `count` addresses at `table`."""
-    for i in range(count):
+    for i in range(count if by else 0):
         store_int(table + 8 * i, load_int(table + 8 * i) + by)

@@ -42,9 +42,9 @@ def wait_crew(p, member):
 
 @njit(**options)
 def wait_group(p, member):
-    """The threads that share this thread's rows."""
+    """The threads that share this thread's rows, unless each has whole heads, of which none reads what another has done."""
     size = p.unit_groups
-    if size > 1:
+    if p.heads % size != 0:
         group = member // size
         first = p.threads + (2 * p.direction + 1) * p.crew_threads + group * size
         call(p.wait, p.arrivals + ARRIVALS_BYTES * first, member % size, size)
@@ -54,6 +54,19 @@ def wait_group(p, member):
 def share(count, parts, index):
     """First of `count` things that part `index` of `parts` takes."""
     return count * index // parts
+
+
+@njit(**options)
+def first_unit(p, panel, panel_units):
+    """First unit of a panel, each of panel_units but for the last one of a head."""
+    head = panel // p.head_panels
+    return head * p.head_units + (panel - head * p.head_panels) * panel_units
+
+
+@njit(**options)
+def end_unit(p, panel):
+    """First unit past the head that a panel is of."""
+    return (panel // p.head_panels + 1) * p.head_units
 
 
 @njit(**options)

@@ -147,7 +147,9 @@ def scan_forward(
         out_rows = kept_rows + SLOTS * H if SAVE else out + (d * B + rows) * H  # [ROWS]
         if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
-            h_rows = tl.where(joined, y_before, h0_rows) + head * K
+            h_rows = tl.where(joined, y_before, h0_rows)
+            if HEADS > 1:  # a sum with nothing would take what is said of it away
+                h_rows += head * K
             if ALIGNED:  # of a choice between pointers the compiler forgets it
                 h_rows = tl.multiple_of(h_rows, 16)
             acc = product(
