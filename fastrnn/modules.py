@@ -257,14 +257,19 @@ class _Layers(DropIn):
 class RNN(nn.RNN, _Layers):
     """Run an RNN over sequences: torch.nn.RNN on fastrnn's engines.
 
-    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's, and docs/features.md has more of the arguments
+    that torch.nn has not.
 
     Args:
         recompute: keyword only. It has no effect here, as an RNN keeps its output and nothing else.
+        num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
+        learn_initial_state: keyword only. Have parameters initial_h_l{k} for the state where hx is missing.
+        recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
+        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training.
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
-        h_0: [L * D, B, H]; zeros where it is missing.
+        h_0: [L * D, B, H]; zeros, or what is learned, where it is missing.
         resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
             a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
@@ -282,15 +287,21 @@ class RNN(nn.RNN, _Layers):
 class LSTM(nn.LSTM, _Layers):
     """Run an LSTM over sequences: torch.nn.LSTM on fastrnn's engines.
 
-    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's, and docs/features.md has more of the arguments
+    that torch.nn has not.
 
     Args:
         recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
             `fastrnn.recompute`. The attribute may be changed later.
+        num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
+        cell_clip: keyword only. Keep the cell state within -cell_clip and cell_clip.
+        learn_initial_state: keyword only. Have parameters initial_h_l{k} and initial_c_l{k} for the state where hx is missing.
+        recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
+        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training, or a pair of these, of h and of c.
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
-        h_0: [L * D, B, R], and c_0: [L * D, B, H], as a pair (h_0, c_0); zeros where it is missing.
+        h_0: [L * D, B, R], and c_0: [L * D, B, H], as a pair (h_0, c_0); zeros, or what is learned, where it is missing.
         resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
             a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
@@ -308,15 +319,20 @@ class LSTM(nn.LSTM, _Layers):
 class GRU(nn.GRU, _Layers):
     """Run a GRU over sequences: torch.nn.GRU on fastrnn's engines.
 
-    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's, and docs/features.md has more of the arguments
+    that torch.nn has not.
 
     Args:
         recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
             `fastrnn.recompute`. The attribute may be changed later.
+        num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
+        learn_initial_state: keyword only. Have parameters initial_h_l{k} for the state where hx is missing.
+        recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
+        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training.
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
-        h_0: [L * D, B, H]; zeros where it is missing.
+        h_0: [L * D, B, H]; zeros, or what is learned, where it is missing.
         resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
             a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them

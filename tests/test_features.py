@@ -64,7 +64,7 @@ def loop(module, input, hx=None) -> list[Tensor]:
             drawn = torch.rand(*shape, D, len(rates), H).view(-1, D, len(rates), H)
             drawn = torch.stack([(drawn[:, :, i] >= rate).to(x.dtype) for i, rate in enumerate(rates)], 2)
         elif rates:
-            drawn = (1 - torch.tensor(rates).to(x.dtype)).view(1, 1, -1, 1).expand(len(rows), D, -1, H)
+            drawn = (1 - torch.tensor(rates, dtype=x.dtype)).view(1, 1, -1, 1).expand(len(rows), D, -1, H)
         outputs = []
         for d in range(D):
             suffix = f"_l{k}" + "_reverse" * d
@@ -327,6 +327,22 @@ def test_noise_is_the_same_for_a_seed():
     assert not torch.equal(run(module, x)[0], found[0][0])
 
 
+@pytest.mark.parametrize("settings", COMPILED[2:], ids=name_of)
+def test_resets_and_lengths_beside_noise(settings, monkeypatch):
+    module = make(hidden=33 if settings.get("num_heads") else 34, num_layers=2, bidirectional=True, **settings)
+    x, states = sample(module, 7, 5, hx=True)
+    resets, lengths = torch.rand(7, 5) < 0.3, torch.tensor([7, 3, 0, 6, 1])
+
+    def call(module, x, hx):
+        y, state = module(x, hx, resets=resets, lengths=lengths)
+        return [y, *(state if isinstance(state, tuple) else [state])]
+
+    found = results(call, module, x, states)
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    for key, value in results(call, module, x, states).items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def test_evaluation_draws_nothing():
     module = make("lstm", recurrent_dropout=0.5).eval()
     plain = fastrnn.LSTM(5, 12, dtype=torch.float64)
@@ -382,8 +398,8 @@ def test_settings_are_checked_when_they_are_changed():
         with pytest.raises(ValueError, match="zoneout: expected a probability"):
             module.zoneout = 2
         assert module.zoneout == (0.0, 0.5)
-        with pytest.raises(AttributeError, match="num_heads: only the constructor sets it"):
-            module.num_heads = 3
+        with pytest.raises(AttributeError, match="learn_initial_state: only the constructor sets it"):
+            module.learn_initial_state = True
         del module.zoneout
         assert module.zoneout == 0.0 and "zoneout" not in repr(module)
 
