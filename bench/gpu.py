@@ -30,6 +30,7 @@ from bench import record
 from bench.timing import summary
 from fastrnn import dispatch
 from fastrnn.kernels.gpu.barrier import arrive, wait
+from fastrnn.kernels.gpu.launch import alarm
 
 FORMATS = {
     "fp16": (torch.float16, "ieee"),
@@ -166,10 +167,10 @@ def interleave(rivals: dict[str, Callable[[], object]], seconds: float) -> dict[
 
 
 @triton.jit
-def meet(counter, rounds):
+def meet(counter, gave_up, rounds):
     for i in range(rounds):
         arrive(counter)
-        wait(counter, (i + 1) * tl.num_programs(0).to(tl.int64))
+        wait(counter, (i + 1) * tl.num_programs(0).to(tl.int64), gave_up)
 
 
 @triton.jit
@@ -183,10 +184,11 @@ def read(source, sink, rounds):
 
 def barrier_microseconds(programs: int, rounds: int = 2000) -> float:
     """A meeting of so many programs that do nothing else."""
+    gave_up = alarm(torch.device("cuda")).word
 
     def run() -> None:
         counter = torch.zeros(16, dtype=torch.int64, device="cuda")
-        meet[(programs,)](counter, rounds, num_warps=8, launch_cooperative_grid=True)
+        meet[(programs,)](counter, gave_up, rounds, num_warps=8, launch_cooperative_grid=True)
 
     run()
     return statistics.median(seconds_of(run) for _ in range(7)) / rounds * 1e6

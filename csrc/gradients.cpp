@@ -65,12 +65,20 @@ class Arguments {
     return true;
   }
   bool maybe_numbers(PyObject* object, View& seen, Dtype& dtype) { return object == Py_None || numbers(object, seen, dtype); }
+  // A gradient from outside, which may be one number, again and again. rows: of a sequence; else it is to be contiguous.
+  bool gradient(PyObject* object, View& seen, bool rows) {
+    Dtype any;
+    if (!look_strided(object, seen) || !Repeated::is(seen)) return numbers(object, seen, any, !rows);
+    seen = rows ? repeated.row(seen) : repeated.all(seen);
+    return true;
+  }
 
   static constexpr Py_ssize_t FIRST_WEIGHT = 10;  // among the arguments of a Function, and among what it keeps
 
   Inputs inputs{};
   Dtype x{}, h{}, c{}, bias{};
   Widened wide;
+  Repeated repeated;
   Results results;
 
  private:
@@ -162,15 +170,12 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Dtype any;
     if (!own.numbers(PyTuple_GetItem(tensors, 8), y, any, false)) return nullptr;
     if (!own.whole(PyTuple_GetItem(tensors, 9), saved)) return nullptr;
-    if (!own.maybe_numbers(PyTuple_GetItem(outer, 1), gradients.dh_n, any)) return nullptr;
-    if (!own.maybe_numbers(PyTuple_GetItem(outer, 2), gradients.dc_n, any)) return nullptr;
-    Owned dy = kept(PyTuple_GetItem(outer, 0));
-    if (dy.get() == Py_None) {
-      if (!gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
-      dy = own.results.zeros({y.sizes, y.sizes + y.dims}, y.dtype, gradients.dy);
-    } else if (!own.numbers(dy.get(), gradients.dy, any, false)) {
-      return nullptr;
-    }
+    PyObject *dy = PyTuple_GetItem(outer, 0), *dh_n = PyTuple_GetItem(outer, 1), *dc_n = PyTuple_GetItem(outer, 2);
+    if (dh_n != Py_None && !own.gradient(dh_n, gradients.dh_n, false)) return nullptr;
+    if (dc_n != Py_None && !own.gradient(dc_n, gradients.dc_n, false)) return nullptr;
+    if (dy != Py_None && !own.gradient(dy, gradients.dy, true)) return nullptr;
+    if (!gradients.dy.dims && !gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
+    if (!gradients.dy.dims) gradients.dy = own.repeated.zeros(y);
     const Dtype as_made = Dtype::f32;
     MadeResults<BACKWARD_RESULTS> results(own, {own.x, own.h, own.c, as_made, as_made, own.bias, own.bias, as_made});
     results.run(backward_call(own.inputs, gradients, y, saved, results.make()), false);

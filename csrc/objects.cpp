@@ -101,11 +101,15 @@ bool is_plain(PyObject* object, bool maybe_parameter) {
   return type == imported.tensor_type || (maybe_parameter && type == imported.parameter_type);
 }
 
-bool look(PyObject* object, View& seen, bool maybe_parameter, bool unread) {
+bool look_strided(PyObject* object, View& seen, bool maybe_parameter, bool unread) {
   if (!is_plain(object, maybe_parameter)) return false;
   const TorchTensor tensor(object);
-  if (!see(tensor.handle(), seen) || seen.dtype == Dtype::other || seen.dims < 1 || seen.stride(-1) != 1) return false;
+  if (!see(tensor.handle(), seen) || seen.dtype == Dtype::other || seen.dims < 1) return false;
   return (unread || in_memory(tensor.handle(), seen)) && !is_negated(object, tensor);
+}
+
+bool look(PyObject* object, View& seen, bool maybe_parameter, bool unread) {
+  return look_strided(object, seen, maybe_parameter, unread) && seen.stride(-1) == 1;
 }
 
 // check_memory(tensors): raise where numbers of one lie in memory that is not there.

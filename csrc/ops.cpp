@@ -51,16 +51,20 @@ class Copies {
     const View seen = view(t, !read);
     return !read || (seen.dims > 0 && seen.stride(-1) == 1) ? seen : contiguous(t);
   }
-  View zeros_like(const Tensor& t) {
-    copies_.push_front(torch::stable::empty_like(t));
-    torch::stable::zero_(copies_.front());
-    return rows(copies_.front());
+  // dy: rows too, or one number, again and again.
+  View rows_of_gradient(const Tensor& t) {
+    const View seen = view(t);
+    return Repeated::is(seen) && seen.dtype != Dtype::bf16 ? repeated_.row(seen) : rows(t);
+  }
+  View zeros_like(const View& y) {
+    STD_TORCH_CHECK(y.dims > 0 && (y.dtype == Dtype::f32 || y.dtype == Dtype::f64), "fastrnn: y has no such dtype or shape");
+    return repeated_.zeros(y);
   }
 
   // gradients: which of them are asked for, in backward.
   Inputs inputs(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0,
-                const Tensors& weights, const std::string& text, const MaybeTensor& resets, const MaybeTensor& lengths, const MaybeTensor& mask, const MaybeTensor& noise,
-                const Gradients* gradients = nullptr) {
+                const Tensors& weights, const std::string& text, const MaybeTensor& resets, const MaybeTensor& lengths,
+                const MaybeTensor& mask, const MaybeTensor& noise, const Gradients* gradients = nullptr) {
     const auto layer = Layer::of(text);
     STD_TORCH_CHECK(layer, "fastrnn: unknown layer '", text, "'");
     STD_TORCH_CHECK(batch_sizes || x.dim() == 3, "fastrnn: x has ", x.dim(), " dimensions");
@@ -83,6 +87,7 @@ class Copies {
 
  private:
   std::forward_list<Tensor> copies_;
+  Repeated repeated_;
 };
 
 // An op's results, made as the call asks for them.
@@ -115,7 +120,8 @@ class Outputs {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0,
                                                          const MaybeTensor& c0, const Tensors& weights, const std::string& text,
-                                                         bool save, const MaybeTensor& resets, const MaybeTensor& lengths, const MaybeTensor& mask, const MaybeTensor& noise) {
+                                                         bool save, const MaybeTensor& resets, const MaybeTensor& lengths,
+                                                         const MaybeTensor& mask, const MaybeTensor& noise) {
   Copies copies;
   const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text, resets, lengths, mask, noise);
   Outputs<FORWARD_RESULTS> results(inputs.x.dtype);
@@ -128,15 +134,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy
                                                            const MaybeTensor& batch_sizes, const Tensor& h0,
                                                            const MaybeTensor& c0, const Tensors& weights, const Tensor& y,
                                                            const Tensor& saved, const std::string& text,
-                                                           const std::vector<bool>& needs, const MaybeTensor& resets, const MaybeTensor& lengths,
-                                                           const MaybeTensor& mask, const MaybeTensor& noise) {
+                                                           const std::vector<bool>& needs, const MaybeTensor& resets,
+                                                           const MaybeTensor& lengths, const MaybeTensor& mask,
+                                                           const MaybeTensor& noise) {
   STD_TORCH_CHECK(needs.size() == 3, "fastrnn: needs has ", needs.size(), " members, expected those of dx, dh0 and dw");
   Copies copies;
-  const View outer = dy ? copies.rows(*dy) : copies.zeros_like(y);
+  const View of_y = copies.rows(y), outer = dy ? copies.rows_of_gradient(*dy) : copies.zeros_like(of_y);
   const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), needs[0], needs[1], needs[2]};
   const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text, resets, lengths, mask, noise, &gradients);
   Outputs<BACKWARD_RESULTS> results(inputs.x.dtype);
-  backward_call(inputs, gradients, copies.rows(y), copies.contiguous(saved), results.make()).run(false);
+  backward_call(inputs, gradients, of_y, copies.contiguous(saved), results.make()).run(false);
   return {results.take(DX), results.take(DH0), results.take(DC0), results.take_weights(inputs.layer, weights.size())};
 }
 

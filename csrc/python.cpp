@@ -154,7 +154,7 @@ PyMODINIT_FUNC PyInit__runtime() {
   static PyMethodDef methods[] = {
       method<forward, 5>("forward"), method<step, 5>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
-      method<check_memory, 1>("check_memory"), method<prepare, 5>("prepare"), method<watch, 3>("watch"),
+      method<check_memory, 1>("check_memory"), method<turn, 3>("turn"), method<prepare, 5>("prepare"), method<watch, 3>("watch"),
       method<differentiate, 6>("differentiate"), method<expect, 4>("expect"), method<quota, 1>("cpu_quota"),
       method<limits, 1>("set_limits"), method<add_cell, 3>("add_cell"),
       {"tiers", tiers, METH_NOARGS, nullptr}, {"threads", threads, METH_NOARGS, nullptr}, {}};

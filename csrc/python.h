@@ -69,6 +69,9 @@ bool is_plain(PyObject* object, bool maybe_parameter = false);
 // none is to be read negated. unread: its memory need not be there.
 bool look(PyObject* object, View& seen, bool maybe_parameter = false, bool unread = false);
 
+// The same, however far its numbers are from each other.
+bool look_strided(PyObject* object, View& seen, bool maybe_parameter = false, bool unread = false);
+
 bool is_watched();
 bool wants_gradient(PyObject* tensor);  // false where there is none
 
@@ -155,5 +158,6 @@ PyObject* answer(const Body& body) {
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
 Function forward, step, cell, pack;
 Function layer_forward, layer_backward, check_memory;
+Function turn;
 
 }  // namespace fastrnn

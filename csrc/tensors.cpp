@@ -59,6 +59,49 @@ bool see(AtenTensorHandle tensor, View& seen) {
   return true;
 }
 
+bool Repeated::is(const View& seen) {
+  if (seen.dtype != Dtype::f32 && seen.dtype != Dtype::f64 && seen.dtype != Dtype::bf16) return false;
+  for (int64_t axis = 0; axis < seen.dims; ++axis)
+    if (seen.sizes[axis] != 1 && seen.strides[axis] != 0) return false;
+  return seen.numel() > 1;
+}
+
+View Repeated::row(const View& seen) {
+  auto& strides = memory_.emplace_front(seen.dims, 0);
+  strides.back() = 1;
+  return filled(seen, seen.size(-1), strides.data());
+}
+
+View Repeated::zeros(const View& like) {
+  constexpr int64_t zero = 0;
+  View seen = like;
+  seen.address = reinterpret_cast<int64_t>(&zero);
+  return row(seen);
+}
+
+View Repeated::all(const View& seen) {
+  auto& strides = memory_.emplace_front(seen.dims, 1);
+  for (int64_t axis = seen.dims - 1; axis-- > 0;) strides[axis] = strides[axis + 1] * seen.sizes[axis + 1];
+  return filled(seen, seen.numel(), strides.data());
+}
+
+View Repeated::filled(const View& seen, int64_t count, const int64_t* strides) {
+  View made = seen;
+  made.strides = strides;
+  if (seen.dtype == Dtype::bf16) made.dtype = Dtype::f32;
+  auto& numbers = memory_.emplace_front((count * bytes_of(made.dtype) + 7) / 8);
+  made.address = reinterpret_cast<int64_t>(numbers.data());
+  if (made.dtype == Dtype::f64) {
+    std::fill_n(numbers.data(), count, *reinterpret_cast<const int64_t*>(seen.address));
+  } else {
+    const bool half = seen.dtype == Dtype::bf16;  // the upper half of a float32
+    const auto* from = reinterpret_cast<const void*>(seen.address);
+    const uint32_t bits = half ? uint32_t{*static_cast<const uint16_t*>(from)} << 16 : *static_cast<const uint32_t*>(from);
+    std::fill_n(reinterpret_cast<uint32_t*>(numbers.data()), count, bits);
+  }
+  return made;
+}
+
 namespace {
 
 // Where a view lies in a storage: bytes before it, and to its end; bytes that the storage has, and whether these are anywhere.

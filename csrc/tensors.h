@@ -1,6 +1,10 @@
 // Tensors as views, by torch's C functions; and whether their memory may be read.
 #pragma once
 
+#include <cstdint>
+#include <forward_list>
+#include <vector>
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "layer.h"
@@ -10,6 +14,24 @@ namespace fastrnn {
 // Fill in the view of a tensor. False for one that has no strides, such as a sparse one. A tensor that is not on the CPU, or whose
 // numbers are of another kind, has Dtype::other.
 bool see(AtenTensorHandle tensor, View& seen);
+
+// A view that is one number, again and again, as the gradient of a sum's summands is: with memory for as much as a kernel reads.
+class Repeated {
+ public:
+  static bool is(const View& seen);  // and in a dtype of those that there is a gradient in
+
+  // A row of features, for every step and row of the batch; numbers in bfloat16 as float32.
+  View row(const View& seen);
+  // All of them, next to each other.
+  View all(const View& seen);
+  // A row of zeros, for every one of `like`, which is in float32 or float64.
+  View zeros(const View& like);
+
+ private:
+  View filled(const View& seen, int64_t count, const int64_t* strides);
+
+  std::forward_list<std::vector<int64_t>> memory_;  // of numbers, whatever they are, and of strides
+};
 
 // Whether all numbers of a view of this tensor lie in memory that its storage has: a storage may have been freed or made smaller,
 // and torch leaves sizes and strides as they were.

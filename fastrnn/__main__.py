@@ -26,6 +26,7 @@ import fastrnn
 from fastrnn import dispatch, machine
 from fastrnn.cells import CellFunction
 from fastrnn.kernels import cpu, gpu
+from fastrnn.kernels.user_cache import cache_path
 from fastrnn.timing import NOT_STEADY, Comparison, compare, milliseconds
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
@@ -201,16 +202,15 @@ def _gpu_engine(device: torch.device) -> str:
     if dispatch.forced not in (None, "triton"):
         return f"{dispatch.forced}, because FASTRNN_BACKEND says so"
     reason = gpu.why_not(device)
-    return f"torch.nn's own code, because {reason}" if reason else "fastrnn's Triton kernels"
+    if reason:
+        return f"torch.nn's own code, because {reason}"
+    off = "".join(f", without the {name} schedule: {why}" for name, why in gpu.off(device).items())
+    return f"fastrnn's Triton kernels{off}"
 
 
 def _cache() -> str:
-    try:
-        from fastrnn.kernels.cpu import fallback
-    except ImportError:  # no NumPy, and so no Numba
-        return "none, as there is no numba to compile kernels with"
-    path = fallback.cache_path()
-    return f"{path}{'' if path.exists() else ', empty'} (kernels that were compiled at run time)"
+    path = cache_path()
+    return f"{path}{'' if path.exists() else ', empty'} (kernels that were compiled at run time, and self-tests of GPUs)"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -202,7 +202,7 @@ class LayerFunction(_Function):
         if all(grad is None for grad in outer):
             return (None,) * (_WEIGHTS + len(weights))
         need_dx, _, *states = ctx.needs_input_grad[:4]
-        need_dw, by_old_vmap = any(ctx.needs_input_grad[_WEIGHTS:]), _mapped_by_old_vmap(outer)
+        need_dw, by_old_vmap = any(ctx.needs_input_grad[_WEIGHTS:]), mapped_by_old_vmap(outer)
         if torch.is_grad_enabled() or dispatch.forward_mode() or by_old_vmap:
             _check_apart(ctx)
             need_dw = need_dw and _asks_for_any(ctx, len(weights), y.numel())
@@ -355,7 +355,7 @@ def _runtime_backward(outer: Outer, kept: tuple, options: tuple, needs: tuple):
 
     That is the dispatcher or autograd: the runtime declines what is watched or differentiated.
     """
-    if not dispatch.native or torch.compiler.is_compiling() or _mapped_by_old_vmap(outer):
+    if not dispatch.native or torch.compiler.is_compiling() or mapped_by_old_vmap(outer):
         return None
     return dispatch.native.layer_backward(outer, kept, options, needs)
 
@@ -402,7 +402,7 @@ class HalfFunction(_Function):
         inputs, weights = Inputs(*tensors), list(kept[_WEIGHTS:])
         dtypes = inputs.x.dtype, None, inputs.h0.dtype, inputs.h0.dtype, *[None] * 6, *[weight.dtype for weight in weights]
         plain = not (dispatch.forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
-        if not plain or _mapped_by_old_vmap(outer):
+        if not plain or mapped_by_old_vmap(outer):
             weights = [weight.float() for weight in weights]
         outer = Outer(*(_to(grad, torch.float32) for grad in outer))
         found = LayerFunction.gradients(ctx, outer, (*_cast(inputs), y, saved, *weights))
@@ -482,7 +482,7 @@ def _gradients(outer: Outer, inputs: Inputs, weights: Sequence[Tensor], text: st
     return gradients.layer_backward(outer, inputs, weights, y, saved, layer, Needs(*needs))
 
 
-def _mapped_by_old_vmap(grads: Sequence[Tensor | None]) -> bool:
+def mapped_by_old_vmap(grads: Sequence[Tensor | None]) -> bool:
     """autograd.grad(is_grads_batched=True) maps by a mechanism older than torch.func's, without rules for our ops."""
     for grad in grads:
         if grad is not None and is_legacy_batchedtensor(grad):

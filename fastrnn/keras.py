@@ -14,6 +14,7 @@ Letters: B rows, T steps, I features, H units, G gates (SimpleRNN 1, GRU 3, LSTM
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import fastrnn
-from fastrnn import dispatch, functional
+from fastrnn import autograd, dispatch, functional
 
 if keras.backend.backend() != "torch":
     raise ImportError(
@@ -48,13 +49,63 @@ class _Kind:
     torch_name: str
     gates: tuple[int, ...]
 
-    def rows(self, matrix: Any) -> Tensor:
-        """[I, G*H] in Keras' layout -> [G*H, I] in torch's, or a vector [G*H]."""
-        transposed = keras.ops.convert_to_tensor(matrix).t()
-        if self.gates != tuple(range(len(self.gates))):
-            parts = transposed.chunk(len(self.gates))
-            transposed = torch.cat([parts[gate] for gate in self.gates])
-        return transposed.contiguous()
+    @property
+    def back(self) -> tuple[int, ...]:
+        """For each gate in Keras' order, its place in torch's."""
+        return tuple(map(self.gates.index, range(len(self.gates))))
+
+
+def _reordered(tensor: Tensor, gates: tuple[int, ...], axis: int = 0) -> Tensor:
+    """Its parts along an axis in another order; gates: for each part, where it was."""
+    if gates == tuple(range(len(gates))):
+        return tensor
+    parts = tensor.chunk(len(gates), axis)
+    return torch.cat([parts[gate] for gate in gates], axis)
+
+
+class _Turned(torch.autograd.Function):
+    """Gate matrices [n, G*H] in Keras' layout to [G*H, n] in torch's; GRU's two biases [2, G*H] to theirs.
+
+    The first argument is the _Kind.
+    """
+
+    @staticmethod
+    def forward(ctx, kind, *weights):
+        ctx.kind = kind
+        ctx.set_materialize_grads(False)
+        return tuple(_turned(kind, *weights))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        kind, back, plain = ctx.kind, ctx.kind.back, autograd.mapped_by_old_vmap(grads) or torch.is_grad_enabled()
+        found: list[Tensor | None] = [None]
+        for place, grad in enumerate(grads):
+            if grad is None or not ctx.needs_input_grad[place + 1]:
+                found.append(None)
+            elif place == 2:
+                found.append(_reordered(grad, back, -1))
+            else:
+                turned = None if plain or not dispatch.native else dispatch.native.turn(grad, back, False)
+                found.append(_reordered(grad, back).t().contiguous() if turned is None else turned)
+        return tuple(found)
+
+
+def _turned(kind: _Kind, *weights: Tensor) -> list[Tensor]:
+    """What _Turned returns, in operations that torch differentiates, or in the compiled runtime's."""
+    turned = []
+    for weight in weights[:2]:
+        turn = None
+        if dispatch.native and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and weight.requires_grad):
+            turn = dispatch.native.turn(weight, kind.gates, True)
+        turned.append(_reordered(weight.t(), kind.gates).contiguous() if turn is None else turn)
+    return turned + [_reordered(bias, kind.gates, -1) for bias in weights[2:]]
+
+
+@functools.cache
+def _no_bias(count: int, dtype: torch.dtype) -> Tensor:
+    """Zeros, for all calls: torch's second bias. Of the CPU."""
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=dtype, device="cpu")
 
 
 _KINDS = (
@@ -72,16 +123,27 @@ class _Cell:
     kind: _Kind
     name: str
 
-    def weights(self) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """w_ih [G*H, I], w_hh [G*H, H], and b_ih and b_hh [G*H], or no biases."""
-        cell, rows = self.keras_cell, self.kind.rows
-        w_ih, w_hh = rows(cell.kernel), rows(cell.recurrent_kernel)
-        if cell.bias is None:
-            return w_ih, w_hh, [], []
-        bias = keras.ops.convert_to_tensor(cell.bias)
-        if bias.dim() == 1:
-            return w_ih, w_hh, [rows(bias)], [torch.zeros_like(bias)]
-        return w_ih, w_hh, [rows(bias[0])], [rows(bias[1])]
+    def weights(self) -> list[Tensor]:
+        """As torch.nn lists them: w_ih [G*H, I], w_hh [G*H, H], and b_ih and b_hh [G*H] if there are biases.
+
+        They are made anew in each call: nobody can notice a write through `.data` or a numpy view.
+        """
+        cell, kind = self.keras_cell, self.kind
+        variables = (cell.kernel, cell.recurrent_kernel, *(() if cell.bias is None else (cell.bias,)))
+        own = [keras.ops.convert_to_tensor(variable) for variable in variables]
+        two = len(own) > 2 and own[2].dim() == 2
+        given = own if two else own[:2]
+        eager = not (torch.compiler.is_compiling() or dispatch.watched())
+        if eager and torch.is_grad_enabled() and any(weight.requires_grad for weight in given):
+            turned = list(_Turned.apply(kind, *given))
+        else:
+            turned = _turned(kind, *given)
+        if two:
+            return [*turned[:2], *turned[2].unbind(0)]
+        if len(own) == 2:
+            return turned
+        bias = own[2]
+        return [*turned, bias, _no_bias(len(bias), bias.dtype) if eager and bias.is_cpu else torch.zeros_like(bias)]
 
 
 def _cells(layer: Any, training: Any, x: Any = None) -> list[_Cell] | str:
@@ -178,23 +240,58 @@ class _ValidSteps(_AllSteps):
 _States = Sequence[Sequence[Tensor]]  # of h, and for LSTM of c: [B, H] of each direction
 
 
-def _layer(
-    cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps, reverse: bool = False
-) -> tuple[Tensor, _States]:
-    """`functional.layer` of Keras' weights, with a direction for each cell: what it returns for `data`, and final states."""
-    w_ih, w_hh, b_ih, b_hh = zip(*(cell.weights() for cell in cells), strict=True)
-    y, *last = functional.layer(
-        data,
-        *(torch.stack([steps.initial(state) for state in kind]) for kind in states),
-        cell=cells[0].name,
-        w_ih=w_ih,
-        w_hh=w_hh,
-        b_ih=[bias for biases in b_ih for bias in biases],
-        b_hh=[bias for biases in b_hh for bias in biases],
-        batch_sizes=steps.batch_sizes,
-        reverse=reverse,
-        batch_first=steps.batch_sizes is None,
-    )
+@functools.cache
+def _names(count: int, directions: int) -> list[str]:
+    """torch.nn's names of `count` weights of each direction."""
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[:count]
+    return [f"{kind}_l0{suffix}" for suffix in ("", "_reverse")[:directions] for kind in kinds]
+
+
+def _natively(cells: Sequence[_Cell], x: Tensor, hx: Any) -> tuple[Tensor, Any] | None:
+    """What the torch module of these cells, batch_first, returns for x and hx; None where the compiled runtime declines it."""
+    if not dispatch.native or torch.compiler.is_compiling():
+        return None
+    weights = [weight for cell in cells for weight in cell.weights()]
+    names, name = _names(len(weights) // len(cells), len(cells)), cells[0].kind.torch_name
+    attributes = {
+        "mode": name if name != "RNN" else cells[0].name.upper(),
+        "input_size": weights[0].shape[1],
+        "hidden_size": weights[1].shape[1],
+        "num_layers": 1,
+        "bias": len(names) > 2 * len(cells),
+        "batch_first": True,
+        "dropout": 0.0,
+        "training": False,
+        "bidirectional": len(cells) == 2,
+        "proj_size": 0,
+        "_flat_weights": weights,
+        "_flat_weights_names": names,
+        "_parameters": dict(zip(names, weights, strict=True)),
+    }
+    return dispatch.native.forward(attributes, name, x, hx, False)
+
+
+def _layer(cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps) -> tuple[Tensor, _States]:
+    """A layer of Keras' weights, with a direction for each cell: what the engine returns for `data`, and final states."""
+    initial = [torch.stack([steps.initial(state) for state in kind]) for kind in states]
+    done = None
+    if steps.batch_sizes is None:
+        done = _natively(cells, data, initial[0] if len(initial) == 1 else tuple(initial))
+    if done is not None:
+        y, last = done
+        last = last if isinstance(last, tuple) else (last,)
+    else:
+        w_ih, w_hh, *biases = zip(*(cell.weights() for cell in cells), strict=True)
+        y, *last = functional.layer(
+            data,
+            *initial,
+            cell=cells[0].name,
+            w_ih=w_ih,
+            w_hh=w_hh,
+            **dict(zip(("b_ih", "b_hh"), biases, strict=False)),
+            batch_sizes=steps.batch_sizes,
+            batch_first=steps.batch_sizes is None,
+        )
     present = [state for state in last if state is not None]
     final = [list(map(steps.final, after, before)) for after, before in zip(present, states, strict=True)]
     return y, final
@@ -215,13 +312,13 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
     cells = _cells(layer, training, sequences)
     if isinstance(cells, str):
         return None
-    x, backwards = _inputs(layer, sequences, training), layer.go_backwards
+    x = _inputs(layer, sequences, training)
     mask = _mask_of(mask, x)
+    if layer.go_backwards:  # Keras returns the outputs in the order in which it computes them
+        x, mask = x.flip(1), None if mask is None else mask.flip(1)
     if mask is None:
         steps = _AllSteps()
     elif mask.any():
-        if backwards:  # the order in which Keras returns its outputs
-            x, mask, backwards = x.flip(1), mask.flip(1), False
         steps = _ValidSteps(mask)
     else:
         return None
@@ -231,11 +328,9 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
         before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in given]
         if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
             before = [state.clone() for state in before]
-        data, states = _layer([cell], data, [[state] for state in before], steps, backwards)
+        data, states = _layer([cell], data, [[state] for state in before], steps)
         after.append([state for (state,) in states])
     outputs = steps.outputs(data, layer.zero_output_for_mask)
-    if backwards and layer.return_sequences:
-        outputs = outputs.flip(1)
     last_output = after[-1][0] if mask is None else outputs[:, -1]
     return last_output, outputs, after if stacked else after[0]
 
@@ -247,6 +342,54 @@ def _inputs(layer: Any, sequences: Any, training: Any) -> Tensor:
     if training and getattr(cell, "dropout", 0):
         x = x * cell.get_dropout_mask(x[:, 0, :]).unsqueeze(1)
     return x
+
+
+def _run_plain(layer: Any, x: Any, initial_state: Any, mask: Any, training: Any) -> Any:
+    """What Keras' call returns, for a call without a mask, dropout or states that are kept; None where Keras has to run it.
+
+    What Keras does around its loop takes three times as long as a layer with a short sequence does.
+    """
+    cell = layer.cell
+    if mask is not None or layer.stateful or layer.go_backwards or not isinstance(cell, _PLAIN) or type(x) is not Tensor:
+        return None
+    if cell.dropout or cell.recurrent_dropout or not getattr(type(layer).inner_loop, "is_fused", False):
+        return None
+    if type(layer).get_initial_state is not keras.layers.RNN.get_initial_state or type(cell) not in _PLAIN:
+        return None
+    cells = _cells(layer, training, x)
+    if isinstance(cells, str) or getattr(torch, layer.compute_dtype) is not x.dtype:
+        return None
+    hx = None
+    if initial_state is not None:
+        given = initial_state if isinstance(initial_state, (list, tuple)) else (initial_state,)
+        if len(given) != len(layer.state_size) or not all(type(state) is Tensor and state.dim() == 2 for state in given):
+            return None
+        states = tuple(state.unsqueeze(0) for state in given)
+        hx = states if len(states) == 2 else states[0]
+    done = _natively(cells, x, hx)
+    if done is None:
+        return None
+    y, last = done
+    final = [state[0] for state in last] if isinstance(last, tuple) else [last[0]]
+    output = y if layer.return_sequences else final[0]
+    return (output, *final) if layer.return_state else output
+
+
+_PLAIN = tuple(kind.keras_cell for kind in _KINDS)
+
+
+def _fused_call(keras_class: Any) -> Callable:
+    """`call` of a Keras class: the engines at once where there is nothing else to do, or what the class has."""
+    by_keras = keras_class.call
+
+    @functools.wraps(by_keras)
+    def call(self, sequences, initial_state=None, mask=None, training=False):
+        done = _run_plain(self, sequences, initial_state, mask, training)
+        if done is not None:
+            return done
+        return by_keras(self, sequences, initial_state=initial_state, mask=mask, training=training)
+
+    return call
 
 
 def _fused(keras_class: Any) -> Callable:
@@ -287,6 +430,7 @@ class SimpleRNN(keras.layers.SimpleRNN, _Explained):
     """`keras.layers.SimpleRNN`, arguments and behaviour, on fastrnn's engines. Input [B, T, I]."""
 
     __module__ = "keras.layers"  # what saved files name, so that Keras reads them where fastrnn is not imported
+    call = _fused_call(keras.layers.SimpleRNN)
     inner_loop = _fused(keras.layers.SimpleRNN)
 
 
@@ -294,6 +438,7 @@ class LSTM(keras.layers.LSTM, _Explained):
     """`keras.layers.LSTM`, arguments and behaviour, on fastrnn's engines. Input [B, T, I]."""
 
     __module__ = "keras.layers"
+    call = _fused_call(keras.layers.LSTM)
     inner_loop = _fused(keras.layers.LSTM)
 
 
@@ -301,6 +446,7 @@ class GRU(keras.layers.GRU, _Explained):
     """`keras.layers.GRU`, arguments and behaviour, on fastrnn's engines. Input [B, T, I]."""
 
     __module__ = "keras.layers"
+    call = _fused_call(keras.layers.GRU)
     inner_loop = _fused(keras.layers.GRU)
 
 
@@ -308,6 +454,7 @@ class RNN(keras.layers.RNN, _Explained):
     """`keras.layers.RNN`, arguments and behaviour; Keras' own cells in it, or a stack of them, run on fastrnn's engines."""
 
     __module__ = "keras.layers"
+    call = _fused_call(keras.layers.RNN)
     inner_loop = _fused(keras.layers.RNN)
 
 
@@ -396,6 +543,7 @@ def patch() -> ExitStack:
     wrappers: list[tuple[Any, str, Callable[[Any], Callable]]] = [
         (cls, "inner_loop", _fused) for cls in (keras.layers.RNN, keras.layers.LSTM, keras.layers.GRU)
     ]
+    wrappers.append((keras.layers.RNN, "call", _fused_call))  # which the others call
     wrappers.append((keras.layers.Bidirectional, "call", lambda cls: _both_directions(cls.call)))
     for keras_class, name, wrap in wrappers:
         before = getattr(keras_class, name)
@@ -439,15 +587,14 @@ def to_torch(layer: Any) -> nn.RNNBase:
     name, I = cells[0].kind.torch_name, layers[0].cell.kernel.shape[0]
     with torch.no_grad():
         weights = [cell.weights() for cell in cells]
+        biased = len(weights[0]) > 2
         more = {"nonlinearity": cells[0].name[4:]} if name == "RNN" else {}
         module = getattr(fastrnn, name)(
-            I, layers[0].units, batch_first=True, bidirectional=both, bias=bool(weights[0][2]), dtype=weights[0][0].dtype,
+            I, layers[0].units, batch_first=True, bidirectional=both, bias=biased, dtype=weights[0][0].dtype,
             device=weights[0][0].device, **more
         )  # fmt: skip
-        for suffix, (w_ih, w_hh, b_ih, b_hh) in zip(("", "_reverse"), weights, strict=False):
-            values = {"weight_ih": w_ih, "weight_hh": w_hh} | ({"bias_ih": b_ih[0], "bias_hh": b_hh[0]} if b_ih else {})
-            for kind, value in values.items():
-                module.get_parameter(f"{kind}_l0{suffix}").copy_(value)
+        for name, value in zip(_names(4 if biased else 2, len(cells)), itertools.chain(*weights), strict=True):
+            module.get_parameter(name).copy_(value)
     return module.eval()
 
 
@@ -492,8 +639,7 @@ def _keras_weights(kind: _Kind, module: nn.RNNBase, index: int) -> list[Any]:
     """kernel [I, G*H], recurrent kernel [H, G*H] and the bias of a torch layer, of each direction."""
 
     def columns(name: str) -> Tensor:
-        parts = module.get_parameter(name).detach().chunk(len(kind.gates))
-        return torch.cat([parts[kind.gates.index(gate)] for gate in range(len(parts))]).t()
+        return _reordered(module.get_parameter(name).detach(), kind.back).t()
 
     weights = []
     for suffix in ("", "_reverse")[: 1 + module.bidirectional]:

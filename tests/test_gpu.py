@@ -15,6 +15,8 @@ from triton_layers import Layer
 import fastrnn
 from fastrnn import dispatch
 from fastrnn.kernels import gpu
+from fastrnn.kernels.gpu import selftest
+from fastrnn.kernels.gpu.launch import Alarm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,8 +29,8 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch):
-    """The engine takes calls, too, that it would leave to cuDNN, and runs on devices where it has to be asked for."""
-    monkeypatch.setenv("FASTRNN_TRITON", "1")
+    """The engine takes calls, too, that it would leave to cuDNN, with every schedule, whatever the self-test finds."""
+    monkeypatch.setattr(gpu, "asked", "1")
     monkeypatch.setattr(dispatch, "forced", "triton")
 
 
@@ -109,6 +111,25 @@ def test_what_cudnn_is_faster_at_is_left_to_it(monkeypatch):
 
 
 # --- the barrier
+
+
+def test_selftest():
+    """Every schedule passes, with margin: a wrong result is far from what float16 rounds to."""
+    assert selftest.run(torch.device("cuda", torch.cuda.current_device())) == ({}, True)
+
+
+def test_programs_that_do_not_meet_give_up():
+    """Two meet, of which one waits for a third: the launch ends, and says so."""
+    from fastrnn.kernels.gpu.barrier import meet
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    counter, gave_up = torch.zeros(16, dtype=torch.int64, device=device), Alarm(device)
+    stored, wrong = torch.zeros(2, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    counter[0] = -1
+    meet[(2,)](counter, stored, wrong, gave_up.word, 1, 1 << 16, launch_cooperative_grid=True)
+    torch.cuda.synchronize()
+    assert gave_up.rang() and not gave_up.rang()
+
 
 LONG = [
     Layer("lstm", "resident", 0, dtype=F16, sizes=(2000, 16, 16, 768)),

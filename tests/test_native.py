@@ -136,6 +136,57 @@ def test_cells_train_as_through_the_dispatcher(name, bias, of, monkeypatch):
     assert_trains_alike(module, x, [torch.randn(B, H), torch.randn(B, H)][: 1 + (name == "LSTM")], of, monkeypatch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["time first", "batch first", "packed", "one step", "one unit", "cell"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_gradient_that_is_one_number_again_and_again(name, form, dtype, monkeypatch):
+    """As a sum's and a mean's are. The same bits as of one that has memory for each, without a copy; and where none arrives."""
+    units = 1 if form == "one unit" and dtype is not torch.bfloat16 else 8
+    if form == "cell":
+        module = getattr(fastrnn, name + "Cell")(I, units).to(dtype)
+    else:
+        module = getattr(fastrnn, name)(I, units, batch_first=form == "batch first", bidirectional=True).to(dtype)
+    steps = 1 if form == "one step" else T
+    x = torch.randn(*((B,) if form == "cell" else (B, steps) if form == "batch first" else (steps, B)), I).to(dtype)
+    if form == "packed":
+        x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([T, 2, 1]))
+
+    def outputs():
+        found = module(x)
+        if form == "cell":
+            return parts(found)
+        y, states = found
+        return [y.data if form == "packed" else y, *parts(states)]
+
+    def gradients(expanded, which):
+        given = [
+            torch.full((), 0.3 + index).to(dtype).expand(output.shape) for index, output in enumerate(outputs()) if which[index]
+        ]
+        given = given if expanded else [each.clone(memory_format=torch.contiguous_format) for each in given]
+        chosen = [output for output, wanted in zip(outputs(), which) if wanted]
+        return torch.autograd.grad(chosen, list(module.parameters()), given)
+
+    seen, usual = [], dispatch.native.layer_backward
+
+    def layer_backward(outer, *more):
+        found = usual(outer, *more)
+        seen.append(found is not None)
+        return found
+
+    for which in ((True, True, True), (True, False, False), (False, True, True)):
+        if form == "cell" and which == (False, True, True) and name != "LSTM":
+            continue  # there is one output
+        expected = gradients(False, which)
+        monkeypatch.setattr(dispatch.native, "layer_backward", layer_backward)
+        found = gradients(True, which)
+        monkeypatch.setattr(dispatch.native, "layer_backward", lambda *args: None)
+        by_the_op = gradients(True, which)
+        monkeypatch.undo()
+        for one, two, right in zip(found, by_the_op, expected, strict=True):
+            assert torch.equal(one, right) and torch.equal(two, right)
+    assert all(seen) and len(seen) >= 2
+
+
 def test_part_of_the_gradients():
     """Of frozen parameters, of the input alone, of one state."""
     for leaves in ({"x"}, {"h"}, {"c"}, {"weight_hh_l0"}, {"x", "bias_ih_l0", "c"}, set()):

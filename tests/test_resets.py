@@ -1,4 +1,4 @@
-"""Resets and lengths: the definition against a loop over rows, the CPU engine against the definition, modules and transforms."""
+"""Resets and lengths: the definition against a loop over rows, the CPU engine against that, modules and transforms."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def results(function, inputs: Inputs, weights, layer, seed: int = 1) -> dict[str
     leaves = [t.detach().clone().requires_grad_() for t in (inputs.x, inputs.h0, inputs.c0, *weights) if t is not None]
     x, h0, *rest = leaves
     given = inputs._replace(x=x, h0=h0, c0=rest.pop(0) if inputs.c0 is not None else None)
-    outputs = [out for out in function(given, rest, layer)[: 2 + (inputs.c0 is not None)]]
+    outputs = list(function(given, rest, layer)[: 2 + (inputs.c0 is not None)])
     draw = torch.Generator().manual_seed(seed)
     outer = [torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.dtype) for out in outputs]
     if inputs.lengths is not None:  # nobody may read the gradients of what is zero in any case
@@ -86,16 +86,17 @@ def row_by_row(inputs: Inputs, weights, layer):
         for t in own[::-1] if layer.reverse != bool(d) else own:
             h, c = first if marks is not None and marks[t][b] else (h, c)
             given = Inputs(xs[t][b][None, None], None, h, c)
-            y, h, c, _ = reference.layer_forward(given, weights[d * each : (d + 1) * each], one)
-            found[t, b, d] = y[0, 0]
+            y, h, after, _ = reference.layer_forward(given, weights[d * each : (d + 1) * each], one)
+            found[t, b, d], c = y[0, 0], None if c0 is None else after
         h_n.append(h[0, 0])
-        c_n.append(c[0, 0] if c0 is not None else None)
+        c_n += [] if c is None else [c[0, 0]]
     ys = [
         torch.stack([torch.cat([found.get((t, b, d), zero) for d in range(layer.directions)]) for b in range(len(xs[t]))])
         for t in range(len(xs))
     ]
     shape = h0.shape[:2]
-    return steps.gathered(ys), torch.stack(h_n).unflatten(0, shape), torch.stack(c_n).unflatten(0, shape) if c_n[0] is not None else None
+    y, h = steps.gathered(ys), torch.stack(h_n).unflatten(0, shape)
+    return y, h, torch.stack(c_n).unflatten(0, shape) if c_n else None
 
 
 def close(found: dict, expected: dict) -> None:
@@ -112,7 +113,8 @@ def test_the_definition(make_layer, cell, form, project, marks):
     close(results(reference.layer_forward, inputs, weights, layer), expected)
 
     def by_gradients(inputs, weights, layer):
-        return _ByGradients.apply(layer, inputs.resets, inputs.lengths, inputs.batch_sizes, inputs.x, inputs.h0, inputs.c0, *weights)
+        x, batch_sizes, h0, c0, *marks = inputs
+        return _ByGradients.apply(layer, *marks, batch_sizes, x, h0, c0, *weights)
 
     close(results(by_gradients, inputs, weights, layer), expected)
 
@@ -143,7 +145,7 @@ class _ByGradients(torch.autograd.Function):
 def test_the_engine(make_layer, poison, cell, form, project, marks, dtype):
     """The CPU engine's error against the definition in float64, next to the definition's own error in float32."""
     errors: dict[str, tuple[Error, Error]] = {}
-    for sizes in ((11, 9, 5, 37), (1, 4, 3, 17), (40, 3, 9, 16)):
+    for sizes in ((11, 9, 5, 37), (40, 3, 9, 16), (1, 4, 3, 17))[: 3 - (marks == "packed")]:
         inputs, weights, layer = make(make_layer, cell, form, 7 * project, marks, sizes, dtype)
         wide = [None if t is None else t.double() if t.is_floating_point() else t for t in inputs]
         truth = results(reference.layer_forward, Inputs(*wide), [w.double() for w in weights], layer)
@@ -166,7 +168,7 @@ def test_the_engine(make_layer, poison, cell, form, project, marks, dtype):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_bits_are_those_of_packed_rows(make_layer, cell):
-    """Of outputs and states and of their gradients: a row's depend neither on how it is given nor on the others, nor on the team."""
+    """Of outputs, states and their gradients: a row's depend neither on how it is given, nor on the others, nor on the team."""
     T, B, I, H = 9, 13, 5, 70
     made = make_layer(cell, directions=2, sizes=(T, B, I, H), dtype=torch.float32)
     lengths = torch.randint(1, T + 1, (B,))
@@ -193,10 +195,12 @@ def test_bits_are_those_of_packed_rows(make_layer, cell):
     for name, one, other in (("y", y, py), ("dx", dx, pdx)):
         padded, _ = pad_packed_sequence(PackedSequence(other, packed.batch_sizes, order, back), total_length=T)
         same_bits(one, padded, name)
-    for name, one, other in (("h_n", h_n, ph), ("c_n", c_n, pc), ("dh0", dh0, pdh0), *(("dc0", *pair) for pair in zip(dc0, pdc0))):
+    pairs = ("h_n", h_n, ph), ("c_n", c_n, pc), ("dh0", dh0, pdh0), *(("dc0", *pair) for pair in zip(dc0, pdc0))
+    for name, one, other in pairs:
         if one is not None:
             same_bits(one, other[:, back], name)
-    alone = Inputs(x[:, 3:4], None, *(None if s is None else s[:, 3:4] for s in (given.h0, given.c0)), resets[:, 3:4], lengths[3:4])
+    states = [None if state is None else state[:, 3:4] for state in (given.h0, given.c0)]
+    alone = Inputs(x[:, 3:4], None, *states, resets[:, 3:4], lengths[3:4])
     (own_y, *_), (own_dx, *_) = run(alone, outer[:, 3:4].contiguous())
     same_bits(own_y, y[:, 3:4])
     same_bits(own_dx, dx[:, 3:4])
@@ -231,7 +235,7 @@ def test_modules(name, options, layout):
     ours.load_state_dict(stock.state_dict())
     x, resets = torch.randn(T, B, 5, dtype=torch.float64), torch.rand(T, B) < 0.3
     hx = tuple(torch.randn(2, B, size, dtype=torch.float64) for size in (stock.proj_size or 6, 6))
-    hx = hx if name == "LSTM" else hx[0].new_tensor(torch.randn(2, B, 6))
+    hx = hx if name == "LSTM" else hx[1]
     lengths = torch.tensor([3, 7, 1, 5]) if "packed" in layout else torch.randint(0, T + 1, (B,))
     y, state = by_torch(stock, x, hx, resets, lengths)
     if layout == "unbatched":
@@ -300,13 +304,17 @@ def test_who_runs_it():
 
 
 WRONG = {
-    "resets of float": ({"resets": torch.zeros(5, 2)}, ValueError, r"resets: expected bool \[T, B\], \(5, 2\) on cpu, got torch.float32"),
-    "turned": ({"resets": torch.zeros(2, 5, dtype=torch.bool)}, ValueError, r"resets: expected bool .* got torch.bool \(2, 5\)"),
+    "resets of float": (
+        {"resets": torch.zeros(5, 2)},
+        ValueError,
+        r"resets: expected bool \[T, B\], \(5, 2\) on cpu, got torch.fl",
+    ),
+    "turned": ({"resets": torch.zeros(2, 5) > 0}, ValueError, r"resets: expected bool .* got torch.bool \(2, 5\)"),
     "a list": ({"resets": [True]}, TypeError, "resets: expected a tensor or None, got list"),
     "negative": ({"lengths": torch.tensor([-1, 2])}, ValueError, "lengths: expected numbers from 0 to 5, .* got -1"),
     "too long": ({"lengths": torch.tensor([1, 6])}, ValueError, "lengths: expected numbers from 0 to 5, .* got 6"),
     "int32": ({"lengths": torch.tensor([1, 2], dtype=torch.int32)}, ValueError, r"lengths: expected int64 \[B\], \(2,\)"),
-    "too many": ({"lengths": torch.tensor([1, 2, 3])}, ValueError, r"lengths: expected int64 \[B\], \(2,\) on cpu, got .* \(3,\)"),
+    "too many": ({"lengths": torch.tensor([1, 2, 3])}, ValueError, r"lengths: expected int64 .* got torch.int64 \(3,\)"),
     "elsewhere": ({"lengths": torch.tensor([1, 2], device="meta")}, ValueError, "lengths: expected .* on cpu, got .* on meta"),
     "a number": ({"lengths": 3}, TypeError, "lengths: expected a tensor or None, got int"),
     "packed resets": (
@@ -404,6 +412,7 @@ def test_vmap(call):
             torch.testing.assert_close(torch.func.vmap(f(ours), dims)(*given), torch.func.vmap(f(plain), dims)(*given))
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights:UserWarning")  # of torch.nn's modules too
 def test_compile_and_export(call):
     """One graph, for other lengths too, with the op and not its steps in it."""
     module, ours, _, tensors, resets, lengths = call
@@ -434,14 +443,14 @@ def test_opcheck(make_layer):
     more, text = inputs[4:], layer.text()
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.fastrnn.layer_forward, (*tensors, text, True, *more), test_utils=checks[:2])
-    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*tensors, text, True, *more)
+    y, _, _, saved = torch.ops.fastrnn.layer_forward(*tensors, text, True, *more)
     given = (torch.randn_like(y), None, None, *tensors, y, saved, text, [True, True, True], *more)
     torch.library.opcheck(torch.ops.fastrnn.layer_backward, given, test_utils=checks)
     torch.library.opcheck(torch.ops.fastrnn.checkpoint_forward, (*tensors, text, 1, *more), test_utils=checks)
 
 
 def test_recompute(call):
-    module, ours, _, tensors, *_ = call
+    _, ours, _, tensors, *_ = call
     mine, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
     expected = torch.autograd.grad(ours(*theirs), theirs)
     with fastrnn.recompute():

@@ -22,7 +22,7 @@ from fastrnn import cells
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes, choose, plans
-from fastrnn.kernels.layer import Inputs, Needs, Outer
+from fastrnn.kernels.layer import Inputs, Needs, Outer, Steps
 from fastrnn.kernels.layer import Layer as Description
 
 H100 = Device("cuda", 90, 132, 227 * 1024)
@@ -35,6 +35,7 @@ class Layer:
     cell:  a built-in one, else one that comes with fastrnn or is one of test_cells.py's.
     tiles: single, resident (weights kept), or streamed: split (its sums shared by warps) or wide.
     chunk: of the sums; small, so that a small layer has several. 0 for what the chooser takes.
+    marks: resets, lengths (of dense input), both, or none.
     sizes: T, B, I, and H of a head.
     """
 
@@ -50,6 +51,7 @@ class Layer:
     save: bool = True
     incoming: str = "all"
     dtype: torch.dtype = torch.float32
+    marks: str = "none"
     sizes: tuple[int, int, int, int] = (4, 3, 5, 19)
 
     def __str__(self) -> str:
@@ -92,7 +94,14 @@ class Layer:
             lengths = sorted((max(1, T - b * T // B) for b in range(B)), reverse=True)
             steps = torch.tensor([sum(t < length for length in lengths) for t in range(T)])
             made |= {"batch_sizes": steps, "x": torch.randn(int(steps.sum()), self.sizes[2], dtype=torch.float64)}
-        return cast(made, self.dtype)
+        if self.marks in ("lengths", "both"):
+            made["lengths"] = torch.arange(self.sizes[1]) * 5 % (self.sizes[0] + 1)  # a row without steps first, no order
+            where = torch.arange(self.sizes[0]).unsqueeze(1) >= made["lengths"]
+            made["x"][where.T if self.layout == "batch" else where] = torch.nan  # which nobody may read
+        if self.marks in ("resets", "both"):
+            made["resets"] = torch.rand(made["x"].shape[:-1]) < 0.4
+        names = ("x", "batch_sizes", "h0", "c0", "resets", "lengths", "weights", "layer")
+        return cast({name: made.get(name) for name in names}, self.dtype)
 
     def plan(self, forward: bool, device: Device, interpreted: bool) -> Plan:
         T, B, _, H = self.sizes
@@ -119,12 +128,14 @@ class Layer:
 
 
 def cast(arguments: dict, dtype: torch.dtype, device: str = "cpu") -> dict:
-    def one(value):
+    def one(value, name=""):
         if isinstance(value, list):
             return [one(each) for each in value]
-        return value.to(device, dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        if not isinstance(value, Tensor) or name == "batch_sizes":
+            return value
+        return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
-    return {name: one(value) for name, value in arguments.items()}
+    return {name: one(value, name) for name, value in arguments.items()}
 
 
 def incoming(layer: Layer, outputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -151,7 +162,8 @@ def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0, sides: Tensor 
     if sides is not None and layer.cell in ("rnn_relu", "indrnn"):
         y = torch.where(sides > 0, y.clamp(min=torch.finfo(dtype).tiny), 0)
     grads = gradients.layer_backward(Outer(**given), inputs, weights, y, results["saved"], own, Needs())
-    return results | {"saved": slots(layer, results["saved"])} | named(own, grads)
+    results["saved"] = slots(layer, within(own, inputs, results["saved"]))
+    return results | named(own, grads)
 
 
 def slots(layer: Layer, saved: Tensor) -> Tensor:
@@ -159,6 +171,12 @@ def slots(layer: Layer, saved: Tensor) -> Tensor:
     kind, count = layer.kind, layer.kind.slots + layer.project
     own = saved.view(*saved.shape[:2], count, layer.heads * layer.sizes[3])
     return own[:, :, [*range(kind.kept), *range(kind.slots - kind.states, count)]]
+
+
+def within(own: Description, inputs: Inputs, saved: Tensor) -> Tensor:
+    """What is saved with zeros past the lengths, where anything may stand."""
+    rows = Steps(own, inputs).within()
+    return saved if rows is None else torch.where(rows, saved, 0.0)
 
 
 def named(layer: Description, grads: Sequence) -> dict[str, Tensor]:
@@ -186,7 +204,7 @@ def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int 
         if not given:
             given.update(cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device))
         grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, "ieee")
-        return results | {"saved": slots(layer, saved)} | named(own, grads)
+        return results | {"saved": slots(layer, within(own, call.inputs, saved))} | named(own, grads)
 
     return run
 

@@ -20,6 +20,7 @@ import torch
 
 from ..cells import CELLS
 from ..layer import Layer
+from ..user_cache import cache_path
 from . import plan, processor
 from .processor import Tier
 from .source import source_hash
@@ -118,9 +119,7 @@ def _prepare_cell(cell: str, scalar: str, training: bool) -> None:
     begin, name = time.monotonic(), CELLS[cell].derived.name
     if fallback.compile_units(cell, scalar, passes, tier):
         what, seconds = " and ".join(passes), time.monotonic() - begin
-        print(
-            f"fastrnn: compiled {name} ({scalar}, {what}) in {seconds:.0f} s, kept in {fallback.cache_path()}", file=sys.stderr
-        )
+        print(f"fastrnn: compiled {name} ({scalar}, {what}) in {seconds:.0f} s, kept in {cache_path()}", file=sys.stderr)
     for which in passes:
         _ADDRESSES[cell, scalar, which] = fallback.addresses(cell, scalar, which, tier)
     found = [_ADDRESSES.get((cell, *unit), (0, 0)) for unit in itertools.product(("f32", "f64"), ("forward", "backward"))]

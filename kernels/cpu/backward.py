@@ -508,6 +508,15 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         wait_crew(p, member)
 
     @njit(**options)
+    def own_units(p, member):
+        """The units of the cell whose gate gradients this member calculates: the first, and the one past the last."""
+        panels, unit_group = ceil_div(p.hidden_size, wide) if p.projected else p.heads * p.head_panels, member % p.unit_groups
+        first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
+        if p.projected:
+            return first * wide, last * wide
+        return first_unit(p, first, wide), first_unit(p, last, wide)
+
+    @njit(**options)
     def reset_row(p, b):
         """Address of what the resets of row b sum up."""
         return p.reset_sums + b * reset_numbers * p.hidden_size * size
@@ -552,17 +561,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         store_int(extra + 8 * i, p.zeros)
 
     @njit(**options)
-    def own_units(p, member, first, last):
-        """First unit and end of those whose states but h this thread has in a step: of panels first .. last-1, or projected."""
-        if not p.projected:
-            return first_unit(p, first, wide), first_unit(p, last, wide)
-        panels, unit_group = ceil_div(p.hidden_size, wide), member % p.unit_groups
-        return share(panels, p.unit_groups, unit_group) * wide, share(panels, p.unit_groups, unit_group + 1) * wide
-
-    @njit(**options)
-    def finish_resets(p, member, r0, from_row, to_row, later, first, last):
+    def finish_resets(p, member, r0, from_row, to_row, later):
         """Take the sums over the resets of rows whose first step is done in, and its gate gradients into these sums."""
-        (unit0, unit1), unit_bytes = own_units(p, member, first, last), p.hidden_size * size
+        (unit0, unit1), unit_bytes = own_units(p, member), p.hidden_size * size
         for i in range(from_row, to_row):
             b = r0 + i
             sums, dc = reset_row(p, b) + gates * unit_bytes, p.dc0 + row_at(p, b) * states * unit_bytes
@@ -589,7 +590,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 if p.mask:  # the product goes where it can be multiplied with it
                     store_int(table + 8 * (i - from_row), p.masked + row_at(p, r0 + i) * row_bytes)
             if p.resets:
-                finish_resets(p, member, r0, from_row, to_row, later, first, last)
+                finish_resets(p, member, r0, from_row, to_row, later)
             rows, weight_rows, width = later + 8 * from_row, table + 8 * count, p.output_size // p.heads
             parts, length = parts_of_head(p)
             for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
@@ -887,7 +888,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """Zeros in dx past the lengths: this member's share of the rows."""
         for t in range(p.padded_steps):
             active = active_rows(p, t) if t < p.steps else 0
-            for b in range(active + share(p.batch - active, members, member), active + share(p.batch - active, members, member + 1)):
+            for b in range(
+                active + share(p.batch - active, members, member), active + share(p.batch - active, members, member + 1)
+            ):
                 clear_units(p.dx + t * p.dx_step + row_at(p, b) * p.dx_row, 0, p.input_size, p.input_size)
 
     @njit(**options)
@@ -901,7 +904,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         cell_panels = ceil_div(p.hidden_size, wide)
         first_cell = share(cell_panels, p.unit_groups, unit_group)
         last_cell = share(cell_panels, p.unit_groups, unit_group + 1)
-        unit0, unit1 = own_units(p, member, first, last)
+        unit0, unit1 = own_units(p, member)
         row_bytes = pitch(p)
         saved_row = (slots + p.projected) * hidden_bytes
 
@@ -930,7 +933,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             store_int(extra + 8 * (b - r0), p.dh0 + own * output_bytes)
             if p.resets and p.need_dh0:
                 for s in range(reset_numbers):
-                    clear_units(reset_row(p, b) + s * hidden_bytes, first_cell * wide, last_cell * wide, p.hidden_size)
+                    clear_units(reset_row(p, b) + s * hidden_bytes, unit0, unit1, p.hidden_size)
             for panel in range(first, last):
                 for j in range(columns):
                     unit = (panel * columns + j) * lanes

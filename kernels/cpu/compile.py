@@ -62,7 +62,7 @@ cpu_target.target_context._internal_codegen = Codegen("fastrnn")
 from ..cells import CELLS, read  # noqa: E402
 from .arrange import make_arrange  # noqa: E402
 from .backward import make_backward  # noqa: E402
-from .convert import make_conversion  # noqa: E402
+from .convert import make_conversion, make_turn  # noqa: E402
 from .forward import make_forward  # noqa: E402
 from .processor import Tier, tiers  # noqa: E402
 from .source import object_directory  # noqa: E402
@@ -74,7 +74,7 @@ if llvm.get_process_triple().startswith("x86_64"):  # a tile's loop that begins 
 SCALARS = {"f32": types.float32, "f64": types.float64}
 PASSES = ("forward", "backward")
 UNITS = tuple((cell, scalar, which) for scalar in SCALARS for cell in CELLS for which in PASSES)
-CONVERSIONS = (("numbers", "bf16", "widen"), ("numbers", "bf16", "round"))
+CONVERSIONS = (("numbers", "bf16", "widen"), ("numbers", "bf16", "round"), ("numbers", "f32", "turn"))
 INT64 = types.int64
 
 
@@ -121,7 +121,7 @@ def write_unit(directory: Path, tier: Tier, unit: tuple[str, str, str]) -> None:
     name = tier.entry(*unit)
     if unit in CONVERSIONS:
         v = vector_library(types.float32, tier.target)
-        points = [(name, make_conversion(v, which), types.void)]
+        points = [(name, make_turn(v) if which == "turn" else make_conversion(v, which), types.void)]
     else:
         v = vector_library(SCALARS[scalar], tier.target)
         make = make_forward if which == "forward" else make_backward

@@ -1,4 +1,4 @@
-"""Numbers in bfloat16 to float32, and back."""
+"""Numbers in bfloat16 to float32, and back; and matrices transposed."""
 
 from __future__ import annotations
 
@@ -24,3 +24,29 @@ def make_conversion(v: VectorLibrary, name: str):
             store(out + i * out_size, load(source + i * source_size, count - i), count - i)
 
     return convert
+
+
+@cache
+def make_turn(v: VectorLibrary):
+    """turn(job, _): transpose a matrix.
+
+    job: address of int64 source, bytes from one of its rows to the next, rows, columns, destination, bytes from one of its rows
+    to the next.
+    """
+    lanes, size, transpose, load_scalar, store_scalar = v.lanes, v.size, v.transpose, v.load_scalar, v.store_scalar
+
+    @njit(**options)
+    def turn(job, _):
+        source, source_row, rows = load_int(job), load_int(job + 8), load_int(job + 16)
+        columns, out, out_row = load_int(job + 24), load_int(job + 32), load_int(job + 40)
+        for r in range(0, rows, lanes):
+            for c in range(0, columns, lanes):
+                at, to = source + r * source_row + c * size, out + c * out_row + r * size
+                if r + lanes <= rows and c + lanes <= columns:
+                    transpose(at, source_row, to, out_row)
+                else:
+                    for i in range(min(lanes, rows - r)):
+                        for j in range(min(lanes, columns - c)):
+                            store_scalar(to + j * out_row + i * size, load_scalar(at + i * source_row + j * size))
+
+    return turn

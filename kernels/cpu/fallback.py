@@ -12,7 +12,6 @@ import os
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ..cells import CELLS
 from ..layer import Inputs, Layer, Steps, layer_of
+from ..user_cache import cache_directory
 from . import processor
 from .plan import FIELDS, L2_BYTES
 from .processor import Tier
@@ -30,25 +30,6 @@ from .source import KERNELS, object_directory, shipped_directory
 
 SHIPPED = "fastrnn_kernels"  # the directory beside a cell's module where a package may have its objects
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
-
-
-def cache_path() -> Path:
-    """Name the directory that keeps compiled kernels: FASTRNN_CACHE_DIR, or else ~/.cache/fastrnn."""
-    return Path(os.environ.get("FASTRNN_CACHE_DIR") or Path.home() / ".cache" / "fastrnn")
-
-
-def cache_directory() -> Path:
-    """Make `cache_path`, or a temporary directory where that one is not to be had or others can write to it."""
-    base = cache_path()
-    try:
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = base.stat()
-        # Windows has neither owners nor modes of this kind
-        if not hasattr(os, "getuid") or (status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-            return base
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="fastrnn-"))
 
 
 @cache
@@ -59,7 +40,9 @@ def _engine():
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    # With llvmlite's memory for sections, of which those of an object lie together. LLVM's own takes any free place for each,
+    # and code that is two gigabytes away from its constants kills the process.
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
 
 
 @cache
@@ -168,7 +151,10 @@ class Call:
             self.order_rows(inputs.lengths)
         if inputs.resets is not None:
             self.point("resets", [inputs.resets] * D)
-            strides = [inputs.resets.stride(self.steps.axis), inputs.resets.stride(-1 if self.steps.packed else 1 - self.steps.axis)]
+            strides = [
+                inputs.resets.stride(self.steps.axis),
+                inputs.resets.stride(-1 if self.steps.packed else 1 - self.steps.axis),
+            ]
             self.records["resets_step"], self.records["resets_row"] = strides
         if inputs.mask is not None:
             self.point("mask", inputs.mask.contiguous())

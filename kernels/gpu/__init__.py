@@ -7,30 +7,47 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from functools import cache
 
 import torch
 
 from ..cells import CELLS
 from ..layer import Layer
-from . import plan
+from . import plan, selftest
 from .precision import precision_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _libraries: list[torch.library.Library] = []  # an op is implemented as long as its library lives
+asked = os.environ.get("FASTRNN_TRITON") or None  # "0": not at all, "1": without a self-test; an empty variable is no choice
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why no kernel runs on this device of type "cuda" (ROCm's have it too), or None."""
-    return _why_not(device)
+    """Why no kernel runs on this device of type "cuda" (ROCm's have it too), or None.
+
+    RuntimeError: FASTRNN_TRITON is neither 0 nor 1.
+    """
+    if asked not in (None, "0", "1"):
+        raise RuntimeError(f"FASTRNN_TRITON={asked}: expected 0, 1 or nothing")
+    if asked == "0":
+        return "FASTRNN_TRITON=0"
+    if reason := _unsupported(device):
+        return reason
+    reason = off(device).get("stepwise")
+    return reason and f"the engine fails its self-test there: {reason}"
 
 
 # What torch.compiler.assume_constant_result would do, but without importing Dynamo: it does not look into this function.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undeclared
 
 
+def off(device: torch.device) -> dict[str, str]:
+    """Why each schedule that a device does without is off, by name. At the first call the device is tested."""
+    return selftest.known(device) if asked == "1" else selftest.off(device)
+
+
 @cache
-def _why_not(device: torch.device) -> str | None:
+def _unsupported(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not torch.cuda.is_available():
@@ -38,22 +55,23 @@ def _why_not(device: torch.device) -> str | None:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         architecture = properties.gcnArchName.split(":")[0]
-        if architecture not in ("gfx90a", "gfx942"):
-            return f"{architecture}, it takes gfx90a and gfx942"
-    else:
-        architecture = f"compute capability {properties.major}.{properties.minor}"
-        if properties.major < 8:
-            return f"{architecture}, it takes 8.0 and above"
-        if properties.major == 9:
-            return None
-    # A barrier between programs that such a device has never run may hang it: only who asks gets it.
-    asked = os.environ.get("FASTRNN_TRITON") == "1"
-    return None if asked else f"it has never run on {architecture}; the environment variable FASTRNN_TRITON=1 lets it"
+        return None if architecture in ("gfx90a", "gfx942") else f"{architecture}, it takes gfx90a and gfx942"
+    architecture = f"compute capability {properties.major}.{properties.minor}"
+    return None if properties.major >= 8 else f"{architecture}, it takes 8.0 and above"
+
+
+def device_of(device: torch.device) -> plan.Device:
+    """What plans depend on."""
+    return _device(device, tuple(sorted(off(device))))
 
 
 @cache
-def device_of(device: torch.device) -> plan.Device:
-    """What plans depend on."""
+def _device(device: torch.device, off: tuple[str, ...]) -> plan.Device:
+    return replace(device_of_itself(device), off=off)
+
+
+def device_of_itself(device: torch.device) -> plan.Device:
+    """The same, whatever is off there."""
     from triton.runtime import driver
 
     properties = torch.cuda.get_device_properties(device)
@@ -75,7 +93,8 @@ def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, d
     """How the engine would run a layer, in words. T steps, B rows, H units, R outputs (projection, or H)."""
     target, sizes = device_of(device), sizes_of(layer, T, B, H, R, dtype)
     passes = {"forward": True, "backward": False} if training else {"forward": True}
-    return "; ".join(f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items())
+    words = [f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items()]
+    return "; ".join(words + [f"no {schedule} schedule: {reason}" for schedule, reason in off(device).items()])
 
 
 def layer_forward(*args):

@@ -13,6 +13,7 @@ Letters and layouts as in forward.py; further
              a row's steps of those of the cell's own weights, zeros first; and in scans, where the cell reads h, what reached
              it past the gates
     b_ih     [D, ...], which has the cell's own weights behind the biases
+    sums_h   [D, B, R] and sums_c [D, B, STATES*H], float32: what resets take of the gradients of the states before them
 
 Step s of a program first takes dh, the product of W_hh^T with `da` of the step before, then goes through the cell. So there
 are steps 0...T: in step 0 no row has a step before it, in step T none has one of its own.
@@ -24,7 +25,21 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, wait
-from .tile import diagonal, load_tiles, product, released, replaced, resident_weights, row_index, stack, store_tiles
+from .tile import (
+    added,
+    begins_anew,
+    diagonal,
+    load_tiles,
+    product,
+    released,
+    replaced,
+    resident_weights,
+    row_index,
+    stack,
+    steps_of_rows,
+    store_tiles,
+    zeros,
+)
 
 
 @triton.jit
@@ -32,7 +47,7 @@ def kept_values(
     saved, y, h0, c0, offsets, t, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
     STATES: tl.constexpr, READS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr,
-    PROJECTED: tl.constexpr,
+    PROJECTED: tl.constexpr, anew, RESETS: tl.constexpr,
 ):  # fmt: skip
     """What is there of step t for the rows that are `here`, as the cell takes it, float32 [UNITS, ROWS] each.
 
@@ -41,6 +56,8 @@ def kept_values(
     ok = units_ok[:, None] & here[None, :]
     before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
     joined = tl.where(backwards, t + 1 < length, t > 0)  # had the row a step before this one?
+    if RESETS:
+        joined = joined & (anew == 0)
     own = row_index(t, rows, offsets, T, B, PACKED, False)  # [ROWS]
     slots = saved + (d * N + own) * W  # [ROWS]
     states = (SLOTS - STATES) * H  # of a row the first column that has them
@@ -75,12 +92,13 @@ def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, counters,
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_hh, w_hr, b_ih, lengths, offsets, resets, counters, gave_up,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
     READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
     D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    PROJECTED: tl.constexpr,
     BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
     PHASE: tl.constexpr, SYNC: tl.constexpr,
@@ -104,8 +122,7 @@ def scan_backward(
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
-    length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32) if PACKED else tl.where(rows_ok, T, 0)  # [ROWS]
-    steps = tl.load(lengths + first).to(tl.int32) if PACKED else T  # rows are sorted: its first row's
+    length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
     stop = tl.minimum(end, steps + 1)
 
     units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
@@ -125,7 +142,7 @@ def scan_backward(
     columns = tl.arange(0, SIDE * ROWS)  # [SIDE * ROWS]
     column_gate, column_rows = columns // ROWS, first + columns % ROWS
     columns_ok = (column_rows < B) & (column_gate < GATES)
-    if PACKED:
+    if PACKED or RAGGED:
         column_length = tl.load(lengths + column_rows, mask=columns_ok, other=0).to(tl.int32)
     else:
         column_length = tl.where(columns_ok, T, 0)
@@ -146,9 +163,16 @@ def scan_backward(
     t = tl.where(backwards, begin, steps - 1 - begin)
     at = tl.minimum(tl.maximum(t, 0), steps - 1)
     here = (t < length) & (begin < steps)
+    anew = here  # of the step, and of the one before
+    stopped = here
+    if RESETS:
+        anew = begins_anew(resets, at, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
+        came_at = tl.minimum(tl.maximum(tl.where(backwards, t - 1, t + 1), 0), steps - 1)
+        came = (tl.where(backwards, t - 1, t + 1) < length) & (begin > 0)
+        stopped = begins_anew(resets, came_at, rows, came, offsets, T, B, PACKED, BATCH_FIRST)
     values = kept_values(
         saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED,
+        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
     )  # fmt: skip
     dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
@@ -174,14 +198,20 @@ def scan_backward(
                 dh += dc[STATES + WEIGHTS]
             dh = tl.where(came[None, :], dh, final)  # [OUTPUTS, ROWS]
             leaving = came & (active == 0)
-            tl.store(dh0 + n_at, dh.to(dh0.dtype.element_ty), mask=n_ok & leaving[None, :])
+            initial = dh
+            if RESETS:  # what a reset has stopped is the initial state's, as what is left in the end
+                taken = n_ok & (leaving | stopped)[None, :]
+                initial += tl.load(sums_h + n_at, mask=taken, other=0.0)
+                tl.store(sums_h + n_at, initial, mask=taken)
+                dh = tl.where(stopped[None, :], 0.0, dh)
+            tl.store(dh0 + n_at, initial.to(dh0.dtype.element_ty), mask=n_ok & leaving[None, :])
             dh += dys[0]
             if PROJECTED:
                 at_dp = dp_rows[None, :] + outputs[:, None]
                 tl.store(at_dp, dh.to(dp.dtype.element_ty), mask=outputs_ok[:, None] & active[None, :])
             if SYNC and PROJECTED:
                 arrive(counter)
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS)
+                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
         if PHASE != "state":
             if PROJECTED:
                 dh = product(
@@ -195,32 +225,41 @@ def scan_backward(
             if CARRIED:
                 of_states = carried(grads, active[None, :], dc, P, STATES, READS, WEIGHTS)
                 dc = of_states + replaced(grads, P + STATES, READS, active[None, :], dc[STATES + WEIGHTS :])
+            if RESETS and STATES:
+                sums_at, taken = sums_c + (d * B + rows)[None, :] * (STATES * H) + units[:, None], state_ok & anew[None, :]
+                sums = added(dc, load_tiles(sums_at, taken, STATES, H), STATES)
+                store_tiles(sums_at, sums, taken, 0, STATES, H)
+                dc = replaced(zeros(STATES, UNITS, ROWS), 0, STATES, anew[None, :], dc) + dc[STATES:]
 
         if SYNC:
             da_before = state + (d * N + row_index(at, column_rows, offsets, T, B, PACKED, False)) * (P * H)
             t = tl.where(backwards, s + 1, steps - 2 - s)
             at = tl.minimum(tl.maximum(t, 0), steps - 1)
             here = (t < length) & (s + 1 < steps)
+            if RESETS:
+                stopped = anew
+                anew = begins_anew(resets, at, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
             values = kept_values(
                 saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-                STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED,
+                STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
             )  # fmt: skip
             dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
             dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
             own = row_index(at, rows, offsets, T, B, PACKED, False)
-            wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS)
+            wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS, gave_up)
     if PHASE != "state":
         store_tiles(carry + state_at, dc, state_ok, 0, CARRIED, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets,
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, resets,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
     READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
     D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    PROJECTED: tl.constexpr,
     UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All steps of ROWS rows in one program, which holds every unit of a head and the states' gradients.
@@ -237,8 +276,7 @@ def single_backward(
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
-    length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32) if PACKED else tl.where(rows_ok, T, 0)  # [ROWS]
-    steps = tl.load(lengths + first).to(tl.int32) if PACKED else T
+    length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
 
     units = tl.arange(0, UNITS)  # [UNITS]
     units_ok = units < HEAD
@@ -247,7 +285,9 @@ def single_backward(
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
     at = w_hh + d * (GATES * H * WIDTH) + (gate * H + head * HEAD + unit)[None, :] * WIDTH + outputs[:, None]
-    w = tl.load(at, mask=outputs_ok[:, None] & ((gate < GATES) & (unit < HEAD))[None, :], other=0.0)  # [OUTPUTS, PADDED * UNITS]
+    w = tl.load(
+        at, mask=outputs_ok[:, None] & ((gate < GATES) & (unit < HEAD))[None, :], other=0.0
+    )  # [OUTPUTS, PADDED * UNITS]
     units += head * HEAD
     outputs += head * WIDTH
     own_weights = (b_ih + d * ((GATES + WEIGHTS) * H) + GATES * H + units)[:, None]
@@ -265,9 +305,14 @@ def single_backward(
 
     # loaded a step ahead
     t = tl.where(backwards, 0, steps - 1)
+    anew = t < length
+    if RESETS:
+        anew = begins_anew(resets, t, rows, t < length, offsets, T, B, PACKED, BATCH_FIRST)
+        nothing = zeros(STATES, UNITS, ROWS)
+        taken_h, taken_c = tl.zeros((OUTPUTS, ROWS), tl.float32), nothing
     values = kept_values(
         saved, y, h0, c0, offsets, t, t < length, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED,
+        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
     )  # fmt: skip
     dy_rows = dy + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & (t < length)[None, :], 1, 0)
@@ -278,9 +323,12 @@ def single_backward(
         now, d_out = values, dh + dys[0]
         ahead = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
         here = (ahead < length) & (s + 1 < steps)
+        stops = anew
+        if RESETS:
+            anew = begins_anew(resets, ahead, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
         values = kept_values(
             saved, y, h0, c0, offsets, ahead, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-            STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED,
+        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
         )  # fmt: skip
         dy_rows = dy + row_index(ahead, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
         dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
@@ -303,24 +351,34 @@ def single_backward(
         if CARRIED:
             dc = carried(grads, active[None, :], dc, P, STATES, READS, WEIGHTS)
         dh = tl.where(active[None, :], new, dh)
+        if RESETS:
+            taken_h += tl.where(stops[None, :], dh, 0.0)
+            dh = tl.where(stops[None, :], 0.0, dh)
+            taken_c = added(taken_c, replaced(dc, 0, STATES, stops[None, :], nothing), STATES)
+            dc = replaced(nothing, 0, STATES, stops[None, :], dc) + dc[STATES:]
+    if RESETS:
+        dh += taken_h
+        dc = added(dc, taken_c, STATES) + dc[STATES:]
     tl.store(dh0 + n_at, dh.to(dh0.dtype.element_ty), mask=n_ok)
     store_tiles(carry + state_at, dc, state_ok, 0, CARRIED, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "blocks", "d"])
 def states_before(
-    before, y, h0, lengths, offsets, T, B, blocks, d,
-    D: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, BACKWARDS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    before, y, h0, lengths, offsets, resets, T, B, blocks, d,
+    D: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr,
+    BATCH_FIRST: tl.constexpr, BACKWARDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """before [N, R], the state that each step of direction d began with. Grid: T * blocks of rows, blocks of columns."""
     pid = tl.program_id(0)
     t, rows = pid // blocks, (pid % blocks) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    length = tl.load(lengths + rows, mask=rows < B, other=0).to(tl.int32) if PACKED else tl.where(rows < B, T, 0)  # [ROWS]
+    length, _ = steps_of_rows(lengths, rows, rows < B, 0, T, PACKED, RAGGED)  # [ROWS]
     ok = (t < length)[:, None] & (columns < R)[None, :]  # [ROWS, COLUMNS]
     earlier = t + 1 if BACKWARDS else t - 1
     joined = earlier < length if BACKWARDS else tl.where(rows < B, t > 0, False)
+    if RESETS:
+        joined = joined & (begins_anew(resets, t, rows, t < length, offsets, T, B, PACKED, BATCH_FIRST) == 0)
     at = tl.minimum(tl.maximum(earlier, 0), T - 1)
     after = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     states = tl.where(joined, after, h0 + rows.to(tl.int64) * R)

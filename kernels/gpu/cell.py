@@ -56,7 +56,9 @@ def _exp(x):
     """2^n e^r, x = n ln 2 + r with 0 <= r < ln 2: 2^x alone would have the rounding of x log2(e), many units of a large x."""
     x = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))  # NaN stays
     n = tl.floor(1.4426950408889634 * x)
-    r = (x - n * 0.693359375) + n * 2.12194440e-4  # Cephes: ln 2 in two parts, the first of so few bits that n times it is exact
+    r = (
+        x - n * 0.693359375
+    ) + n * 2.12194440e-4  # Cephes: ln 2 in two parts, the first of so few bits that n times it is exact
     return exp2(n) * exp2(1.4426950408889634 * r)  # noqa: F821 (bound below)
 
 

@@ -11,8 +11,11 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     carry    [D, B, C*H] float32: the C states that enter element by element, h the last; the initial ones, in the end the
              final ones
     w_hh, w_hr, b_ih, b_hh   as in the op, with a leading axis D
-    lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED
-    counters [groups, 16] int64, zero: see barrier.py; only used where both phases or several steps share a launch
+    start    [D, B, C*H], what carry begins with, which resets go back to; only where RESETS
+    lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED, lengths also where
+             RAGGED: rows are those of a dense sequence, in any order, and have no steps past their lengths
+    resets   a byte for each row of x: not 0 where the states before that step go back to the initial ones; only where RESETS
+    counters [groups, 16] int64, zero, and gave_up [1] int32: see barrier.py; only used where SYNC
 
 A program has UNITS units of every gate (and OUTPUTS outputs of the projection) and ROWS rows, of one head where there are
 several; programs of the same rows, direction and head are a group. Groups never wait for each other, and stop with the longest
@@ -28,7 +31,18 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, wait
-from .tile import load_tiles, product, released, replaced, resident_weights, row_index, store_tiles, unstack
+from .tile import (
+    begins_anew,
+    load_tiles,
+    product,
+    released,
+    replaced,
+    resident_weights,
+    row_index,
+    steps_of_rows,
+    store_tiles,
+    unstack,
+)
 
 
 @triton.jit
@@ -75,12 +89,13 @@ def carried(new, active, p, KEPT: tl.constexpr, STATES: tl.constexpr, READS: tl.
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
-    kept, y, out, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, counters,
+    kept, y, out, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters, gave_up,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
     STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
     D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
@@ -102,8 +117,7 @@ def scan_forward(
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
-    length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32) if PACKED else tl.where(rows_ok, T, 0)  # [ROWS]
-    steps = tl.load(lengths + first).to(tl.int32) if PACKED else T  # rows are sorted: its first row's
+    length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
     stop = tl.minimum(end, steps)
 
     units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
@@ -131,13 +145,15 @@ def scan_forward(
 
     # what a step needs from memory, and does not wait for, is loaded in the step before
     t = tl.where(backwards, steps - 1 - begin, begin)
-    at = tl.maximum(t, 0) if PACKED else t
+    at = tl.maximum(t, 0) if PACKED or RAGGED else t
     kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W  # [ROWS]
     active = (t < length) & (t >= 0)
     inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & active[None, :], GATES, H)
     y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     t_before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
     y_before = y + row_index(t_before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
+    if RESETS:
+        anew = begins_anew(resets, at, rows, active, offsets, T, B, PACKED, BATCH_FIRST)
 
     for s in tl.range(begin, stop, num_stages=1):
         t = tl.where(backwards, steps - 1 - s, s)
@@ -147,6 +163,10 @@ def scan_forward(
         out_rows = kept_rows + SLOTS * H if SAVE else out + (d * B + rows) * H  # [ROWS]
         if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
+            if RESETS:
+                joined = joined & (anew == 0)
+                fresh = load_tiles(start + state_at, ok & anew[None, :], CARRIED, H)
+                p = replaced(fresh, 0, CARRIED, anew[None, :], p)
             h_rows = tl.where(joined, y_before, h0_rows)
             if HEADS > 1:  # a sum with nothing would take what is said of it away
                 h_rows += head * K
@@ -172,7 +192,7 @@ def scan_forward(
             if CARRIED:
                 p = carried(new, active[None, :], p, KEPT, STATES, READS)
             if SYNC and PROJECTED:
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS)
+                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
         if PROJECTED and PHASE != "gates":
             proj = product(
                 (), r_rows, outputs_ok, out_rows, active, H, 1, H, H, OUTPUTS, ROWS, BK, SPLIT, False, STAGES, PRECISION
@@ -190,24 +210,27 @@ def scan_forward(
             kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W
             here = (t < length) & (t >= 0)
             inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
+            if RESETS:
+                anew = begins_anew(resets, at, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
             y_before = y_rows
             y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
             if PROJECTED:
-                wait(counter, (2 * (s - begin) + 2).to(tl.int64) * BLOCKS)
+                wait(counter, (2 * (s - begin) + 2).to(tl.int64) * BLOCKS, gave_up)
             else:
-                wait(counter, (s - begin + 1).to(tl.int64) * BLOCKS)
+                wait(counter, (s - begin + 1).to(tl.int64) * BLOCKS, gave_up)
     if PHASE != "project":
         store_tiles(carry + state_at, p, tile_ok, 0, CARRIED, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_forward(
-    kept, y, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets,
+    kept, y, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
     STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
     D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
+    BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     SAVE: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All steps of ROWS rows in one program, which holds every unit of a head and the state. Grid: HEADS * D * blocks of rows."""
@@ -220,8 +243,7 @@ def single_forward(
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
-    length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32) if PACKED else tl.where(rows_ok, T, 0)  # [ROWS]
-    steps = tl.load(lengths + first).to(tl.int32) if PACKED else T
+    length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
 
     units = tl.arange(0, UNITS)  # [UNITS]
     units_ok = units < HEAD
@@ -230,7 +252,9 @@ def single_forward(
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
     at = w_hh + d * (GATES * H * K) + (gate * H + head * HEAD + unit)[:, None] * K + outputs[None, :]
-    w = tl.load(at, mask=((gate < GATES) & (unit < HEAD))[:, None] & outputs_ok[None, :], other=0.0)  # [PADDED * UNITS, OUTPUTS]
+    w = tl.load(
+        at, mask=((gate < GATES) & (unit < HEAD))[:, None] & outputs_ok[None, :], other=0.0
+    )  # [PADDED * UNITS, OUTPUTS]
     units += head * HEAD
     outputs += head * K
     b_ih += d * ((GATES + WEIGHTS) * H)
@@ -251,6 +275,8 @@ def single_forward(
     t = tl.where(backwards, steps - 1, 0)
     kept_rows = kept + (d * N + row_index(t, rows, offsets, T, B, PACKED, False)) * W  # [ROWS]
     inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & (t < length)[None, :], GATES, H)
+    if RESETS:
+        anew = begins_anew(resets, t, rows, t < length, offsets, T, B, PACKED, BATCH_FIRST)
 
     for s in tl.range(0, steps, num_stages=1):
         t = tl.where(backwards, steps - 1 - s, s)
@@ -262,6 +288,11 @@ def single_forward(
         kept_rows = kept + (d * N + row_index(ahead, rows, offsets, T, B, PACKED, False)) * W
         here = (ahead < length) & (s + 1 < steps)
         inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
+        if RESETS:
+            h = tl.where(anew[None, :], tl.load(h0 + n_at, mask=n_ok & anew[None, :], other=0.0), h)
+            fresh = load_tiles(start + state_at, ok & anew[None, :], CARRIED, H)
+            p = replaced(fresh, 0, CARRIED, anew[None, :], p)
+            anew = begins_anew(resets, ahead, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
 
         hiddens = unstack(tl.dot(w, h, input_precision=PRECISION), PADDED, UNITS, ROWS)
         a = preactivations(own_inputs, hiddens, biases, GATES, HIDDEN)

@@ -6,7 +6,6 @@ Letters as in fastrnn/ops.py; N rows of the sequence, P pre-activations of a uni
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,21 +17,9 @@ from . import DTYPES, device_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .cell import PLAIN, PTX, bound
+from .launch import Launch, alarm
 from .plan import Plan, choose, stacked
 from .precision import precision_of, products_in
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel with everything it is started with."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 class Call:
@@ -64,6 +51,9 @@ class Call:
         )
         self.nothing = nothing
         self.lengths, self.offsets = self._rows_of_steps(inputs.batch_sizes)
+        self.ragged = inputs.lengths is not None
+        self.lengths = inputs.lengths if self.ragged else self.lengths
+        self.resets = nothing if inputs.resets is None else inputs.resets.contiguous().view(torch.uint8)
 
     def chosen(self, forward: bool) -> tuple[Plan, str]:
         """Plan and precision of a pass."""
@@ -84,6 +74,10 @@ class Call:
         if self.device.type == "cuda":
             both = both.pin_memory().to(self.device, non_blocking=True)
         return both[: self.B], both[self.B :]
+
+    def rows_made(self, *shape: int) -> Tensor:
+        """Make a tensor of x's dtype with something for each row of x: zeros where rows past their lengths are not written."""
+        return self.x.new_zeros(shape) if self.ragged else self.x.new_empty(shape)
 
     def input_weights(self, d: int) -> Tensor:
         """w_ih [G*H, I] of a direction, gates in the order of the cell's arguments."""
@@ -106,6 +100,8 @@ class Call:
             "H": self.H,
             "R": self.R,
             "PACKED": self.packed,
+            "RAGGED": self.ragged,
+            "RESETS": self.inputs.resets is not None,
             "BATCH_FIRST": self.batch_first,
             "REVERSE": self.layer.reverse,
             "PROJECTED": self.layer.projected,
@@ -143,6 +139,7 @@ class Call:
             for wave in range(waves):
                 groups = min(plan.groups, blocks_of_rows - wave * plan.groups)
                 given = {"counters": counters[wave], "first_row": wave * plan.groups * plan.rows, "begin": 0, "end": steps}
+                given["gave_up"] = alarm(self.device).word
                 grid = (plan.blocks * sides * groups,)
                 yield Launch(
                     scan, grid, arguments | sizes | given | {"PHASE": "both"}, options | {"launch_cooperative_grid": True}
@@ -152,39 +149,52 @@ class Call:
         for step in range(steps):
             for phase in phases:
                 given = {"counters": counters, "first_row": 0, "begin": step, "end": step + 1, "PHASE": phase}
+                given["gave_up"] = counters  # nobody waits
                 yield Launch(scan, (plan.blocks * sides * blocks_of_rows,), arguments | sizes | given, options)
 
 
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
+def _refuse_noise(*given) -> None:
+    """Raise where a call brings a mask or noise; `dispatch.why_not_own` keeps such calls away."""
+    if any(each is not None for each in given):
+        raise RuntimeError("fastrnn: the Triton engine has neither recurrent dropout nor zoneout")
+
+
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None, mask=None, noise=None):
     """The op's implementation, on x's device and its current stream."""
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, *more), weights)
+    _refuse_noise(mask, noise)
+    alarm(x.device).check()
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
     with torch.cuda.device(x.device):
         return forward(call, save, *call.chosen(forward=True))
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None, mask=None, noise=None):
     """The op's implementation, on x's device and its current stream."""
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, *more), weights)
+    _refuse_noise(mask, noise)
+    alarm(x.device).check()
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
     with torch.cuda.device(x.device):
         return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
 
 
 def forward(call: Call, save: bool, plan: Plan, precision: str):
     """y, h_n, c_n, saved."""
-    (x, _, h0, c0), gates = call.inputs, call.cell.gates
+    (x, _, h0, c0, *_), gates = call.inputs, call.cell.gates
     # the projected input; the cell's slots are written over it
     kept = x.new_empty(call.D, call.N, max(gates * call.H, call.slots if save else 0))
     rows = call.steps.flat(x)
     with products_in(call.dtype, precision):
         for d in range(call.D):
             torch.mm(rows, call.input_weights(d).T, out=kept[d][:, : gates * call.H])
-    y, h_n = x.new_empty(*x.shape[:-1], call.D * call.R), x.new_empty(call.D, call.B, call.R)
+    h0 = h0.contiguous()
+    y, h_n = call.rows_made(*x.shape[:-1], call.D * call.R), h0.clone() if call.ragged else torch.empty_like(h0)
     states = [*([c0] if c0 is not None else []), *([h0] if call.cell.reads_hidden else [])]
     carry = torch.cat([state.float() for state in states], -1) if states else call.nothing
     arguments = {
         "kept": kept,
         "y": y,
-        "h0": h0.contiguous(),
+        "h0": h0,
+        "start": call.nothing if call.inputs.resets is None else carry.clone(),
         "carry": carry,
         "w_hh": call.w_hh,
         "w_hr": call.w_hr,
@@ -193,6 +203,7 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
         "h_n": h_n,
         "lengths": call.lengths,
         "offsets": call.offsets,
+        "resets": call.resets,
         "CELL": bound(call.cell, call.cells, True),
         "INPUT": call.cell.input,
         "W": kept.shape[-1],
@@ -207,7 +218,11 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
     kernels = forward_kernels.single_forward, forward_kernels.scan_forward
     for launch in call.launches(plan, *kernels, arguments, call.T, phases):
         call.run(launch)
-    c_n = carry[..., : call.cell.states * call.H].to(x.dtype, memory_format=torch.contiguous_format) if c0 is not None else x.new_empty(0)
+    c_n = (
+        carry[..., : call.cell.states * call.H].to(x.dtype, memory_format=torch.contiguous_format)
+        if c0 is not None
+        else x.new_empty(0)
+    )
     saved = x.new_empty(0)
     if save:
         saved = kept if call.slots else x.new_empty(call.D, call.N, 0)
@@ -216,10 +231,13 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
 
 def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, plan: Plan, precision: str):
     """dx, dh0, dc0, and a list of dw."""
-    (x, _, h0, c0), (dy, dh_n, dc_n) = call.inputs, outer
+    (x, _, h0, c0, *_), (dy, dh_n, dc_n) = call.inputs, outer
     D, B, N, H, R, cell = call.D, call.B, call.N, call.H, call.R, call.cell
-    da, dp = x.new_empty(D, N, cell.preactivations * H), x.new_empty(D, N, R) if call.layer.projected else call.nothing
-    dh0, h0, y = x.new_empty(D, B, R), h0.contiguous(), y.contiguous()
+    da = call.rows_made(D, N, cell.preactivations * H)
+    dp = call.rows_made(D, N, R) if call.layer.projected else call.nothing
+    h0, y = h0.contiguous(), y.contiguous()
+    dh_n = torch.zeros_like(h0) if dh_n is None else dh_n.contiguous()
+    dh0 = dh_n.clone() if call.ragged else torch.empty_like(h0)  # where a row has no steps
     # gradients of states and of the cell's own weights, and in a scan of h element by element
     width = cell.states + cell.weights + (cell.reads_hidden and plan.schedule != "single")
     carry = torch.zeros(D, B, width, H, dtype=torch.float32, device=x.device)
@@ -234,7 +252,7 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
         "dp": dp,
         "h0": h0,
         "c0": call.nothing if c0 is None else c0.contiguous(),
-        "dh_n": torch.zeros_like(h0) if dh_n is None else dh_n.contiguous(),
+        "dh_n": dh_n,
         "dh0": dh0,
         "carry": carry,
         "w_hh": call.w_hh,
@@ -242,6 +260,7 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
         "b_ih": call.b_ih,
         "lengths": call.lengths,
         "offsets": call.offsets,
+        "resets": call.resets,
         "CELL": bound(call.cell, call.cells, False),
         "OUTPUT": cell.derived.reads_output,
         "W": call.slots,
@@ -249,10 +268,15 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
     }
     if plan.schedule != "single":
         arguments["DIAGONAL"] = plan.diagonal
+        sums = [h0, of_states] if call.inputs.resets is not None else []
+        sums = [torch.zeros_like(state, dtype=torch.float32) for state in sums] or [call.nothing] * 2
+        arguments["sums_h"], arguments["sums_c"] = sums
     phases = ("state", "cell") if call.layer.projected else ("both",)
     kernels = backward_kernels.single_backward, backward_kernels.scan_backward
     for launch in call.launches(plan, *kernels, arguments, call.T + 1, phases):
         call.run(launch)
+    if plan.schedule != "single" and call.inputs.resets is not None:
+        of_states += arguments["sums_c"]
     dc0 = of_states.to(x.dtype, memory_format=torch.contiguous_format) if needs.dh0 and cell.states else x.new_empty(0)
     d_input, d_hidden = da[..., : cell.gates * H], da[..., cell.hidden * H :]
     with products_in(call.dtype, precision):
@@ -277,7 +301,9 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, save
     """
     cell, H = call.cell, call.H
     order = [cell.input.index(gate) for gate in range(cell.gates)]  # torch's gates among the cell's arguments
+    within = call.steps.within()  # past the lengths anything may stand, and zero times it is not always zero
     rows, grads = call.steps.flat(call.x), []
+    rows = rows if within is None else torch.where(within, rows, 0.0)
     for d in range(call.D):
         w_hh = call.x.new_empty(cell.gates * H, call.R // call.heads)
         _hidden_weight_gradient(call, d, d_hidden[d], y, h0[d], w_hh)
@@ -289,7 +315,8 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, save
             b_ih = _gates_in(order, b_ih)
             grads += [torch.cat([b_ih, *own]) if own else b_ih, b_hh]
         if call.layer.projected:
-            grads.append(torch.mm(dp[d].T, saved[d][:, -H:]))
+            out = saved[d][:, -H:] if within is None else torch.where(within, saved[d][:, -H:], 0.0)
+            grads.append(torch.mm(dp[d].T, out))
     return grads
 
 
@@ -297,7 +324,9 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
     """dw [G*H, R / heads], out: the sum over all steps of da^T [G*H, rows] with the state [rows, R] that the step began with."""
     B, N, R = call.B, call.N, call.R
     backwards = call.layer.reverse != (d == 1)
-    if not (call.packed or call.batch_first):  # those states are y, a step later
+    if not (
+        call.packed or call.batch_first or call.ragged or call.inputs.resets is not None
+    ):  # those states are y, a step later
         states = y.view(N, call.D * R)[:, d * R : (d + 1) * R]
         first, later, earlier = (
             (slice(N - B, N), slice(N - B), slice(B, N)) if backwards else (slice(B), slice(B, N), slice(N - B))
@@ -306,7 +335,7 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
         if call.T > 1:
             _product_of_heads(call.heads, dw, da[later], states[earlier], add=True)
         return
-    before = y.new_empty(N, R)
+    before = call.rows_made(N, R)
     columns = min(128, max(16, 1 << (R - 1).bit_length()))
     blocks = -(-B // 16)
     arguments = {
@@ -315,6 +344,7 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
         "h0": h0,
         "lengths": call.lengths,
         "offsets": call.offsets,
+        "resets": call.resets,
         "T": call.T,
         "B": B,
         "blocks": blocks,
@@ -322,6 +352,8 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
         "D": call.D,
         "R": R,
         "PACKED": call.packed,
+        "RAGGED": call.ragged,
+        "RESETS": call.inputs.resets is not None,
         "BATCH_FIRST": call.batch_first,
         "BACKWARDS": backwards,
         "ROWS": 16,

@@ -31,12 +31,14 @@ class Device:
     capability:      of CUDA, 10 * major + minor; 0 of others.
     multiprocessors: programs that surely run at once, one on each.
     shared_bytes:    shared memory that a program may have.
+    off:             schedules that it does without, see selftest.py.
     """
 
     backend: str
     capability: int
     multiprocessors: int
     shared_bytes: int
+    off: tuple[str, ...] = ()
 
     @property
     def l2_bytes(self) -> float:
@@ -113,9 +115,10 @@ def choose(device: Device, sizes: Sizes, forward: bool, schedule: str | None = N
 
     ValueError: the device has no such schedule for these sizes.
     """
+    allowed = (plan for plan in plans(device, sizes, forward) if plan.schedule not in device.off)
     candidates = [
         replace(plan, microseconds=estimate(device, sizes, forward, plan))
-        for plan in plans(device, sizes, forward)
+        for plan in allowed
         if schedule in (None, plan.schedule) and shared_bytes(device, sizes, forward, plan) <= device.shared_bytes
     ]
     if not candidates:

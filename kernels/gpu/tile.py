@@ -31,6 +31,25 @@ def row_index(t, rows, offsets, T, B, PACKED: tl.constexpr, BATCH_FIRST: tl.cons
 
 
 @triton.jit
+def steps_of_rows(lengths, rows, rows_ok, first, T, PACKED: tl.constexpr, RAGGED: tl.constexpr):
+    """Steps of each row [ROWS], and of the longest: the first of them where they are sorted."""
+    if RAGGED:
+        length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32)
+        return length, tl.max(length, 0)
+    elif PACKED:
+        length = tl.load(lengths + rows, mask=rows_ok, other=0).to(tl.int32)
+        return length, tl.load(lengths + first).to(tl.int32)
+    else:
+        return tl.where(rows_ok, T, 0), T
+
+
+@triton.jit
+def begins_anew(resets, t, rows, ok, offsets, T, B, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr):
+    """Do the states before step t of these rows, which are `ok`, go back to the initial ones?"""
+    return tl.load(resets + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST), mask=ok, other=0) != 0
+
+
+@triton.jit
 def chunk_index(chunk, BK: tl.constexpr, SPLIT: tl.constexpr):
     """Positions along K of a chunk: [BK], or [SPLIT, BK / SPLIT]."""
     if SPLIT == 1:
@@ -187,3 +206,21 @@ def replaced(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, where, others):
     for i in tl.static_range(COUNT):
         chosen = chosen + (tl.where(where, tiles[FIRST + i], others[i]),)
     return chosen
+
+
+@triton.jit
+def added(tiles, others, COUNT: tl.constexpr):
+    """The sums of the first COUNT tiles and others."""
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (tiles[i] + others[i],)
+    return sums
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """COUNT float32 tiles of zeros."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((UNITS, ROWS), tl.float32),)
+    return tiles

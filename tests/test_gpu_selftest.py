@@ -1,0 +1,267 @@
+"""The self-test of a GPU without one: what it finds, what is kept, and what becomes of a schedule that fails. A fake device."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton_layers
+
+import fastrnn
+from fastrnn import dispatch
+from fastrnn.__main__ import info
+from fastrnn.kernels import gpu
+from fastrnn.kernels.gpu import selftest
+from fastrnn.kernels.gpu.launch import Alarm, alarm
+from fastrnn.kernels.gpu.plan import Sizes, choose
+from fastrnn.kernels.layer import Layer
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+DEVICE = torch.device("cuda", 0)
+LARGE = 500, 64, 768  # T, B, H: of a persistent plan, wherever there is one
+
+
+class Fake:
+    """A device that says of itself what it is told to, and what its self-test finds."""
+
+    def __init__(self) -> None:
+        self.capability, self.found, self.lasts, self.tests, self.capturing = (8, 6), {}, True, 0, False
+
+    def properties(self, device) -> SimpleNamespace:
+        major, minor = self.capability
+        return SimpleNamespace(major=major, minor=minor, multi_processor_count=132, gcnArchName="gfx942:sramecc+")
+
+    def run(self, device) -> tuple[dict[str, str], bool]:
+        self.tests += 1
+        return self.found, self.lasts
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path) -> Iterator[Fake]:
+    made = Fake()
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", made.properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake 1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.capturing)
+    monkeypatch.setattr(selftest, "run", made.run)
+    monkeypatch.setattr(selftest, "_driver", lambda: "driver 1")
+    monkeypatch.setattr(selftest, "_off", {})
+    monkeypatch.setattr(gpu, "asked", None)
+    monkeypatch.setattr(gpu, "device_of_itself", lambda device: triton_layers.H100)
+    gpu._unsupported.cache_clear()
+    gpu._device.cache_clear()
+    yield made
+    gpu._unsupported.cache_clear()
+    gpu._device.cache_clear()
+
+
+def another_process() -> None:
+    selftest._off.clear()
+
+
+def schedule(T: int, B: int, H: int) -> str:
+    return choose(gpu.device_of(DEVICE), Sizes(T, B, H, H, 1, 4, 2, "ieee"), True).schedule
+
+
+@needs_triton
+def test_a_device_that_passes_is_on_and_tested_once(fake):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gpu.why_not(DEVICE) is None and schedule(*LARGE) == "persistent"
+        another_process()
+        assert gpu.why_not(DEVICE) is None and schedule(*LARGE) == "persistent"
+    assert fake.tests == 1
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["persistent", "single"])
+def test_a_schedule_that_fails_is_off(fake, name):
+    fake.found = {name: "y differs by 1"}
+    with pytest.warns(RuntimeWarning, match=f"the {name} schedule fails its self-test on Fake 1.*: y differs by 1") as seen:
+        assert gpu.why_not(DEVICE) is None
+    assert len(seen) == 1 and "\n" not in str(seen[0].message)
+    assert schedule(*LARGE) == {"persistent": "stepwise", "single": "persistent"}[name]
+    assert schedule(500, 64, 16) != name
+    for _ in range(2):
+        text = gpu.describe(Layer("lstm"), *LARGE, LARGE[-1], torch.float16, DEVICE, False)
+        assert text.endswith(f"; no {name} schedule: y differs by 1")
+        assert dict(info())["engine, cuda:0"].startswith(f"fastrnn's Triton kernels, without the {name} schedule: y differs")
+        another_process()  # which says so without a warning, and without a test
+    assert fake.tests == 1
+
+
+@needs_triton
+def test_where_the_stepwise_schedule_fails_the_engine_is_off(fake):
+    fake.found = {"stepwise": "CompilationError: no"}
+    with pytest.warns(RuntimeWarning, match="its layers run torch.nn's own code"):
+        assert gpu.why_not(DEVICE) == "the engine fails its self-test there: CompilationError: no"
+
+
+@needs_triton
+def test_what_passes_is_not_kept(fake):
+    fake.found, fake.lasts = {"persistent": "OutOfMemoryError: 2 MiB"}, False
+    with pytest.warns(RuntimeWarning):
+        gpu.why_not(DEVICE)
+    another_process()
+    fake.found, fake.lasts = {}, True
+    assert schedule(*LARGE) == "persistent" and fake.tests == 2
+
+
+@needs_triton
+@pytest.mark.parametrize("change", ["device", "driver", "triton", "kernels"])
+def test_another_device_driver_triton_or_fastrnn_is_tested_again(fake, monkeypatch, change):
+    gpu.why_not(DEVICE)
+    known = selftest.identity(DEVICE)
+    monkeypatch.setattr(selftest, "identity", lambda device: known | {change: "another"})
+    another_process()
+    gpu.why_not(DEVICE)
+    assert fake.tests == 2
+
+
+@needs_triton
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"off": 3}', '{"for": {}, "off": {"persistent": "no"}}'])
+def test_a_spoilt_file_is_no_result(fake, content):
+    gpu.why_not(DEVICE)
+    (path,) = Path(selftest.cache_path()).glob("gpu-*.json")
+    assert json.loads(path.read_text())["off"] == {}
+    path.write_text(content)
+    another_process()
+    assert gpu.why_not(DEVICE) is None and fake.tests == 2
+
+
+@needs_triton
+def test_no_place_to_write(fake, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", str(tmp_path / "file"))
+    assert gpu.why_not(DEVICE) is None
+    another_process()
+    assert gpu.why_not(DEVICE) is None and fake.tests == 2
+
+
+@needs_triton
+def test_nothing_is_tried_while_a_graph_is_captured(fake):
+    fake.capturing = True
+    assert gpu.why_not(DEVICE) is None and schedule(*LARGE) == "stepwise" and fake.tests == 0
+    fake.capturing = False
+    assert schedule(*LARGE) == "persistent" and fake.tests == 1
+
+
+@needs_triton
+def test_the_environment_decides(fake, monkeypatch):
+    fake.found = {"persistent": "no", "stepwise": "no"}
+    monkeypatch.setattr(gpu, "asked", "0")
+    assert gpu.why_not(DEVICE) == "FASTRNN_TRITON=0"
+    monkeypatch.setattr(gpu, "asked", "1")
+    assert gpu.why_not(DEVICE) is None and schedule(*LARGE) == "persistent" and fake.tests == 0
+    monkeypatch.setattr(gpu, "asked", "yes")
+    with pytest.raises(RuntimeError, match="FASTRNN_TRITON=yes: expected 0, 1 or nothing"):
+        gpu.why_not(DEVICE)
+
+
+@needs_triton
+def test_what_is_too_old(fake, monkeypatch):
+    fake.capability = (7, 5)
+    monkeypatch.setattr(gpu, "asked", "1")
+    assert gpu.why_not(DEVICE) == "compute capability 7.5, it takes 8.0 and above"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    gpu._unsupported.cache_clear()
+    assert gpu.why_not(DEVICE) is None  # gfx942
+
+
+@needs_triton
+def test_a_launch_that_gave_up_is_told_at_the_next_call(fake):
+    """And the device then does without persistent launches."""
+    assert schedule(*LARGE) == "persistent"
+    ours = Alarm(torch.device("cpu"))  # a word of the host's, as on a GPU
+    ours.device = DEVICE
+    ours.check()
+    ours.word.fill_(1)
+    with pytest.raises(RuntimeError, match="in an earlier call on cuda:0, programs of a persistent launch waited"):
+        ours.check()
+    ours.check()
+    assert schedule(*LARGE) == "stepwise"
+    assert "waited for each other in vain" in gpu.off(DEVICE)["persistent"]
+
+
+@needs_triton
+def test_a_call_looks_at_the_alarm(monkeypatch):
+    """The raw ops do, before anything else."""
+    monkeypatch.setattr(selftest, "_off", {})
+    here = torch.device("cpu")
+    for op, count in ((gpu.layer_forward, 7), (gpu.layer_backward, 12)):
+        alarm(here).word.fill_(1)
+        with pytest.raises(RuntimeError, match="waited minutes for each other"):
+            op(*[torch.zeros(1)] * count)
+    assert not alarm(here).rang()
+
+
+def test_a_process_without_a_gpu_tests_nothing(monkeypatch):
+    monkeypatch.setattr(selftest, "run", None)
+    module, x = fastrnn.LSTM(4, 5), torch.randn(3, 2, 4)
+    assert fastrnn.explain(module, x).engine == "cpu" or dispatch.forced
+
+
+# What it runs, in the interpreter
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable]:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=triton_layers.interpret) as worker:
+        yield lambda function, *args: worker.submit(function, *args).result(timeout=300)
+
+
+def _layer_faults(schedule: str, wrong: bool) -> str | None:
+    from fastrnn.kernels.gpu import layer as engine
+
+    right = engine._weight_gradients
+
+    def halved(*args):
+        gradients = right(*args)
+        gradients[5] *= 0.5
+        return gradients
+
+    engine._weight_gradients = halved if wrong else right
+    try:
+        return selftest.layer_fault(schedule, torch.device("cpu"), triton_layers.H100)
+    finally:
+        engine._weight_gradients = right
+
+
+@needs_triton
+@pytest.mark.parametrize("schedule", ["single", "stepwise"])
+def test_the_layer_of_each_schedule(schedule, interpreted):
+    assert interpreted(_layer_faults, schedule, False) is None
+    assert interpreted(_layer_faults, schedule, True) == "of a small layer dw_hh[1] differs by 0.5"
+
+
+@needs_triton
+def test_the_barrier(interpreted):
+    """The interpreter runs one program after the other, so that two of them do not meet: the first gives up, and says so."""
+    assert interpreted(selftest.barrier_fault, torch.device("cpu"), 1) is None
+    assert interpreted(selftest.barrier_fault, torch.device("cpu"), 2, 8) == "2 programs of a cooperative launch do not meet"
+
+
+def _persistent_without_others() -> str | None:
+    from fastrnn.kernels.gpu import barrier
+
+    interpreted = barrier.wait.rewrite()
+    before, interpreted.__defaults__ = interpreted.__defaults__, (8,)
+    try:
+        return selftest.layer_fault("persistent", torch.device("cpu"), triton_layers.H100)
+    finally:
+        interpreted.__defaults__ = before
+
+
+@needs_triton
+def test_a_persistent_launch_whose_programs_do_not_meet_ends(interpreted):
+    assert interpreted(_persistent_without_others) == "programs of a layer waited for each other in vain"
