@@ -257,7 +257,7 @@ class _Layers(DropIn):
 class RNN(nn.RNN, _Layers):
     """Run an RNN over sequences: torch.nn.RNN on fastrnn's engines.
 
-    Arguments, parameters, initial values, checks and error messages are torch.nn's, and docs/features.md has more of the arguments
+    Arguments, parameters, initial values, checks and error messages are torch.nn's; docs/features.md has more of the arguments
     that torch.nn has not.
 
     Args:
@@ -287,7 +287,7 @@ class RNN(nn.RNN, _Layers):
 class LSTM(nn.LSTM, _Layers):
     """Run an LSTM over sequences: torch.nn.LSTM on fastrnn's engines.
 
-    Arguments, parameters, initial values, checks and error messages are torch.nn's, and docs/features.md has more of the arguments
+    Arguments, parameters, initial values, checks and error messages are torch.nn's; docs/features.md has more of the arguments
     that torch.nn has not.
 
     Args:
@@ -297,7 +297,8 @@ class LSTM(nn.LSTM, _Layers):
         cell_clip: keyword only. Keep the cell state within -cell_clip and cell_clip.
         learn_initial_state: keyword only. Have parameters initial_h_l{k} and initial_c_l{k} for the state where hx is missing.
         recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
-        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training, or a pair of these, of h and of c.
+        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training, or a pair of these, of h and
+            of c.
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
@@ -319,7 +320,7 @@ class LSTM(nn.LSTM, _Layers):
 class GRU(nn.GRU, _Layers):
     """Run a GRU over sequences: torch.nn.GRU on fastrnn's engines.
 
-    Arguments, parameters, initial values, checks and error messages are torch.nn's, and docs/features.md has more of the arguments
+    Arguments, parameters, initial values, checks and error messages are torch.nn's; docs/features.md has more of the arguments
     that torch.nn has not.
 
     Args:

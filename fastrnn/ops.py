@@ -13,7 +13,7 @@ one device.
                  direction 1. On the CPU, where all else is float32 and R is even, matrices may be bfloat16, and their gradients
                  are then, rounded once.
     layer        the text of a fastrnn.kernels.layer.Layer
-    resets, lengths, mask, noise   also of Inputs; last, and with defaults, for programs that were exported before there were any
+    resets, lengths, mask, noise   also of Inputs; last, and with defaults, for programs that were exported before these were
     save         keep what layer_backward needs
     y            contiguous [T, B, D*R] | [B, T, D*R] | [N, D*R]
     h_n, c_n     [D, B, R], like c0 ([0] where there is none)

@@ -133,7 +133,8 @@ def _of_torchs_classes(model: nn.Module) -> Iterator[None]:
     for module, own_class, _ in before:
         if getattr(module, "_fastrnn_features", False):
             raise RuntimeError(
-                f"torch.jit.script cannot compile a {own_class.__name__} with {features.described(module)[2:]}: use torch.compile"
+                f"torch.jit.script cannot compile a {own_class.__name__} with {features.described(module)[2:]}. "
+                "Use torch.compile."
             )
     try:
         for (module, _, _), torch_class in zip(before, classes, strict=True):

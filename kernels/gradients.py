@@ -220,7 +220,9 @@ class Block:
         self.cell, self.weights, self.product, self.sizes, self.order = cell, weights, product, sizes, order
         # of each step, which rows [b, 1] begin with the initial states, and which are within their lengths; or None. And the
         # factors [b, R] of h where it enters the product
-        self.begins, self.within, self.mask = (None if each is None else steps_of(each, sizes) for each in (begins, within, mask))
+        self.begins, self.within, self.mask = (
+            None if each is None else steps_of(each, sizes) for each in (begins, within, mask)
+        )
         x, h, out, *kept = rows
         self.x, self.h, self.out = x, h if mask is None else h * mask, out
         self.rows, self.hidden = x.shape[0], out.shape[-1]

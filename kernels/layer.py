@@ -98,8 +98,8 @@ class Inputs(NamedTuple):
     lengths:     of the rows of a dense sequence, int64 [B] on x's device, from 0 to T. A row has no steps past its length: y
                  is zero there, and the direction that runs backwards begins at the last step within it.
     mask:        factors [D, B, R] of the hidden state where it enters the recurrent product, the same in each step.
-    noise:       for cells that have K arguments of kind Noise, so many numbers for each unit: D * K * H for each row of x, of one
-                 direction after the other. Its strides may be 0.
+    noise:       for cells that have K arguments of kind Noise, so many numbers for each unit: D * K * H for each row of x, of
+                 one direction after the other. Its strides may be 0.
     """
 
     x: Tensor

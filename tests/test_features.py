@@ -15,7 +15,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
 from fastrnn import cells, dispatch
-from fastrnn.kernels import cpu
 
 LAYERS = {
     "rnn": (fastrnn.RNN, {}),
@@ -309,7 +308,7 @@ def test_second_derivatives_of_the_kernels_are_those_of_the_loop():
 
 
 def test_noise_is_the_same_for_a_seed():
-    """On any number of threads, in either layout, as dense as packed for the masks of sequences; and another for another seed."""
+    """On any number of threads, and in either layout; and another for another seed."""
     module = make("lstm", 20, 64, dtype=torch.float32, num_layers=2, recurrent_dropout=0.3, dropout=0.2)
     x = torch.randn(9, 16, 20)
     found = []

@@ -124,7 +124,9 @@ def _prepare_cell(cell: str, scalar: str, training: bool) -> None:
         _ADDRESSES[cell, scalar, which] = fallback.addresses(cell, scalar, which, tier)
     found = [_ADDRESSES.get((cell, *unit), (0, 0)) for unit in itertools.product(("f32", "f64"), ("forward", "backward"))]
     kind = CELLS[cell]
-    runtime_module().add_cell(cell, (kind.gates, kind.slots, kind.states, kind.weights, kind.noise), tuple(itertools.chain(*found)))
+    runtime_module().add_cell(
+        cell, (kind.gates, kind.slots, kind.states, kind.weights, kind.noise), tuple(itertools.chain(*found))
+    )
 
 
 def why_not_cell(cell: str) -> str | None:

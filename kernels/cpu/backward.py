@@ -607,8 +607,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     shift_rows(rows, count, along)
                     if p.one_step:
                         multiply_once(
-                            p, count, rows, weight_rows + 8 * part * length, True, length, width, low, high, table, add, scratch,
-                            own_panel,
+                            p, count, rows, weight_rows + 8 * part * length, True, length, width, low, high, table, add,
+                            scratch, own_panel,
                         )  # fmt: skip
                     else:
                         multiply(

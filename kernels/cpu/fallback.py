@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
-import stat
 import subprocess
 import sys
 from collections.abc import Sequence

@@ -35,7 +35,6 @@ from .team import (
     active_rows,
     begins_anew,
     end_unit,
-    first_row,
     first_unit,
     kept_row,
     record_at,

@@ -168,7 +168,9 @@ def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, leng
         return forward(call, save, *call.chosen(forward=True))
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None, mask=None, noise=None):
+def layer_backward(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None, mask=None, noise=None
+):
     """The op's implementation, on x's device and its current stream."""
     _refuse_noise(mask, noise)
     alarm(x.device).check()
