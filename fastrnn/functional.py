@@ -265,7 +265,8 @@ def run_marked(
     if reason := misfit(layer, inputs, weights, num_layers):
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
-    engine = dispatch.choose_own(layer.cell, noise is not None, inputs.x, inputs.batch_sizes, states, weights, compressed)
+    noisy = noise is not None or inputs.mask is not None
+    engine = dispatch.choose_own(layer.cell, noisy, inputs.x, inputs.batch_sizes, states, weights, compressed)
     if engine == "cpu":
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
     if compressed and engine not in dispatch.FUSED:

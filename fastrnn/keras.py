@@ -4,8 +4,8 @@
 
 `SimpleRNN`, `LSTM`, `GRU`, `RNN` and `Bidirectional` derive from Keras' own classes and replace the loop over the steps.
 Constructors, weights, initial values, masks, states, training and saved files are therefore Keras'. A configuration that
-the engines have no kernel for (another activation, `reset_after=False`, `recurrent_dropout` while training, a cell of one's
-own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. `patch` gives the same loop to `keras.layers` itself, and
+the engines have no kernel for (another activation, `reset_after=False`, LSTM's and GRU's `recurrent_dropout` while training, a
+cell of one's own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. `patch` gives the same loop to `keras.layers` itself, and
 `to_torch` and `from_torch` copy weights between Keras' layers and torch's.
 
 Letters: B rows, T steps, I features, H units, G gates (SimpleRNN 1, GRU 3, LSTM 4), N valid steps of all rows.
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import fastrnn
 from fastrnn import autograd, dispatch, functional
+from fastrnn.kernels.layer import Inputs, Layer
 
 if keras.backend.backend() != "torch":
     raise ImportError(
@@ -156,8 +157,8 @@ def _cells(layer: Any, training: Any, x: Any = None) -> list[_Cell] | str:
         kind = next((kind for kind in _KINDS if getattr(type(cell), "call", None) is kind.keras_cell.call), None)
         if kind is None:
             return f"{type(cell).__name__} is not one of Keras' own cells"
-        if training and cell.recurrent_dropout:
-            return f"recurrent_dropout={cell.recurrent_dropout} while training"
+        if training and cell.recurrent_dropout and (stacked or kind.torch_name != "RNN"):
+            return f"recurrent_dropout={cell.recurrent_dropout} while training, a mask for each gate or cell"
         if training and cell.dropout and (stacked or getattr(cell, "implementation", 2) == 1):
             return f"dropout={cell.dropout} while training, a mask for each gate or cell"
         activations = {keras.activations.tanh: kind.torch_name.lower()}
@@ -271,11 +272,22 @@ def _natively(cells: Sequence[_Cell], x: Tensor, hx: Any) -> tuple[Tensor, Any] 
     return dispatch.native.forward(attributes, name, x, hx, False)
 
 
-def _layer(cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps) -> tuple[Tensor, _States]:
-    """A layer of Keras' weights, with a direction for each cell: what the engine returns for `data`, and final states."""
+def _layer(
+    cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps, factors: Tensor | None = None
+) -> tuple[Tensor, _States]:
+    """A layer of Keras' weights, with a direction for each cell: what the engine returns for `data`, and final states.
+
+    factors: of h [B, H] where it enters the recurrent product; with one cell alone.
+    """
     initial = [torch.stack([steps.initial(state) for state in kind]) for kind in states]
     done = None
-    if steps.batch_sizes is None:
+    if factors is not None:
+        weights, by_time = cells[0].weights(), steps.batch_sizes is not None
+        given = Inputs(data, steps.batch_sizes, initial[0], None, mask=steps.initial(factors).unsqueeze(0))
+        own = Layer(cells[0].name, bias=len(weights) > 2, batch_first=not by_time)
+        y, h_n, _ = functional.run_marked(given, weights, own, 1, 0.0)
+        done = y, h_n
+    elif steps.batch_sizes is None:
         done = _natively(cells, data, initial[0] if len(initial) == 1 else tuple(initial))
     if done is not None:
         y, last = done
@@ -328,7 +340,10 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
         before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in given]
         if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
             before = [state.clone() for state in before]
-        data, states = _layer([cell], data, [[state] for state in before], steps)
+        factors = None
+        if training and cell.keras_cell.recurrent_dropout:
+            factors = cell.keras_cell.get_recurrent_dropout_mask(before[0])
+        data, states = _layer([cell], data, [[state] for state in before], steps, factors)
         after.append([state for (state,) in states])
     outputs = steps.outputs(data, layer.zero_output_for_mask)
     last_output = after[-1][0] if mask is None else outputs[:, -1]
@@ -480,7 +495,7 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
         or isinstance(layer.cell, keras.layers.StackedRNNCells)
         or isinstance(_cells(layer, training, sequences), str)
         or layer.activity_regularizer is not None
-        or (training and layer.cell.dropout)
+        or (training and (layer.cell.dropout or layer.cell.recurrent_dropout))
         for layer in layers
     ):
         return None
