@@ -168,7 +168,7 @@ def _faults_with_a_wrong_cell() -> list[str]:
 def test_elementary_functions(interpreted):
     """Relative error within 4 eps, near zero too; infinities and NaN as in torch."""
     errors = interpreted(triton_layers.elementary_errors)
-    # exp of a number near 88 carries the rounding of its argument: sigmoid(-x) and no more than that many times
+    # 2^x of a number near 88 carries the rounding of its argument: sigmoid(-x) and no more than that many times
     bounds = {name: 4 if name != "sigmoid -1" else 90 for name in errors}
     assert {name: e for name, e in errors.items() if e > bounds[name] * torch.finfo(torch.float32).eps} == {}
 
@@ -182,9 +182,9 @@ PRECISIONS = ((2, "ieee"), (4, "tf32"), (4, "ieee"))
 def _draw(draw: random.Random) -> Sizes:
     H = draw.choice((1, 3, 16, 33, 64, 100, 128, 192, 256, 500, 768, 1024, 2048, 5000, 20000))
     T, B = draw.choice((1, 2, 50, 1000, 200_000)), draw.choice((1, 2, 16, 33, 64, 128, 1000, 100_000))
-    gates = draw.choice((1, 3, 4))
+    gates = draw.choice((1, 2, 3, 4, 8, 33))
     R = draw.randint(1, H) if gates == 4 else H
-    return Sizes(T, B, H, R, draw.choice((1, 2)), gates, *draw.choice(PRECISIONS))
+    return Sizes(T, B, H, R, draw.choice((1, 2, 8)), gates, *draw.choice(PRECISIONS), values=draw.choice((1, 7, 14)))
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
@@ -274,11 +274,31 @@ SLOW = {"sm_80", "sm_100"}  # half a minute each, for the same kernels and nearl
 @pytest.mark.parametrize("target", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TARGETS])
 def test_resources(target, compilers):
     """What is chosen for small, middle and large layers compiles with few spills if any, within the device's limits."""
-    chosen = [case for case in gpu_resources.cases(target, ("lstm", "gru"), units=(64, 768), rows=(16,)) if case.D == 1]
-    named = {
-        str(case) for case in chosen if choose(TARGETS[target][1], gpu_resources.sizes_of(case), case.forward) == case.plan
-    }
-    _assert_resources([case for case in chosen if str(case) in named], compilers)
+    _assert_resources(_chosen(target, ("lstm", "gru"), units=(64, 768), rows=(16,)), compilers)
+
+
+def _chosen(target: str, cells, **limits) -> list:
+    """Plans that are chosen for layers of one direction, and none that has to be named."""
+    found = [case for case in gpu_resources.cases(target, cells, **limits) if case.D == 1]
+    device = TARGETS[target][1]
+    return [case for case in found if choose(device, gpu_resources.sizes_of(case), case.forward) == case.plan]
+
+
+@needs_triton
+def test_resources_of_a_cell_of_ones_own(compilers):
+    """The cell with the most states and the longest formulas of those that come with fastrnn; the others are slow tests."""
+    cases = [case for case in _chosen("sm_90", ("slstm",), units=(64, 768), rows=(16,)) if case.dtype is torch.float16]
+    assert len(cases) == 4
+    _assert_resources(cases, compilers)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", gpu_resources.OWN)
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "gfx942"])
+def test_resources_of_cells_of_ones_own(target, cell, compilers):
+    """Dense and in one direction; and packed, in two directions, with four heads."""
+    _assert_resources(list(gpu_resources.cases(target, (cell,), units=(64, 256, 768, 2048), rows=(16, 64))), compilers)
 
 
 @needs_triton

@@ -247,17 +247,21 @@ def elementary_errors(device: str = "cpu") -> dict[str, float]:
     functions = (PTX if device == "cuda" else PLAIN).by_name
     at = torch.logspace(-30, 1.9, 8192, base=10, device=device)
     errors = {}
-    for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh)):
-        for sign in (1, -1):
+    every = torch.sigmoid, torch.tanh, torch.exp, torch.expm1, torch.nn.functional.logsigmoid, torch.erf, torch.log1p
+    exact = {function.__name__.replace("log_sigmoid", "logsigmoid"): function for function in (*every, torch.log, torch.sqrt)}
+    for name, exact_of in exact.items():
+        for sign in (1, -1)[: 1 if name in ("log", "sqrt") else 2]:
             x, y = sign * at, torch.empty(8192, device=device)
+            if name == "log1p" and sign < 0:
+                x = -1 / (1.001 + at)
             apply[(1,)](x, y, functions[name], 8192)
-            truth = exact(x.double())
+            truth = exact_of(x.double())
             errors[f"{name} {sign:+}"] = float(((y - truth) / truth).abs().max())
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], device=device)
-    for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh), ("relu", torch.relu)):
+    for name, exact_of in {**exact, "relu": torch.relu, "abs": torch.abs}.items():
         y = torch.empty(4, device=device)
         apply[(1,)](special, y, functions[name], 4)
-        torch.testing.assert_close(y, exact(special), equal_nan=True, msg=name)
+        torch.testing.assert_close(y, exact_of(special), equal_nan=True, msg=name)
     return errors
 
 
@@ -285,7 +289,7 @@ def interpret() -> None:
 
 
 def faults_of_module(name: str, heads: int) -> list[str]:
-    """What goes wrong where a module of a cell runs on the engine, by every way into the operators: they are its on a CPU too."""
+    """What goes wrong where a module of a cell runs on the engine, whose operators are then a CPU's too, in every way."""
     import test_cells
 
     import fastrnn

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from ..cells import CELLS
+from ..cells import CELLS, Cell
 from ..layer import Layer
 from . import plan, selftest
 from .precision import precision_of
@@ -85,8 +85,15 @@ def device_of_itself(device: torch.device) -> plan.Device:
 
 def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype) -> plan.Sizes:
     """What a plan depends on: heads are layers of their own that run beside each other, as directions are."""
-    gates, heads = CELLS[layer.cell].gates, layer.heads
-    return plan.Sizes(T, B, H // heads, R // heads, layer.directions * heads, gates, dtype.itemsize, precision_of(dtype))
+    cell, heads, precision = CELLS[layer.cell], layer.heads, precision_of(dtype)
+    directions = layer.directions * heads
+    return plan.Sizes(T, B, H // heads, R // heads, directions, cell.gates, dtype.itemsize, precision, values_of(cell))
+
+
+def values_of(cell: Cell) -> int:
+    """plan.Sizes.values of a cell."""
+    loaded = cell.kept + 2 * cell.states + cell.derived.reads_output + cell.reads_hidden
+    return loaded + cell.states + cell.reads_hidden + cell.weights
 
 
 def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:

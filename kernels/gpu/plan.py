@@ -21,6 +21,7 @@ INSTRUCTION = 1.0  # clocks of a product for a byte of its depth, at least: 32 f
 BARRIER, LAUNCH, GATES, CELL = 0.9, 30.0, 0.85, 0.0015  # microseconds; a launch is from Python, CELL a gate of a unit's
 SPARE_BYTES = 24 * 1024  # of shared memory, for state and for tiles that change their layout
 LAYOUT_BYTES = 20 * 1024  # the latter alone
+MANY_VALUES = 8  # more of them, of as many rows, do not fit registers
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Sizes:
     """A layer's: steps, rows, units, outputs (projected, or the units), directions, gates, bytes of a number, precision.
 
     Of a layer of several heads, units and outputs are those of a head, and a direction counts for each of its heads.
+
+    values: what backward holds of a unit between two products: what it has loaded of a step, and what it carries.
     """
 
     T: int
@@ -68,6 +71,7 @@ class Sizes:
     gates: int
     bytes_: int
     precision: str
+    values: int = 7
 
     @property
     def projected(self) -> bool:
@@ -156,7 +160,8 @@ def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
         most = 128
     if sizes.projected:
         most = min(most, 64)
-    if units <= most and units * 16 * sizes.bytes_ <= (8192 if sizes.gates == 1 else 4096):
+    room = {1: 8192, 2: 4096, 4: 4096}.get(stacked(sizes.gates), 16384 // stacked(sizes.gates))
+    if units <= most and units * 16 * sizes.bytes_ <= room:
         warps = max(4, min(units // 8, 16 if sizes.bytes_ == 2 else 8))
         yield Plan("single", units, outputs, 16, blocks=1, groups=1, warps=warps)
 
@@ -166,7 +171,7 @@ def _resident(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     if device.backend == "hip" or (sizes.bytes_ == 4 and sizes.precision == "ieee"):
         return  # products without tensor cores hold a copy of the weights in registers
     diagonal = not forward and sizes.gates > 1
-    units = 64 // stacked(sizes.gates)
+    units = _units(sizes)
     for rows in (16, 32):
         chunk = (256 if diagonal else 512) // sizes.bytes_
         plan = replace(_tiled(sizes, units, rows, chunk, split=1, stages=0), warps=4, resident=True, diagonal=diagonal)
@@ -182,14 +187,21 @@ def _streamed(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     """Weights come from L2 in every step."""
     plain = sizes.bytes_ == 4 and sizes.precision == "ieee"
     if plain or device.backend == "hip":
-        yield _tiled(sizes, 16, 16, 128 if plain else 512 // sizes.bytes_, split=8, stages=1 if plain else 2)
-        yield _tiled(sizes, 16, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
+        units = min(16, _units(sizes)) if forward else 16
+        yield _tiled(sizes, units, 16, 128 if plain else 512 // sizes.bytes_, split=8, stages=1 if plain else 2)
+        yield _tiled(sizes, units, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
         return
-    units = 64 // stacked(sizes.gates) if forward else 64
-    plan = _tiled(sizes, units, 64, 128 // sizes.bytes_, split=1, stages=3)
+    units = _units(sizes) if forward else 64
+    rows = 64 if forward or sizes.values <= MANY_VALUES else 32
+    plan = _tiled(sizes, units, rows, 128 // sizes.bytes_, split=1, stages=3)
     yield replace(plan, warps=4 if forward else 8)
     if forward and sizes.B > 64:
         yield replace(plan, rows=128)
+
+
+def _units(sizes: Sizes) -> int:
+    """So many that their gates are the 64 rows that the tensor cores take at least."""
+    return max(1, 64 // stacked(sizes.gates))
 
 
 def _tiled(sizes: Sizes, units: int, rows: int, chunk: int, split: int, stages: int) -> Plan:
