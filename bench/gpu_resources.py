@@ -39,7 +39,7 @@ SPILLED = 384  # bytes a thread that a plan may spill; backward's 64 x 64 tiles 
 SPILLED_RESIDENT = 896  # where weights stay: of an H200's fastest plans one spills 504, and none was faster without
 REGISTERS = {"cuda": 64 * KIB, "hip": 128 * KIB}  # 32-bit ones of a multiprocessor
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
-FORMATS = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+FORMATS = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.float32, "ieee"))
 UNITS = (16, 32, 64, 100, 128, 200, 256, 384, 512, 768, 1024, 1760, 2048, 2560, 4096)
 ROWS = (1, 16, 32, 64, 128, 4096)
 
@@ -65,7 +65,7 @@ class Case:
         tiles = f"{plan.schedule} {plan.units}x{plan.rows}"
         if plan.schedule != "single":
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
-        number = "tf32" if self.precision == "tf32" else NAMES[self.dtype]
+        number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2) + ["packed"] * self.packed
         which = "forward" if self.forward else "backward"
         return " ".join([self.target, which, self.cell, number, f"H{self.H}", tiles, f"{plan.warps} warps", *flags])
@@ -104,7 +104,7 @@ def cases(target: str, cells=("lstm", "gru", "rnn_tanh"), formats=FORMATS, units
     device = TARGETS[target][1]
     found: dict[tuple, Case] = {}
     for cell, (dtype, precision), forward, H, B in itertools.product(cells, formats, (True, False), units, rows):
-        if device.backend == "hip" and precision == "tf32":
+        if dtype is torch.float32 and (device.backend == "hip") != (precision == "ieee"):
             continue
         plain = Case(target, cell, forward, dtype, precision, B, H, H, 1, False, Plan("", 0, 0, 0, 0, 0, 0))
         flags = replace(plain, D=2, packed=True, R=max(16, H // 2) if cell == "lstm" else H)
