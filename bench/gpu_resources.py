@@ -41,7 +41,7 @@ SPILLED = 384  # bytes a thread that a plan may spill; backward's 64 x 64 tiles 
 SPILLED_RESIDENT = 896  # where weights stay: of an H200's fastest plans one spills 504, and none was faster without
 REGISTERS = {"cuda": 64 * KIB, "hip": 128 * KIB}  # 32-bit ones of a multiprocessor
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
-FORMATS = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+FORMATS = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.float32, "ieee"))
 BUILT_IN = ("lstm", "gru", "rnn_tanh")
 OWN = ("slstm", "peephole_lstm", "cifg", "mgu", "indrnn", "leaky_rnn", "cfc")  # that come with fastrnn
 UNITS = (16, 32, 64, 100, 128, 200, 256, 384, 512, 768, 1024, 1760, 2048, 2560, 4096)
@@ -77,7 +77,7 @@ class Case:
         tiles = f"{plan.schedule} {plan.units}x{plan.rows}"
         if plan.schedule != "single":
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
-        number = "tf32" if self.precision == "tf32" else NAMES[self.dtype]
+        number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2) + ["packed"] * self.packed
         flags += [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
@@ -118,7 +118,7 @@ def cases(target: str, cells=BUILT_IN, formats=FORMATS, units=UNITS, rows=ROWS) 
     device = TARGETS[target][1]
     found: dict[tuple, Case] = {}
     for cell, (dtype, precision), forward, H, B in itertools.product(cells, formats, (True, False), units, rows):
-        if device.backend == "hip" and precision == "tf32":
+        if dtype is torch.float32 and (device.backend == "hip") != (precision == "ieee"):
             continue
         plain = Case(target, cell, forward, dtype, precision, B, H, H, 1, False, Plan("", 0, 0, 0, 0, 0, 0))
         flags = replace(plain, D=2, packed=True, R=max(16, H // 2) if cell == "lstm" else H)
