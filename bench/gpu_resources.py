@@ -1,9 +1,9 @@
 """What the Triton kernels take of a GPU, compiled with none at hand: registers, spills and shared memory of every plan.
 
-    python -m bench.gpu_resources [--target sm_90] [--quick]
+    python -m bench.gpu_resources [--target sm_90] [--cell slstm] [--quick]
 
 A plan is compiled at the largest layer that chooses it, dense and with one direction, and again with all that costs registers:
-packed, two directions, a projection where the cell has one.
+packed, two directions, a projection where the cell has one, and four heads where it is not torch.nn's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from fastrnn import cells as shipped
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.gpu import plan as plans
+from fastrnn.kernels.gpu import values_of
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 
@@ -40,7 +41,9 @@ SPILLED = 384  # bytes a thread that a plan may spill; backward's 64 x 64 tiles 
 SPILLED_RESIDENT = 896  # where weights stay: of an H200's fastest plans one spills 504, and none was faster without
 REGISTERS = {"cuda": 64 * KIB, "hip": 128 * KIB}  # 32-bit ones of a multiprocessor
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
-FORMATS = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
+FORMATS = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.float32, "ieee"))
+BUILT_IN = ("lstm", "gru", "rnn_tanh")
+OWN = ("slstm", "peephole_lstm", "cifg", "mgu", "indrnn", "leaky_rnn", "cfc")  # that come with fastrnn
 UNITS = (16, 32, 64, 100, 128, 200, 256, 384, 512, 768, 1024, 1760, 2048, 2560, 4096)
 ROWS = (1, 16, 32, 64, 128, 4096)
 
@@ -74,7 +77,7 @@ class Case:
         tiles = f"{plan.schedule} {plan.units}x{plan.rows}"
         if plan.schedule != "single":
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
-        number = "tf32" if self.precision == "tf32" else NAMES[self.dtype]
+        number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2) + ["packed"] * self.packed
         flags += [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
@@ -107,15 +110,15 @@ class Usage:
 
 def sizes_of(case: Case) -> Sizes:
     H, R, D = case.H // case.heads, case.R // case.heads, case.D * case.heads
-    return Sizes(64, case.B, H, R, D, case.kind.gates, case.dtype.itemsize, case.precision)
+    return Sizes(64, case.B, H, R, D, case.kind.gates, case.dtype.itemsize, case.precision, values_of(case.kind))
 
 
-def cases(target: str, cells=("lstm", "gru", "rnn_tanh"), formats=FORMATS, units=UNITS, rows=ROWS) -> Iterator[Case]:
+def cases(target: str, cells=BUILT_IN, formats=FORMATS, units=UNITS, rows=ROWS) -> Iterator[Case]:
     """Every plan that is chosen for a layer of these, and by name for each schedule, at the largest layer that it serves."""
     device = TARGETS[target][1]
     found: dict[tuple, Case] = {}
     for cell, (dtype, precision), forward, H, B in itertools.product(cells, formats, (True, False), units, rows):
-        if device.backend == "hip" and precision == "tf32":
+        if dtype is torch.float32 and (device.backend == "hip") != (precision == "ieee"):
             continue
         plain = Case(target, cell, forward, dtype, precision, B, H, H, 1, False, Plan("", 0, 0, 0, 0, 0, 0))
         flags = replace(plain, D=2, packed=True, R=max(16, H // 2) if cell == "lstm" else H)
@@ -221,10 +224,11 @@ def pool() -> ProcessPoolExecutor:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu_resources", description=__doc__.splitlines()[0])
     parser.add_argument("--target", choices=TARGETS, action="append", help="(default all)")
+    parser.add_argument("--cell", choices=BUILT_IN + OWN, action="append", help="(default lstm, gru and rnn_tanh)")
     parser.add_argument("--quick", action="store_true", help="one layer of each size class instead of every plan")
     options = parser.parse_args(argv)
     limits = {"units": (64, 768), "rows": (16, 64)} if options.quick else {}
-    chosen = [case for target in options.target or TARGETS for case in cases(target, **limits)]
+    chosen = [case for target in options.target or TARGETS for case in cases(target, options.cell or BUILT_IN, **limits)]
     print(f"{'registers':>9} {'spilled':>7} {'shared':>7}  plan")
     bad = 0
     with pool() as workers:

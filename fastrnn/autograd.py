@@ -27,7 +27,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 
 from fastrnn import checkpoint, dispatch, ops
-from fastrnn.kernels import gradients, reference
+from fastrnn.kernels import gpu, gradients, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, layer_of
 
@@ -41,7 +41,10 @@ def run_layer(
 
     of_cell: it is an LSTMCell's step and the like, whose results have dtypes of their own under autocast.
     """
-    if inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
+    if getattr(inputs.x, gpu.HERE):
+        if torch.is_autocast_enabled("cuda"):
+            return _under_autocast(inputs, weights, layer, of_cell)
+    elif inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
         return _in_float32(inputs, weights, layer, of_cell)
     wanted, text = torch.is_grad_enabled() and _requires_grad(*inputs, *weights), layer.text()
     segments = 0
@@ -78,10 +81,20 @@ def _in_float32(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell
         return _to(y, dtype), _to(h_n, dtype), None if inputs.c0 is None else _to(c_n, dtype)
 
 
-def _cast(inputs: Inputs) -> Inputs:
-    """The same in float32, whatever it was."""
+def _under_autocast(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell: bool):
+    """`run_layer` under autocast on a GPU: layers in float16, whatever autocast's dtype is, and a cell's step in that.
+
+    So torch does, in aten/src/ATen/cudnn/AutocastRNN.cpp and with its list of what is cast, autocast_mode.h.
+    """
+    dtype = torch.get_autocast_dtype("cuda") if of_cell else torch.float16
+    with torch.autocast("cuda", enabled=False):
+        return run_layer(_cast(inputs, dtype), [_to(weight, dtype) for weight in weights], layer)
+
+
+def _cast(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
+    """The same in one dtype, whatever it was."""
     x, batch_sizes, h0, c0, resets, lengths, mask, noise = inputs
-    x, h0, c0, mask, noise = (_to(tensor, torch.float32) for tensor in (x, h0, c0, mask, noise))
+    x, h0, c0, mask, noise = (_to(tensor, dtype) for tensor in (x, h0, c0, mask, noise))
     return Inputs(x, batch_sizes, h0, c0, resets, lengths, mask, noise)
 
 
@@ -248,7 +261,7 @@ def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor, eager: bool) -> None:
         ctx.apart = None
         ctx.save_for_backward(*inputs[:_OPTIONS], y, saved, *inputs[_WEIGHTS:])
         return
-    one_step = y.numel() == inputs[2].numel()  # of h0
+    one_step = bool(y.numel() == inputs[2].numel())  # of h0; sizes may be symbols, whose truth no cache of torch 2.10 finds
     unneeded, *selectors = _unneeded(ctx.needs_input_grad, inputs[_OPTIONS], one_step)
     if unneeded and unneeded[0] < _WEIGHTS:
         # An input that is no leaf may become a function of the output, in place, and a reference from here would be a cycle.

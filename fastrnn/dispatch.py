@@ -43,6 +43,7 @@ _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 HALF = frozenset((torch.float16, torch.bfloat16))
 _AUTOCAST = HALF | {torch.float32}  # what autocast casts
 _CPU_DTYPES = (*cpu.DTYPES, *sorted(HALF, key=str))
+_GPU_DTYPES = (*gpu.DTYPES, torch.float64)  # the last through the reference
 # Where one of these returns something true, somebody watches calls from outside, who would not see those on the fast path.
 _WATCHERS = (
     torch._C._get_tracing_state,
@@ -103,7 +104,7 @@ def choose(
         RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call; or the CPU engine would read memory that
             is not there.
     """
-    engine = forced or ("triton" if getattr(x, "is_cuda", False) else "cpu")
+    engine = forced or ("triton" if getattr(x, gpu.HERE, False) else "cpu")
     if engine not in _WHY_NOT:
         raise RuntimeError(f"FASTRNN_BACKEND={forced}: no such engine, expected one of {', '.join(_WHY_NOT)}")
     if reason := why_not(engine, x, batch_sizes, states, weights, compressed):
@@ -153,13 +154,13 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
 
     x: a module's input. Not where `may_leave` says no.
     """
-    if not may_leave():
-        return False
+    dtype = _dtype_on_gpu(x)
+    if not may_leave() or dtype is torch.float64:
+        return may_leave()
     T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
     H, R = w_hh.shape[0] // CELLS[layer.cell].gates, w_hh.shape[1]
-    sizes = gpu.sizes_of(layer, T, B, H, R, x.dtype)
-    dtype = str(x.dtype).removeprefix("torch.")
-    return gpu.plan.cudnn_is_faster(gpu.device_of(x.device), sizes, layers, dtype, batch_sizes is not None)
+    sizes, name = gpu.sizes_of(layer, T, B, H, R, dtype), str(dtype).removeprefix("torch.")
+    return gpu.plan.cudnn_is_faster(gpu.device_of(x.device), sizes, layers, name, batch_sizes is not None)
 
 
 def may_leave() -> bool:
@@ -186,7 +187,7 @@ def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
     """Why the compiled CPU engine declines a call, or None where it takes it, half precision through float32."""
     mixed = torch.is_autocast_enabled("cpu")
     dtypes = _AUTOCAST if mixed else _CPU_DTYPES
-    return _why_not_fused(x, batch_sizes, states, weights, "cpu", dtypes, mixed) or unavailable
+    return _why_not_fused(x, batch_sizes, states, weights, "is_cpu", dtypes, mixed) or unavailable
 
 
 def has_compressed(x, weights) -> bool:
@@ -204,21 +205,39 @@ def has_compressed(x, weights) -> bool:
 
 def why_not_triton(x, batch_sizes, states, weights) -> str | None:
     """Why the Triton engine declines a call, or None where it takes it."""
-    if torch.is_autocast_enabled("cuda"):
-        return "autocast is on"
-    reason = _why_not_fused(x, batch_sizes, states, weights, "cuda", gpu.DTYPES)
+    mixed = torch.is_autocast_enabled("cuda")
+    reason = _why_not_fused(x, batch_sizes, states, weights, gpu.HERE, _AUTOCAST if mixed else _GPU_DTYPES, mixed)
+    if reason is None and mixed:
+        reason = _why_not_autocast(x)
     if reason is None and any(tensor.device != x.device for tensor in (*states, *weights)):
         reason = "tensors on several devices"
     return reason or gpu.why_not(x.device)
 
 
+def _why_not_autocast(x) -> str | None:
+    """Under autocast torch.nn's layers compute in float16 where cuDNN takes the input, and in autocast's dtype elsewhere."""
+    if not torch.backends.cudnn.enabled:
+        return "autocast without cuDNN"
+    if x.dtype is torch.bfloat16 and (torch.backends.cudnn.version() or 0) < 91300 and not torch.version.hip:
+        return "bfloat16 input under autocast, which cuDNN takes from 9.13 on"
+    return None
+
+
+def _dtype_on_gpu(x: Tensor) -> torch.dtype:
+    """What the Triton engine computes in."""
+    return torch.float16 if torch.is_autocast_enabled("cuda") else x.dtype
+
+
 def _why_not_fused(
-    x, batch_sizes, states, weights, device: str, dtypes: Collection[torch.dtype], mixed: bool = False
+    x, batch_sizes, states, weights, here: str, dtypes: Collection[torch.dtype], mixed: bool = False
 ) -> str | None:
-    """What every fused engine declines. Cheap checks: they are on every call. mixed: dtypes need not be the same."""
+    """What every fused engine declines. Cheap checks: they are on every call.
+
+    here: the attribute of a tensor that says that it is on a device of the engine's. mixed: dtypes need not be the same.
+    """
     if type(x) not in _PLAIN:
         return f"{type(x).__name__} is not a plain tensor"
-    dtype, here = x.dtype, f"is_{device}"
+    dtype = x.dtype
     if dtype not in dtypes:
         return f"{dtype}{' under autocast' * mixed}, it takes {', '.join(sorted(map(str, dtypes)))}"
     same = dtypes if mixed else (dtype,)
@@ -363,8 +382,8 @@ def _schedule(
     layer = layer_of_module(module)
 
     def describe(T: int, B: int, I: int, R: int, layers: int = 1) -> str:
-        if x.is_cuda:
-            return gpu.describe(layer, T, B, H, R, x.dtype, x.device, training)
+        if getattr(x, gpu.HERE):
+            return gpu.describe(layer, T, B, H, R, _dtype_on_gpu(x), x.device, training)
         return cpu.describe(layer, T, B, I, H, R, training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):

@@ -193,9 +193,9 @@ def layer_fallback(torch_class: type[nn.RNNBase]) -> Any:
 
         A graph would return that list, of tensors which belong to a transform and are no results.
         """
-        weights, references = self._flat_weights, self._flat_weight_refs
+        weights, references, changed = self._flat_weights, self._flat_weight_refs, self._weights_have_changed()
         result = by_torch(self, input, hx)
-        if self._flat_weights is not weights:
+        if changed:
             self._flat_weights, self._flat_weight_refs = weights, references
         return result
 

@@ -390,7 +390,7 @@ def _check_lstm(layer: Layer, inputs: Inputs, params: Sequence[Tensor], num_laye
     the same checks are against the weights.
     """
     x, batch_sizes = inputs[:2]
-    states: tuple[Any, ...] = inputs[2:]
+    states: tuple[Any, ...] = inputs[2:4]
     if not all(isinstance(tensor, Tensor) for tensor in (x, *states, *params)):
         return
     if 0 in (states[0].dim(), states[1].dim()) or states[0].shape[-1] != states[1].shape[-1]:  # torch sees a projection
@@ -426,7 +426,7 @@ class _LSTMChecks(SimpleNamespace):
 
 def _cell(cell: str, x, hx, w_ih, w_hh, b_ih=None, b_hh=None, *, compressed: bool = False):
     """Run one step of one layer, with `compressed` as in `_stack`."""
-    has_biases, (_, _, h, c) = b_ih is not None or b_hh is not None, inputs_of(cell, x, None, hx)
+    has_biases, (_, _, h, c, *_) = b_ih is not None or b_hh is not None, inputs_of(cell, x, None, hx)
     params = [w_ih, w_hh, b_ih, b_hh] if has_biases else [w_ih, w_hh]
     layer = Layer(cell, bias=has_biases)
     engine = dispatch.choose(x, None, (h,) if c is None else (h, c), params, compressed)

@@ -87,7 +87,8 @@ def backward(
 
 
 def _past_the_dispatcher(x: Tensor) -> bool:
-    return x.is_cuda and not torch.compiler.is_compiling() and type(x) in (Tensor, Parameter) and not dispatch.watched()
+    plain = getattr(x, gpu.HERE) and type(x) in (Tensor, Parameter)
+    return plain and not (torch.compiler.is_compiling() or dispatch.watched())
 
 
 def unit_stride(tensor: Tensor) -> Tensor:

@@ -323,19 +323,6 @@ class Recurrent(nn.Module):
         bias = self.bias or self.cell.definition.weights > 0
         return Layer(features.cell_name(self), 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
 
-    def _engine(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor]) -> str:
-        """Return the name of the engine that runs a call."""
-        engine = dispatch.choose(x, batch_sizes, states, list(self.parameters()))
-        if engine == "triton" or (engine == "cpu" and cpu.why_not_cell(self.cell.definition.name) is None):
-            return engine
-        return "reference"
-
-    def _layer(self, batch_first: bool) -> Layer:
-        """Describe each of the layers."""
-        definition = self.cell.definition
-        bias = self.bias or definition.weights > 0
-        return Layer(definition.name, 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
-
     def _weights(self, layer: int) -> list[Tensor]:
         """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
         definition, parts, H = self.cell.definition, self.cell.parts, self.hidden_size

@@ -18,6 +18,7 @@ from .symbols import COMPARISONS, CONDITIONS, COSTS, Graph, Refused, Symbol, Val
 
 SLOT = 64  # operations that a slot is worth: it is written and read in each step, and takes memory for all of them
 NEVER = 1 << 30  # more than all costs together
+DEEPEST = 50  # expressions within each other in a line: Python's parser takes 200, and the printer calls itself for each
 # How each operation is written, and how tightly it binds.
 BINARY = {"or": ("|", 2), "and": ("&", 3), "add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "div": ("/", 5)}
 BINARY |= {name: (sign, 1) for name, sign in zip(COMPARISONS, ("<", "<=", ">", ">=", "==", "!="), strict=True)}
@@ -51,7 +52,7 @@ class Code:
 
 
 class Printer:
-    """Writes `Code` as Python: a line for each result, and for what is used more than once."""
+    """Writes `Code` as Python: a line for each result, for what is used more than once, and for what nests too deep."""
 
     def __init__(self, code: Code) -> None:
         self.code = code
@@ -81,8 +82,13 @@ class Printer:
         taken = {name for name, _ in (*self.code.parameters, *self.code.results)}
         taken |= {function for function, *_ in self.operations.values()}
         lines = [f"def {self.code.name}({', '.join(name for name, _ in self.code.parameters)}):"]
+        depths: dict[int, int] = {}
         for index, operation in self.operations.items():
-            if index not in self.single:
+            depths[index] = 1 + max(
+                (depths.get(each.index, 0) for each in operation[1:] if isinstance(each, Symbol)), default=0
+            )
+            if index not in self.single or depths[index] == DEEPEST:
+                depths[index] = 0
                 name = self.wanted.get(index) or self._new_name(operation, taken)
                 lines.append(f"    {name} = {self._expression(*operation)[0]}")
                 self.names[index] = name
@@ -161,6 +167,8 @@ class Derivation:
                 f"{len(results)} results, expected {1 + len(carried)}: the output" + "".join(f", {n}" for n in carried)
             )
         output, *after = (each if isinstance(each, Symbol) else _refuse_constant(each) for each in results)
+        for each in (output, *after):
+            graph.check_own(each)
         for each, result in zip(("output", *(f"state {state}" for state in carried)), (output, *after), strict=True):
             if result.is_condition:
                 raise Refused(f"the {each} is a condition; write where(condition, 1, 0)")

@@ -522,7 +522,71 @@ def two_of_one(a: Gate):
     return tanh(a, a)
 
 
+async def asynchronous(a: Gate):
+    return tanh(a)
+
+
+def generator(a: Gate):
+    yield tanh(a)
+
+
+def number_as_condition(a: Gate):
+    return where(1, tanh(a), a)
+
+
+def number_among_conditions(a: Gate):
+    return where((a > 0) & True, tanh(a), a)
+
+
+def no_power(a: Gate):
+    return a**0
+
+
+def power_of_a_number(a: Gate):
+    return 2**a
+
+
+LEAKED: list = []
+
+
+@fastrnn.cell
+def leaking(a: Gate):
+    LEAKED.append(a)
+    return tanh(a)
+
+
+def leaked(a: Gate):
+    return tanh(a) * LEAKED[0]
+
+
+def leaked_result(a: Gate, c: State):
+    return tanh(a) * c, LEAKED[0]
+
+
+def too_large(a: Gate):
+    return tanh(a) * exp(1000)
+
+
+def of_a_negative_number(a: Gate):
+    return tanh(a) * cells.log(-1)
+
+
+def divided_by_zero(a: Gate, scale=0.0):
+    return tanh(a) * (1 / scale)
+
+
 REFUSED = {
+    asynchronous: "async def, or yield: .* write def and return",
+    generator: "async def, or yield: .* write def and return",
+    number_as_condition: "where wants a condition, such as x > 0, got 1",
+    number_among_conditions: "and wants a condition, such as x > 0, got True",
+    no_power: r"\*\* 0: the power of a value is a whole number from 1 to 8",
+    power_of_a_number: r"2 \*\* a value: write exp\(x \* log\(2\)\)",
+    leaked: "a value of another cell's function",
+    leaked_result: "a value of another cell's function",
+    too_large: r"exp\(1000\): math range error; a constant is a finite number",
+    of_a_negative_number: r"log\(-1\): .*; a constant is a finite number",
+    divided_by_zero: "zero; a constant is a finite number",
     branch: r"where\(condition, a, b\)",
     torchs: r"fastrnn\.cells\.tanh",
     a_global: "kind Weight",
@@ -558,6 +622,40 @@ def test_bad_cells_are_refused_with_the_line_and_the_remedy(function):
     with pytest.raises(TypeError, match=REFUSED[function]) as caught:
         fastrnn.cell(function)
     assert re.search(rf"{function.__name__}, line \d+ of .*test_cells.py: ", str(caught.value))
+
+
+def test_flags_and_powers_of_numbers():
+    """A condition that is a constant chooses, and a power may be a float that is whole."""
+
+    @fastrnn.cell
+    def written(a: Gate, squared=True):
+        return where(squared, (1 + exp(a)) ** 2.0, a) * (1 + exp(a)) ** -0.5
+
+    @fastrnn.cell
+    def meant(a: Gate):
+        b = 1 + exp(a)
+        return b * b * (1 / cells.sqrt(b))
+
+    assert written.source().replace("written", "meant") == meant.source()
+    assert sigmoid(-1000) == 0 and sigmoid(1000) == 1
+    with pytest.raises(OverflowError, match=r"exp\(1000\): math range error"):
+        exp(1000)
+
+
+def test_a_thousand_operations_in_a_row(monkeypatch):
+    def long(a: Gate, c: State):
+        for _ in range(600):
+            c = 0.99 * c + a
+        return tanh(c), c
+
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    cell = fastrnn.cell(long)
+    assert cells_read_again(cell)
+    layer = fastrnn.recurrent(cell)(2, 3, dtype=torch.float64)
+    x, states = sample(layer, steps=2)
+    truth = results(by_hand, layer, x, states)
+    for key, value in results(run, layer, x, states).items():
+        torch.testing.assert_close(value, truth[key], msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_a_function_named_as_an_operation_is_refused():
@@ -748,7 +846,7 @@ def test_the_command_compiles_beforehand(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="takes memory by Linux's mmap")
 def test_a_process_whose_free_memory_lies_in_pieces():
-    """A kernel's code and its constants may be no more than 2 GiB apart; here there is a small hole, and much farther down the rest."""
+    """Code and constants may be no more than 2 GiB apart; here there is a small hole, and much farther down the rest."""
     code = """
 import ctypes, llvmlite.binding, torch, fastrnn
 from fastrnn import cells

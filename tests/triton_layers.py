@@ -52,6 +52,7 @@ class Layer:
     incoming: str = "all"
     dtype: torch.dtype = torch.float32
     marks: str = "none"
+    precision: str = "ieee"
     sizes: tuple[int, int, int, int] = (4, 3, 5, 19)
 
     def __str__(self) -> str:
@@ -111,6 +112,8 @@ class Layer:
         if self.tiles == "single":
             return choose(device, sizes, forward, "single")
         of_both = [replace(sizes, precision="tf32"), replace(sizes, precision="ieee", bytes_=4)]  # each has kinds of its own
+        if self.precision == "tf32x3":
+            of_both = [replace(sizes, precision="tf32x3")]
         chosen = next(
             plan
             for each in of_both
@@ -196,14 +199,14 @@ def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int 
 
     def run() -> dict[str, Tensor]:
         call = engine.Call(own, Inputs(*tensors), weights)
-        y, h_n, c_n, saved = engine.forward(call, layer.save, forward, "ieee")
+        y, h_n, c_n, saved = engine.forward(call, layer.save, forward, layer.precision)
         results = {"y": y, "h_n": h_n, "c_n": c_n}
         if not layer.save:
             assert saved.numel() == 0
             return results
         if not given:
             given.update(cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device))
-        grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, "ieee")
+        grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, layer.precision)
         return results | {"saved": slots(layer, within(own, call.inputs, saved))} | named(own, grads)
 
     return run
@@ -247,17 +250,21 @@ def elementary_errors(device: str = "cpu") -> dict[str, float]:
     functions = (PTX if device == "cuda" else PLAIN).by_name
     at = torch.logspace(-30, 1.9, 8192, base=10, device=device)
     errors = {}
-    for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh)):
-        for sign in (1, -1):
+    every = torch.sigmoid, torch.tanh, torch.exp, torch.expm1, torch.nn.functional.logsigmoid, torch.erf, torch.log1p
+    exact = {function.__name__.replace("log_sigmoid", "logsigmoid"): function for function in (*every, torch.log, torch.sqrt)}
+    for name, exact_of in exact.items():
+        for sign in (1, -1)[: 1 if name in ("log", "sqrt") else 2]:
             x, y = sign * at, torch.empty(8192, device=device)
+            if name == "log1p" and sign < 0:
+                x = -1 / (1.001 + at)
             apply[(1,)](x, y, functions[name], 8192)
-            truth = exact(x.double())
+            truth = exact_of(x.double())
             errors[f"{name} {sign:+}"] = float(((y - truth) / truth).abs().max())
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], device=device)
-    for name, exact in (("sigmoid", torch.sigmoid), ("tanh", torch.tanh), ("relu", torch.relu)):
+    for name, exact_of in {**exact, "relu": torch.relu, "abs": torch.abs}.items():
         y = torch.empty(4, device=device)
         apply[(1,)](special, y, functions[name], 4)
-        torch.testing.assert_close(y, exact(special), equal_nan=True, msg=name)
+        torch.testing.assert_close(y, exact_of(special), equal_nan=True, msg=name)
     return errors
 
 
@@ -285,7 +292,7 @@ def interpret() -> None:
 
 
 def faults_of_module(name: str, heads: int) -> list[str]:
-    """What goes wrong where a module of a cell runs on the engine, by every way into the operators: they are its on a CPU too."""
+    """What goes wrong where a module of a cell runs on the engine, whose operators are then a CPU's too, in every way."""
     import test_cells
 
     import fastrnn

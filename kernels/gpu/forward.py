@@ -233,7 +233,10 @@ def single_forward(
     BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     SAVE: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All steps of ROWS rows in one program, which holds every unit of a head and the state. Grid: HEADS * D * blocks of rows."""
+    """All steps of ROWS rows in one program, which holds every unit of a head and the state.
+
+    Grid: HEADS * D * blocks of rows.
+    """
     CARRIED: tl.constexpr = STATES + READS
     HEAD: tl.constexpr = H // HEADS  # units of a head
     K: tl.constexpr = R // HEADS

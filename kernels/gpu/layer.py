@@ -220,11 +220,7 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
     kernels = forward_kernels.single_forward, forward_kernels.scan_forward
     for launch in call.launches(plan, *kernels, arguments, call.T, phases):
         call.run(launch)
-    c_n = (
-        carry[..., : call.cell.states * call.H].to(x.dtype, memory_format=torch.contiguous_format)
-        if c0 is not None
-        else x.new_empty(0)
-    )
+    c_n = x.new_empty(0) if c0 is None else carry[..., : c0.shape[-1]].to(x.dtype).contiguous()
     saved = x.new_empty(0)
     if save:
         saved = kept if call.slots else x.new_empty(call.D, call.N, 0)
@@ -242,8 +238,9 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
     dh0 = dh_n.clone() if call.ragged else torch.empty_like(h0)  # where a row has no steps
     # gradients of states and of the cell's own weights, and in a scan of h element by element
     width = cell.states + cell.weights + (cell.reads_hidden and plan.schedule != "single")
-    carry = torch.zeros(D, B, width, H, dtype=torch.float32, device=x.device)
-    of_states, of_weights = carry[:, :, : cell.states].flatten(2), carry[:, :, cell.states : cell.states + cell.weights]
+    carry = torch.zeros(D, B, width * H, dtype=torch.float32, device=x.device)
+    of_states = carry[..., : cell.states * H]
+    of_weights = carry[..., cell.states * H : (cell.states + cell.weights) * H]
     if dc_n is not None:
         of_states.copy_(dc_n)
     arguments = {
@@ -279,7 +276,7 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
         call.run(launch)
     if plan.schedule != "single" and call.inputs.resets is not None:
         of_states += arguments["sums_c"]
-    dc0 = of_states.to(x.dtype, memory_format=torch.contiguous_format) if needs.dh0 and cell.states else x.new_empty(0)
+    dc0 = of_states.to(x.dtype).contiguous() if needs.dh0 and cell.states else x.new_empty(0)
     d_input, d_hidden = da[..., : cell.gates * H], da[..., cell.hidden * H :]
     with products_in(call.dtype, precision):
         dx = _input_gradient(call, d_input) if needs.dx else x.new_empty(0)
@@ -299,7 +296,7 @@ def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
 def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, saved) -> list[Tensor]:
     """Of each weight, in the order of the weights, each in memory of its own.
 
-    of_weights: of the cell's own weights, [D, B, W, H] float32.
+    of_weights: of the cell's own weights, the sums over a row's steps [D, B, W*H], float32.
     """
     cell, H = call.cell, call.H
     order = [cell.input.index(gate) for gate in range(cell.gates)]  # torch's gates among the cell's arguments
@@ -313,9 +310,8 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, save
         if call.layer.bias:
             b_ih = d_input[d].sum(0)
             b_hh = d_hidden[d].sum(0) if cell.hidden else b_ih.clone()
-            own = [of_weights[d].sum(0).flatten().to(b_ih.dtype)] if cell.weights else []
             b_ih = _gates_in(order, b_ih)
-            grads += [torch.cat([b_ih, *own]) if own else b_ih, b_hh]
+            grads += [torch.cat([b_ih, of_weights[d].sum(0).to(b_ih.dtype)]) if cell.weights else b_ih, b_hh]
         if call.layer.projected:
             out = saved[d][:, -H:] if within is None else torch.where(within, saved[d][:, -H:], 0.0)
             grads.append(torch.mm(dp[d].T, out))
@@ -323,7 +319,7 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, save
 
 
 def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tensor, dw: Tensor) -> None:
-    """dw [G*H, R / heads], out: the sum over all steps of da^T [G*H, rows] with the state [rows, R] that the step began with."""
+    """dw [G*H, R / heads], out: the sum over steps of da^T [G*H, rows] with the state [rows, R] that each began with."""
     B, N, R = call.B, call.N, call.R
     backwards = call.layer.reverse != (d == 1)
     if not (

@@ -1,11 +1,11 @@
 """What the scans are made of: the product of a program's weights with a step's state, and where rows lie.
 
 A product is acc [M, ROWS] = A [M, K] S [K, ROWS]: A is weights, the same in every step, S what other programs have stored.
-K goes in chunks of BK, so it need not be a power of two. Where a program has a head of several, what it multiplies is not
-consecutive: K is in spans of SPAN numbers, which begin STEP apart. With SPLIT > 1 a chunk is SPLIT products side by side, one a warp,
-[SPLIT, M, BK / SPLIT] by [SPLIT, BK / SPLIT, ROWS], summed in the end: every warp then holds its own share of A in registers
-and has work, where M x ROWS is too small to share out. With SPLIT == 1 the tensor cores read A from shared memory where the
-device has such instructions (wgmma, tcgen05).
+K goes in chunks of BK, so it need not be a power of two. It lies in spans of SPAN numbers that begin STEP apart: where a layer
+has heads, a head's units of one gate. With SPLIT > 1 a chunk is SPLIT products side by side, one a warp, [SPLIT, M, BK / SPLIT]
+by [SPLIT, BK / SPLIT, ROWS], summed in the end: every warp then holds its own share of A in registers and has work, where
+M x ROWS is too small to share out. With SPLIT == 1 the tensor cores read A from shared memory where the device has such
+instructions (wgmma, tcgen05).
 
 Those take 64 rows of A at least; backward has as many as a program has units, and seldom so many. There every gate's weights
 are multiplied with every gate's gradients, [(unit, gate), H] by [H, (gate, row)], and the products of a gate with its own are
