@@ -462,7 +462,7 @@ class BackwardFunction(_Function):
         needed = need_dx, False, need_dh0, need_dh0, *(False,) * 6, *(need_dw,) * len(weights)
         found = _runtime_backward(outer, (*inputs, y, saved, *weights), (text, segments), needed)
         if found is not None:
-            dx, _, dh0, dc0, *dw = *found[:4], *found[_WEIGHTS:]
+            (dx, _, dh0, dc0), dw = found[:4], found[_WEIGHTS:]
             empty = inputs.x.new_empty(0)
             return *(empty if grad is None else grad for grad in (dx, dh0, dc0)), *(dw if need_dw else ())
         with _outer_levels():

@@ -73,7 +73,8 @@ def layer_of_module(module: Any) -> Layer:
     layer = Layer(cell, 1 + module.bidirectional, module.bias, module.proj_size > 0, False, module.batch_first)
     if not getattr(module, "_fastrnn_features", False):
         return layer
-    return layer._replace(cell=features.cell_name(module), heads=module.num_heads)
+    heads: Any = module.num_heads
+    return layer._replace(cell=features.cell_name(module), heads=heads)
 
 
 def watched() -> bool:

@@ -111,7 +111,7 @@ def _check_heads(name: str, value: Any, module: Any) -> int:
         raise ValueError(f"{name} must be greater than zero")
     if module.hidden_size % value:
         raise ValueError(f"{name}: expected a divisor of hidden_size {module.hidden_size}, got {value}")
-    if value > 1 and getattr(module, "proj_size", 0):
+    if value > 1 and module.proj_size:
         raise ValueError(f"{name}: expected 1 with proj_size {module.proj_size}, got {value}")
     return value
 
@@ -148,7 +148,7 @@ def _check_zoneout(name: str, value: Any, module: Any) -> float | tuple[float, .
     if isinstance(value, (tuple, list)) and len(value) != len(states):
         raise ValueError(f"{name}: expected a probability, or one for each of {', '.join(states)}, got {value!r}")
     rates = tuple(_check_probability(name, rate, module) for rate in rates)
-    if rates[0] and getattr(module, "proj_size", 0):
+    if rates[0] and module.proj_size:
         raise ValueError(f"{name}: expected 0 for h with proj_size {module.proj_size}, got {value!r}")
     return (rates if isinstance(value, (tuple, list)) else rates[0]) if any(rates) else 0.0
 
@@ -233,16 +233,17 @@ def _derive(name: str, clip: float | None, zoned: tuple[bool, ...]) -> str:
     """Derive a cell with these features from one, make it known, and return its name."""
     plain = CELLS[name]
     code, kinds, states = plain.derived.definition, dict(plain.kinds), state_names(plain)
-    noise = {}
+    noise: dict[str, str] = {}
+    change: dict[int, Callable] = {}
     for state, has_zones in zip(states, zoned, strict=False):
         if has_zones:
             noise[state] = f"zoneout_{state}"
             while noise[state] in kinds:
                 noise[state] += "_"
             kinds |= {state: "State", noise[state]: "Noise"}
-    change = {}
     if clip is not None:
-        change[dict(code.results)["c_new"].index] = lambda c: where(c > clip, clip, where(c < -clip, -clip, c))
+        node: Any = dict(code.results)["c_new"]
+        change[node.index] = lambda c: where(c > clip, clip, where(c < -clip, -clip, c))
 
     def function(**given: Any) -> tuple:
         new = _traced_again(code, given, change)
@@ -278,7 +279,7 @@ INITIAL = "initial_"  # begins the names of the parameters for initial states
 
 def add_initial_states(module: Any, device: Any, dtype: Any) -> None:
     """Register the parameters for the initial value of each state, zeros, of one layer and direction after another."""
-    of_h = getattr(module, "proj_size", 0) or module.hidden_size
+    of_h = module.proj_size or module.hidden_size
     for names in zip(*_initial_names(module), strict=True):
         for place, name in enumerate(names):
             size = module.hidden_size if place else of_h

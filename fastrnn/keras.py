@@ -287,7 +287,7 @@ def _layer(
     factors: of h [B, H] where it enters the recurrent product; with one cell alone.
     """
     initial = [torch.stack([steps.initial(state) for state in kind]) for kind in states]
-    done = None
+    done: Any = None
     if factors is not None:
         weights, by_time = cells[0].weights(), steps.batch_sizes is not None
         given = Inputs(data, steps.batch_sizes, initial[0], None, mask=steps.initial(factors).unsqueeze(0))
