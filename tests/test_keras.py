@@ -399,6 +399,24 @@ def test_models_without_a_twin_are_refused():
         keras_models.from_pytorch(models.LSTMModel(I, H, 1, 3))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 6), (16, 16), (40, 33), (64, 48), (130, 257)], ids=str)
+@pytest.mark.parametrize("gates", [(0,), (0, 1, 2, 3), (1, 0, 2)], ids=str)
+def test_the_runtime_turns_matrices(gates, shape):
+    if fastrnn.dispatch.native is None:
+        pytest.skip("no compiled runtime")
+    n, H = shape
+    matrix = torch.randn(n, len(gates) * H)
+    expected = torch.cat([matrix.chunk(len(gates), 1)[gate] for gate in gates], 1).t()
+    turned = fastrnn.dispatch.native.turn(matrix, gates, True)
+    assert turned.is_contiguous() and torch.equal(turned, expected)
+    back = fastrnn.dispatch.native.turn(turned, tuple(gates.index(gate) for gate in range(len(gates))), False)
+    assert back.is_contiguous() and torch.equal(back, matrix)
+    for other in (matrix.double(), matrix.t(), matrix[0], matrix.to(torch.bfloat16)):
+        assert fastrnn.dispatch.native.turn(other, gates, True) is None
+    for wrong in ((-1, *gates[1:]), (len(gates), *gates[1:]), (0,) * 9, ()):
+        assert fastrnn.dispatch.native.turn(matrix, wrong, True) is None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plain_call_does_nothing_of_keras(name, monkeypatch):
     own = both(name, return_sequences=True, return_state=True)[1]

@@ -119,8 +119,10 @@ def launch(strategy: str, folder: str) -> list[float]:
     return json.loads(Path(folder, f"{strategy}.json").read_text())
 
 
-if page.extra["strategy"] != "compare":
-    work(page.extra["strategy"])
+if (strategy := page.extra["strategy"]) != "compare":
+    if strategy not in ("ddp", "fsdp2"):
+        raise ValueError(f"--strategy: expected one of compare, ddp, fsdp2, got {strategy!r}")
+    work(strategy)
     sys.exit()
 
 model, optimizer = build("one")
