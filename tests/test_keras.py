@@ -241,11 +241,10 @@ def test_files_are_read_both_ways(tmp_path):
         saver.save_weights(tmp_path / "model.weights.h5")
         other.load_weights(tmp_path / "model.weights.h5")
         np.testing.assert_allclose(other.predict(x, verbose=0), saver.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    for layer in (*own.layers[:2], own):
-        copy = pickle.loads(pickle.dumps(layer))
+    for layer, width in ((own.layers[0], I), (own.layers[1], H), (own, I)):
+        copy, given = pickle.loads(pickle.dumps(layer)), torch.ones(B, T, width)
         assert type(copy) is type(layer)
-        shape = (B, T, layer.input.shape[-1])
-        torch.testing.assert_close(copy(torch.ones(shape)), layer(torch.ones(shape)))
+        torch.testing.assert_close(copy(given), layer(given))
     own.save(tmp_path / "own.keras")
     loaded = keras.models.load_model(tmp_path / "own.keras")
     assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in own.layers]
@@ -428,6 +427,12 @@ def test_a_plain_call_does_nothing_of_keras(name, monkeypatch):
     for training in ({}, {"training": False}, {"training": True}, {"training": None}):
         for found, right in zip(own(x, **training), expected, strict=True):
             torch.testing.assert_close(found, right)
+    states = [torch.randn(B, H) for _ in expected[1:]]
+    monkeypatch.undo()
+    theirs = own(x, initial_state=states, mask=torch.ones(B, T, dtype=torch.bool))
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, x, **kwargs: calls.append("module") or x)
+    for found, right in zip(own(x, initial_state=states), theirs, strict=True):
+        torch.testing.assert_close(found, right)
     assert not calls
     own(x, mask=torch.ones(B, T, dtype=torch.bool))
     assert calls == ["module"]
