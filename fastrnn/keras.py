@@ -24,9 +24,6 @@ from typing import Any
 import keras
 import numpy as np
 import torch
-from keras.src.backend.common.global_state import get_global_attribute
-from keras.src.backend.common.masking import get_keras_mask
-from keras.src.backend.common.variables import get_autocast_scope
 from torch import Tensor, nn
 
 import fastrnn
@@ -38,6 +35,14 @@ if keras.backend.backend() != "torch":
         f"fastrnn.keras runs on Keras' torch backend, and Keras was loaded with {keras.backend.backend()!r}: "
         "set the environment variable KERAS_BACKEND=torch before keras is imported"
     )
+
+# The versions of Keras, from and to, whose Layer.__call__ does what `_asks_for_more` looks for and nothing else.
+_READ = (3, 8), (3, 15)
+_is_read = _READ[0] <= tuple(map(int, keras.__version__.split(".")[:2])) <= _READ[1]
+if _is_read:
+    from keras.src.backend.common.global_state import get_global_attribute
+    from keras.src.backend.common.masking import get_keras_mask
+    from keras.src.backend.common.variables import get_autocast_scope
 
 __all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "SimpleRNN", "from_torch", "patch", "to_torch"]
 
@@ -352,7 +357,8 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
     for cell, given in zip(cells, initial_state if stacked else [initial_state], strict=True):
         given = given if isinstance(given, (list, tuple)) else [given]
         before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in given]
-        if any(state.shape != (len(x), cell.keras_cell.units) for state in before):
+        fits = all(state.shape == (len(x), cell.keras_cell.units) for state in before)
+        if not fits or len(before) != (2 if cell.name == "lstm" else 1):
             return None  # which Keras may spread over the rows, or has words for
         if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
             before = [state.clone() for state in before]
@@ -423,13 +429,11 @@ def _fused_call(keras_class: Any) -> Callable:
     return call
 
 
-# The versions of Keras, from and to, whose Layer.__call__ does what `_asks_for_more` looks for and nothing else.
-_READ = (3, 8), (3, 15)
-_is_read = _READ[0] <= tuple(map(int, keras.__version__.split(".")[:2])) <= _READ[1]
+_TAKEN = frozenset(("training", "initial_state"))  # arguments beside x that `_shortcut` takes
 
 
 def _asks_for_more(layer: Any, x: Tensor) -> bool:
-    """Would Keras' `__call__` do more with x, and with no argument but `training`, than call `call`?
+    """Would Keras' `__call__` do more with x, and with no arguments but _TAKEN, than call `call`?
 
     It builds, converts dtypes, runs hooks, hands on masks and keeps losses. Finding that nothing is wanted takes it 0.06 ms, or
     0.1 ms where kernels have used the caches meanwhile.
@@ -476,10 +480,10 @@ def _shortcut(cls: Any) -> Callable:
 
     @functools.wraps(by_keras)
     def __call__(self, *args, **kwargs):
-        if _is_read and len(args) == 1 and type(args[0]) is Tensor and type(self) is cls and kwargs.keys() <= {"training"}:
+        if _is_read and len(args) == 1 and type(args[0]) is Tensor and type(self) is cls and kwargs.keys() <= _TAKEN:
             training = _training(kwargs.get("training"))
             if training is not None and not _asks_for_more(self, args[0]):
-                done = _run_plain(self, args[0], None, None, training)
+                done = _run_plain(self, args[0], kwargs.get("initial_state"), None, training)
                 if done is not None:
                     return done
         return by_keras(self, *args, **kwargs)
