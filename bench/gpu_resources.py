@@ -38,7 +38,7 @@ TARGETS = {  # of what people rent: A100, H100, B200, MI300X
 SPILLED = 384  # bytes a thread that a plan may spill; backward's 64 x 64 tiles do, and smaller ones took longer
 SPILLED_RESIDENT = 896  # where weights stay: of an H200's fastest plans one spills 504, and none was faster without
 REGISTERS = {"cuda": 64 * KIB, "hip": 128 * KIB}  # 32-bit ones of a multiprocessor
-NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
+NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.uint8: "u8"}
 FORMATS = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
 UNITS = (16, 32, 64, 100, 128, 200, 256, 384, 512, 768, 1024, 1760, 2048, 2560, 4096)
 ROWS = (1, 16, 32, 64, 128, 4096)
@@ -59,6 +59,7 @@ class Case:
     D: int
     packed: bool
     plan: Plan
+    marked: bool = False  # with resets and, where it is not packed, lengths
 
     def __str__(self) -> str:
         plan = self.plan
@@ -66,7 +67,8 @@ class Case:
         if plan.schedule != "single":
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
         number = "tf32" if self.precision == "tf32" else NAMES[self.dtype]
-        flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2) + ["packed"] * self.packed
+        flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2)
+        flags += ["packed"] * self.packed + ["marked"] * self.marked
         which = "forward" if self.forward else "backward"
         return " ".join([self.target, which, self.cell, number, f"H{self.H}", tiles, f"{plan.warps} warps", *flags])
 
@@ -137,7 +139,10 @@ def launches(case: Case) -> list:
     rows = cell.gates * case.H
     weights = [empty(rows, 128), empty(rows, case.R), empty(rows), empty(rows), *[empty(case.R, case.H)] * own.projected]
     started: list = []
-    call = layer.Call(own, Inputs(empty(*leading, 128), batch_sizes, h0, c0), weights * D, run=started.append)
+    resets = torch.empty(leading, dtype=torch.bool, device="meta") if case.marked else None
+    lengths = torch.empty(case.B, dtype=torch.int64, device="meta") if case.marked and not case.packed else None
+    inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths)
+    call = layer.Call(own, inputs, weights * D, run=started.append)
     call.cells = PTX if TARGETS[case.target][1].backend == "cuda" else PLAIN
     if case.forward:
         layer.forward(call, True, case.plan, case.precision)

@@ -72,10 +72,12 @@ class Recurrent(nn.Module):
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, each so. Zeros where it is missing.
-        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
-            a step where it is True, in the order of each direction, the state is the initial one again.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
+            Before a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
+        all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
+            ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * H features.
         state after the last step: as hx.
 
@@ -176,8 +178,11 @@ class Recurrent(nn.Module):
         *,
         resets: Tensor | PackedSequence | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Any, Any]:
+        all_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Run the layers; see the class."""
+        if not isinstance(all_states, bool):
+            raise TypeError(f"all_states: expected a bool, got {all_states!r}")
         x, batch_sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
         batched = batch_sizes is not None or x.dim() == 3
         batch = self._check_input(x, batch_sizes)
@@ -186,13 +191,19 @@ class Recurrent(nn.Module):
             states = [state.index_select(1, order) for state in states]
         batch_first = self.batch_first and batched and batch_sizes is None
         marks = functional.marked(input, 1, resets, lengths)
-        y, *after = self._run(x if batched else x.unsqueeze(1), batch_sizes, states, batch_first, *marks)
+        after_steps: list[Any] | None = [] if all_states else None
+        y, *after = self._run(x if batched else x.unsqueeze(1), batch_sizes, states, batch_first, *marks, after_steps)
         if back is not None:
             after = [state.index_select(1, back) for state in after]
         if not batched:
             y, after = y.squeeze(1), [state.squeeze(1) for state in after]
         output = y if batch_sizes is None else PackedSequence(y, batch_sizes, order, back)
-        return output, after[0] if len(after) == 1 else tuple(after)
+        results = output, after[0] if len(after) == 1 else tuple(after)
+        if after_steps is None:
+            return results
+        h, *c = fallback.states_of(after_steps, None if batched else 2)
+        others = [] if not c else c[0].chunk(self.cell.definition.states, -1)
+        return *results, (h, *others) if others else h
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.
@@ -257,6 +268,7 @@ class Recurrent(nn.Module):
         batch_first: bool,
         resets: Tensor | None,
         lengths: Tensor | None,
+        after_steps: list[Any] | None,
     ) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
         definition = self.cell.definition
@@ -274,7 +286,7 @@ class Recurrent(nn.Module):
         if (resets is not None or lengths is not None) and (reason := misfit(layer, inputs, weights, self.num_layers)):
             raise ValueError(reason)
         with recompute(self.recompute or is_on()):
-            y, h_n, c_n = functional.run_stack(engine, inputs, weights, layer, self.num_layers, dropout)
+            y, h_n, c_n = functional.run_stack(engine, inputs, weights, layer, self.num_layers, dropout, after_steps)
         return [y, h_n, *(() if c_n is None else c_n.chunk(definition.states, -1))]
 
     def _weights(self, layer: int) -> list[Tensor]:

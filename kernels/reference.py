@@ -83,6 +83,14 @@ def layer_forward(
     return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
 
 
+def carried_states(inputs: Inputs, layer: Layer, saved: Tensor) -> Tensor:
+    """The states but h after each step [D, N, S * H], of what was saved; zeros past the lengths."""
+    kind, within = CELLS[layer.cell], Steps(layer, inputs).within()
+    units = saved.shape[-1] // (kind.slots + layer.projected)
+    states = saved.narrow(-1, (kind.slots - kind.states) * units, kind.states * units)
+    return states if within is None else torch.where(within, states, 0.0)
+
+
 def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, reverse: bool, begins, within):
     """One direction: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H].
 
@@ -98,7 +106,7 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, reve
         p, q = first(b, h), None if c is None else first(b, c)
         if begins is not None:
             p = torch.where(begins[t], first(b, h0), p)
-            q = None if q is None else torch.where(begins[t], first(b, c0), q)
+            q = None if c0 is None or q is None else torch.where(begins[t], first(b, c0), q)
         before = states_before(kind, p, q)
         a = _preactivations(kind, _affine(xs[t], w_ih, b_ih), _affine(p, w_hh, b_hh))
         out, *slots = _FORWARD[kind.name](*a, *before, *own_weights)

@@ -156,7 +156,10 @@ class Call:
             self.order_rows(inputs.lengths)
         if inputs.resets is not None:
             self.point("resets", [inputs.resets] * D)
-            strides = [inputs.resets.stride(self.steps.axis), inputs.resets.stride(-1 if self.steps.packed else 1 - self.steps.axis)]
+            strides = [
+                inputs.resets.stride(self.steps.axis),
+                inputs.resets.stride(-1 if self.steps.packed else 1 - self.steps.axis),
+            ]
             self.records["resets_step"], self.records["resets_row"] = strides
         self.records["direction"] = np.arange(D)
         self.records["reverse"] = [layer.reverse ^ bool(d) for d in range(D)]
