@@ -326,6 +326,21 @@ def test_resources_of_every_plan(target, compilers):
     _assert_resources(list(gpu_resources.cases(target)), compilers)
 
 
+@needs_triton
+def test_resources_with_resets_and_lengths(compilers):
+    """They take no more than the bounds by which plans are chosen."""
+    sizes = ("lstm", 64), ("lstm", 768), ("gru", 768), ("rnn_tanh", 64)
+    plain = [
+        gpu_resources.Case("sm_90", cell, forward, torch.float16, "ieee", 64, H, H, 1, False, None, True)
+        for cell, H in sizes
+        for forward in (True, False)
+    ]
+    device = TARGETS["sm_90"][1]
+    _assert_resources(
+        [replace(case, plan=choose(device, gpu_resources.sizes_of(case), case.forward)) for case in plain], compilers
+    )
+
+
 def _compiled(target: str, forward: bool, schedule: str, B: int = 16, H: int = 768, **changes):
     case = gpu_resources.Case(target, "lstm", forward, torch.float16, "ieee", B, H, H, 1, False, None)
     case = replace(case, plan=choose(TARGETS[target][1], gpu_resources.sizes_of(case), forward, schedule), **changes)
