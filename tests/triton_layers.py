@@ -316,6 +316,7 @@ def faults_of_module(name: str, heads: int) -> list[str]:
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(dispatch, "native", None)
         patch.setattr(gpu, "device_of", lambda device: H100)
+        patch.setattr(gpu, "off", lambda device: {})
         patch.setitem(dispatch._WHY_NOT, "triton", lambda *call: None)
         torch.manual_seed(0)
         truth = test_cells.layer_of(name, "plain", 3, 4 * heads, bidirectional=True, num_heads=heads)
