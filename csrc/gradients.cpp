@@ -15,8 +15,8 @@ namespace {
 // few: the ops get float32.
 class Arguments {
  public:
-  // The first six of a tuple: x, batch_sizes, h0, c0, resets, lengths; and its weights, from the ninth on. False where that is
-  // not what a kernel reads.
+  // The first eight of a tuple: x, batch_sizes, h0, c0, resets, lengths, mask, noise; and its weights, from the eleventh on. False
+  // where that is not what a kernel reads.
   bool tensors(PyObject* tuple, const Reads& reads) {
     const Py_ssize_t count = PyTuple_Size(tuple) - FIRST_WEIGHT;
     results.like(imported.float32_pattern, FLOAT32);
@@ -30,7 +30,8 @@ class Arguments {
     return numbers(PyTuple_GetItem(tuple, 0), inputs.x, x, false, !reads.x) &&
            maybe(PyTuple_GetItem(tuple, 1), inputs.batch_sizes) &&
            numbers(PyTuple_GetItem(tuple, 2), inputs.h0, h) && maybe_numbers(PyTuple_GetItem(tuple, 3), inputs.c0, c) &&
-           maybe(PyTuple_GetItem(tuple, 4), inputs.resets) && maybe(PyTuple_GetItem(tuple, 5), inputs.lengths);
+           maybe(PyTuple_GetItem(tuple, 4), inputs.resets) && maybe(PyTuple_GetItem(tuple, 5), inputs.lengths) &&
+           maybe(PyTuple_GetItem(tuple, 6), inputs.mask) && maybe_rows(PyTuple_GetItem(tuple, 7), inputs.noise);
   }
   // Two of a tuple: the layer as text, and segments. False in recompute mode.
   bool options(PyObject* tuple, Py_ssize_t at) {
@@ -46,6 +47,11 @@ class Arguments {
     if (!look(object, seen, true, unread)) return false;
     results.like(object, seen);
     return seen.is_contiguous();
+  }
+  bool maybe_rows(PyObject* object, View& seen) {
+    if (object == Py_None) return true;
+    if (!look(object, seen, true, false)) return false;
+    return seen.dims > 0 && seen.stride(-1) == 1;
   }
   bool maybe(PyObject* object, View& seen) { return object == Py_None || whole(object, seen); }
   // dtype: what it was before it was widened.
@@ -67,7 +73,7 @@ class Arguments {
     return true;
   }
 
-  static constexpr Py_ssize_t FIRST_WEIGHT = 8;  // among the arguments of a Function, and among what it keeps
+  static constexpr Py_ssize_t FIRST_WEIGHT = 10;  // among the arguments of a Function, and among what it keeps
 
   Inputs inputs{};
   Dtype x{}, h{}, c{}, bias{};
@@ -130,7 +136,7 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     Arguments own;
     if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < own.FIRST_WEIGHT || is_watched()) return nullptr;
-    if (!own.options(args[0], 6) || !own.tensors(args[0], Reads())) return nullptr;
+    if (!own.options(args[0], 8) || !own.tensors(args[0], Reads())) return nullptr;
     MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Dtype::f32}, Y);
     results.run(forward_call(own.inputs, true, results.make()), true);
     auto& made = results.made[0];
@@ -162,8 +168,8 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     own.inputs.x = x;
     if (!own.tensors(tensors, Reads(own.inputs, gradients))) return nullptr;
     Dtype any;
-    if (!own.numbers(PyTuple_GetItem(tensors, 6), y, any, false)) return nullptr;
-    if (!own.whole(PyTuple_GetItem(tensors, 7), saved)) return nullptr;
+    if (!own.numbers(PyTuple_GetItem(tensors, 8), y, any, false)) return nullptr;
+    if (!own.whole(PyTuple_GetItem(tensors, 9), saved)) return nullptr;
     PyObject *dy = PyTuple_GetItem(outer, 0), *dh_n = PyTuple_GetItem(outer, 1), *dc_n = PyTuple_GetItem(outer, 2);
     if (dh_n != Py_None && !own.gradient(dh_n, gradients.dh_n, false)) return nullptr;
     if (dc_n != Py_None && !own.gradient(dc_n, gradients.dc_n, false)) return nullptr;

@@ -267,12 +267,16 @@ void Call::scratch(int64_t Record::*field, int64_t numbers_a_direction) {
     records[d].*field = reinterpret_cast<int64_t>(begin) + d * numbers_a_direction * bytes_of(dtype_);
 }
 
-const Unit& Call::unit(bool forward) const {
-  const Cell& cell = *layer.cell;
-  const bool wide = dtype_ == Dtype::f64, built_in = std::begin(CELLS) <= &cell && &cell < std::end(CELLS);
+const Unit& unit_of(const Cell& cell, Dtype dtype, bool forward) {
+  const bool wide = dtype == Dtype::f64, built_in = std::begin(CELLS) <= &cell && &cell < std::end(CELLS);
   if (built_in) return tier->units[(wide * (std::end(CELLS) - std::begin(CELLS)) + (&cell - CELLS)) * 2 + !forward];
-  const Unit& found = static_cast<const AddedCell&>(cell).units[wide * 2 + !forward];
-  STD_TORCH_CHECK(found.run, "fastrnn: ", forward ? "forward" : "backward", " of ", cell.name, " is not compiled for this dtype");
+  return static_cast<const AddedCell&>(cell).units[wide * 2 + !forward];
+}
+
+const Unit& Call::unit(bool forward) const {
+  const Unit& found = unit_of(*layer.cell, dtype_, forward);
+  STD_TORCH_CHECK(found.run, "fastrnn: ", forward ? "forward" : "backward", " of ", layer.cell->name,
+                  " is not compiled for this dtype");
   return found;
 }
 
@@ -372,6 +376,10 @@ Call call_of(const Inputs& inputs, Dtype biases) {
   if (cell.states) call.states(inputs.c0, &Record::c0, r.batch * cell.states * r.hidden_size);
   if (inputs.resets.dims) call.resets(inputs.resets);
   if (inputs.lengths.dims) call.lengths(inputs.lengths);
+  if (inputs.mask.dims) call.states(inputs.mask, &Record::mask, r.batch * r.output_size);
+  STD_TORCH_CHECK(!cell.noise == !inputs.noise.dims, "fastrnn: ", cell.name, cell.noise ? " needs noise" : " takes no noise");
+  if (cell.noise)
+    call.rows(inputs.noise, &Record::noise, &Record::noise_step, &Record::noise_row, cell.noise * r.hidden_size);
   return call;
 }
 

@@ -41,6 +41,9 @@ const Cell* find_cell(const Matches& matches) {
 
 enum class Dtype { f32, f64, bf16, byte, flag, i64, other };  // of a tensor's numbers; other: also where it is not on the CPU
 
+// The kernel of a pass, which a cell that was added may lack.
+const Unit& unit_of(const Cell& cell, Dtype dtype, bool forward);
+
 inline int64_t bytes_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::f64:
@@ -171,7 +174,7 @@ class Call {
 using Views = std::vector<View>;
 struct Inputs {
   Layer layer;
-  View x, batch_sizes, h0, c0, resets, lengths;
+  View x, batch_sizes, h0, c0, resets, lengths, mask, noise;
   Views weights;
 };
 struct Gradients {

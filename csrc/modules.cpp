@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <forward_list>
 #include <iterator>
+#include <string_view>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -69,75 +71,127 @@ struct alignas(64) PackHeader {
   LayerSizes sizes;
 };
 
-// The states a caller gave, or wants filled.
+// The states a caller gave, or gets: h and the others, which a layer has side by side.
 struct States {
   View h, c;
   const View* h_or_none = nullptr;
   const View* c_or_none = nullptr;
-  Owned objects[2];  // looking at them, others may run and drop theirs
+  std::vector<Owned> objects;  // looking at them, others may run and drop theirs
+  Views seen;
 
-  // False where they are not what the cell has.
-  bool read(PyObject* given, bool pair) {
+  // False where they are not what the cell has, h and so many others.
+  bool read(PyObject* given, int64_t others) {
     if (given == Py_None) return true;
-    if (!pair) {
-      objects[0] = kept(given);
-    } else if (PyTuple_CheckExact(given) && PyTuple_Size(given) == 2) {
-      for (int i = 0; i < 2; ++i) objects[i] = kept(PyTuple_GetItem(given, i));
-    } else if (PyList_CheckExact(given) && PyList_Size(given) == 2) {
-      for (int i = 0; i < 2; ++i) objects[i] = kept(PyList_GetItem(given, i));
-    } else {
+    const Py_ssize_t count = 1 + others;
+    if (!others)
+      objects.push_back(kept(given));
+    else if (PyTuple_CheckExact(given) && PyTuple_Size(given) == count)
+      for (Py_ssize_t i = 0; i < count; ++i) objects.push_back(kept(PyTuple_GetItem(given, i)));
+    else if (PyList_CheckExact(given) && PyList_Size(given) == count)
+      for (Py_ssize_t i = 0; i < count; ++i) objects.push_back(kept(PyList_GetItem(given, i)));
+    else
       return false;
-    }
-    if (!look(objects[0].get(), h) || (pair && !look(objects[1].get(), c))) return false;
-    h_or_none = &h;
-    if (pair) c_or_none = &c;
+    seen.resize(objects.size());
+    for (size_t i = 0; i < seen.size(); ++i)
+      if (!look(objects[i].get(), seen[i])) return false;
+    place();
     return true;
   }
+  // New ones: h of these sizes, the others as wide as the cell.
+  void make(Results& results, std::vector<int64_t> sizes, const LayerSizes& of, Dtype dtype) {
+    for (int64_t i = 0; i < 1 + of.layer.cell->states; ++i) {
+      objects.push_back(results.make(sizes, dtype, seen.emplace_back()));
+      sizes.back() = of.hidden_size;
+    }
+    place();
+  }
+  // Several others have a place together, to which they are copied, or from there.
+  void reserve() {
+    if (seen.size() < 3) return;
+    joined_ = std::make_unique_for_overwrite<char[]>(static_cast<size_t>(others() * seen[1].numel() * bytes_of(c.dtype)));
+    sizes_.assign(c.sizes, c.sizes + c.dims);
+    sizes_.back() *= others();
+    c.address = reinterpret_cast<int64_t>(joined_.get());
+    c.sizes = sizes_.data();
+  }
+  void copy(bool together) const {
+    if (!joined_) return;
+    const int64_t bytes = seen[1].size(-1) * bytes_of(c.dtype), rows = seen[1].numel() / seen[1].size(-1);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < others(); ++i) {
+        auto* apart = reinterpret_cast<char*>(seen[static_cast<size_t>(1 + i)].address + row * bytes);
+        char* place = joined_.get() + (row * others() + i) * bytes;
+        std::memcpy(together ? place : apart, together ? apart : place, static_cast<size_t>(bytes));
+      }
+  }
+
+ private:
+  std::unique_ptr<char[]> joined_;
+  std::vector<int64_t> sizes_;
+
+  void place() {
+    h = seen[0];
+    h_or_none = &h;
+    if (seen.size() < 2) return;
+    c = seen[1];
+    c_or_none = &c;
+  }
+  int64_t others() const { return static_cast<int64_t>(seen.size()) - 1; }
 };
 
 // Layers on top of each other, as a module holds them, without dropout.
 class Stack {
  public:
-  // Of a module, whose class stands for this one of torch.nn; false where its attributes do not agree with its weights, or where
-  // these are not its parameters any more, or not of one kind.
+  // Of a module, whose class stands for this one of torch.nn, or has the cell of this name; false where its attributes do not agree
+  // with its weights, or where these are not its parameters any more, or not of one kind.
   bool read(PyObject* attributes, PyObject* torch_class, bool frozen_too = true) {
     const Key of = which(torch_class, {LSTM, GRU, RNN, LSTM_CELL, GRU_CELL, RNN_CELL});
     if (of == LSTM_CELL || of == GRU_CELL || of == RNN_CELL) return read_cell(attributes, of, frozen_too);
-    const Key mode = of == RNN ? which(find(attributes, MODE), {RNN_TANH, RNN_RELU}) : of;
-    if (!set_cell(mode)) return false;
+    const bool own = of == KEYS;
+    if (!(own ? set_own_cell(torch_class) : set_cell(of == RNN ? which(find(attributes, MODE), {RNN_TANH, RNN_RELU}) : of)))
+      return false;
     layers = number(attributes, NUM_LAYERS);
     if (layers < 1) return false;
     described.directions = 1 + flag(attributes, BIDIRECTIONAL);
     described.batch_first = flag(attributes, BATCH_FIRST);
     described.bias = flag(attributes, BIAS);
-    const int64_t projection = number(attributes, PROJ_SIZE);
+    const int64_t projection = own ? 0 : number(attributes, PROJ_SIZE);
     described.projected = projection > 0;
+    if (own) described.heads = number(attributes, NUM_HEADS);
     if (drops(attributes)) return false;
     PyObject *parameters = find(attributes, PARAMETERS), *names = find(attributes, FLAT_WEIGHTS_NAMES);
     if (!is_plain_dictionary(parameters) || !names || !PyList_Check(names)) return false;
     PyObject* pack = frozen_too ? find(attributes, PANELS) : nullptr;
-    if (!(pack ? read_pack(pack, parameters) : read_weights(attributes, parameters, names))) return false;
+    if (!(pack ? read_pack(pack, parameters) : read_weights(attributes, parameters, names, own))) return false;
     if (number(attributes, INPUT_SIZE) != sizes.input_size) return false;
     if (number(attributes, HIDDEN_SIZE) != sizes.hidden_size) return false;
     if (described.bias != sizes.layer.bias || described.projected != sizes.layer.projected) return false;  // what was packed
     if (described.projected && projection != sizes.output_size) return false;
     sizes.layer = described;
-    return !has_overrides(attributes, imported.of_layer, (pack != nullptr) + compressed, names);
+    const Imported::Overrides overrides{imported.of_layer.names, own ? -1 : imported.of_layer.made};
+    return !has_overrides(attributes, overrides, (pack != nullptr) + compressed, names);
   }
 
   // Whether it takes input and states of these shapes; they are of one kind, and states are contiguous.
-  bool takes(const View& x, Layout of, const View* h0, const View* c0, int64_t state_dims) {
+  bool takes(const View& x, Layout of, const States& states, int64_t state_dims) {
     if (x.dtype != given_dtype() || x.dims != (of == Layout::batch ? 2 : 3) || x.size(-1) != sizes.input_size) return false;
     if (x.numel() == 0 || (all_half && !x.is_contiguous())) return false;
     layout = of;
     batch = x.size(layout == Layout::time_batch ? 1 : 0);
-    return is_state(h0, sizes.output_size, state_dims) && is_state(c0, sizes.hidden_size, state_dims);
+    for (size_t i = 0; i < states.seen.size(); ++i)
+      if (!is_state(states.seen[i], i ? sizes.hidden_size : sizes.output_size, state_dims)) return false;
+    return true;
   }
-  bool is_state(const View* state, int64_t width, int64_t dims) const {
-    if (!state) return true;
-    const bool shaped = state->dims == dims && state->size(-1) == width && state->size(-2) == batch;
-    return shaped && state->dtype == given_dtype() && state->is_contiguous() &&
-           (dims == 2 || state->size(0) == layers * sizes.layer.directions);
+  bool is_state(const View& state, int64_t width, int64_t dims) const {
+    const bool shaped = state.dims == dims && state.size(-1) == width && state.size(-2) == batch;
+    return shaped && state.dtype == given_dtype() && state.is_contiguous() &&
+           (dims == 2 || state.size(0) == layers * sizes.layer.directions);
+  }
+
+  // Are there kernels? Those of a cell of one's own are compiled when first used, by the fallback.
+  bool is_compiled(bool training) const {
+    const auto has = [&](bool forward) { return unit_of(*sizes.layer.cell, sizes.dtype, forward).run != nullptr; };
+    return has(true) && (!training || has(false));
   }
 
   // Writes y, h_n and c_n (where the cell has it), which may be h0 and c0 where there is one step. Absent states are zero.
@@ -170,8 +224,9 @@ class Stack {
       initial(h0, &Record::h0, sizes.output_size);
       call.states(h_n, &Record::h_n, batch * sizes.output_size, layer, layers);
       if (sizes.layer.cell->states) {
-        initial(c0, &Record::c0, sizes.hidden_size);
-        call.states(*c_n, &Record::c_n, batch * sizes.hidden_size, layer, layers);
+        const int64_t width = sizes.layer.cell->states * sizes.hidden_size;
+        initial(c0, &Record::c0, width);
+        call.states(*c_n, &Record::c_n, batch * width, layer, layers);
       }
       View output = y;
       torch::stable::Tensor made;
@@ -232,6 +287,25 @@ class Stack {
     return std::any_of(objects.begin(), objects.begin() + count, wants);
   }
 
+  // A layer's weights as operators take them.
+  std::vector<Owned> weights_of(int64_t layer) const {
+    const size_t own = static_cast<size_t>(sizes.layer.cell->weights), each = sizes.layer.weights() + own;
+    std::vector<Owned> found;
+    for (int64_t d = 0; d < sizes.layer.directions; ++d) {
+      const Owned* first = &objects[static_cast<size_t>(layer * sizes.layer.directions + d) * each];
+      for (size_t i = 0; i < sizes.layer.weights(); ++i) {
+        found.push_back(kept(first[i].get()));
+        if (!own || i != Layer::B_IH) continue;
+        std::vector<Owned> parts;
+        parts.push_back(std::move(found.back()));
+        for (size_t k = 0; k < own; ++k) parts.push_back(kept(first[sizes.layer.weights() + k].get()));
+        found.back() = owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(std::move(parts)).get(), nullptr));
+        if (!found.back()) throw PythonError();
+      }
+    }
+    return found;
+  }
+
   double operations(const View& x) const {
     const auto rows = static_cast<double>(x.numel() / x.size(-1));
     const auto units = static_cast<double>(layers * sizes.layer.directions * sizes.layer.cell->gates * sizes.hidden_size);
@@ -254,6 +328,14 @@ class Stack {
                                                         {RNN_RELU, cell_of("RNN_RELU")}};
     for (const auto& [key, found] : cells)
       if (key == mode) described.cell = found;
+    return described.cell;
+  }
+  bool set_own_cell(PyObject* name) {
+    Py_ssize_t length = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(name, &length);
+    if (!text) throw PythonError();
+    const std::string_view wanted(text, static_cast<size_t>(length));
+    described.cell = find_cell([&](const Cell& c) { return wanted == c.name; });
     return described.cell;
   }
   static const Cell* cell_of(const char* mode) {
@@ -281,18 +363,18 @@ class Stack {
     return look_at_weights(attributes);
   }
 
-  // Of a layer: a flat list, whose members torch.nn's forward finds there and not among the parameters.
-  bool read_weights(PyObject* attributes, PyObject* parameters, PyObject* names) {
-    PyObject* flat = find(attributes, FLAT_WEIGHTS);
-    if (!flat || !PyList_Check(flat)) return false;
-    const Py_ssize_t count = PyList_Size(flat);
-    if (PyList_Size(names) != count) return false;
+  // Of a layer: by their names, and of torch.nn's from a flat list too, where its forward finds them.
+  bool read_weights(PyObject* attributes, PyObject* parameters, PyObject* names, bool own) {
+    PyObject* flat = own ? nullptr : find(attributes, FLAT_WEIGHTS);
+    const Py_ssize_t count = PyList_Size(names);
+    if (!own && (!flat || !PyList_Check(flat) || PyList_Size(flat) != count)) return false;
     Py_ssize_t place = 0;
     for (Py_ssize_t i = 0; i < count; ++i) {
-      PyObject *weight = PyList_GetItem(flat, i), *name = PyList_GetItem(names, i), *key, *parameter;
+      PyObject *name = PyList_GetItem(names, i), *key, *parameter;
       const bool in_order = PyDict_Next(parameters, &place, &key, &parameter) && key == name;
-      if (weight != (in_order ? parameter : find(parameters, name))) return false;
-      objects.push_back(kept(weight));
+      if (!in_order) parameter = find(parameters, name);
+      if (!parameter || parameter == Py_None || (flat && PyList_GetItem(flat, i) != parameter)) return false;
+      objects.push_back(kept(parameter));
     }
     return look_at_weights(attributes);
   }
@@ -311,7 +393,36 @@ class Stack {
     const bool half = !weights.empty() && weights[0].dtype == Dtype::bf16;
     compressed = half && find(attributes, COMPRESSED) == Py_True;
     all_half = half && !compressed;
-    return understand();
+    return (!described.cell->weights || join_own_weights()) && understand();
+  }
+
+  // Weights of the cell's own behind the biases of each direction.
+  bool join_own_weights() {
+    const size_t own = static_cast<size_t>(described.cell->weights), each = described.weights() + own;
+    if (!described.bias || weights.size() % each) return false;
+    Views joined;
+    for (size_t first = 0; first < weights.size(); first += each) {
+      const View *given = &weights[first], &biases = given[Layer::B_IH];
+      joined.insert(joined.end(), given, given + described.weights());
+      std::vector<char>& numbers = own_.emplace_front();
+      const auto append = [&](const View& v) {
+        if (v.dims != 1 || v.dtype != biases.dtype) return false;
+        const auto* begin = reinterpret_cast<const char*>(v.address);
+        numbers.insert(numbers.end(), begin, begin + v.numel() * bytes_of(v.dtype));
+        return true;
+      };
+      if (!append(biases)) return false;
+      for (size_t k = 0; k < own; ++k) {
+        const View& weight = given[described.weights() + k];
+        if (!append(weight) || weight.numel() * described.cell->gates != biases.numel()) return false;
+      }
+      own_size_ = static_cast<int64_t>(numbers.size()) / bytes_of(biases.dtype);
+      View& b_ih = joined[joined.size() - described.weights() + Layer::B_IH];
+      b_ih.address = reinterpret_cast<int64_t>(numbers.data());
+      b_ih.sizes = &own_size_;
+    }
+    weights = std::move(joined);
+    return true;
   }
 
   // The sizes, by the weights' own; false where they do not fit each other.
@@ -351,7 +462,8 @@ class Stack {
     const auto* headers = reinterpret_cast<const PackHeader*>(t.address);
     sizes = headers[0].sizes;
     if (headers[0].tier != tier - TIERS || headers[0].layers != layers) return false;
-    if (sizes.layer.cell != described.cell || sizes.layer.directions != described.directions) return false;
+    if (std::string_view(sizes.layer.cell->name) != described.cell->name) return false;  // it may have been added again since
+    if (sizes.layer.directions != described.directions || sizes.layer.heads != described.heads) return false;
     int64_t at = reinterpret_cast<int64_t>(headers + layers);
     for (int64_t layer = 0; layer < layers; ++layer) {
       packs.push_back({at, at + headers[layer].bytes});
@@ -373,7 +485,8 @@ class Stack {
   // A state of zeros, hidden or cell, which nobody writes.
   int64_t zeros(std::unique_ptr<char[]>& many) const {
     static const char few[64 << 10] = {};
-    const int64_t bytes = product({batch, std::max(sizes.hidden_size, sizes.output_size), bytes_of(sizes.dtype)});
+    const int64_t width = std::max(sizes.hidden_size * sizes.layer.cell->states, sizes.output_size);
+    const int64_t bytes = product({batch, width, bytes_of(sizes.dtype)});
     if (bytes <= static_cast<int64_t>(sizeof few)) return reinterpret_cast<int64_t>(few);
     if (!many) many = std::make_unique<char[]>(static_cast<size_t>(bytes));
     return reinterpret_cast<int64_t>(many.get());
@@ -382,6 +495,8 @@ class Stack {
   Layer described;  // by the module's attributes
   mutable Widened wide;
   Views weights;  // of each layer in turn
+  std::forward_list<std::vector<char>> own_;  // biases with the cell's own weights behind them,
+  int64_t own_size_ = 0;                      // so many numbers
   std::vector<Packs> packs;   // of each layer, in the place of weights
 };
 
@@ -389,17 +504,23 @@ class Stack {
 Results like(PyObject* x, const View& seen, const States& states) {
   Results results;
   results.like(x, seen);
-  if (states.h_or_none) results.like(states.objects[0].get(), states.h);
-  if (states.c_or_none) results.like(states.objects[1].get(), states.c);
+  for (size_t i = 0; i < states.seen.size(); ++i) results.like(states.objects[i].get(), states.seen[i]);
   return results;
 }
 
-void run(const Stack& stack, const View& x, const States& before, const View& y, const View& h_n, const View* c_n) {
-  run_unlocked(stack.operations(x), [&] { stack.run(x, before.h_or_none, before.c_or_none, y, h_n, c_n); });
+void run(const Stack& stack, const View& x, States& before, const View& y, States& after) {
+  run_unlocked(stack.operations(x), [&] {
+    before.reserve();
+    before.copy(true);
+    after.reserve();
+    stack.run(x, before.h_or_none, before.c_or_none, y, after.h, after.c_or_none);
+    after.copy(false);
+  });
 }
 
 bool input_wants_gradient(PyObject* x, const States& before) {
-  return wants_gradient(x) || wants_gradient(before.objects[0].get()) || wants_gradient(before.objects[1].get());
+  const auto wants = [](const Owned& state) { return wants_gradient(state.get()); };
+  return wants_gradient(x) || std::any_of(before.objects.begin(), before.objects.end(), wants);
 }
 
 // Has torch to differentiate this call, or its lowest layer? A frozen module has no gradients but its input's.
@@ -428,11 +549,10 @@ bool mixes(const View& x, const States& before, const View& y, const States& aft
          overlap(after.c, before.h) || other(after.h, before.h) || other(after.c, before.c);
 }
 
-// (y, h), or (y, (h, c)).
-Owned with_state(const Owned& y, const Owned& h, const Owned& c) {
-  if (!c) return owned(PyTuple_Pack(2, y.get(), h.get()));
-  const Owned state = owned(PyTuple_Pack(2, h.get(), c.get()));
-  return state ? owned(PyTuple_Pack(2, y.get(), state.get())) : nullptr;
+// (y, h), or (y, (h, c)), or with more states.
+Owned with_state(const Owned& y, std::vector<Owned> states) {
+  const Owned state = states.size() == 1 ? std::move(states[0]) : tuple_of(std::move(states));
+  return owned(PyTuple_Pack(2, y.get(), state.get()));
 }
 
 bool recompute_is_on() {
@@ -448,11 +568,10 @@ Owned differentiated(PyObject* function, const Stack& stack, int64_t layer, PyOb
   arguments.push_back(nullptr);
   arguments.push_back(std::move(states[0]));
   arguments.push_back(std::move(states[1]));
-  for (int i = 0; i < 2; ++i) arguments.push_back(nullptr);  // neither resets nor lengths
+  for (int i = 0; i < 4; ++i) arguments.push_back(nullptr);  // resets, lengths, mask, noise
   arguments.push_back(owned(PyUnicode_FromString(stack.sizes.layer.text().c_str())));
   arguments.push_back(owned(PyLong_FromLong(0)));
-  const size_t each = stack.objects.size() / static_cast<size_t>(stack.layers), first = static_cast<size_t>(layer) * each;
-  for (size_t i = first; i < first + each; ++i) arguments.push_back(kept(stack.objects[i].get()));
+  for (Owned& weight : stack.weights_of(layer)) arguments.push_back(std::move(weight));
   Owned results = owned(PyObject_CallObject(function, tuple_of(std::move(arguments)).get()));
   if (!results) throw PythonError();
   return results;
@@ -472,17 +591,36 @@ std::array<Owned, 2> zero_states(const Stack& stack, PyObject* x_object, const V
   };
   const LayerSizes& own = stack.sizes;
   states[0] = make(own.output_size);
-  if (own.layer.cell->states)
-    states[1] = own.hidden_size == own.output_size ? kept(states[0].get()) : make(own.hidden_size);
+  if (const int64_t width = own.layer.cell->states * own.hidden_size)
+    states[1] = width == own.output_size ? kept(states[0].get()) : make(width);
   return states;
+}
+
+// h, and the others side by side, as torch sees it.
+std::array<Owned, 2> together(const States& states) {
+  std::array<Owned, 2> found;
+  std::vector<Owned> others;
+  for (const Owned& state : states.objects) others.push_back(kept(state.get()));
+  found[0] = std::move(others.front());
+  others.erase(others.begin());
+  if (others.size() == 1) found[1] = std::move(others.front());
+  if (others.size() > 1) {
+    const Owned axis = owned(PyLong_FromLong(-1));
+    found[1] = owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(std::move(others)).get(), axis.get(), nullptr));
+    if (!found[1]) throw PythonError();
+  }
+  return found;
 }
 
 // All layers of a call that is differentiated.
 Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, const States& before) {
   const size_t kinds = stack.sizes.layer.cell->states ? 2 : 1;
   const int64_t D = stack.sizes.layer.directions;
-  std::array<Owned, 2> zeros;
-  if (!before.h_or_none) zeros = zero_states(stack, x_object, x, {D, stack.batch});
+  std::array<Owned, 2> zeros, given;
+  if (before.h_or_none)
+    given = together(before);
+  else
+    zeros = zero_states(stack, x_object, x, {D, stack.batch});
   Owned y = kept(x_object);
   std::vector<Owned> last[2];
   for (int64_t layer = 0; layer < stack.layers; ++layer) {
@@ -491,24 +629,30 @@ Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, cons
       if (zeros[i])
         states[i] = kept(zeros[i].get());
       else if (stack.layers == 1)
-        states[i] = kept(before.objects[i].get());
+        states[i] = kept(given[i].get());
       else
-        states[i] = owned(PyObject_CallMethod(before.objects[i].get(), "narrow", "iLL", 0, layer * D, D));
+        states[i] = owned(PyObject_CallMethod(given[i].get(), "narrow", "iLL", 0, layer * D, D));
     }
     PyObject* function = stack.sizes.half ? imported.apply_half : imported.apply;
     const Owned results = differentiated(function, stack, layer, y.get(), std::move(states));
     y = kept(PyTuple_GetItem(results.get(), 0));
     for (size_t i = 0; i < kinds; ++i) last[i].push_back(kept(PyTuple_GetItem(results.get(), static_cast<Py_ssize_t>(i + 1))));
   }
-  Owned joined[2];
+  std::vector<Owned> joined;
   for (size_t i = 0; i < kinds; ++i) {
     if (stack.layers == 1)
-      joined[i] = std::move(last[i][0]);
+      joined.push_back(std::move(last[i][0]));
     else
-      joined[i] = owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(std::move(last[i])).get(), nullptr));
+      joined.push_back(owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(std::move(last[i])).get(), nullptr)));
     if (!joined[i]) throw PythonError();
   }
-  return with_state(y, joined[0], joined[1]);
+  if (const int64_t others = stack.sizes.layer.cell->states; others > 1) {
+    const Owned parts = owned(PyObject_CallMethod(joined[1].get(), "chunk", "Li", static_cast<long long>(others), -1));
+    if (!parts) throw PythonError();
+    joined.pop_back();
+    for (Py_ssize_t i = 0; i < others; ++i) joined.push_back(kept(PyTuple_GetItem(parts.get(), i)));
+  }
+  return with_state(y, std::move(joined));
 }
 
 }  // namespace
@@ -522,23 +666,24 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
-    const bool pair = stack.sizes.layer.cell->states > 0;
-    if (!before.read(args[3], pair)) return nullptr;
-    if (!stack.takes(x, stack.sequence_layout(), before.h_or_none, before.c_or_none, 3)) return nullptr;
-    if (differentiates(stack, x_object, before)) {
+    if (!before.read(args[3], stack.sizes.layer.cell->states)) return nullptr;
+    if (!stack.takes(x, stack.sequence_layout(), before, 3)) return nullptr;
+    const bool training = differentiates(stack, x_object, before);
+    if (!stack.is_compiled(training)) return nullptr;
+    if (training) {
       if (stack.frozen || args[4] != Py_False || recompute_is_on()) return nullptr;
       // Layers below the first that is differentiated keep nothing: the fallback asks each.
       if (stack.layers > 1 && !lowest_differentiates(stack, x_object, before)) return nullptr;
       return differentiated(stack, x_object, x, before);
     }
     const int64_t D = stack.sizes.layer.directions, B = stack.batch, R = stack.sizes.output_size;
-    View y, h_n, c_n;
+    View y;
+    States after;
     Results results = like(x_object, x, before);
-    Owned h_object = results.make({stack.layers * D, B, R}, x.dtype, h_n);
+    after.make(results, {stack.layers * D, B, R}, stack.sizes, x.dtype);
     Owned y_object = results.make({x.size(0), x.size(1), D * R}, x.dtype, y);
-    Owned c_object = pair ? results.make({stack.layers * D, B, stack.sizes.hidden_size}, x.dtype, c_n) : nullptr;
-    run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
-    return with_state(y_object, h_object, c_object);
+    run(stack, x, before, y, after);
+    return with_state(y_object, std::move(after.objects));
   });
 }
 
@@ -547,33 +692,33 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *attributes = args[0], *x_object = args[2], *out = args[4];
     Stack stack;
-    View x, y, h_n, c_n;
+    View x, y;
     States before, after;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.sizes.layer.directions != 1) return nullptr;
-    const bool pair = stack.sizes.layer.cell->states > 0;
-    if (!before.read(args[3], pair)) return nullptr;
-    if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 3)) return nullptr;
+    const int64_t others = stack.sizes.layer.cell->states;
+    if (!before.read(args[3], others) || !stack.takes(x, Layout::batch, before, 3) || !stack.is_compiled(false)) return nullptr;
     const int64_t B = stack.batch, R = stack.sizes.output_size;
     if (out != Py_None) {
-      if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), pair)) return nullptr;
+      if (others > 1) return nullptr;
+      if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), others)) return nullptr;
       if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || mixes(x, before, y, after)) return nullptr;
-      if (!stack.takes(x, Layout::batch, after.h_or_none, after.c_or_none, 3) || !stack.is_state(&y, R, 2)) return nullptr;
-      PyObject *y_object = PyTuple_GetItem(out, 0), *h_object = after.objects[0].get(), *c_object = after.objects[1].get();
-      const bool watched_by_autograd = wants_gradient(y_object) || wants_gradient(h_object) || wants_gradient(c_object);
-      if (aoti_torch_grad_mode_is_enabled() && watched_by_autograd) return nullptr;
-      const Owned written = owned(pair ? PyTuple_Pack(3, y_object, h_object, c_object) : PyTuple_Pack(2, y_object, h_object));
-      if (!written) throw PythonError();
-      run(stack, x, before, y, after.h, after.c_or_none);
+      if (!stack.takes(x, Layout::batch, after, 3) || !stack.is_state(y, R, 2)) return nullptr;
+      if (aoti_torch_grad_mode_is_enabled() && input_wants_gradient(PyTuple_GetItem(out, 0), after)) return nullptr;
+      std::vector<Owned> places;
+      places.push_back(kept(PyTuple_GetItem(out, 0)));
+      for (const Owned& state : after.objects) places.push_back(kept(state.get()));
+      const Owned written = tuple_of(std::move(places));
+      run(stack, x, before, y, after);
       // So that autograd notices if one of them was kept for a backward pass.
       if (!owned(PyObject_CallFunctionObjArgs(imported.increment_version, written.get(), nullptr))) throw PythonError();
       return kept(out);
     }
     Results results = like(x_object, x, before);
-    Owned h_object = results.make({stack.layers, B, R}, x.dtype, h_n), y_object = results.make({B, R}, x.dtype, y);
-    Owned c_object = pair ? results.make({stack.layers, B, stack.sizes.hidden_size}, x.dtype, c_n) : nullptr;
-    run(stack, x, before, y, h_n, pair ? &c_n : nullptr);
-    return with_state(y_object, h_object, c_object);
+    after.make(results, {stack.layers, B, R}, stack.sizes, x.dtype);
+    Owned y_object = results.make({B, R}, x.dtype, y);
+    run(stack, x, before, y, after);
+    return with_state(y_object, std::move(after.objects));
   });
 }
 
@@ -582,15 +727,15 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *attributes = args[0], *x_object = args[2];
     Stack stack;
-    View x, h, c;
-    States before;
+    View x;
+    States before, after;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1])) return nullptr;
     const bool pair = stack.sizes.layer.cell->states > 0;
-    if (!before.read(args[3], pair)) return nullptr;
+    if (!before.read(args[3], pair)) return nullptr;  // torch.nn's cells have no more
     // torch.nn makes absent states of the size that the module says it has
     if (!before.h_or_none && number(attributes, HIDDEN_SIZE) != stack.sizes.hidden_size) return nullptr;
-    if (!stack.takes(x, Layout::batch, before.h_or_none, before.c_or_none, 2)) return nullptr;
+    if (!stack.takes(x, Layout::batch, before, 2)) return nullptr;
     if (differentiates(stack, x_object, before)) {
       if (stack.frozen || stack.sizes.half || recompute_is_on()) return nullptr;
       std::array<Owned, 2> states;
@@ -600,10 +745,9 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
       return pair ? std::move(results) : kept(PyTuple_GetItem(results.get(), 0));
     }
     Results results = like(x_object, x, before);
-    Owned h_object = results.make({stack.batch, stack.sizes.output_size}, x.dtype, h);
-    Owned c_object = pair ? results.make({stack.batch, stack.sizes.hidden_size}, x.dtype, c) : nullptr;
-    run(stack, x, before, h, h, pair ? &c : nullptr);  // the output is the state
-    return pair ? owned(PyTuple_Pack(2, h_object.get(), c_object.get())) : std::move(h_object);
+    after.make(results, {stack.batch, stack.sizes.output_size}, stack.sizes, x.dtype);
+    run(stack, x, before, after.h, after);  // the output is the state
+    return pair ? tuple_of(std::move(after.objects)) : std::move(after.objects[0]);
   });
 }
 

@@ -73,7 +73,7 @@ bool make_keys() {
   // clang-format off
   static const char* const KEY_NAMES[KEYS] = {
     "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "RNN_TANH", "RNN_RELU", "tanh", "relu",
-    "mode", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "bidirectional", "batch_first", "dropout",
+    "mode", "input_size", "hidden_size", "proj_size", "num_heads", "num_layers", "bias", "bidirectional", "batch_first", "dropout",
     "training", "nonlinearity", "_flat_weights", "_flat_weights_names", "_parameters", "_fastrnn_panels", "_fastrnn_compressed",
     "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "is_neg", "requires_grad", "_cdata", "_current_level"
   };

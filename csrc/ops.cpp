@@ -64,7 +64,7 @@ class Copies {
   // gradients: which of them are asked for, in backward.
   Inputs inputs(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0, const MaybeTensor& c0,
                 const Tensors& weights, const std::string& text, const MaybeTensor& resets, const MaybeTensor& lengths,
-                const Gradients* gradients = nullptr) {
+                const MaybeTensor& mask, const MaybeTensor& noise, const Gradients* gradients = nullptr) {
     const auto layer = Layer::of(text);
     STD_TORCH_CHECK(layer, "fastrnn: unknown layer '", text, "'");
     STD_TORCH_CHECK(batch_sizes || x.dim() == 3, "fastrnn: x has ", x.dim(), " dimensions");
@@ -79,6 +79,8 @@ class Copies {
     seen.c0 = contiguous(c0);
     if (resets) seen.resets = view(*resets);
     seen.lengths = contiguous(lengths);
+    seen.mask = contiguous(mask);
+    if (noise) seen.noise = rows(*noise);
     for (size_t i = 0; i < weights.size(); ++i) seen.weights.push_back(contiguous(weights[i], reads.weight(layer->weight(i))));
     return seen;
   }
@@ -118,9 +120,10 @@ class Outputs {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const MaybeTensor& batch_sizes, const Tensor& h0,
                                                          const MaybeTensor& c0, const Tensors& weights, const std::string& text,
-                                                         bool save, const MaybeTensor& resets, const MaybeTensor& lengths) {
+                                                         bool save, const MaybeTensor& resets, const MaybeTensor& lengths,
+                                                         const MaybeTensor& mask, const MaybeTensor& noise) {
   Copies copies;
-  const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text, resets, lengths);
+  const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text, resets, lengths, mask, noise);
   Outputs<FORWARD_RESULTS> results(inputs.x.dtype);
   forward_call(inputs, save, results.make()).run(true);
   return {results.take(Y), results.take(H_N), results.take(C_N), results.take(SAVED)};
@@ -132,12 +135,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy
                                                            const MaybeTensor& c0, const Tensors& weights, const Tensor& y,
                                                            const Tensor& saved, const std::string& text,
                                                            const std::vector<bool>& needs, const MaybeTensor& resets,
-                                                           const MaybeTensor& lengths) {
+                                                           const MaybeTensor& lengths, const MaybeTensor& mask,
+                                                           const MaybeTensor& noise) {
   STD_TORCH_CHECK(needs.size() == 3, "fastrnn: needs has ", needs.size(), " members, expected those of dx, dh0 and dw");
   Copies copies;
   const View of_y = copies.rows(y), outer = dy ? copies.rows_of_gradient(*dy) : copies.zeros_like(of_y);
   const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), needs[0], needs[1], needs[2]};
-  const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text, resets, lengths, &gradients);
+  const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text, resets, lengths, mask, noise, &gradients);
   Outputs<BACKWARD_RESULTS> results(inputs.x.dtype);
   backward_call(inputs, gradients, of_y, copies.contiguous(saved), results.make()).run(false);
   return {results.take(DX), results.take(DH0), results.take(DC0), results.take_weights(inputs.layer, weights.size())};

@@ -104,7 +104,7 @@ PyObject* expect(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// add_cell(name, (gates, slots, states, weights), addresses of each unit's run and arrange or 0): its kernels run
+// add_cell(name, (gates, slots, states, weights, noise), addresses of each unit's run and arrange or 0): its kernels run
 // from now on. Of cells of one name the one that was added last is found.
 PyObject* add_cell(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
@@ -122,6 +122,7 @@ PyObject* add_cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     added->slots = number(args[1], 1);
     added->states = number(args[1], 2);
     added->weights = number(args[1], 3);
+    added->noise = number(args[1], 4);
     for (size_t i = 0; i < added->units.size(); ++i) {
       const auto at = static_cast<Py_ssize_t>(2 * i);
       added->units[i].run = reinterpret_cast<void (*)(int64_t, int64_t)>(number(args[2], at));

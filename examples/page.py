@@ -149,7 +149,8 @@ class Page:
         scale, unit = (100.0, " %") if unit == "%" else (1.0, f" {unit}" if unit else "")
         others = ", ".join(f"{name} {other * scale:.4g}{unit}" for name, other in baselines.items())
         better = all(value < other if lower else value > other for other in baselines.values())
-        verdict = "beats the baseline" if better else "does not beat the baseline"
+        worse = "does not beat the baseline" + self.pick("", ", which takes a run without --quick")
+        verdict = "beats the baseline" if better else worse
         print(f"{metric}: {value * scale:.4g}{unit} ({others}): {verdict}")
 
     def save(self, figure: Figure) -> None:

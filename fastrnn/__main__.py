@@ -13,6 +13,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(aligned(info()))
         return 0
     if options.command == "compile":
-        return compile_cells(options.cells, options.dtype, parser)
+        return compile_cells(options, parser)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda was asked for, but torch finds no GPU here")
     try:
@@ -80,13 +81,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     compiled.add_argument("cells", nargs="+", metavar="package.module:name", help="a cell that fastrnn.cell has made")
     compiled.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default %(default)s)")
+    compiled.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="copy them there: cells find them in the directory fastrnn_kernels beside their module",
+    )
+    compiled.add_argument(
+        "--tiers", metavar="NAMES", help="of processors, with commas, or all; with --output (default: this processor's)"
+    )
     return parser
 
 
-def compile_cells(names: Sequence[str], dtype: str, parser: argparse.ArgumentParser) -> int:
-    """Fill the user's cache with the kernels of cells, by the names under which they are imported."""
+def compile_cells(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Fill the user's cache, and a directory, with the kernels of cells, by the names under which they are imported."""
+    from fastrnn.kernels.cpu import fallback, processor
+    from fastrnn.kernels.cpu.source import shipped_directory
+
+    known = {tier.name: tier for tier in processor.tiers()}
+    own = cpu.load()[1].name
+    tiers = [*known] if options.tiers == "all" else (options.tiers or own).split(",")
+    if unknown := [name for name in tiers if name not in known]:
+        parser.error(f"argument --tiers: expected all, or some of {','.join(known)}, got {unknown[0]!r}")
+    if options.tiers and not options.output:
+        parser.error("argument --tiers: expected --output too; the cache is this processor's")
     sys.path.insert(0, os.getcwd())
-    for name in names:
+    scalar, passes = "f64" if options.dtype == "float64" else "f32", ("forward", "backward")
+    for name in options.cells:
         module, _, attribute = name.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
@@ -94,8 +115,18 @@ def compile_cells(names: Sequence[str], dtype: str, parser: argparse.ArgumentPar
             parser.error(f"argument package.module:name: {name}: {error}")
         if not isinstance(found, CellFunction):
             parser.error(f"argument package.module:name: {name}: expected a cell that fastrnn.cell has made, got {found!r}")
-        cpu.prepare_cell(found.definition.name, DTYPES[dtype], True)
-        print(f"{name}: forward and backward, {dtype}, are in {_cache()}")
+        cell = found.definition.name
+        if not options.output:
+            cpu.prepare_cell(cell, DTYPES[options.dtype], True)
+            print(f"{name}: forward and backward, {options.dtype}, are in {_cache()}")
+        for tier in (known[tier] for tier in tiers if options.output):
+            fallback.compile_units(cell, scalar, passes, tier)
+            directory = shipped_directory(options.output, tier.name)
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in (path for which in passes for path in fallback.objects(tier, (cell, scalar, which))):
+                if path.parent != directory:
+                    shutil.copy(path, directory)
+            print(f"{name}: forward and backward, {options.dtype}, for {tier.name}, are in {directory}")
     return 0
 
 

@@ -27,11 +27,11 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 
 from fastrnn import checkpoint, dispatch, ops
-from fastrnn.kernels import gradients, reference
+from fastrnn.kernels import gpu, gradients, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, layer_of
 
-_OPTIONS, _WEIGHTS = 6, 8  # the places of the layer's text and of the first weight among the arguments of a Function
+_OPTIONS, _WEIGHTS = 8, 10  # the places of the layer's text and of the first weight among the arguments of a Function
 
 
 def run_layer(
@@ -41,7 +41,10 @@ def run_layer(
 
     of_cell: it is an LSTMCell's step and the like, whose results have dtypes of their own under autocast.
     """
-    if inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
+    if getattr(inputs.x, gpu.HERE):
+        if torch.is_autocast_enabled("cuda"):
+            return _under_autocast(inputs, weights, layer, of_cell)
+    elif inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
         return _in_float32(inputs, weights, layer, of_cell)
     wanted, text = torch.is_grad_enabled() and _requires_grad(*inputs, *weights), layer.text()
     segments = 0
@@ -54,6 +57,27 @@ def run_layer(
     else:
         y, h_n, c_n, _ = ops.forward(inputs, weights, text, False)
     return y, h_n, None if inputs.c0 is None else c_n
+
+
+def run_states(inputs: Inputs, weights: Sequence[Tensor], layer: Layer) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`run_layer` without recompute mode, and the states but h after every step [D, N, S * H], rows step-major or packed."""
+    if inputs.c0 is None:
+        return *run_layer(inputs, weights, layer), None
+    if inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.x.dtype
+        with torch.autocast("cpu", enabled=False):
+            found = run_states(_cast(inputs), [weight.float() for weight in weights], layer)
+        y, h_n, c_n, states = (_to(each, dtype) for each in found)
+        return y, h_n, c_n, states
+    wanted, text = torch.is_grad_enabled() and _requires_grad(*inputs, *weights), layer.text()
+    if wanted and not (torch.compiler.is_compiling() or dispatch.watched()):
+        y, h_n, c_n, states = StatesFunction.apply(*inputs, text, 0, *weights)
+        return y, h_n, c_n, states
+    if wanted or dispatch.forward_mode() or torch._C._are_functorch_transforms_active():
+        y, h_n, c_n, saved = reference.layer_forward(inputs, weights, layer, True)
+    else:
+        y, h_n, c_n, saved = ops.forward(inputs, weights, text, True)
+    return y, h_n, c_n, reference.carried_states(inputs, layer, saved)
 
 
 def _in_float32(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell: bool):
@@ -78,10 +102,21 @@ def _in_float32(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell
         return _to(y, dtype), _to(h_n, dtype), None if inputs.c0 is None else _to(c_n, dtype)
 
 
-def _cast(inputs: Inputs) -> Inputs:
-    """The same in float32, whatever it was."""
-    x, batch_sizes, h0, c0, *more = inputs
-    return Inputs(_to(x, torch.float32), batch_sizes, _to(h0, torch.float32), _to(c0, torch.float32), *more)
+def _under_autocast(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell: bool):
+    """`run_layer` under autocast on a GPU: layers in float16, whatever autocast's dtype is, and a cell's step in that.
+
+    So torch does, in aten/src/ATen/cudnn/AutocastRNN.cpp and with its list of what is cast, autocast_mode.h.
+    """
+    dtype = torch.get_autocast_dtype("cuda") if of_cell else torch.float16
+    with torch.autocast("cuda", enabled=False):
+        return run_layer(_cast(inputs, dtype), [_to(weight, dtype) for weight in weights], layer)
+
+
+def _cast(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:
+    """The same in one dtype, whatever it was."""
+    x, batch_sizes, h0, c0, resets, lengths, mask, noise = inputs
+    x, h0, c0, mask, noise = (_to(tensor, dtype) for tensor in (x, h0, c0, mask, noise))
+    return Inputs(x, batch_sizes, h0, c0, resets, lengths, mask, noise)
 
 
 def _cast_vectors(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -130,7 +165,7 @@ def _backward_kernel(op, checkpointed: bool):
     """Make the kernel for autograd of layer_backward, or of checkpoint_backward."""
 
     def kernel(keys, *arguments):
-        given = 13 if checkpointed else 12  # but for resets and lengths
+        given = 13 if checkpointed else 12  # but for the inputs that have defaults
         outer, (weights, y, saved, text, *last) = Outer(*arguments[:3]), arguments[7:given]
         inputs = Inputs(*arguments[3:7], *arguments[given:])
         wanted = torch.is_grad_enabled() and _requires_grad(*outer, *inputs, *weights)
@@ -213,7 +248,7 @@ class LayerFunction(_Function):
         else:
             dx, dh0, dc0, dw = _backward_by_operators(outer, inputs, weights, y, saved, text, segments, needs)
         dh0, dc0 = (dh0, None if inputs.c0 is None else dc0) if any(states) else (None, None)
-        return dx if need_dx else None, None, dh0, dc0, *[None] * 4, *(dw if need_dw else [None] * len(weights))
+        return dx if need_dx else None, None, dh0, dc0, *[None] * 6, *(dw if need_dw else [None] * len(weights))
 
 
 def _forward_by_operators(inputs: tuple) -> tuple[Tensor, ...]:
@@ -247,7 +282,7 @@ def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor, eager: bool) -> None:
         ctx.apart = None
         ctx.save_for_backward(*inputs[:_OPTIONS], y, saved, *inputs[_WEIGHTS:])
         return
-    one_step = y.numel() == inputs[2].numel()  # of h0
+    one_step = bool(y.numel() == inputs[2].numel())  # of h0; sizes may be symbols, whose truth no cache of torch 2.10 finds
     unneeded, *selectors = _unneeded(ctx.needs_input_grad, inputs[_OPTIONS], one_step)
     if unneeded and unneeded[0] < _WEIGHTS:
         # An input that is no leaf may become a function of the output, in place, and a reference from here would be a cycle.
@@ -372,6 +407,36 @@ def _outer_levels() -> Iterator[None]:
         yield
 
 
+class StatesFunction(_Function):
+    """`LayerFunction` of a cell with states but h, whose last output is these after every step; without recompute mode.
+
+    A gradient of that output is carried back by gradients.py, which takes longer.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = dispatch.native and dispatch.native.layer_forward(inputs)
+        y, h_n, c_n, saved = (output or _forward_by_operators(inputs))[:4]
+        _keep(ctx, inputs, y, saved, bool(output))
+        return y, h_n, c_n, reference.carried_states(Inputs(*inputs[:_OPTIONS]), layer_of(inputs[_OPTIONS]), saved).clone()
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, d_states):
+        outer, kept = Outer(dy, dh_n, dc_n), _kept(ctx)
+        if d_states is None:
+            return LayerFunction.gradients(ctx, outer, kept)
+        _check_apart(ctx)
+        *tensors, y, saved = kept[:_WEIGHTS]
+        inputs, weights, layer = Inputs(*tensors), kept[_WEIGHTS:], layer_of(ctx.options[0])
+        if torch.is_grad_enabled() or mapped_by_old_vmap((*outer, d_states)):
+            y, _, _, saved = reference.layer_forward(inputs, weights, layer, True)
+        need_dx, _, *states = ctx.needs_input_grad[:4]
+        needs = Needs(need_dx, any(states), any(ctx.needs_input_grad[_WEIGHTS:]))
+        dx, dh0, dc0, dw = gradients.layer_backward(outer, inputs, weights, y, saved, layer, needs, d_states)
+        of_states = (dh0, dc0) if needs.dh0 else (None, None)
+        return dx if need_dx else None, None, *of_states, *[None] * (_WEIGHTS - 4), *(dw if needs.dw else [None] * len(weights))
+
+
 class HalfFunction(_Function):
     """`LayerFunction` of matrices in bfloat16, all else in any dtype: in float32, each result and gradient rounded once."""
 
@@ -399,7 +464,7 @@ class HalfFunction(_Function):
         dispatch.check_memory(*outer, *kept)
         *tensors, y, saved = kept[:_WEIGHTS]
         inputs, weights = Inputs(*tensors), list(kept[_WEIGHTS:])
-        dtypes = inputs.x.dtype, None, inputs.h0.dtype, inputs.h0.dtype, *[None] * 4, *[weight.dtype for weight in weights]
+        dtypes = inputs.x.dtype, None, inputs.h0.dtype, inputs.h0.dtype, *[None] * 6, *[weight.dtype for weight in weights]
         plain = not (dispatch.forward_mode() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
         if not plain or mapped_by_old_vmap(outer):
             weights = [weight.float() for weight in weights]
@@ -439,16 +504,16 @@ class BackwardFunction(_Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        outer, inputs = Outer(*arguments[:3]), Inputs(*arguments[3:9])
-        (y, saved, text, segments, needs), weights = arguments[9:14], arguments[14:]
+        outer, inputs = Outer(*arguments[:3]), Inputs(*arguments[3:11])
+        (y, saved, text, segments, needs), weights = arguments[11:16], arguments[16:]
         ctx.options = text, segments, needs
         ctx.save_for_backward(*outer, *inputs, y, saved, *weights)
         ctx.set_materialize_grads(False)
         need_dx, need_dh0, need_dw = needs
-        needed = need_dx, False, need_dh0, need_dh0, *(False,) * 4, *(need_dw,) * len(weights)
+        needed = need_dx, False, need_dh0, need_dh0, *(False,) * 6, *(need_dw,) * len(weights)
         found = _runtime_backward(outer, (*inputs, y, saved, *weights), (text, segments), needed)
         if found is not None:
-            dx, _, dh0, dc0, _, _, _, _, *dw = found
+            (dx, _, dh0, dc0), dw = found[:4], found[_WEIGHTS:]
             empty = inputs.x.new_empty(0)
             return *(empty if grad is None else grad for grad in (dx, dh0, dc0)), *(dw if need_dw else ())
         with _outer_levels():
@@ -457,10 +522,10 @@ class BackwardFunction(_Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        *tensors, y, saved = ctx.saved_tensors[:11]
-        outer, inputs, weights = Outer(*tensors[:3]), Inputs(*tensors[3:]), ctx.saved_tensors[11:]
+        *tensors, y, saved = ctx.saved_tensors[:13]
+        outer, inputs, weights = Outer(*tensors[:3]), Inputs(*tensors[3:]), ctx.saved_tensors[13:]
         if all(grad is None for grad in grads):
-            return (None,) * (14 + len(weights))
+            return (None,) * (16 + len(weights))
         (text, segments, (need_dx, need_dh0, need_dw)), (ddx, ddh0, ddc0, *ddw) = ctx.options, grads
         v = ddx if need_dx else None, *((ddh0, ddc0) if need_dh0 else (None, None)), ddw if need_dw else None
         # y and saved are functions of the rest, and their share of a third derivative is taken through it
@@ -468,7 +533,7 @@ class BackwardFunction(_Function):
             y, _, _, saved = reference.layer_forward(inputs, weights, layer_of(text), True)
         elif segments:
             y, _, _, saved = ops.forward(inputs, weights, text, True)
-        need_dw = any(ctx.needs_input_grad[14:]) and _asks_for_any(ctx, len(weights), y.numel())
+        need_dw = any(ctx.needs_input_grad[16:]) and _asks_for_any(ctx, len(weights), y.numel())
         needs = Needs(ctx.needs_input_grad[3], True, need_dw)
         outer, inputs, dw = gradients.layer_double_backward(v, outer, inputs, weights, y, saved, layer_of(text), needs)
         return *outer, *inputs, *(None,) * 5, *(dw or (None,) * len(weights))

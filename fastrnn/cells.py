@@ -112,7 +112,7 @@ class CellFunction:
         self._function = function
         try:
             self.definition = cells.define(function, _kinds(function))
-        except (Refused, TypeError) as error:
+        except (TypeError, ArithmeticError, ValueError) as error:  # Refused is a TypeError
             raise _located(function, error) from error
         reference.register(self.definition)
         traced = self.definition.derived.definition
@@ -167,6 +167,8 @@ def _kinds(function: Callable[..., Any]) -> dict[str, str]:
     """Return the kind of each argument that has one, and see that the others are constants."""
     if not inspect.isfunction(function) or function.__name__ == "<lambda>":
         raise Refused(f"expected a function with a name, got {function!r}: write def")
+    if function.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_GENERATOR):
+        raise Refused("async def, or yield: a cell's function returns the values of one step; write def and return")
     elementary = {*symbols.NUMBERS, *reference.NAMES, *gradients.FUSED}
     if function.__name__ in elementary:
         raise Refused(f"{function.__name__}: the name is that of an operation that cells are made of; write another")
@@ -200,10 +202,14 @@ def _kinds(function: Callable[..., Any]) -> dict[str, str]:
     return found
 
 
-def _located(function: Callable[..., Any], error: TypeError) -> Refused:
+def _located(function: Callable[..., Any], error: Exception) -> Refused:
     """Return the error with the line of the function, or of what it calls, where it came up."""
     place, trace = getattr(function, "__code__", None), error.__traceback__
-    words = str(error) if isinstance(error, Refused) else f"{error}; use + - * / and functions of fastrnn.cells"
+    words = str(error)
+    if isinstance(error, (ArithmeticError, ValueError)):
+        words += "; a constant is a finite number"
+    elif not isinstance(error, Refused):
+        words += "; use + - * / and functions of fastrnn.cells"
     if place is None:
         return Refused(words)
     file, line, inside = place.co_filename, place.co_firstlineno, False

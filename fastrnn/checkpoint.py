@@ -101,11 +101,9 @@ def bounds(offsets: Sequence[int], segments: int) -> list[int]:
     return [*found, steps]
 
 
-def forward(
-    x, batch_sizes, h0, c0, weights, text, segments, resets=None, lengths=None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(x, batch_sizes, h0, c0, weights, text, segments, *more) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op checkpoint_forward, see ops.py."""
-    inputs, layer = Inputs(x, batch_sizes, h0, c0, resets, lengths), layer_of(text)
+    inputs, layer = Inputs(x, batch_sizes, h0, c0, *more), layer_of(text)
     D, B, R = h0.shape
     kept = x.new_empty((0,) if c0 is None else (D, segments - 1, B, c0.shape[2]))
     if kept.numel() == 0:
@@ -120,7 +118,7 @@ def forward(
                 kept[d, k - 1] = c_n[d]
             b = steps.sizes[start]
             h, c = h_n[d : d + 1, :b], c_n[d : d + 1, :b]
-            part, h_last, c_last, _ = _layer_forward(steps.inputs(start, stop, h, c), own_weights, own.text(), False)
+            part, h_last, c_last, _ = _layer_forward(steps.inputs(d, start, stop, h, c), own_weights, own.text(), False)
             steps.part(y, start, stop).narrow(-1, d * R, R).copy_(part)
             h.copy_(h_last)
             c.copy_(c_last)
@@ -128,10 +126,10 @@ def forward(
 
 
 def backward(
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, segments, needs, resets=None, lengths=None
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, segments, needs, *more
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The op checkpoint_backward, see ops.py."""
-    inputs, layer, (need_dx, need_dh0, need_dw) = Inputs(x, batch_sizes, h0, c0, resets, lengths), layer_of(text), needs
+    inputs, layer, (need_dx, need_dh0, need_dw) = Inputs(x, batch_sizes, h0, c0, *more), layer_of(text), needs
     if segments == 1:
         saved = _layer_forward(inputs, weights, text, True)[3]
         return _layer_backward(Outer(dy, dh_n, dc_n), inputs, weights, y, saved, text, needs)
@@ -153,7 +151,7 @@ def backward(
             b = steps.sizes[start]
             h = steps.before(y_own, h0[d : d + 1], start, stop, own.reverse) if k > 0 else h0[d : d + 1, :b]
             c = None if c0 is None else kept[d, k - 1 : k, :b] if k > 0 else c0[d : d + 1, :b]
-            part, need_states = steps.inputs(start, stop, h, c), need_dh0 or k > 0
+            part, need_states = steps.inputs(d, start, stop, h, c), need_dh0 or k > 0
             saved = _layer_forward(part, own_weights, own.text(), True)[3]
             dh_here, dc_here = dh[d : d + 1, :b], None if c0 is None else dc[d : d + 1, :b]
             outer = Outer(None if dy_own is None else steps.part(dy_own, start, stop), dh_here, dc_here)
@@ -201,16 +199,19 @@ class _Segments(Steps):
 
     def __init__(self, layer: Layer, inputs: Inputs) -> None:
         super().__init__(layer, inputs)
-        self.x = inputs.x
+        self.x, self.mask = inputs.x, inputs.mask
 
     def segments(self, count: int, backwards: bool) -> list[tuple[int, int]]:
         """First step and the one past the last of each segment, in the order they run."""
         found = list(pairwise(bounds(self.offsets, count)))
         return found[::-1] if backwards else found
 
-    def inputs(self, start: int, stop: int, h: Tensor, c: Tensor | None) -> Inputs:
-        """What a layer is given that runs these steps from these states."""
-        return Inputs(self.part(self.x, start, stop), None if self.batch_sizes is None else self.batch_sizes[start:stop], h, c)
+    def inputs(self, d: int, start: int, stop: int, h: Tensor, c: Tensor | None) -> Inputs:
+        """What a layer is given that runs these steps from these states, in direction d."""
+        x, sizes = self.part(self.x, start, stop), None if self.batch_sizes is None else self.batch_sizes[start:stop]
+        mask = None if self.mask is None else self.mask[d : d + 1, : h.shape[1]]
+        noise = None if self.noise is None else self.part(self.noise, start, stop).chunk(self.directions, -1)[d]
+        return Inputs(x, sizes, h, c, mask=mask, noise=noise)
 
     def before(self, y: Tensor, h0: Tensor, start: int, stop: int, backwards: bool) -> Tensor:
         """h [1, B, R] of the rows of a segment, not the first to run, before it; y of its direction, h0 [1, B, R]."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastrnn import features
 from fastrnn.derived import converted_class, original_class, set_class
 from fastrnn.frozen import thaw
 from fastrnn.modules import DROP_INS, mark_compressed
@@ -56,8 +57,11 @@ def revert(model: M) -> M:
         `model`.
 
     Raises:
-        RuntimeError: as `fastrnn.thaw`.
+        RuntimeError: as `fastrnn.thaw`; or a layer has what torch.nn's have not, such as heads.
     """
+    for module in model.modules():
+        if getattr(module, "_fastrnn_features", False) and original_class(type(module)) is not type(module):
+            raise RuntimeError(f"revert: torch.nn's {type(module).__name__} has no {features.described(module)[2:]}")
     for module in thaw(model).modules():
         set_class(module, original_class(type(module)))
     return model

@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import checkpoint
+from fastrnn import checkpoint, features
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Layer
@@ -43,6 +43,7 @@ _PLAIN = frozenset((Tensor, nn.Parameter, FakeTensor, FunctionalTensor))
 HALF = frozenset((torch.float16, torch.bfloat16))
 _AUTOCAST = HALF | {torch.float32}  # what autocast casts
 _CPU_DTYPES = (*cpu.DTYPES, *sorted(HALF, key=str))
+_GPU_DTYPES = (*gpu.DTYPES, torch.float64)  # the last through the reference
 # Where one of these returns something true, somebody watches calls from outside, who would not see those on the fast path.
 _WATCHERS = (
     torch._C._get_tracing_state,
@@ -69,7 +70,11 @@ def layer_of_module(module: Any) -> Layer:
     cell = BY_MODE[mode_of(module)]
     if not isinstance(module, nn.RNNBase):
         return Layer(cell, bias=module.bias)
-    return Layer(cell, 1 + module.bidirectional, module.bias, module.proj_size > 0, False, module.batch_first)
+    layer = Layer(cell, 1 + module.bidirectional, module.bias, module.proj_size > 0, False, module.batch_first)
+    if not getattr(module, "_fastrnn_features", False):
+        return layer
+    heads: Any = module.num_heads
+    return layer._replace(cell=features.cell_name(module), heads=heads)
 
 
 def watched() -> bool:
@@ -100,7 +105,7 @@ def choose(
         RuntimeError: FASTRNN_BACKEND names no engine, or one that cannot run the call; or the CPU engine would read memory that
             is not there.
     """
-    engine = forced or ("triton" if getattr(x, "is_cuda", False) else "cpu")
+    engine = forced or ("triton" if getattr(x, gpu.HERE, False) else "cpu")
     if engine not in _WHY_NOT:
         raise RuntimeError(f"FASTRNN_BACKEND={forced}: no such engine, expected one of {', '.join(_WHY_NOT)}")
     if reason := why_not(engine, x, batch_sizes, states, weights, compressed):
@@ -110,6 +115,22 @@ def choose(
     if engine == "cpu":
         check_memory(x, batch_sizes, *states, *weights)
     return engine
+
+
+def choose_own(cell: str, noise: bool, *call: Any) -> str:
+    """Return the engine of a layer that torch.nn has not: of any cell, maybe with noise; the reference where no fused one can.
+
+    call: the arguments of `choose`.
+    """
+    engine = choose(*call)
+    return "reference" if engine == "torch" or why_not_own(engine, cell, noise) else engine
+
+
+def why_not_own(engine: str, cell: str, noise: bool) -> str | None:
+    """Say why an engine declines a cell, or a layer with noise, whatever the call; None where it does not."""
+    if engine == "triton" and noise:
+        return "it has neither recurrent dropout nor zoneout"
+    return cpu.why_not_cell(cell) if engine == "cpu" else None
 
 
 def why_not(engine: str, x, batch_sizes, states, weights, compressed: bool) -> str | None:
@@ -134,13 +155,13 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
 
     x: a module's input. Not where `may_leave` says no.
     """
-    if not may_leave():
-        return False
+    dtype = _dtype_on_gpu(x)
+    if not may_leave() or dtype is torch.float64:
+        return may_leave()
     T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
     H, R = w_hh.shape[0] // CELLS[layer.cell].gates, w_hh.shape[1]
-    sizes = gpu.sizes_of(layer, T, B, H, R, x.dtype)
-    dtype = str(x.dtype).removeprefix("torch.")
-    return gpu.plan.cudnn_is_faster(gpu.device_of(x.device), sizes, layers, dtype, batch_sizes is not None)
+    sizes, name = gpu.sizes_of(layer, T, B, H, R, dtype), str(dtype).removeprefix("torch.")
+    return gpu.plan.cudnn_is_faster(gpu.device_of(x.device), sizes, layers, name, batch_sizes is not None)
 
 
 def may_leave() -> bool:
@@ -167,7 +188,7 @@ def why_not_cpu(x, batch_sizes, states, weights) -> str | None:
     """Why the compiled CPU engine declines a call, or None where it takes it, half precision through float32."""
     mixed = torch.is_autocast_enabled("cpu")
     dtypes = _AUTOCAST if mixed else _CPU_DTYPES
-    return _why_not_fused(x, batch_sizes, states, weights, "cpu", dtypes, mixed) or unavailable
+    return _why_not_fused(x, batch_sizes, states, weights, "is_cpu", dtypes, mixed) or unavailable
 
 
 def has_compressed(x, weights) -> bool:
@@ -185,21 +206,39 @@ def has_compressed(x, weights) -> bool:
 
 def why_not_triton(x, batch_sizes, states, weights) -> str | None:
     """Why the Triton engine declines a call, or None where it takes it."""
-    if torch.is_autocast_enabled("cuda"):
-        return "autocast is on"
-    reason = _why_not_fused(x, batch_sizes, states, weights, "cuda", gpu.DTYPES)
+    mixed = torch.is_autocast_enabled("cuda")
+    reason = _why_not_fused(x, batch_sizes, states, weights, gpu.HERE, _AUTOCAST if mixed else _GPU_DTYPES, mixed)
+    if reason is None and mixed:
+        reason = _why_not_autocast(x)
     if reason is None and any(tensor.device != x.device for tensor in (*states, *weights)):
         reason = "tensors on several devices"
     return reason or gpu.why_not(x.device)
 
 
+def _why_not_autocast(x) -> str | None:
+    """Under autocast torch.nn's layers compute in float16 where cuDNN takes the input, and in autocast's dtype elsewhere."""
+    if not torch.backends.cudnn.enabled:
+        return "autocast without cuDNN"
+    if x.dtype is torch.bfloat16 and (torch.backends.cudnn.version() or 0) < 91300 and not torch.version.hip:
+        return "bfloat16 input under autocast, which cuDNN takes from 9.13 on"
+    return None
+
+
+def _dtype_on_gpu(x: Tensor) -> torch.dtype:
+    """What the Triton engine computes in."""
+    return torch.float16 if torch.is_autocast_enabled("cuda") else x.dtype
+
+
 def _why_not_fused(
-    x, batch_sizes, states, weights, device: str, dtypes: Collection[torch.dtype], mixed: bool = False
+    x, batch_sizes, states, weights, here: str, dtypes: Collection[torch.dtype], mixed: bool = False
 ) -> str | None:
-    """What every fused engine declines. Cheap checks: they are on every call. mixed: dtypes need not be the same."""
+    """What every fused engine declines. Cheap checks: they are on every call.
+
+    here: the attribute of a tensor that says that it is on a device of the engine's. mixed: dtypes need not be the same.
+    """
     if type(x) not in _PLAIN:
         return f"{type(x).__name__} is not a plain tensor"
-    dtype, here = x.dtype, f"is_{device}"
+    dtype = x.dtype
     if dtype not in dtypes:
         return f"{dtype}{' under autocast' * mixed}, it takes {', '.join(sorted(map(str, dtypes)))}"
     same = dtypes if mixed else (dtype,)
@@ -296,9 +335,12 @@ def explain(
     states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     weights = [parameter for parameter in _weights(module) if parameter is not None]
     call = x, batch_sizes, states, weights, getattr(module, "_fastrnn_compressed", False)
-    engine = choose(*call)
-    marked = resets is not None or lengths is not None
-    if left := engine == "triton" and not marked and _left_to_cudnn(module, x, batch_sizes, weights[1]):
+    engine, marked = choose(*call), resets is not None or lengths is not None
+    own = getattr(module, "_fastrnn_features", False)
+    what = (features.cell_name(module), features.noise_of(module) is not None) if own else None
+    if what:
+        engine = choose_own(*what, *call)
+    if left := engine == "triton" and not (marked or own) and _left_to_cudnn(module, x, batch_sizes, weights[1]):
         engine = "torch"
     elif marked and engine == "torch":
         engine = "reference"
@@ -308,6 +350,9 @@ def explain(
         declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"
     if marked:
         declined["torch"] = "torch.nn has neither resets nor lengths"
+    if what:
+        declined |= {name: reason for name in FUSED if name in declined and (reason := why_not_own(name, *what))}
+        declined["torch"] = f"torch.nn has no {features.described(module)[2:]}"
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
     training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
@@ -338,8 +383,8 @@ def _schedule(
     layer = layer_of_module(module)
 
     def describe(T: int, B: int, I: int, R: int, layers: int = 1) -> str:
-        if x.is_cuda:
-            return gpu.describe(layer, T, B, H, R, x.dtype, x.device, training)
+        if getattr(x, gpu.HERE):
+            return gpu.describe(layer, T, B, H, R, _dtype_on_gpu(x), x.device, training)
         return cpu.describe(layer, T, B, I, H, R, training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, functional
+from fastrnn import dispatch, features, functional
 from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs
@@ -77,8 +77,10 @@ def own_weights(module: Any) -> list[Tensor] | None:
     return module._flat_weights
 
 
-def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any) -> tuple[Any, Any]:
-    """`module(input, hx, resets=resets, lengths=lengths)`: torch.nn's checks, in its words, and our engines."""
+def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any, all_states: Any) -> tuple[Any, ...]:
+    """`module(input, hx)` with the keywords that torch.nn has not: torch.nn's checks, in its words, and our engines."""
+    if not isinstance(all_states, bool):
+        raise TypeError(f"all_states: expected a bool, got {all_states!r}")
     known = module._flat_weights, module._flat_weight_refs
     module._update_flat_weights()
     weights = module._flat_weights
@@ -92,8 +94,12 @@ def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any)
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
     resets, lengths = functional.marked(input, batch_dim, resets, lengths)
     x = x if batched else x.unsqueeze(batch_dim)
-    if hx is None:
-        depth, batch = module.num_layers * (1 + module.bidirectional), batch_sizes[0] if packed else x.size(batch_dim)
+    if hx is None and module._fastrnn_features and module.learn_initial_state:
+        h0, *others = features.initial_states(module, int(batch_sizes[0]) if packed else x.size(batch_dim))
+        hx = (h0, *others) if lstm else h0
+    elif hx is None:
+        depth = module.num_layers * (1 + module.bidirectional)
+        batch = x.size(batch_dim) if batch_sizes is None else batch_sizes[0]
         h0 = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
         hx = (h0, x.new_zeros(depth, batch, module.hidden_size)) if lstm else h0
     elif not packed:
@@ -110,6 +116,7 @@ def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any)
     layer, dropout = dispatch.layer_of_module(module), module.dropout if module.training else 0.0
     if packed:
         layer = layer._replace(batch_first=False)
+    after_steps: list[Any] | None = [] if all_states else None
     with recompute(module.recompute is True or is_on()):
         y, h_n, c_n = functional.run_marked(
             Inputs(x, batch_sizes, h0, c0, resets, lengths),
@@ -118,11 +125,23 @@ def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any)
             module.num_layers,
             dropout,
             module._fastrnn_compressed,
+            features.noise_of(module) if module._fastrnn_features else None,
+            after_steps,
         )
     if not batched:
         y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n if c_n is None else c_n.squeeze(1)
     state = module.permute_hidden((h_n, c_n) if lstm else h_n, back)
-    return PackedSequence(y, batch_sizes, order, back) if packed else y, state
+    results = PackedSequence(y, batch_sizes, order, back) if packed else y, state
+    if after_steps is None:
+        return results
+    states = states_of(after_steps, None if batched else 1 + batch_dim)
+    return *results, states if lstm else states[0]
+
+
+def states_of(after_steps: Sequence[tuple], squeezed: int | None) -> tuple[Tensor, ...]:
+    """Return h and, where there are others, c after every step, [L * D, ...]; squeezed: an axis to leave out."""
+    states = [torch.cat(each) for each in zip(*after_steps, strict=True) if each[0] is not None]
+    return tuple(each if squeezed is None else each.squeeze(squeezed) for each in states)
 
 
 def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
@@ -189,13 +208,15 @@ def layer_fallback(torch_class: type[nn.RNNBase]) -> Any:
 
         A graph would return that list, of tensors which belong to a transform and are no results.
         """
-        weights, references = self._flat_weights, self._flat_weight_refs
+        weights, references, changed = self._flat_weights, self._flat_weight_refs, self._weights_have_changed()
         result = by_torch(self, input, hx)
-        if self._flat_weights is not weights:
+        if changed:
             self._flat_weights, self._flat_weight_refs = weights, references
         return result
 
     def fallback(self, input, hx):
+        if self._fastrnn_features:
+            return module_sequence(self, input, hx, None, None)
         if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)

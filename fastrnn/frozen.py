@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import dispatch
 from fastrnn.derived import made_class, set_class
 from fastrnn.modules import DROP_INS
+from fastrnn.recurrent import Recurrent
 
 M = TypeVar("M", bound=nn.Module)
 _NEWOBJ: Any = copyreg.__newobj__  # type: ignore[attr-defined] # typeshed leaves it out
@@ -49,7 +50,7 @@ def freeze(model: M) -> M:
     Raises:
         RuntimeError: a layer is in training mode.
     """
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, tuple(DROP_INS.values()))]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, (*DROP_INS.values(), Recurrent))]
     for layer in layers:
         if layer.training:
             raise RuntimeError("freeze: expected a model in evaluation mode, but a layer is training; call eval() first")
@@ -88,6 +89,8 @@ def thaw(model: M) -> M:
 def _packed(layer: Any) -> tuple[Tensor, ...] | None:
     """The panels of a layer, and its parameters; or None where there cannot be any."""
     if dispatch.native is None or layer._fastrnn_fast_path is None:
+        return None
+    if isinstance(layer, Recurrent) and not layer._prepared():
         return None
     if isinstance(layer, nn.RNNBase):
         layer._update_flat_weights()  # as each call does: others may have stood in their place for a while

@@ -4,9 +4,9 @@
 
 `SimpleRNN`, `LSTM`, `GRU`, `RNN` and `Bidirectional` derive from Keras' own classes and replace the loop over the steps.
 Constructors, weights, initial values, masks, states, training and saved files are therefore Keras'. A configuration that
-the engines have no kernel for (another activation, `reset_after=False`, `recurrent_dropout` while training, a cell of one's
-own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. `patch` gives the same loop to `keras.layers` itself, and
-`to_torch` and `from_torch` copy weights between Keras' layers and torch's.
+the engines have no kernel for (another activation, `reset_after=False`, LSTM's and GRU's `recurrent_dropout` while training, a
+cell of one's own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. `patch` gives the same loop to `keras.layers`
+itself, and `to_torch` and `from_torch` copy weights between Keras' layers and torch's.
 
 Letters: B rows, T steps, I features, H units, G gates (SimpleRNN 1, GRU 3, LSTM 4), N valid steps of all rows.
 """
@@ -15,23 +15,34 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fastrnn
 from fastrnn import autograd, dispatch, functional
+from fastrnn.kernels.layer import Inputs, Layer
 
 if keras.backend.backend() != "torch":
     raise ImportError(
         f"fastrnn.keras runs on Keras' torch backend, and Keras was loaded with {keras.backend.backend()!r}: "
         "set the environment variable KERAS_BACKEND=torch before keras is imported"
     )
+
+# The versions of Keras, from and to, whose Layer.__call__ does what `_asks_for_more` looks for and nothing else.
+_READ = (3, 8), (3, 15)
+_is_read = _READ[0] <= tuple(map(int, keras.__version__.split(".")[:2])) <= _READ[1]
+if _is_read:
+    from keras.src.backend.common.global_state import get_global_attribute
+    from keras.src.backend.common.masking import get_keras_mask
+    from keras.src.backend.common.variables import get_autocast_scope
 
 __all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "SimpleRNN", "from_torch", "patch", "to_torch"]
 
@@ -77,7 +88,7 @@ class _Turned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        kind, back, plain = ctx.kind, ctx.kind.back, autograd.mapped_by_old_vmap(grads) or torch.is_grad_enabled()
+        back, plain = ctx.kind.back, autograd.mapped_by_old_vmap(grads) or torch.is_grad_enabled()
         found: list[Tensor | None] = [None]
         for place, grad in enumerate(grads):
             if grad is None or not ctx.needs_input_grad[place + 1]:
@@ -130,7 +141,7 @@ class _Cell:
         """
         cell, kind = self.keras_cell, self.kind
         variables = (cell.kernel, cell.recurrent_kernel, *(() if cell.bias is None else (cell.bias,)))
-        own = [keras.ops.convert_to_tensor(variable) for variable in variables]
+        own = [variable.value for variable in variables]
         two = len(own) > 2 and own[2].dim() == 2
         given = own if two else own[:2]
         eager = not (torch.compiler.is_compiling() or dispatch.watched())
@@ -148,16 +159,16 @@ class _Cell:
 
 def _cells(layer: Any, training: Any, x: Any = None) -> list[_Cell] | str:
     """The cells of a Keras recurrent layer, the lowest first; or why the engines do not run one, or not for an input x."""
-    if x is not None and 0 in x.shape:
-        return f"an empty input {tuple(x.shape)}"
+    if x is not None and (len(x.shape) != 3 or 0 in x.shape):
+        return f"input {tuple(x.shape)}, the engines have at least one row, step and feature"
     stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
     found = []
     for cell in layer.cell.cells if stacked else (layer.cell,):
         kind = next((kind for kind in _KINDS if getattr(type(cell), "call", None) is kind.keras_cell.call), None)
         if kind is None:
             return f"{type(cell).__name__} is not one of Keras' own cells"
-        if training and cell.recurrent_dropout:
-            return f"recurrent_dropout={cell.recurrent_dropout} while training"
+        if training and cell.recurrent_dropout and (stacked or kind.torch_name != "RNN"):
+            return f"recurrent_dropout={cell.recurrent_dropout} while training, a mask for each gate or cell"
         if training and cell.dropout and (stacked or getattr(cell, "implementation", 2) == 1):
             return f"dropout={cell.dropout} while training, a mask for each gate or cell"
         activations = {keras.activations.tanh: kind.torch_name.lower()}
@@ -169,6 +180,8 @@ def _cells(layer: Any, training: Any, x: Any = None) -> list[_Cell] | str:
             return f"activation={_name(cell.activation)}, the engines have {' and '.join(map(_name, activations))}"
         if not getattr(cell, "reset_after", True):
             return "reset_after=False, the engines reset after the product"
+        if x is not None and not found and x.shape[2] != cell.kernel.shape[0]:
+            return f"input of {x.shape[2]} features, the layer has weights for {cell.kernel.shape[0]}"
         found.append(_Cell(cell, kind, activations[cell.activation]))
     return found
 
@@ -271,11 +284,22 @@ def _natively(cells: Sequence[_Cell], x: Tensor, hx: Any) -> tuple[Tensor, Any] 
     return dispatch.native.forward(attributes, name, x, hx, False)
 
 
-def _layer(cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps) -> tuple[Tensor, _States]:
-    """A layer of Keras' weights, with a direction for each cell: what the engine returns for `data`, and final states."""
+def _layer(
+    cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps, factors: Tensor | None = None
+) -> tuple[Tensor, _States]:
+    """A layer of Keras' weights, with a direction for each cell: what the engine returns for `data`, and final states.
+
+    factors: of h [B, H] where it enters the recurrent product; with one cell alone.
+    """
     initial = [torch.stack([steps.initial(state) for state in kind]) for kind in states]
-    done = None
-    if steps.batch_sizes is None:
+    done: Any = None
+    if factors is not None:
+        weights, by_time = cells[0].weights(), steps.batch_sizes is not None
+        given = Inputs(data, steps.batch_sizes, initial[0], None, mask=steps.initial(factors).unsqueeze(0))
+        own = Layer(cells[0].name, bias=len(weights) > 2, batch_first=not by_time)
+        y, h_n, _ = functional.run_marked(given, weights, own, 1, 0.0)
+        done = y, h_n
+    elif steps.batch_sizes is None:
         done = _natively(cells, data, initial[0] if len(initial) == 1 else tuple(initial))
     if done is not None:
         y, last = done
@@ -307,10 +331,17 @@ def _mask_of(mask: Any, x: Tensor) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
+def _is_mask(mask: Any, x: Any) -> bool:
+    """Is it none, or one for the rows and steps of x?"""
+    while isinstance(mask, (list, tuple)):
+        mask = mask[0]
+    return mask is None or math.prod(np.shape(mask)) == math.prod(x.shape[:2])
+
+
 def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: Any) -> Any:
     """What Keras' inner_loop returns: the last output, all outputs, and the final states. None where Keras has to run it."""
     cells = _cells(layer, training, sequences)
-    if isinstance(cells, str):
+    if isinstance(cells, str) or not _is_mask(mask, sequences):
         return None
     x = _inputs(layer, sequences, training)
     mask = _mask_of(mask, x)
@@ -326,9 +357,15 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
     for cell, given in zip(cells, initial_state if stacked else [initial_state], strict=True):
         given = given if isinstance(given, (list, tuple)) else [given]
         before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in given]
+        fits = all(state.shape == (len(x), cell.keras_cell.units) for state in before)
+        if not fits or len(before) != (2 if cell.name == "lstm" else 1):
+            return None  # which Keras may spread over the rows, or has words for
         if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
             before = [state.clone() for state in before]
-        data, states = _layer([cell], data, [[state] for state in before], steps)
+        factors = None
+        if training and cell.keras_cell.recurrent_dropout:
+            factors = cell.keras_cell.get_recurrent_dropout_mask(before[0])
+        data, states = _layer([cell], data, [[state] for state in before], steps, factors)
         after.append([state for (state,) in states])
     outputs = steps.outputs(data, layer.zero_output_for_mask)
     last_output = after[-1][0] if mask is None else outputs[:, -1]
@@ -392,6 +429,68 @@ def _fused_call(keras_class: Any) -> Callable:
     return call
 
 
+_TAKEN = frozenset(("training", "initial_state"))  # arguments beside x that `_shortcut` takes
+
+
+def _asks_for_more(layer: Any, x: Tensor) -> bool:
+    """Would Keras' `__call__` do more with x, and with no arguments but _TAKEN, than call `call`?
+
+    It builds, converts dtypes, runs hooks, hands on masks and keeps losses. Finding that nothing is wanted takes it 0.06 ms, or
+    0.1 ms where kernels have used the caches meanwhile.
+    """
+    own, policy, spec = layer.__dict__, layer._dtype_policy, layer.input_spec
+    if isinstance(spec, list) and len(spec) == 1:
+        spec = spec[0]
+    if spec is not None:
+        wanted = spec.ndim, spec.shape, spec.dtype, spec.min_ndim, spec.max_ndim, spec.axes or None
+        if wanted != (3, None, None, None, None, None):
+            return True
+    return bool(
+        not (own.get("built") and own.get("_called"))
+        or any(name in own for name in ("call", "forward", "inner_loop"))
+        or get_keras_mask(x) is not None
+        or layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+        or layer.activity_regularizer is not None
+        or layer._losses
+        or getattr(layer, "_remat_mode", None)
+        or type(policy) is not keras.dtype_policies.DTypePolicy
+        or policy.compute_dtype != policy.variable_dtype
+        or get_autocast_scope() is not None
+        or len(getattr(layer, "_call_context_args", ("training",))) != 1
+        or keras.distribution.distribution() is not None
+    )
+
+
+def _training(given: Any) -> bool | None:
+    """The flag of a call that was told `given`; None where Keras has to find it, or to tell it to the layers after this one."""
+    around = get_global_attribute("current_call_ctx")
+    if around is None:
+        return False if given is None else given if isinstance(given, bool) else None
+    inherited = getattr(around, "training", None)
+    return inherited if isinstance(inherited, bool) and given in (None, inherited) else None
+
+
+def _shortcut(cls: Any) -> Callable:
+    """`__call__` of a class of ours: straight to the engines where Keras has nothing to do around them."""
+    by_keras = cls.__call__
+
+    @functools.wraps(by_keras)
+    def __call__(self, *args, **kwargs):
+        if _is_read and len(args) == 1 and type(args[0]) is Tensor and type(self) is cls and kwargs.keys() <= _TAKEN:
+            training = _training(kwargs.get("training"))
+            if training is not None and not _asks_for_more(self, args[0]):
+                done = _run_plain(self, args[0], kwargs.get("initial_state"), None, training)
+                if done is not None:
+                    return done
+        return by_keras(self, *args, **kwargs)
+
+    return __call__
+
+
 def _fused(keras_class: Any) -> Callable:
     """`inner_loop` of a Keras class: the engines, or what the class has."""
     by_keras = keras_class.inner_loop
@@ -426,36 +525,47 @@ class _Explained:
     _fastrnn_explain = _explain
 
 
+def _on_engines(cls: Any) -> Any:
+    """Give a class derived from one of Keras' the methods that use the engines, which a second base could not bring along."""
+    keras_class = cls.__bases__[0]
+    cls.__module__ = "keras.layers"  # what saved files name, so that Keras reads them where fastrnn is not imported
+    cls.__reduce__ = _reduce(cls)
+    if issubclass(cls, keras.layers.RNN):
+        cls.__call__ = _shortcut(cls)
+        cls.call, cls.inner_loop = _fused_call(keras_class), _fused(keras_class)
+    else:
+        cls.call = _both_directions(keras_class.call)
+    return cls
+
+
+def _reduce(cls: Any) -> Callable:
+    """`__reduce__` of a class of ours: as of Keras', which pickle finds by the name that both have."""
+
+    def __reduce__(self):
+        unpickle, arguments = super(cls, self).__reduce__()
+        return (cls.__bases__[0]._unpickle_model if type(self) is cls else unpickle), arguments
+
+    return __reduce__
+
+
+@_on_engines
 class SimpleRNN(keras.layers.SimpleRNN, _Explained):
     """`keras.layers.SimpleRNN`, arguments and behaviour, on fastrnn's engines. Input [B, T, I]."""
 
-    __module__ = "keras.layers"  # what saved files name, so that Keras reads them where fastrnn is not imported
-    call = _fused_call(keras.layers.SimpleRNN)
-    inner_loop = _fused(keras.layers.SimpleRNN)
 
-
+@_on_engines
 class LSTM(keras.layers.LSTM, _Explained):
     """`keras.layers.LSTM`, arguments and behaviour, on fastrnn's engines. Input [B, T, I]."""
 
-    __module__ = "keras.layers"
-    call = _fused_call(keras.layers.LSTM)
-    inner_loop = _fused(keras.layers.LSTM)
 
-
+@_on_engines
 class GRU(keras.layers.GRU, _Explained):
     """`keras.layers.GRU`, arguments and behaviour, on fastrnn's engines. Input [B, T, I]."""
 
-    __module__ = "keras.layers"
-    call = _fused_call(keras.layers.GRU)
-    inner_loop = _fused(keras.layers.GRU)
 
-
+@_on_engines
 class RNN(keras.layers.RNN, _Explained):
     """`keras.layers.RNN`, arguments and behaviour; Keras' own cells in it, or a stack of them, run on fastrnn's engines."""
-
-    __module__ = "keras.layers"
-    call = _fused_call(keras.layers.RNN)
-    inner_loop = _fused(keras.layers.RNN)
 
 
 def _both_directions(keras_call: Callable) -> Callable:
@@ -480,7 +590,8 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
         or isinstance(layer.cell, keras.layers.StackedRNNCells)
         or isinstance(_cells(layer, training, sequences), str)
         or layer.activity_regularizer is not None
-        or (training and layer.cell.dropout)
+        or (training and (layer.cell.dropout or layer.cell.recurrent_dropout))
+        or not _is_mask(mask, sequences)
         for layer in layers
     ):
         return None
@@ -497,6 +608,8 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
     if initial_state is None:
         initial_state = [x.new_zeros(x.shape[0], H)] * (2 * kinds)
     before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in initial_state]
+    if len(before) != 2 * kinds or any(state.shape != (len(x), H) for state in before):
+        return None  # which Keras may spread over the rows, or has words for
     y, states = _layer(cells, steps.data(x), list(zip(before[:kinds], before[kinds:], strict=True)), steps)
     y = steps.outputs(y, zero=True)
     one, other = (y[..., :H], y[..., H:]) if self.return_sequences else states[0]
@@ -516,11 +629,9 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
     return (*output, *final) if self.merge_mode is None else (output, *final)
 
 
+@_on_engines
 class Bidirectional(keras.layers.Bidirectional, _Explained):
     """`keras.layers.Bidirectional`, arguments and behaviour; both directions of a layer of fastrnn's run in one call."""
-
-    __module__ = "keras.layers"
-    call = _both_directions(keras.layers.Bidirectional.call)
 
 
 _CLASSES = {cls.__name__: cls for cls in (SimpleRNN, LSTM, GRU, RNN, Bidirectional)}

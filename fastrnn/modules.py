@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastrnn import dispatch, fallback, functional
+from fastrnn import dispatch, fallback, features, functional
+from fastrnn.kernels.cells import CELLS, Cell
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -38,7 +39,8 @@ def _drop_in(cls: _Class) -> _Class:
     if issubclass(torch_class, nn.RNNBase):
         own |= {"__init__": _init(torch_class), "extra_repr": _extra_repr, "forward": _forward(torch_class)}
         own |= {"_fastrnn_fallback": fallback.layer_fallback(torch_class), "check_input": _check_input}
-        own["_weights_have_changed"] = _weights_have_changed
+        own |= {"_weights_have_changed": _weights_have_changed, "reset_parameters": _reset_parameters}
+        own["flatten_parameters"] = _flatten_parameters
     else:
         own |= {"forward": _cell_forward(torch_class), "_fastrnn_fallback": fallback.cell_fallback(torch_class)}
     for name, value in own.items():
@@ -48,9 +50,9 @@ def _drop_in(cls: _Class) -> _Class:
 
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
-    def forward(self, input, hx=None, *, resets=None, lengths=None):
-        if resets is not None or lengths is not None:
-            return fallback.module_sequence(self, input, hx, resets, lengths)
+    def forward(self, input, hx=None, *, resets=None, lengths=None, all_states=False):
+        if resets is not None or lengths is not None or all_states is not False:
+            return fallback.module_sequence(self, input, hx, resets, lengths, all_states)
         if torch.compiler.is_dynamo_compiling():
             if not functional.runs_in_graph(self, input, hx):
                 return functional.call_outside_of_the_graph(forward, (self, input, hx))
@@ -60,7 +62,7 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
                 return result
         return self._fastrnn_fallback(input, hx)
 
-    forward.__signature__ = inspect.signature(forward, follow_wrapped=False)
+    vars(forward)["__signature__"] = inspect.signature(forward, follow_wrapped=False)  # torch.nn's has no such keywords
     return forward
 
 
@@ -69,15 +71,31 @@ def _init(torch_class: type[nn.RNNBase]) -> Any:
     def __init__(self, *args, recompute=False, **kwargs):
         if not isinstance(recompute, bool):
             raise TypeError(f"recompute should be a bool, got {recompute!r}")
+        settings = {name: kwargs.pop(name) for name in features.DEFAULTS if name in kwargs}
         torch_class.__init__(self, *args, **kwargs)
         if recompute:  # otherwise the attributes are torch.nn's, no more
             self.recompute = True
+        if settings:
+            features.construct(self, settings)
 
     return __init__
 
 
+def _reset_parameters(self: Any) -> None:
+    """Draw all parameters anew as torch.nn; initial states are zeros."""
+    nn.RNNBase.reset_parameters(self)
+    if self.learn_initial_state:
+        features.clear_initial_states(self)
+
+
+def _flatten_parameters(self: Any) -> None:
+    """Do as torch.nn, but for heads, whose matrices cuDNN does not know."""
+    if self.num_heads == 1:
+        nn.RNNBase.flatten_parameters(self)
+
+
 def _extra_repr(self: Any) -> str:
-    return nn.RNNBase.extra_repr(self) + ", recompute=True" * (self.recompute is True)
+    return nn.RNNBase.extra_repr(self) + features.described(self) + ", recompute=True" * (self.recompute is True)
 
 
 def _cell_forward(torch_class: type[nn.RNNCellBase]) -> Any:
@@ -202,6 +220,13 @@ class _Layers(DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
     recompute = False
+    num_heads, cell_clip, learn_initial_state = features.Setting(), features.Setting(), features.Setting()
+    recurrent_dropout, zoneout = features.Setting(), features.Setting()
+    _fastrnn_features = False  # whether any of these is not as by default
+
+    @property
+    def _fastrnn_cell(self) -> Cell:
+        return CELLS[dispatch.BY_MODE[dispatch.mode_of(self)]]  # type: ignore[arg-type]  # a base of RNN, LSTM and GRU
 
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.
@@ -232,18 +257,25 @@ class _Layers(DropIn):
 class RNN(nn.RNN, _Layers):
     """Run an RNN over sequences: torch.nn.RNN on fastrnn's engines.
 
-    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's; docs/features.md has more of the arguments
+    that torch.nn has not.
 
     Args:
         recompute: keyword only. It has no effect here, as an RNN keeps its output and nothing else.
+        num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
+        learn_initial_state: keyword only. Have parameters initial_h_l{k} for the state where hx is missing.
+        recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
+        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training.
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
-        h_0: [L * D, B, H]; zeros where it is missing.
-        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
-            a step where it is True, in the order of each direction, the state is the initial one again.
+        h_0: [L * D, B, H]; zeros, or what is learned, where it is missing.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
+            Before a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
+        all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
+            ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * H features.
         h_n: as h_0, the state after the last step.
 
@@ -257,19 +289,28 @@ class RNN(nn.RNN, _Layers):
 class LSTM(nn.LSTM, _Layers):
     """Run an LSTM over sequences: torch.nn.LSTM on fastrnn's engines.
 
-    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's; docs/features.md has more of the arguments
+    that torch.nn has not.
 
     Args:
         recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
             `fastrnn.recompute`. The attribute may be changed later.
+        num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
+        cell_clip: keyword only. Keep the cell state within -cell_clip and cell_clip.
+        learn_initial_state: keyword only. Have parameters initial_h_l{k} and initial_c_l{k} for the state where hx is missing.
+        recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
+        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training, or a pair of these, of h and
+            of c.
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
-        h_0: [L * D, B, R], and c_0: [L * D, B, H], as a pair (h_0, c_0); zeros where it is missing.
-        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
-            a step where it is True, in the order of each direction, the state is the initial one again.
+        h_0: [L * D, B, R], and c_0: [L * D, B, H], as a pair (h_0, c_0); zeros, or what is learned, where it is missing.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
+            Before a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
+        all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
+            ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * R features.
         h_n and c_n: as h_0 and c_0, the states after the last step.
 
@@ -283,19 +324,26 @@ class LSTM(nn.LSTM, _Layers):
 class GRU(nn.GRU, _Layers):
     """Run a GRU over sequences: torch.nn.GRU on fastrnn's engines.
 
-    Arguments, parameters, initial values, checks and error messages are torch.nn's.
+    Arguments, parameters, initial values, checks and error messages are torch.nn's; docs/features.md has more of the arguments
+    that torch.nn has not.
 
     Args:
         recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
             `fastrnn.recompute`. The attribute may be changed later.
+        num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
+        learn_initial_state: keyword only. Have parameters initial_h_l{k} for the state where hx is missing.
+        recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
+        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training.
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
-        h_0: [L * D, B, H]; zeros where it is missing.
-        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
-            a step where it is True, in the order of each direction, the state is the initial one again.
+        h_0: [L * D, B, H]; zeros, or what is learned, where it is missing.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
+            Before a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
+        all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
+            ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * H features.
         h_n: as h_0, the state after the last step.
 

@@ -13,7 +13,7 @@ one device.
                  direction 1. On the CPU, where all else is float32 and R is even, matrices may be bfloat16, and their gradients
                  are then, rounded once.
     layer        the text of a fastrnn.kernels.layer.Layer
-    resets, lengths   also of Inputs; last, and with defaults, for programs that were exported before there were any
+    resets, lengths, mask, noise   also of Inputs; last, and with defaults, for programs that were exported before these were
     save         keep what layer_backward needs
     y            contiguous [T, B, D*R] | [B, T, D*R] | [N, D*R]
     h_n, c_n     [D, B, R], like c0 ([0] where there is none)
@@ -51,7 +51,7 @@ from fastrnn.kernels.layer import Inputs, Outer, layer_of
 
 _INPUTS = "Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights"
 _OUTER = "Tensor? dy, Tensor? dh_n, Tensor? dc_n"
-_MORE = "Tensor? resets=None, Tensor? lengths=None"
+_MORE = "Tensor? resets=None, Tensor? lengths=None, Tensor? mask=None, Tensor? noise=None"
 _GRADIENTS = "(Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw)"
 library = torch.library.Library("fastrnn", "DEF")
 for _schema in (
@@ -87,7 +87,8 @@ def backward(
 
 
 def _past_the_dispatcher(x: Tensor) -> bool:
-    return x.is_cuda and not torch.compiler.is_compiling() and type(x) in (Tensor, Parameter) and not dispatch.watched()
+    plain = getattr(x, gpu.HERE) and type(x) in (Tensor, Parameter)
+    return plain and not (torch.compiler.is_compiling() or dispatch.watched())
 
 
 def unit_stride(tensor: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def unit_stride(tensor: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastrnn::layer_forward", lib=library)
-def _fake_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None):
+def _fake_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
     layer, (rows, _), (_, batch, width) = layer_of(text), weights[1].shape, h0.shape
     cell = CELLS[layer.cell]
     hidden, steps = rows // cell.gates, x.shape[:-1]
@@ -110,7 +111,7 @@ def _fake_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, leng
 
 
 @torch.library.register_fake("fastrnn::layer_backward", lib=library)
-def _fake_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None):
+def _fake_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
     need_dx, need_dh0, need_dw = needs
     return (
         x.new_empty(x.shape if need_dx else (0,)),
@@ -121,13 +122,13 @@ def _fake_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, te
 
 
 @torch.library.register_fake("fastrnn::checkpoint_forward", lib=library)
-def _(x, batch_sizes, h0, c0, weights, text, segments, resets=None, lengths=None):
+def _(x, batch_sizes, h0, c0, weights, text, segments, *more):
     y, h_n, c_n, _ = _fake_forward(x, batch_sizes, h0, c0, weights, text, False)
     return y, h_n, c_n, x.new_empty((0,) if c0 is None else (h0.shape[0], segments - 1, *c0.shape[1:]))
 
 
 @torch.library.register_fake("fastrnn::checkpoint_backward", lib=library)
-def _(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, segments, needs, resets=None, lengths=None):
+def _(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, segments, needs, *more):
     return _fake_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, kept, text, needs)
 
 

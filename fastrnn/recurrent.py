@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, fallback, functional
+from fastrnn import dispatch, fallback, features, functional
 from fastrnn.cells import CellFunction
 from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels import cpu, gpu
-from fastrnn.kernels.layer import Inputs, Layer, misfit
+from fastrnn.kernels.cells import Cell
+from fastrnn.kernels.layer import Inputs, Layer
 
 _CLASSES: dict[CellFunction, type[Recurrent]] = {}
 
@@ -54,8 +55,9 @@ class Recurrent(nn.Module):
         weight_hh_l{k} [blocks * H, H / num_heads], for each Gate and Hidden
         bias_ih_l{k}, bias_hh_l{k} [blocks * H], as many, unless bias is False
         weight_<name>_l{k} [H], for each Weight
+        initial_<name>_l{k} [H], with learn_initial_state, for each state, h first
 
-    They are drawn from the uniform distribution within 1 / sqrt(H), as torch.nn's.
+    They are drawn from the uniform distribution within 1 / sqrt(H), as torch.nn's, but for initial states, which are zeros.
 
     Args:
         input_size: I, features of the input.
@@ -67,24 +69,42 @@ class Recurrent(nn.Module):
         bidirectional: run in both directions, D = 2.
         device, dtype: of the parameters.
         num_heads: keyword only. Units see the hidden state of their own head alone: the recurrent matrix is block-diagonal.
+        cell_clip: keyword only. Keep the state named c of the cell within -cell_clip and cell_clip, as in `fastrnn.LSTM`.
+        learn_initial_state: keyword only. Have a parameter for the initial value of each state, used where hx is missing.
+        recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
+        zoneout: keyword only. Probability that a unit of h keeps its value in a step, in training; or a tuple of these, of h
+            and each other state.
         recompute: keyword only. Keep less for backward, as in `fastrnn.recompute`.
 
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
-        hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, each so. Zeros where it is missing.
-        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
-            a step where it is True, in the order of each direction, the state is the initial one again.
+        hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, each so. Where it is missing,
+            zeros, or what is learned.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
+            Before a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
+        all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
+            ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * H features.
         state after the last step: as hx.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or value, in torch.nn's words; resets or lengths do not fit.
+        TypeError, ValueError: an argument is of the wrong type or value, in torch.nn's words.
         RuntimeError: shapes or dtypes do not agree, in torch.nn's words.
     """
 
     cell: ClassVar[CellFunction]
+    cell_clip, learn_initial_state = features.Setting(), features.Setting()
+    recurrent_dropout, zoneout = features.Setting(), features.Setting()
+    # As whose layers the fast path takes those of this class: the cell's name in operators; None where it does not.
+    _fastrnn_fast_path: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {name for base in cls.__mro__[: cls.__mro__.index(Recurrent)] for name in vars(base)}
+        replaced = not own.isdisjoint(_INNER) or any(name.startswith(("weight_", "bias_")) for name in own)
+        cls._fastrnn_fast_path = None if replaced else cls.cell.definition.name
 
     def __init__(
         self,
@@ -99,6 +119,10 @@ class Recurrent(nn.Module):
         dtype: Any = None,
         *,
         num_heads: int = 1,
+        cell_clip: float | None = None,
+        learn_initial_state: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -107,11 +131,11 @@ class Recurrent(nn.Module):
         for name, flag in (("bidirectional", bidirectional), ("recompute", recompute)):
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-        if not isinstance(num_heads, int) or num_heads < 1 or hidden_size % num_heads:
-            raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads!r}")
         self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
         self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bidirectional
-        self.num_heads, self.recompute = num_heads, recompute
+        self.num_heads, self.recompute = features.checked("num_heads", num_heads, self), recompute
+        self.cell_clip, self.learn_initial_state = cell_clip, learn_initial_state
+        self.recurrent_dropout, self.zoneout = recurrent_dropout, zoneout
         parts, H = self.cell.parts, hidden_size
         for layer in range(num_layers):
             inputs = input_size if layer == 0 else H * (1 + bidirectional)
@@ -126,13 +150,21 @@ class Recurrent(nn.Module):
                 for name, shape in shapes.items():
                     if shape[0]:
                         self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        # for csrc/modules.cpp, where the engines take the parameters as they are, but for the cell's own, which follow biases
+        as_they_are = parts["ih"] == self.cell.definition.input_parts and parts["hh"] == self.cell.definition.hidden_parts
+        self._flat_weights_names = [*self._parameters] if as_they_are and (bias or not parts["own"]) else None
+        if learn_initial_state:
+            features.add_initial_states(self, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         bound = 1 / math.sqrt(self.hidden_size)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
+        for name, parameter in self.named_parameters():
+            if name.startswith(features.INITIAL):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.uniform_(parameter, -bound, bound)
 
     def flatten_parameters(self) -> None:
         """Do nothing, as torch.nn's modules on a CPU: the parameters stay as they are."""
@@ -143,7 +175,7 @@ class Recurrent(nn.Module):
     def extra_repr(self) -> str:
         """Name the sizes, and what is not as by default."""
         defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
-        defaults |= {"num_heads": 1, "recompute": False}
+        defaults |= {**features.DEFAULTS, "recompute": False}
         given = [f"{name}={getattr(self, name)}" for name, default in defaults.items() if getattr(self, name) != default]
         return ", ".join([f"{self.input_size}, {self.hidden_size}", *given])
 
@@ -159,8 +191,23 @@ class Recurrent(nn.Module):
         *,
         resets: Tensor | PackedSequence | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Any, Any]:
+        all_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Run the layers; see the class."""
+        if resets is not None or lengths is not None or all_states is not False:
+            return self._sequence(input, hx, resets, lengths, all_states)
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
+            result = dispatch.native.forward(self.__dict__, kind, input, hx, self.recompute)
+            if result is not None:
+                return result
+        return self._fastrnn_fallback(input, hx)
+
+    def _fastrnn_fallback(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, ...]:
+        return self._sequence(input, hx, None, None, False)
+
+    def _sequence(self, input: Tensor | PackedSequence, hx: Any, resets: Any, lengths: Any, all_states: Any) -> tuple[Any, ...]:
+        if not isinstance(all_states, bool):
+            raise TypeError(f"all_states: expected a bool, got {all_states!r}")
         packed = isinstance(input, PackedSequence)
         x, batch_sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
         if not packed and x.dim() not in (2, 3):
@@ -172,20 +219,26 @@ class Recurrent(nn.Module):
         if order is not None:
             states = [state.index_select(1, order) for state in states]
         marks = functional.marked(input, row, resets, lengths)
-        y, *after = self._run(x, batch_sizes, states, self.batch_first and not packed, *marks)
+        after_steps: list[Any] | None = [] if all_states else None
+        y, *after = self._run(x, batch_sizes, states, self.batch_first and not packed, *marks, after_steps)
         if back is not None:
             after = [state.index_select(1, back) for state in after]
         if not batched:
             y, after = y.squeeze(row), [state.squeeze(1) for state in after]
         output = PackedSequence(y, batch_sizes, order, back) if packed else y
-        return output, after[0] if len(after) == 1 else tuple(after)
+        results = output, after[0] if len(after) == 1 else tuple(after)
+        if after_steps is None:
+            return results
+        h, *c = fallback.states_of(after_steps, None if batched else 1 + row)
+        others = [] if not c else c[0].chunk(self.cell.definition.states, -1)
+        return *results, (h, *others) if others else h
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.
 
         Args:
             x: [B, I], the step's input.
-            state: as `forward` takes and returns it; None means zeros.
+            state: as `forward` takes and returns it; None means zeros, or what is learned.
 
         Returns:
             y [B, H], and the state after the step.
@@ -194,7 +247,15 @@ class Recurrent(nn.Module):
             ValueError: the layer is bidirectional, x has not two dimensions, or its dtype is not the weights'.
             RuntimeError: shapes do not agree, in torch.nn's words.
         """
+        if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
+            result = dispatch.native.step(self.__dict__, kind, x, state, None)
+            if result is not None:
+                return result
         return fallback.module_step(self, x, state, None)
+
+    @property
+    def _fastrnn_cell(self) -> Cell:
+        return self.cell.definition
 
     # torch.nn's own checks of a call, and what they look at
     check_input: Any = nn.RNNBase.check_input
@@ -208,7 +269,7 @@ class Recurrent(nn.Module):
 
     def _states(self, hx: Any, dims: int | None) -> list[Tensor]:
         """Return the states of a call whose input has so many dimensions, None for packed input, each with a batch."""
-        names = ["h", *(name.removesuffix("_new") for name, _ in self.cell.definition.derived.after)]
+        names = features.state_names(self.cell.definition)
         states = [hx] if len(names) == 1 else list(hx) if isinstance(hx, (tuple, list)) else []
         if len(states) != len(names) or not all(isinstance(state, Tensor) for state in states):
             wanted = "a tensor h" if len(names) == 1 else f"a tuple of tensors ({', '.join(names)})"
@@ -227,7 +288,9 @@ class Recurrent(nn.Module):
         """Return the states, zeros where there are none, of a call that fits the layer; raise torch.nn's errors of others."""
         self.check_input(x, batch_sizes)
         expected = self.get_expected_hidden_size(x, batch_sizes)
-        if states is None:
+        if states is None and self.learn_initial_state:
+            states = features.initial_states(self, expected[1])
+        elif states is None:
             states = [x.new_zeros(expected) for _ in range(1 + self.cell.definition.states)]
         for place, state in enumerate(states):
             name = f"hidden[{place}]" if len(states) > 1 else "hidden"
@@ -255,35 +318,22 @@ class Recurrent(nn.Module):
         batch_first: bool,
         resets: Tensor | None,
         lengths: Tensor | None,
+        after_steps: list[Any] | None,
     ) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
-        definition = self.cell.definition
-        engine = self._engine(x, batch_sizes, states)
-        if engine == "cpu":
-            cpu.prepare_cell(definition.name, x.dtype, torch.is_grad_enabled())
-        weights = [each for layer in range(self.num_layers) for each in self._weights(layer)]
         h0, *others = states
         c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
-        layer = self._layer(batch_first)
-        dropout, inputs = self.dropout if self.training else 0.0, Inputs(x, batch_sizes, h0, c0, resets, lengths)
-        if (resets is not None or lengths is not None) and (reason := misfit(layer, inputs, weights, self.num_layers)):
-            raise ValueError(reason)
+        weights = [each for layer in range(self.num_layers) for each in self._weights(layer)]
+        inputs, dropout = Inputs(x, batch_sizes, h0, c0, resets, lengths), self.dropout if self.training else 0.0
+        layer, noise = self._layer(batch_first), features.noise_of(self)
         with recompute(self.recompute or is_on()):
-            y, h_n, c_n = functional.run_stack(engine, inputs, weights, layer, self.num_layers, dropout)
-        return [y, h_n, *(() if c_n is None else c_n.chunk(definition.states, -1))]
-
-    def _engine(self, x: Tensor, batch_sizes: Tensor | None, states: Sequence[Tensor]) -> str:
-        """Return the name of the engine that runs a call."""
-        engine = dispatch.choose(x, batch_sizes, states, list(self.parameters()))
-        if engine == "triton" or (engine == "cpu" and cpu.why_not_cell(self.cell.definition.name) is None):
-            return engine
-        return "reference"
+            y, h_n, c_n = functional.run_marked(inputs, weights, layer, self.num_layers, dropout, False, noise, after_steps)
+        return [y, h_n, *(() if c_n is None else c_n.chunk(self.cell.definition.states, -1))]
 
     def _layer(self, batch_first: bool) -> Layer:
         """Describe each of the layers."""
-        definition = self.cell.definition
-        bias = self.bias or definition.weights > 0
-        return Layer(definition.name, 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
+        bias = self.bias or self.cell.definition.weights > 0
+        return Layer(features.cell_name(self), 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
 
     def _weights(self, layer: int) -> list[Tensor]:
         """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
@@ -306,30 +356,45 @@ class Recurrent(nn.Module):
                 found.append(_blocks(of_hidden, parts["hh"] if len(of_hidden) else [], definition.hidden_parts, H))
         return found
 
+    def _prepared(self) -> bool:
+        """Have the kernels of inference ready where the CPU engine takes the parameters; does it?"""
+        name, weight = self.cell.definition.name, next(self.parameters())
+        if not weight.is_cpu or weight.dtype not in cpu.DTYPES or cpu.why_not_cell(name):
+            return False
+        cpu.prepare_cell(name, weight.dtype, False)
+        return True
+
     @staticmethod
     def _fastrnn_explain(module: Recurrent, input: Any, hx: Any = None) -> dispatch.Explanation:
         x, batch_sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
         states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         weights = list(module.parameters())
         call = x, batch_sizes, states, weights, False
-        engine = module._engine(*call[:3])
+        what = features.cell_name(module), features.noise_of(module) is not None
+        engine = dispatch.choose_own(*what, *call)
         idle = f"{dispatch.forced} is forced" if dispatch.forced else f"{engine} takes the call"
-        declined = {
-            "cpu": dispatch.why_not("cpu", *call) or cpu.why_not_cell(module.cell.definition.name) or idle,
-            "triton": dispatch.why_not("triton", *call) or idle,
-            "torch": "torch.nn has no such cell",
-            "reference": "the definition, slow",
-        }
+        fused = {name: dispatch.why_not(name, *call) or dispatch.why_not_own(name, *what) or idle for name in ("cpu", "triton")}
+        declined = fused | {"torch": "torch.nn has no such cell", "reference": "the definition, slow"}
         del declined[engine]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
-        schedule = module._schedule(x, batch_sizes, training) if engine == "triton" else ()
+        schedule = module._schedule(x, batch_sizes, training) if engine != "reference" else ()
         return dispatch.Explanation(engine, declined, schedule, cpu.team()[1] if engine == "cpu" else "")
 
     def _schedule(self, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
-        """Return what the Triton engine says it would do in each layer."""
+        """Return what the engine says it would do in each layer."""
         T, B = dispatch.steps_and_rows(x, batch_sizes, self.batch_first)
-        layer, H = self._layer(self.batch_first), self.hidden_size
-        return (gpu.describe(layer, T, B, H, H, x.dtype, x.device, training),) * self.num_layers
+        layer, I, H, L = self._layer(self.batch_first), self.input_size, self.hidden_size, self.num_layers
+        if x.is_cuda:
+            return (gpu.describe(layer, T, B, H, H, x.dtype, x.device, training),) * L
+        half, size = x.dtype is torch.bfloat16, 8 if x.dtype is torch.float64 else 4
+        at_once = L if batch_sizes is None and x.dim() == 3 and self._flat_weights_names and self._fastrnn_fast_path else 1
+        inputs = [I, *[layer.directions * H] * (L - 1)]
+        return tuple(cpu.describe(layer, T, B, each, H, H, training, half, at_once, I, size) for each in inputs)
+
+
+# What a call runs, and the fast path does not.
+_INNER = ("check_input", "check_hidden_size", "get_expected_hidden_size", "_states", "_checked", "_run", "_weights",
+          "_sequence", "_fastrnn_fallback", "_flat_weights", "proj_size", "__getattr__", "__getattribute__")  # fmt: skip
 
 
 def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch.fx
 from torch import nn
 from torch.jit import _recursive
 
-from fastrnn import flops, functional, modules, ops, transforms  # noqa: F401  # transforms, for its rules
+from fastrnn import features, flops, functional, modules, ops, transforms  # noqa: F401  # transforms, for its rules
 from fastrnn.derived import original_class, set_class
 
 
@@ -129,6 +129,12 @@ def _of_torchs_classes(model: nn.Module) -> Iterator[None]:
             raise RuntimeError(
                 f"torch.jit.script cannot compile {torch_class.__qualname__}, a subclass of a fastrnn module. "
                 "Use torch.jit.trace, or derive the class from torch.nn for scripting."
+            )
+    for module, own_class, _ in before:
+        if getattr(module, "_fastrnn_features", False):
+            raise RuntimeError(
+                f"torch.jit.script cannot compile a {own_class.__name__} with {features.described(module)[2:]}. "
+                "Use torch.compile."
             )
     try:
         for (module, _, _), torch_class in zip(before, classes, strict=True):

@@ -69,7 +69,7 @@ def _is_mapped(dims: Sequence[int | None] | None) -> bool:
 
 
 def _is_given(more: Sequence[Tensor | None]) -> bool:
-    """Are there resets or lengths?"""
+    """Is there an input of those that have defaults?"""
     return any(tensor is not None for tensor in more)
 
 

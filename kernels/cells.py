@@ -6,6 +6,7 @@ Kinds of arguments, by their annotations, per unit:
     Hidden   the hidden state's product and bias alone
     State    what the step before has left; `h` is the output itself as it enters element by element
     Weight   a learned value
+    Noise    a number that the call brings for each row, unit and step; it has no gradient
 
 A function returns the output, then each state but h in their order. Row blocks of weight_ih and weight_hh stand in the order of
 the arguments that have them. Derivatives, and what is kept for backward, are derived (derive.py).
@@ -46,7 +47,11 @@ class Weight(Symbol):
     """A learned value."""
 
 
-KINDS = {kind.__name__: kind for kind in (Gate, Input, Hidden, State, Weight)}
+class Noise(Symbol):
+    """A number that the call brings for each row, unit and step, and that has no gradient."""
+
+
+KINDS = {kind.__name__: kind for kind in (Gate, Input, Hidden, State, Weight)}  # those that whoever writes a cell knows
 
 
 def rnn_tanh(a: Gate):
@@ -86,6 +91,7 @@ class Cell:
     states:         states but h, of each unit. c0 has them side by side.
     reads_hidden:   whether h enters element by element.
     weights:        learned values of each unit. They stand behind the gates' biases in b_ih.
+    noise:          numbers that a call brings for each row, unit and step, side by side in a row of `Inputs.noise`.
     kept, slots:    values that a step keeps for backward, of each unit. Of the slots the first `kept` are derived.kept, the
                     last are the states. There is room for the gates' pre-activations.
     carry:          what enters element by element: "cell" (one state), "hidden" (h), None, or "several".
@@ -95,8 +101,8 @@ class Cell:
 
     def __init__(self, name: str, mode: str, function: Callable, kinds: Mapping[str, str]) -> None:
         self.name, self.mode, self.function, self.kinds = name, mode, function, dict(kinds)
-        alone, shared, hidden, states, weights = (
-            [each for each in kinds if kinds[each] == kind] for kind in ("Input", "Gate", "Hidden", "State", "Weight")
+        alone, shared, hidden, states, weights, noise = (
+            [each for each in kinds if kinds[each] == kind] for kind in ("Input", "Gate", "Hidden", "State", "Weight", "Noise")
         )
         pairs = min(len(alone), len(hidden))
         self.input_parts = [each for each in kinds if each in shared or each in alone or each in hidden[pairs:]]
@@ -106,10 +112,11 @@ class Cell:
         ]
         shared = self.hidden_parts[: len(self.hidden_parts) - pairs]
         alone, hidden = alone[:pairs], hidden[:pairs]
-        self.derived = Derivation(name, function, alone, shared, hidden, states, weights, list(kinds))
+        self.derived = Derivation(name, function, alone, shared, hidden, states, weights, noise, list(kinds))
         self.gates, self.hidden, self.preactivations = len(self.input_parts), pairs, len(shared) + 2 * pairs
         self.input = tuple(self.input_parts.index(each) for each in (*alone, *shared))
         self.states, self.reads_hidden, self.weights = len(self.derived.after), "h" in states, len(weights)
+        self.noise = len(noise)
         self.carry = {(0, False): None, (0, True): "hidden", (1, False): "cell"}.get(
             (self.states, self.reads_hidden), "several"
         )

@@ -18,6 +18,7 @@ from .symbols import COMPARISONS, CONDITIONS, COSTS, Graph, Refused, Symbol, Val
 
 SLOT = 64  # operations that a slot is worth: it is written and read in each step, and takes memory for all of them
 NEVER = 1 << 30  # more than all costs together
+DEEPEST = 50  # expressions within each other in a line: Python's parser takes 200, and the printer calls itself for each
 # How each operation is written, and how tightly it binds.
 BINARY = {"or": ("|", 2), "and": ("&", 3), "add": ("+", 4), "sub": ("-", 4), "mul": ("*", 5), "div": ("/", 5)}
 BINARY |= {name: (sign, 1) for name, sign in zip(COMPARISONS, ("<", "<=", ">", ">=", "==", "!="), strict=True)}
@@ -51,7 +52,7 @@ class Code:
 
 
 class Printer:
-    """Writes `Code` as Python: a line for each result, and for what is used more than once."""
+    """Writes `Code` as Python: a line for each result, for what is used more than once, and for what nests too deep."""
 
     def __init__(self, code: Code) -> None:
         self.code = code
@@ -81,8 +82,13 @@ class Printer:
         taken = {name for name, _ in (*self.code.parameters, *self.code.results)}
         taken |= {function for function, *_ in self.operations.values()}
         lines = [f"def {self.code.name}({', '.join(name for name, _ in self.code.parameters)}):"]
+        depths: dict[int, int] = {}
         for index, operation in self.operations.items():
-            if index not in self.single:
+            depths[index] = 1 + max(
+                (depths.get(each.index, 0) for each in operation[1:] if isinstance(each, Symbol)), default=0
+            )
+            if index not in self.single or depths[index] == DEEPEST:
+                depths[index] = 0
                 name = self.wanted.get(index) or self._new_name(operation, taken)
                 lines.append(f"    {name} = {self._expression(*operation)[0]}")
                 self.names[index] = name
@@ -130,6 +136,7 @@ class Derivation:
     alone, shared, hidden: names of the pre-activations of the input's product alone, of both products, of the state's alone.
     states:                names of the states; "h", if it is among them, is the output.
     weights:               names of the learned values.
+    noise:                 names of the numbers that a call brings, which have no gradients.
     order:                 all of these in the order of the function's arguments.
 
     inputs:       names and nodes of the pre-activations, of the states before the step, and of the weights, in this order.
@@ -147,6 +154,7 @@ class Derivation:
         hidden: Sequence[str],
         states: Sequence[str],
         weights: Sequence[str],
+        noise: Sequence[str],
         order: Sequence[str],
     ) -> None:
         graph = Graph()
@@ -159,6 +167,8 @@ class Derivation:
                 f"{len(results)} results, expected {1 + len(carried)}: the output" + "".join(f", {n}" for n in carried)
             )
         output, *after = (each if isinstance(each, Symbol) else _refuse_constant(each) for each in results)
+        for each in (output, *after):
+            graph.check_own(each)
         for each, result in zip(("output", *(f"state {state}" for state in carried)), (output, *after), strict=True):
             if result.is_condition:
                 raise Refused(f"the {each} is a condition; write where(condition, 1, 0)")
@@ -167,6 +177,7 @@ class Derivation:
         self.inputs = (*((each, symbols[each]) for each in (*alone, *shared, *hidden, *states, *weights)),)
         self.after = tuple((f"{state}_new", node) for state, node in zip(carried, after, strict=True))
         self._weights = self.inputs[len(self.inputs) - len(weights) :]
+        self._noise = tuple((each, symbols[each]) for each in noise)
         self._output = ("h_new", output)
         self._seeds = tuple((f"d_{each}", graph.argument(f"d_{each}")) for each in ("h_new", *(n for n, _ in self.after)))
         seeds = [node for _, node in self._seeds]
@@ -175,15 +186,15 @@ class Derivation:
         self._changes = tuple((f"change_{each}", graph.argument(f"change_{each}")) for each, _ in self.inputs)
 
         forward = {node.index for node in ancestors([output, *after])}
-        for each, node in self.inputs:
+        for each, node in (*self.inputs, *self._noise):
             if node.index not in forward:
                 raise Refused(f"{each} is not used: leave the argument out")
-        at_hand = {node.index for _, node in (*self.before, *self.after, *self._weights, self._output)}
+        at_hand = {node.index for _, node in (*self.before, *self.after, *self._weights, *self._noise, self._output)}
         kept = choose_kept(found, seeds, forward, at_hand)
         places = {node.index: place for place, (_, node) in enumerate(self.inputs)}
         kept.sort(key=lambda node: min(places[each.index] for each in ancestors([node]) if each.index in places))
         self.kept = labelled(kept, {*order, "h_new", *(each for each, _ in self.after)})
-        given = {node.index for _, node in (*self.kept, *self.before, *self.after, *self._weights)}
+        given = {node.index for _, node in (*self.kept, *self.before, *self.after, *self._weights, *self._noise)}
         self.reads_output = output.index in {node.index for node in ancestors(found, given)} - given
 
     @property
@@ -193,15 +204,15 @@ class Derivation:
 
     @property
     def forward(self) -> Code:
-        """(pre-activations..., states before..., weights...) -> (output, kept..., states after...)."""
-        return Code(f"{self.name}_forward", self.inputs, (self._output, *self.kept, *self.after))
+        """(pre-activations..., states before..., weights..., noise...) -> (output, kept..., states after...)."""
+        return Code(f"{self.name}_forward", (*self.inputs, *self._noise), (self._output, *self.kept, *self.after))
 
     @property
     def backward(self) -> Code:
         """(gradients of output and states after..., kept..., states after..., the output if it is read, states before...,
-        weights...) -> gradients of (pre-activations..., states before..., weights...)."""
+        weights..., noise...) -> gradients of (pre-activations..., states before..., weights...)."""
         output = (self._output,) if self.reads_output else ()
-        parameters = *self._seeds, *self.kept, *self.after, *output, *self.before, *self._weights
+        parameters = *self._seeds, *self.kept, *self.after, *output, *self.before, *self._weights, *self._noise
         return Code(f"{self.name}_backward", parameters, self._gradients)
 
     @cached_property

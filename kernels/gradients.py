@@ -31,19 +31,30 @@ BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so ma
 
 
 def layer_backward(
-    outer: Outer, inputs: Inputs, weights: Sequence[Tensor], y: Tensor, saved: Tensor, layer: Layer, needs: Needs
+    outer: Outer,
+    inputs: Inputs,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    saved: Tensor,
+    layer: Layer,
+    needs: Needs,
+    dc: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Return the gradients dx, dh0, dc0, [0] where there is none, and those of all weights in a list, empty if not needed."""
+    """Return the gradients dx, dh0, dc0, [0] where there is none, and those of all weights in a list, empty if not needed.
+
+    dc [D, N, S * H]: gradients of the states but h after each step.
+    """
     steps, empty = Steps(layer, inputs), inputs.x.new_empty(0)
     dxs, dh0s, dc0s, dws = [], [], [], []
     for d, own in enumerate(layer.by_direction(weights)):
         direction = Direction(layer, steps, d, inputs, own, y, saved)
         dys, state = direction.split(direction.columns(outer.dy)), direction.state(outer.dh_n, outer.dc_n)
+        dcs = direction.split(None if dc is None else dc[d])
         dx: list[Any] = [None] * len(dys)
         dw = Weights()
         for k in reversed(direction.order):
             block = direction.blocks[k]
-            grads, state = block.pull(dys[k], state)
+            grads, state = block.pull(dys[k], state, more_c=dcs[k])
             dx[k] = torch.mm(grads.input, own.w_ih) if needs.dx else None
             dw = block.add_weights(dw, grads, block.x, block.h, block.out) if needs.dw else dw
         dxs.append(dx)
@@ -134,7 +145,7 @@ class Change(NamedTuple):
 
     x: Tensor | None  # [N, I]
     a: Sequence[Tensor]  # P times [N, H], pre-activations
-    h: Tensor  # [N, R], the state before each step
+    h: Tensor  # [N, R], the hidden state that enters the product of each step
     inner: Sequence[Tensor]  # each [N, H], the states that enter element by element, and the cell's own weights
     out: Tensor  # [N, H], the cell's h, before the projection
     y: Tensor  # [N, R]
@@ -163,7 +174,9 @@ class Direction:
         self.zeros = State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
         if begins is not None:
             self.zeros = self.zeros._replace(initial=self.zeros)
-        x, y, own_saved = self.known(x), self.known(self.columns(y)), self.known(saved[d])
+        x, y, own_saved = self.known(x), self.known(self.columns(y)), saved[d]
+        if not torch.is_grad_enabled():  # else it is the reference's, where zeros would be the singular points of some cells
+            own_saved = self.known(own_saved)
         slots = own_saved.split(hidden, -1) if cell.slots else ()
         h, c = before(order, sizes, y, h0), None
         if c0 is not None:
@@ -173,7 +186,8 @@ class Direction:
             c = c if c0 is None else torch.where(begins, steps.repeated(c0), c)
         out = y if weights.w_hr is None else slots[-1]
         kept = [*slots[: cell.kept], *slots[cell.slots - cell.states : cell.slots], *(out,)[: cell.derived.reads_output]]
-        kept += states_before(cell, h, c)
+        kept += [*states_before(cell, h, c), *steps.noise_of(d, cell.noise)]
+        mask = None if inputs.mask is None else steps.repeated(inputs.mask[d])
         length = max(1, BLOCK // max(1, sizes[0] * hidden))
         parts = [sizes[t : t + length] for t in range(0, len(sizes), length)]
         self.rows, self.order = [sum(part) for part in parts], order_of(len(parts), reverse)
@@ -182,7 +196,7 @@ class Direction:
         else:  # [1 + S, 1, 1]: a gradient of h, and none of the others; one of the first of these, and so on
             count = 1 + cell.states
             units = torch.eye(count, dtype=h.dtype, device=h.device).view(count, count, 1, 1).unbind()
-        split = zip(*map(self.split, (begins, self.within, x, h, out, *kept)), strict=True)
+        split = zip(*map(self.split, (begins, self.within, mask, x, h, out, *kept)), strict=True)
         product = Product(layer, weights.w_hh)
         self.blocks = [
             Block(cell, weights, product, part, order_of(len(part), reverse), units, *each)
@@ -214,15 +228,19 @@ class Block:
     """Some steps of one direction, one after the other, near the states that they went through."""
 
     def __init__(
-        self, cell: Cell, weights: Weights, product: Product, sizes: list[int], order: range, units, begins, within, *rows
+        self, cell: Cell, weights: Weights, product: Product, sizes: list[int], order: range, units, begins, within, mask, *rows
     ) -> None:
-        # of each step, which rows [b, 1] begin with the initial states, and which are within their lengths; or None
-        self.begins, self.within = (None if marks is None else steps_of(marks, sizes) for marks in (begins, within))
         self.cell, self.weights, self.product, self.sizes, self.order = cell, weights, product, sizes, order
+        # of each step, which rows [b, 1] begin with the initial states, and which are within their lengths; or None. And the
+        # factors [b, R] of h where it enters the product
+        self.begins, self.within, self.mask = (
+            None if each is None else steps_of(each, sizes) for each in (begins, within, mask)
+        )
         x, h, out, *kept = rows
-        self.x, self.h, self.out = x, h, out
+        self.x, self.h, self.out = x, h if mask is None else h * mask, out
         self.rows, self.hidden = x.shape[0], out.shape[-1]
-        self.kept = *kept, *apart(cell, weights.b_ih)[1]
+        noise = len(kept) - cell.noise
+        self.kept = *kept[:noise], *apart(cell, weights.b_ih)[1], *kept[noise:]
         self.arithmetic = arithmetic(cell.name)
         self.slopes = self.arithmetic.slopes(*units, *self.kept)  # of h [N, Q, H]; with states [1 + S, N, Q, H], of them too
         self.by_state = [steps_of(each, sizes) for each in (self.slopes.unbind() if len(units) > 1 else (self.slopes,))]
@@ -248,10 +266,11 @@ class Block:
         by_x = total(*(self.slopes.select(-2, k) * a for k, a in known))
         by_x = None if by_x is None else steps_of(by_x, sizes, -2)
         by_w_hr = None if v.w_hr is None else steps_of(torch.mm(self.out, v.w_hr.T), sizes)
-        a_s, h_s, c_s, out_s, y_s = self._places(5)
+        a_s, h_s, inner_h, c_s, out_s, y_s = self._places(6)
         for t in self.order:
-            h_s[t] = p = self._before(t, h, None if initial is None else initial.h)
-            a_s[t] = self.product(p) + a_hidden[t]
+            inner_h[t] = p = self._before(t, h, None if initial is None else initial.h)
+            h_s[t] = self._entering(t, p)
+            a_s[t] = self.product(h_s[t]) + a_hidden[t]
             after = slopes[t] * a_s[t]  # [b, G * H], or [2, b, G * H]
             if G > 1:
                 after = after.reshape(*after.shape[:-1], G, self.hidden).sum(-2)
@@ -270,7 +289,7 @@ class Block:
             h = self._after(t, y_s[t], h)
         a, h_before, y = joined(a_s), joined(h_s), joined(y_s)
         a = [*a_inputs, *(a.split(self.hidden, -1) if G > 1 else (a,))]
-        inner = states_before(cell, h_before, None if c is None else joined(c_s))
+        inner = states_before(cell, h_before if self.mask is None else joined(inner_h), None if c is None else joined(c_s))
         inner += [each.expand_as(self.out) for each in v_own] or [torch.zeros_like(self.out)] * cell.weights
         return Change(x, a, h_before, inner, y if w_hr is None else joined(out_s), y), State(h, c, initial)
 
@@ -278,6 +297,10 @@ class Block:
         """Return the rows of step t of a state, from before it."""
         rows = first(self.sizes[t], state)
         return rows if self.begins is None else torch.where(self.begins[t], first(self.sizes[t], initial), rows)
+
+    def _entering(self, t: int, rows: Tensor) -> Tensor:
+        """Return rows of h of step t as they enter the product, or their gradient from what enters."""
+        return rows if self.mask is None else rows * self.mask[t]
 
     def _after(self, t: int, rows: Tensor, state: Tensor) -> Tensor:
         """Return a state with the rows of step t replaced, but for those past their lengths."""
@@ -313,17 +336,19 @@ class Block:
         more_a: Tensor | None = None,
         more_h: Tensor | None = None,
         more_out: Tensor | None = None,
+        more_c: Tensor | None = None,
     ) -> tuple[Gradients, State]:
         """Return the gradients of all, and of the state before, from those of y and of the state after.
 
         more_a [N, Q, H] is added to those of the pre-activations, states and weights, more_h [N, R] to those of the hidden
-        state before each step, more_out [N, H] to those of out.
+        state that enters the product of each step, more_out [N, H] to those of out, more_c [N, S * H] to those of the states
+        after each step.
         """
         cell, sizes, (dh, dc, initial) = self.cell, self.sizes, state
         dh0, dc0 = (None, None) if initial is None else initial[:2]
         P, G, B, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hr
-        dys, more_a, more_h, more_out = (
-            None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out)
+        dys, more_a, more_h, more_out, more_c = (
+            None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out, more_c)
         )
         by_out, *by_others = self.by_state
         states = [name for name, _ in cell.derived.before]
@@ -339,12 +364,14 @@ class Block:
             a_s[t] = da = by_out[t] * d_out if more_a is None else torch.addcmul(more_a[t], by_out[t], d_out)  # [b, Q, H]
             if dc is not None:
                 d_c = dc if b == B else dc.narrow(0, 0, b)
+                d_c = d_c if more_c is None else d_c + more_c[t]
                 c_s[t] = d_c if self.within is None else torch.where(self.within[t], d_c, 0.0)
                 for by_one, d_one in zip(by_others, taken_apart(cell, c_s[t].unsqueeze(1)), strict=True):
                     a_s[t] = da = torch.addcmul(da, by_one[t], d_one)
             if self.within is not None:
                 a_s[t] = da = torch.where(self.within[t].unsqueeze(1), da, 0.0)
             d_before = self.product.back(_narrow(da, cell.hidden, G).reshape(b, -1))
+            d_before = self._entering(t, d_before if more_h is None else d_before + more_h[t])
             d_states = {name: da.select(1, P + k) for k, name in enumerate(states)}
             if "h" in d_states:
                 d_before = d_before + d_states.pop("h")
@@ -352,8 +379,6 @@ class Block:
                 d_c = torch.cat([*d_states.values()], -1) if cell.states > 1 else next(iter(d_states.values()))
                 d_c, dc0 = self._stopped(t, d_c, dc0)
                 dc = self._after(t, d_c, dc)
-            if more_h is not None:
-                d_before = d_before + more_h[t]
             d_before, dh0 = self._stopped(t, d_before, dh0)
             dh = self._after(t, d_before, dh)
         a, y = joined(a_s), joined(y_s)

@@ -97,6 +97,9 @@ class Inputs(NamedTuple):
                  that step, in the order of each direction, are h0 and c0.
     lengths:     of the rows of a dense sequence, int64 [B] on x's device, from 0 to T. A row has no steps past its length: y
                  is zero there, and the direction that runs backwards begins at the last step within it.
+    mask:        factors [D, B, R] of the hidden state where it enters the recurrent product, the same in each step.
+    noise:       for cells that have K arguments of kind Noise, so many numbers for each unit: D * K * H for each row of x, of
+                 one direction after the other. Its strides may be 0.
     """
 
     x: Tensor
@@ -105,6 +108,8 @@ class Inputs(NamedTuple):
     c0: Tensor | None
     resets: Tensor | None = None
     lengths: Tensor | None = None
+    mask: Tensor | None = None
+    noise: Tensor | None = None
 
 
 class Outer(NamedTuple):
@@ -131,7 +136,8 @@ class Steps:
     """
 
     def __init__(self, layer: Layer, inputs: Inputs) -> None:
-        x, self.batch_sizes, h0, _, self.resets, self.lengths = inputs
+        x, self.batch_sizes, h0, _, self.resets, self.lengths, _, self.noise = inputs
+        self.directions = layer.directions
         self.packed = self.batch_sizes is not None
         self.axis = 1 if layer.batch_first and not self.packed else 0
         self.steps = x.shape[self.axis] if self.batch_sizes is None else len(self.batch_sizes)
@@ -169,9 +175,22 @@ class Steps:
         """Undo `each`."""
         return torch.cat(steps) if self.packed else torch.stack(steps, self.axis)
 
+    def of_each(self, rows: Tensor) -> Tensor:
+        """Return rows [D, N, ...], one step after the other, as a sequence is: [D, T, B, ...], [D, B, T, ...] or packed."""
+        if self.packed:
+            return rows
+        rows = rows.unflatten(1, (self.steps, self.batch))
+        return rows.transpose(1, 2) if self.axis else rows
+
     def repeated(self, state: Tensor) -> Tensor:
         """Return the rows [N, ...] of a state [B, ...], for each step those that it has."""
         return torch.cat([state.narrow(0, 0, b) for b in self.sizes]) if self.packed else state.repeat(self.steps, 1)
+
+    def noise_of(self, d: int, count: int) -> Sequence[Tensor]:
+        """Return the noise of a direction, each [N, H], of a cell that has so much."""
+        if self.noise is None or not count:
+            return ()
+        return self.flat(self.noise).chunk(self.directions, -1)[d].chunk(count, -1)
 
     def part(self, sequence: Tensor, start: int, stop: int) -> Tensor:
         """Return a view of the rows of these steps."""
@@ -200,7 +219,7 @@ def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int 
     layers: so many layers stand on top of each other, of which these are the weights and the states, the lowest first.
     That batch_sizes sum up to the rows of x, and that weights are of one dtype and device, is not looked at here.
     """
-    x, batch_sizes, h0, c0, resets, lengths = inputs
+    x, batch_sizes, h0, c0, resets, lengths, mask, noise = inputs
     cell, D = CELLS[layer.cell], layer.directions
     if x.dim() != (3 if batch_sizes is None else 2):
         return f"x: expected {'[T, B, I]' if batch_sizes is None else '[N, I]'}, got {tuple(x.shape)}"
@@ -217,6 +236,10 @@ def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int 
     for name, state, size in (("h0", h0, width), ("c0", c0, rows // cell.gates * cell.states)):
         if state is not None and state.shape != (layers * D, batch, size):
             return f"{name}: expected {(layers * D, batch, size)}, got {tuple(state.shape)}"
+    if mask is not None and mask.shape != (D, batch, width):
+        return f"mask: expected {(D, batch, width)}, got {tuple(mask.shape)}"
+    if noise is not None and noise.shape != (*x.shape[:-1], D * cell.noise * (rows // cell.gates)):
+        return f"noise: expected {(*x.shape[:-1], D * cell.noise * (rows // cell.gates))}, got {tuple(noise.shape)}"
     if resets is not None and (resets.dtype is not torch.bool or resets.shape != x.shape[:-1] or resets.device != x.device):
         axes = "[N]" if batch_sizes is not None else "[B, T]" if layer.batch_first else "[T, B]"
         return f"resets: expected bool {axes}, {_described(x.shape[:-1], x)}, got {_described(resets.shape, resets, True)}"
@@ -246,7 +269,7 @@ def _described(shape: Sequence[int], tensor: Tensor, dtype: bool = False) -> str
 def misfit_of_weights(layer: Layer, weights: Sequence[Tensor], input_size: int, layers: int = 1) -> str | None:
     """Say which weight does not have the shape that the layer and the others ask for; None where all fit. As in `misfit`."""
     cell, D, kinds = CELLS[layer.cell], layer.directions, layer.kinds()
-    if layer.projected and not cell.states:
+    if layer.projected and (cell.reads_hidden or not cell.states):
         return f"w_hr: cell {layer.cell!r} has no projection"
     if layer.projected and layer.heads > 1:
         return f"w_hr: a layer of {layer.heads} heads has no projection"

@@ -72,7 +72,11 @@ def layer_forward(
         reverse, product = layer.reverse != bool(d), Product(layer, own.w_hh)
         begins = None if steps.resets is None else steps.begins(reverse)
         marks = None if begins is None else begins.split(steps.sizes), within
-        h, c, out, slots = _forward(kind, xs, h0[d], None if c0 is None else c0[d], own, product, reverse, *marks)
+        product, mask = Product(layer, own.w_hh), None if inputs.mask is None else inputs.mask[d]
+        c = None if c0 is None else c0[d]
+        noise = [part.split(steps.sizes) for part in steps.noise_of(d, kind.noise)]
+        noise = [*zip(*noise, strict=True)] if noise else [()] * steps.steps
+        h, c, out, slots = _forward(kind, xs, h0[d], c, own, product, mask, noise, reverse, *marks)
         ys.append(out)
         kept.append(torch.cat(slots))
         states.append(h)
@@ -83,9 +87,20 @@ def layer_forward(
     return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
 
 
-def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, product: Product, reverse: bool, begins, within):
+def carried_states(inputs: Inputs, layer: Layer, saved: Tensor) -> Tensor:
+    """The states but h after each step [D, N, S * H], of what was saved; zeros past the lengths."""
+    kind, within = CELLS[layer.cell], Steps(layer, inputs).within()
+    units = saved.shape[-1] // (kind.slots + layer.projected)
+    states = saved.narrow(-1, (kind.slots - kind.states) * units, kind.states * units)
+    return states if within is None else torch.where(within, states, 0.0)
+
+
+def _forward(
+    kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, product: Product, mask, noise, reverse: bool, begins, within
+):
     """One direction: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H].
 
+    mask: factors [B, R] of h where it enters the product, or None. noise: of each step the cell's, each [b, H].
     begins, within: of each step, which rows [b, 1] begin with the initial states, and which are within their lengths; or None.
     """
     w_ih, _, b_ih, b_hh, w_hr = weights
@@ -98,12 +113,14 @@ def _forward(kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, prod
         p, q = first(b, h), None if c is None else first(b, c)
         if begins is not None:
             p = torch.where(begins[t], first(b, h0), p)
-            q = None if q is None else torch.where(begins[t], first(b, c0), q)
+            q = None if c0 is None or q is None else torch.where(begins[t], first(b, c0), q)
         of_h = product(p)
         of_x = xs[t] @ w_ih.T
         before = states_before(kind, p, q)
+        of_h = product(p if mask is None else p * first(b, mask))
+        of_x = xs[t] @ w_ih.T
         a = _preactivations(kind, of_x if b_ih is None else of_x + b_ih, of_h if b_hh is None else of_h + b_hh)
-        out, *slots = _FORWARD[kind.name](*a, *before, *own_weights)
+        out, *slots = _FORWARD[kind.name](*a, *before, *own_weights, *noise[t])
         if c is not None:
             after = slots[-1] if kind.states == 1 else torch.cat(slots[kind.kept :], -1)
             c = replace(c, after if here is None else torch.where(here, after, c))

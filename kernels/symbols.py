@@ -30,14 +30,24 @@ class Graph:
         """Return the result of an operation: a number, one of the operands, or a node.
 
         Raises:
-            Refused: an operand is neither a symbol nor a number, or a condition in the place of a number, or the reverse.
+            Refused: an operand is neither a symbol of this graph nor a number, or a condition in the place of a number, or the
+                reverse.
         """
         if not any(isinstance(each, Symbol) for each in operands):
             return NUMBERS[operation](*operands)
+        for each in operands:
+            self.check_own(each)
+        if operation == "where" and isinstance(operands[0], bool):
+            return operands[1] if operands[0] else operands[2]
         for place, each in enumerate(operands):
             _check_operand(operation, each, operation in LOGIC or (operation == "where" and place == 0))
         simple = self._simplified(operation, operands)
         return self._node(operation, *operands) if simple is None else simple
+
+    def check_own(self, value: Any) -> None:
+        """Raise Refused where a value is a symbol of another graph."""
+        if isinstance(value, Symbol) and value.graph is not self:
+            raise Refused("a value of another cell's function, or of another call: use this function's own arguments")
 
     def _node(self, operation: str, *operands: Any) -> Symbol:
         key = operation, *(("symbol", each.index) if isinstance(each, Symbol) else each for each in operands)
@@ -116,16 +126,20 @@ class Symbol:
         return self.graph.apply("div", other, self)
 
     def __pow__(self, power: Any) -> Any:
-        if isinstance(power, int) and 1 <= abs(power) <= 8:
+        if isinstance(power, (int, float)) and 1 <= abs(power) <= 8 and power == int(power):
             result = self
-            for _ in range(abs(power) - 1):
+            for _ in range(abs(int(power)) - 1):
                 result = result * self
             return result if power > 0 else 1 / result
-        if power == 0.5:
-            return sqrt(self)
+        if isinstance(power, (int, float)) and abs(power) == 0.5:
+            return sqrt(self) if power > 0 else 1 / sqrt(self)
         raise Refused(
-            f"** {power!r}: the power of a value is a whole number from -8 to 8, or 0.5; write exp(p * log(x)) for others"
+            f"** {_named(power)}: the power of a value is a whole number from 1 to 8 or 0.5, or one of these negative; "
+            "write exp(p * log(x)) for others"
         )
+
+    def __rpow__(self, base: Any) -> Any:
+        raise Refused(f"{base!r} ** a value: write exp(x * log({base!r})), with the logarithm as a number")
 
     def __neg__(self) -> Any:
         return self.graph.apply("neg", self)
@@ -230,6 +244,11 @@ def _is_negated(value: Value) -> bool:
     return isinstance(value, Symbol) and value.operation == "neg"
 
 
+def _named(value: Any) -> str:
+    """Name what is no symbol: numbers as they are, others by their type."""
+    return repr(value) if isinstance(value, (int, float)) else f"a {type(value).__name__}"
+
+
 def _check_operand(operation: str, operand: Any, condition: bool) -> None:
     """Raise Refused where an operand is not what an operation takes."""
     if isinstance(operand, Symbol):
@@ -237,7 +256,9 @@ def _check_operand(operation: str, operand: Any, condition: bool) -> None:
             raise Refused(f"{operation} of a condition: write where(condition, 1, 0)")
         if condition and not operand.is_condition:
             raise Refused(f"{operation} wants a condition, such as x > 0")
-    elif condition or not isinstance(operand, (int, float)):
+    elif condition:
+        raise Refused(f"{operation} wants a condition, such as x > 0, got {_named(operand)}")
+    elif not isinstance(operand, (int, float)):
         name = type(operand).__name__
         remedy = "declare it as an argument of kind Weight" if name in TENSORS else "write a Python number"
         raise Refused(f"{operation} with a {name}: {remedy}")
@@ -255,7 +276,10 @@ def _elementary(name: str) -> Callable[..., Any]:
             if isinstance(each, Symbol):
                 return each.graph.apply(name, *operands)
         if all(isinstance(each, (int, float)) for each in operands):
-            return NUMBERS[name](*operands)
+            try:
+                return NUMBERS[name](*operands)
+            except (ArithmeticError, ValueError) as error:
+                raise type(error)(f"{name}({', '.join(map(repr, operands))}): {error}") from None
         from .reference import of_tensors  # needs torch, which a process that compiles kernels does without
 
         return of_tensors(name, *operands)
@@ -319,7 +343,7 @@ NUMBERS: dict[str, Callable[..., Any]] = {
     "or": operator.or_,
     "not": operator.not_,
     "where": lambda condition, a, b: a if condition else b,
-    "sigmoid": lambda a: 1 / (1 + math.exp(-a)),
+    "sigmoid": lambda a: 1 / (1 + math.exp(-a)) if a > -700 else math.exp(a),
     "tanh": math.tanh,
     "relu": lambda a: max(a, 0.0),
     "exp": math.exp,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton_layers
 from contract import CELLS, Case, Error, arguments, relative, run, same_bits, twins
-from test_triton import LAYERS
+from test_triton import FLOAT32, LAYERS
 from triton_layers import Layer
 
 import fastrnn
@@ -92,12 +92,40 @@ def test_contract(case):
     assert not wrong, f"ours, cuDNN's: {wrong}"
 
 
-def test_float32_in_ieee_precision_is_cudnns(monkeypatch):
+@pytest.mark.parametrize("layer", FLOAT32, ids=str)
+def test_float32_by_three_products_of_tensor_cores(layer):
+    """As exact as float32's own."""
+    assert triton_layers.faults(layer, "cuda", _target()) == []
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_autocast(cell, dtype):
+    """Dtypes of results and gradients are torch.nn's, with a GradScaler too."""
+    stock = getattr(torch.nn, cell)(24, 96, 2, device="cuda")
+    ours = getattr(fastrnn, cell)(24, 96, 2, device="cuda")
+    ours.load_state_dict(stock.state_dict())
+    x, found = torch.randn(7, 5, 24, device="cuda"), []
+    for module in (stock, ours):
+        leaf, scaler = x.clone().requires_grad_(), torch.amp.GradScaler("cuda", init_scale=1024.0)
+        with torch.autocast("cuda", dtype):
+            y, state = module(leaf)
+            loss = y.float().square().mean()
+        scaler.scale(loss).backward()
+        states = state if cell == "LSTM" else (state,)
+        found.append([y.detach(), *(each.detach() for each in states), leaf.grad, *(p.grad for p in module.parameters())])
+    for theirs, mine in zip(*found, strict=True):
+        assert mine.dtype is theirs.dtype and relative(mine.double(), theirs.double()) < 2e-2
+
+
+def test_float64_is_right_and_differentiable_twice(monkeypatch):
     monkeypatch.setattr(dispatch, "forced", None)
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    module, x = fastrnn.GRU(5, 64, device="cuda"), torch.randn(4, 3, 5, device="cuda")
-    explanation = fastrnn.explain(module, x)
-    assert explanation.engine == "torch" and "cuDNN is faster" in explanation.declined["triton"]
+    module = fastrnn.GRU(3, 4, device="cuda", dtype=torch.float64)
+    x = torch.randn(3, 2, 3, device="cuda", dtype=torch.float64, requires_grad=True)
+    assert fastrnn.explain(module, x).engine == "torch"
+    monkeypatch.setattr(dispatch, "forced", "triton")
+    assert torch.autograd.gradgradcheck(lambda x: module(x)[0], (x,))
+    torch.testing.assert_close(module(x)[0], torch.compile(module, fullgraph=True)(x)[0])
 
 
 def test_what_cudnn_is_faster_at_is_left_to_it(monkeypatch):

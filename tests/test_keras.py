@@ -1,6 +1,7 @@
 """fastrnn.keras stands in for keras.layers: Keras is asked what is right, never quoted."""
 
 import itertools
+import pickle
 import subprocess
 import sys
 
@@ -202,9 +203,10 @@ def test_explain_of_what_the_engines_run():
 )
 def test_dropout_draws_what_keras_draws(name, options):
     theirs, own = both(name, return_sequences=True, seed=3, **options)
-    x = torch.randn(B, T, I)
-    for _ in range(2):
-        torch.testing.assert_close(own(x, training=True), theirs(x, training=True))
+    x, fused = torch.randn(B, T, I), "recurrent_dropout" not in options or name == "SimpleRNN"
+    assert isinstance(fastrnn.keras._cells(own, True), list) == fused
+    for mask in (None, None, MASKS["left-padded"]):
+        torch.testing.assert_close(own(x, mask=mask, training=True), theirs(x, mask=mask, training=True))
     torch.testing.assert_close(own(x), theirs(x))
 
 
@@ -240,6 +242,10 @@ def test_files_are_read_both_ways(tmp_path):
         saver.save_weights(tmp_path / "model.weights.h5")
         other.load_weights(tmp_path / "model.weights.h5")
         np.testing.assert_allclose(other.predict(x, verbose=0), saver.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+    for layer, width in ((own.layers[0], I), (own.layers[1], H), (own, I)):
+        copy, given = pickle.loads(pickle.dumps(layer)), torch.ones(B, T, width)
+        assert type(copy) is type(layer)
+        torch.testing.assert_close(copy(given), layer(given))
     own.save(tmp_path / "own.keras")
     loaded = keras.models.load_model(tmp_path / "own.keras")
     assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in own.layers]
@@ -391,3 +397,143 @@ def test_models_without_a_twin_are_refused():
         keras_models.from_pytorch(torch.nn.LSTM(I, H))
     with pytest.raises(ValueError, match=r"expected two layers, got num_layers=1"):
         keras_models.from_pytorch(models.LSTMModel(I, H, 1, 3))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 6), (16, 16), (40, 33), (64, 48), (130, 257)], ids=str)
+@pytest.mark.parametrize("gates", [(0,), (0, 1, 2, 3), (1, 0, 2)], ids=str)
+def test_the_runtime_turns_matrices(gates, shape):
+    if fastrnn.dispatch.native is None:
+        pytest.skip("no compiled runtime")
+    n, H = shape
+    matrix = torch.randn(n, len(gates) * H)
+    expected = torch.cat([matrix.chunk(len(gates), 1)[gate] for gate in gates], 1).t()
+    turned = fastrnn.dispatch.native.turn(matrix, gates, True)
+    assert turned.is_contiguous() and torch.equal(turned, expected)
+    back = fastrnn.dispatch.native.turn(turned, tuple(gates.index(gate) for gate in range(len(gates))), False)
+    assert back.is_contiguous() and torch.equal(back, matrix)
+    for other in (matrix.double(), matrix.t(), matrix[0], matrix.to(torch.bfloat16)):
+        assert fastrnn.dispatch.native.turn(other, gates, True) is None
+    for wrong in ((-1, *gates[1:]), (len(gates), *gates[1:]), (0,) * 9, ()):
+        assert fastrnn.dispatch.native.turn(matrix, wrong, True) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_call_does_nothing_of_keras(name, monkeypatch):
+    own = both(name, return_sequences=True, return_state=True)[1]
+    x = torch.randn(B, T, I)
+    expected = own(x)
+    calls = []
+    monkeypatch.setattr(keras.layers.RNN, "call", lambda *args, **kwargs: calls.append("call"))
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, x, **kwargs: calls.append("module") or x)
+    for training in ({}, {"training": False}, {"training": True}, {"training": None}):
+        for found, right in zip(own(x, **training), expected, strict=True):
+            torch.testing.assert_close(found, right)
+    states = [torch.randn(B, H) for _ in expected[1:]]
+    monkeypatch.undo()
+    theirs = own(x, initial_state=states, mask=torch.ones(B, T, dtype=torch.bool))
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, x, **kwargs: calls.append("module") or x)
+    for found, right in zip(own(x, initial_state=states), theirs, strict=True):
+        torch.testing.assert_close(found, right)
+    assert not calls
+    own(x, mask=torch.ones(B, T, dtype=torch.bool))
+    assert calls == ["module"]
+
+
+def _with_hook(layer):
+    seen = []
+    layer.register_forward_hook(lambda module, args, output: seen.append("hook") or output * 2)
+    return layer
+
+
+def _with_global_hook(layer):
+    layer.handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: output * 2 if module is layer else None
+    )
+    return layer
+
+
+def _with_own_call(layer):
+    call = layer.call
+    object.__setattr__(layer, "call", lambda *args, **kwargs: 3 * call(*args, **kwargs))
+    return layer
+
+
+def _told_what_axes(layer):
+    layer.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: I + 1})
+    return layer
+
+
+def masked(x):
+    return keras.layers.Masking()(x * MASKS["with holes"].unsqueeze(-1))
+
+
+CIRCUMSTANCES = {
+    "a hook": (_with_hook, lambda layer, x: layer(x)),
+    "a hook of all modules": (_with_global_hook, lambda layer, x: layer(x)),
+    "a call of the object's own": (_with_own_call, lambda layer, x: layer(x)),
+    "an input spec": (_told_what_axes, lambda layer, x: layer(x)),
+    "another dtype": (lambda layer: layer, lambda layer, x: layer(x.double())),
+    "an array": (lambda layer: layer, lambda layer, x: layer(x.numpy())),
+    "too few dimensions": (lambda layer: layer, lambda layer, x: layer(x[0])),
+    "no sequences": (lambda layer: layer, lambda layer, x: layer(x[:0])),
+    "no steps": (lambda layer: layer, lambda layer, x: layer(x[:, :0])),
+    "another width": (lambda layer: layer, lambda layer, x: layer(x[..., 1:])),
+    "a state for all rows": (lambda layer: layer, lambda layer, x: layer(x, initial_state=[x[:1, 0, :1].repeat(1, H)] * 2)),
+    "a state of another width": (lambda layer: layer, lambda layer, x: layer(x, initial_state=[x[:, 0]] * 2)),
+    "a state too few": (lambda layer: layer, lambda layer, x: layer(x, initial_state=[torch.ones(B, H)])),
+    "a flag that is no bool": (lambda layer: layer, lambda layer, x: layer(x, training=1)),
+    "a mask on the input": (lambda layer: layer, lambda layer, x: layer(masked(x))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("circumstance", CIRCUMSTANCES)
+def test_a_call_does_what_keras_does_around_it(circumstance):
+    prepare, call = CIRCUMSTANCES[circumstance]
+    x, found = torch.randn(B, T, I), []
+    for layer in both("LSTM", return_sequences=True, bias_initializer="random_normal"):
+        layer(x)
+        layer = prepare(layer)
+        try:
+            y = call(layer, x)
+            found.append((None, y.dtype, y.shape, getattr(y, "_keras_mask", None) is not None, y.detach()))
+        except Exception as error:
+            found.append((type(error),))
+        if handle := getattr(layer, "handle", None):
+            handle.remove()
+    assert found[0][:4] == found[1][:4]
+    if len(found[0]) > 1:
+        torch.testing.assert_close(found[1][4], found[0][4])
+
+
+def test_losses_and_dtypes_of_a_call_are_those_of_keras():
+    x = torch.randn(B, T, I)
+    for theirs, own in (both("GRU", activity_regularizer="l2"), both("GRU", kernel_regularizer="l1")):
+        for layer in (theirs, own):
+            layer(x)
+            layer(x)
+        torch.testing.assert_close(own.losses, theirs.losses)
+    theirs, own = both("GRU", return_sequences=True)
+    with keras.src.backend.AutocastScope("bfloat16"):
+        assert own(x).dtype is theirs(x).dtype is torch.float32
+
+
+def test_the_training_flag_reaches_other_layers_as_in_keras():
+    class Model(keras.Model):
+        def __init__(self, namespace, told):
+            super().__init__()
+            self.one, self.two, self.told = namespace.LSTM(H, return_sequences=True), namespace.GRU(H), told
+            self.drop = keras.layers.Dropout(0.5, seed=1)
+
+        def call(self, x, training=None):
+            return self.drop(self.two(self.one(x, **self.told)))
+
+    x = torch.ones(B, T, I)
+    for told in ({}, {"training": True}, {"training": False}):
+        for training in ({}, {"training": True}, {"training": False}):
+            zeros = []
+            for namespace in (keras.layers, fastrnn.keras):
+                keras.utils.set_random_seed(2)
+                model = Model(namespace, told)
+                model(x, **training)
+                zeros.append(bool((model(x, **training) == 0).any()))
+            assert zeros[0] == zeros[1], (told, training)

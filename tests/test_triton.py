@@ -148,6 +148,18 @@ def test_kernels_with_the_chosen_chunks(cell, tiles, interpreted):
     assert interpreted(triton_layers.faults, Layer(cell, tiles, chunk=0, sizes=(2, 2, 3, 70))) == []
 
 
+FLOAT32 = [
+    Layer(cell, tiles, precision="tf32x3") for cell, tiles in (("lstm", "resident"), ("gru", "wide"), ("lstm", "single"))
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", FLOAT32, ids=str)
+def test_float32_by_three_products_of_tensor_cores(layer, interpreted):
+    """What a GPU runs in IEEE precision; the interpreter multiplies in float32 at once."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
 @needs_triton
 def test_a_wrong_kernel_is_found(interpreted):
     """The control of the tests above: one gradient of one cell off by one part in a thousand is named."""
@@ -183,7 +195,7 @@ def test_elementary_functions(interpreted):
 # --- plans
 
 DEVICES = [device for _, device in TARGETS.values()] + [Device("cuda", 86, 46, 99 * 1024), Device("cuda", 90, 8, 227 * 1024)]
-PRECISIONS = ((2, "ieee"), (4, "tf32"), (4, "ieee"))
+PRECISIONS = ((2, "ieee"), (4, "tf32"), (4, "tf32x3"), (4, "ieee"))
 
 
 def _draw(draw: random.Random) -> Sizes:
@@ -315,6 +327,21 @@ def test_resources_of_every_plan(target, compilers):
     _assert_resources(list(gpu_resources.cases(target)), compilers)
 
 
+@needs_triton
+def test_resources_with_resets_and_lengths(compilers):
+    """They take no more than the bounds by which plans are chosen."""
+    sizes = ("lstm", 64), ("lstm", 768), ("gru", 768), ("rnn_tanh", 64)
+    plain = [
+        gpu_resources.Case("sm_90", cell, forward, torch.float16, "ieee", 64, H, H, 1, False, None, True)
+        for cell, H in sizes
+        for forward in (True, False)
+    ]
+    device = TARGETS["sm_90"][1]
+    _assert_resources(
+        [replace(case, plan=choose(device, gpu_resources.sizes_of(case), case.forward)) for case in plain], compilers
+    )
+
+
 def _compiled(target: str, forward: bool, schedule: str, B: int = 16, H: int = 768, **changes):
     case = gpu_resources.Case(target, "lstm", forward, torch.float16, "ieee", B, H, H, 1, False, None)
     case = replace(case, plan=choose(TARGETS[target][1], gpu_resources.sizes_of(case), forward, schedule), **changes)
@@ -401,7 +428,9 @@ def test_calls_are_left_to_cudnn_by_their_sizes(monkeypatch):
     assert not left("lstm", 500, 32, 1536, layers=2) and left("lstm", 500, 32, 1600, layers=2)  # weights no longer stay
     assert left("gru", 1, 64, 512)
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    assert left("gru", 500, 64, 512, dtype=torch.float32) and not left("gru", 500, 64, 512)
+    assert left("gru", 500, 64, 512, dtype=torch.float32) and not left("gru", 500, 64, 512)  # as are parts of numbers
+    assert left("gru", 500, 64, 128, dtype=torch.float32) and not left("gru", 500, 64, 256, dtype=torch.float32)
+    assert left("gru", 500, 64, 256, dtype=torch.float64)
     small = ("lstm", 500, 16, 768)
     with fastrnn.recompute():
         assert not left(*small)
@@ -436,7 +465,6 @@ def test_reasons(monkeypatch):
     with pytest.raises(RuntimeError, match="FASTRNN_BACKEND=triton: the engine cannot run this call: device cpu"):
         module(x)
     monkeypatch.setattr(dispatch, "forced", None)
-    assert "float64" in fastrnn.explain(module.double(), x.double()).declined["triton"]
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fastrnn::layer_forward", "CUDA")
 
 
@@ -447,8 +475,8 @@ def test_reasons_where_there_is_no_gpu():
         states, weights = [torch.empty(1, 2, 5, device="cuda")], [torch.empty(15, 4, device="cuda")]
         assert dispatch.choose(x, None, states, weights) == "torch"
         assert re.search("not (available|installed)", dispatch.why_not_triton(x, None, states, weights))
-        half = x.double(), None, [state.double() for state in states], [weight.double() for weight in weights]
-        assert "float64" in dispatch.why_not_triton(*half)
+        mixed = x.double(), None, states, weights
+        assert "dtypes differ" in dispatch.why_not_triton(*mixed)
 
 
 def test_explained_as_on_a_gpu(monkeypatch):
@@ -461,7 +489,7 @@ def test_explained_as_on_a_gpu(monkeypatch):
 
 def test_float32_follows_torch_nns_setting(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
-    assert precision_of(torch.float32) == "ieee"
+    assert precision_of(torch.float32) == "tf32x3"
     monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
     assert precision_of(torch.float32) == "tf32"
     assert precision_of(torch.bfloat16) == "ieee"
@@ -470,7 +498,7 @@ def test_float32_follows_torch_nns_setting(monkeypatch):
 def test_products_outside_the_scan_follow_it_too():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    for precision in ("tf32", "ieee"):
+    for precision, setting in (("tf32", "tf32"), ("tf32x3", "ieee"), ("ieee", "ieee")):
         with products_in(torch.float32, precision):
-            assert matmul.fp32_precision == precision
+            assert matmul.fp32_precision == setting
         assert matmul.fp32_precision == before

@@ -52,6 +52,7 @@ class Layer:
     incoming: str = "all"
     dtype: torch.dtype = torch.float32
     marks: str = "none"
+    precision: str = "ieee"
     sizes: tuple[int, int, int, int] = (4, 3, 5, 19)
 
     def __str__(self) -> str:
@@ -111,6 +112,8 @@ class Layer:
         if self.tiles == "single":
             return choose(device, sizes, forward, "single")
         of_both = [replace(sizes, precision="tf32"), replace(sizes, precision="ieee", bytes_=4)]  # each has kinds of its own
+        if self.precision == "tf32x3":
+            of_both = [replace(sizes, precision="tf32x3")]
         chosen = next(
             plan
             for each in of_both
@@ -196,14 +199,14 @@ def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int 
 
     def run() -> dict[str, Tensor]:
         call = engine.Call(own, Inputs(*tensors), weights)
-        y, h_n, c_n, saved = engine.forward(call, layer.save, forward, "ieee")
+        y, h_n, c_n, saved = engine.forward(call, layer.save, forward, layer.precision)
         results = {"y": y, "h_n": h_n, "c_n": c_n}
         if not layer.save:
             assert saved.numel() == 0
             return results
         if not given:
             given.update(cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device))
-        grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, "ieee")
+        grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, layer.precision)
         return results | {"saved": slots(layer, within(own, call.inputs, saved))} | named(own, grads)
 
     return run

@@ -124,7 +124,9 @@ def _prepare_cell(cell: str, scalar: str, training: bool) -> None:
         _ADDRESSES[cell, scalar, which] = fallback.addresses(cell, scalar, which, tier)
     found = [_ADDRESSES.get((cell, *unit), (0, 0)) for unit in itertools.product(("f32", "f64"), ("forward", "backward"))]
     kind = CELLS[cell]
-    runtime_module().add_cell(cell, (kind.gates, kind.slots, kind.states, kind.weights), tuple(itertools.chain(*found)))
+    runtime_module().add_cell(
+        cell, (kind.gates, kind.slots, kind.states, kind.weights, kind.noise), tuple(itertools.chain(*found))
+    )
 
 
 def why_not_cell(cell: str) -> str | None:
@@ -137,10 +139,17 @@ why_not_cell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as 
 
 @cache
 def _why_not_cell(cell: str) -> str | None:
-    missing = [name for name in ("numba", "llvmlite", "numpy") if importlib.util.find_spec(name) is None]
-    if CELLS[cell].mode or not missing:
+    missing = [name for name in ("numpy", "llvmlite", "numba") if importlib.util.find_spec(name) is None]
+    if CELLS[cell].mode or not missing or (missing == ["numba"] and _is_shipped(cell)):
         return None
     return f"a cell that is not built in is compiled when it first runs, and {' and '.join(missing)} are not installed"
+
+
+def _is_shipped(cell: str) -> bool:
+    """Are there objects beside the module that defines a cell, for this processor?"""
+    from . import fallback
+
+    return load()[0] == "compiled" and any(fallback.objects(load()[1], (cell, scalar, "forward")) for scalar in ("f32", "f64"))
 
 
 _ADDRESSES: dict[tuple[str, str, str], Sequence[int]] = {}

@@ -55,7 +55,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     """
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     gates, slots, values = cell.gates, cell.slots, cell.preactivations + cell.weights  # of a row of gate gradients
-    preactivations, reset_numbers = cell.preactivations, cell.gates + cell.states + cell.reads_hidden  # times units, of a row
+    reset_numbers, noise = cell.gates + cell.states + cell.reads_hidden, cell.noise  # the first times units, of a row
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
@@ -93,7 +93,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             block = forward_block(p.steps, B, p.rows, 0 if at_once else I, gates * H * size)
             if at_once:  # the same for all, whatever their inputs
                 block = layer_block(p.steps, B, block)
-            tables = 4 * B + 2 * block * B + 2
+            tables = 4 * B + 2 * block * B + 2 + B + B * (noise > 0)
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
             ih_once = row_groups == 1 and block == p.steps and not frozen and p.rows <= together
             panel_bytes = align(columns * vector * ih_depth) if ih_once else 0
@@ -115,7 +115,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             if operand_rows > 0:
                 own_block = max(own_block, split_bytes(plan.TILE_UNITS, operand_rows, tile_parts))
                 operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * tile_parts
-        own = align(scratch + panel_bytes + own_block + 8 * tables)
+        masked = B * R * size if p.mask else 0
+        own = align(scratch + panel_bytes + own_block + 8 * tables + (masked if forward else 0))
 
         offset = start
         for direction in range(p.directions):
@@ -151,7 +152,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)
             d.bias_sums = begin + offset
             d.zeros = begin + offset
-            offset += align((preactivations * units if forward else max(gates * H, R)) * size)
+            offset += align((values * units if forward else max(gates * H, R)) * size)
             if frozen:
                 d.pack_bytes, offset = offset, behind
             d.shared = d.workspace + offset
@@ -163,6 +164,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.tails = d.workspace + offset
             if d.projected:
                 offset += align(B * H * size if forward else block * B * R * size)
+            d.masked = d.workspace + offset
+            if not forward and d.mask:
+                offset += align(block * masked)
             d.reset_sums = d.workspace + offset
             if not forward and d.resets and d.need_dh0:
                 offset += align(B * reset_numbers * H * size)

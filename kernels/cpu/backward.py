@@ -132,6 +132,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     read_slots = reader((*range(kept_values), *range(slots - states, slots)))
     read_output, read_weights = reader((0,) * reads_output), reader(tuple(range(gates, gates + weights)))
+    noise = cell.noise
+    read_noise = reader(tuple(range(noise)))
     read_states, read_carried = reader(tuple(range(states))), reader(tuple(range(states)))
     # results: gradients of pre-activations, of states before the step, of the cell's own weights
     of_states = [preactivations + names.index(name) for name in names if name != "h"]
@@ -269,10 +271,23 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return kept_at(p, before, b, saved_row) + (slots - states) * p.hidden_size * size
 
     @njit(**options)
-    def state_gradient(q, unit, n, sums, panel_sums, dy, more):
+    def noise_at(p, t, b):
+        """Address of the noise of step t of row b."""
+        return p.noise + step_base(p, t) * p.noise_step + row_at(p, b) * p.noise_row
+
+    @njit(**options)
+    def mask_at(p, b):
+        """Address of the mask of row b, or 0."""
+        return p.mask + row_at(p, b) * p.output_size * size if p.mask else 0
+
+    @njit(**options)
+    def state_gradient(q, unit, n, sums, panel_sums, mask, dy, more):
         """What reaches vector q of a row, units from `unit` on: through the next step, from outside, and past the gates."""
         at = unit * size
-        return load_all(sums + q // columns * panel_sums + q % columns * vector) + load(dy + at, n) + load(more + at, n)
+        through = load_all(sums + q // columns * panel_sums + q % columns * vector)
+        if mask:
+            through = through * load(mask + at, n)
+        return through + load(dy + at, n) + load(more + at, n)
 
     @njit(**options)
     def places_of(p, t, b, saved_row):
@@ -280,27 +295,29 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         kept, output = kept_at(p, t, b, saved_row), output_at(p, t, b)
         h, c = hidden_before(p, t, b), carried_at(p, t, b, saved_row)
         unit_bytes = p.hidden_size * size
-        return kept, output, h, c, p.dc0 + row_at(p, b) * states * unit_bytes, p.dh0 + row_at(p, b) * unit_bytes
+        dc, dh = p.dc0 + row_at(p, b) * states * unit_bytes, p.dh0 + row_at(p, b) * unit_bytes
+        return kept, output, h, c, noise_at(p, t, b), dc, dh
 
     @njit(**options)
     def arguments(q, context):
         """What the cell's vector-Jacobian product is given for vector q of a row."""
-        p, unit0, end, sums, panel_sums, dy, more, _, places = context
-        kept_row_at, output_row, h_row, c_row, dc_row, _ = places
+        p, unit0, end, sums, panel_sums, mask, dy, more, _, places = context
+        kept_row_at, output_row, h_row, c_row, noise_row, dc_row, _ = places
         unit = unit0 + q * lanes
         n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
-        dh = state_gradient(q, unit, n, sums, panel_sums, dy, more)
+        dh = state_gradient(q, unit, n, sums, panel_sums, mask, dy, more)
         carried = read_carried(dc_row + at, gate_stride, n)
         kept = read_slots(kept_row_at + at, gate_stride, n)
         output = read_output(output_row + at, gate_stride, n)
         h = read_hidden(h_row + at, gate_stride, n)
         before = in_order(h, read_states(c_row + at, gate_stride, n))
-        return (dh,) + carried + kept + output + before + read_weights(p.b_ih + at, gate_stride, n)
+        given = read_weights(p.b_ih + at, gate_stride, n) + read_noise(noise_row + at, gate_stride, n)
+        return (dh,) + carried + kept + output + before + given
 
     @njit(**options)
     def keep(q, result, context):
         """Keep the gradients of vector q's pre-activations, and what is carried past them."""
-        p, unit0, end, _, _, _, _, gradients, (_, _, _, _, dc_row, dh_row) = context
+        p, unit0, end, _, _, _, _, _, gradients, (_, _, _, _, _, dc_row, dh_row) = context
         unit = unit0 + q * lanes
         n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
         write_gradients(gradients + at, gate_stride, result, n)
@@ -326,6 +343,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     prefetch_far(carried + s * gate_stride + j)
                 if reads_hidden:
                     prefetch_far(hidden_before(p, t, b) + at + j)
+                for s in range(noise):
+                    prefetch_far(noise_at(p, t, b) + s * gate_stride + at + j)
 
     @njit(**options)
     def gate_gradients(vectors, context):
@@ -384,20 +403,19 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     b = r0 + i + m
                     dy = p.dy + step_base(p, t) * p.dy_step + row_at(p, b) * p.dy_row
                     more = load_int(extra + 8 * (i + m))
-                    sums, panel_sums = scratch + m * columns * vector, going_on * columns * vector
+                    sums, panel_sums, mask = scratch + m * columns * vector, going_on * columns * vector, mask_at(p, b)
                     if m >= going_on:
                         sums, panel_sums = p.zeros, columns * vector
                     if p.projected:
                         row = projected_gradients + (base + b) * p.output_size * size
                         for q in range(vectors):
                             unit = unit0 + q * lanes
-                            store(
-                                row + unit * size, state_gradient(q, unit, end - unit, sums, panel_sums, dy, more), end - unit
-                            )
+                            dp = state_gradient(q, unit, end - unit, sums, panel_sums, mask, dy, more)
+                            store(row + unit * size, dp, end - unit)
                     else:
                         row = gradients + (base + b) * row_bytes
                         places = places_of(p, t, b, saved_row)
-                        gate_gradients(vectors, (p, unit0, end, sums, panel_sums, dy, more, row, places))
+                        gate_gradients(vectors, (p, unit0, end, sums, panel_sums, mask, dy, more, row, places))
                 i += rows
 
     @njit(**options)
@@ -419,7 +437,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     vectors = min(columns, ceil_div(p.hidden_size - unit, lanes))
                     sums = scratch + m * columns * vector
                     places = places_of(p, t, b, saved_row)
-                    gate_gradients(vectors, (p, unit, p.hidden_size, sums, 0, p.zeros, p.zeros, row, places))
+                    gate_gradients(vectors, (p, unit, p.hidden_size, sums, 0, 0, p.zeros, p.zeros, row, places))
                 i += rows
 
     @njit(**options)
@@ -465,6 +483,29 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             n = min(count - i, p.split_rows)
             split(n, rows + 8 * i, depth, PARTS, own_block)
             tile_multiply(n, own_block, panels, depth, width, first, last, out_rows + 8 * i, add, scratch)
+
+    @njit(**options)
+    def add_masked(p, source, b, total, unit0, unit1):
+        """Add units unit0 .. unit1-1 of a row, times the mask of row b, to a total."""
+        mask = mask_at(p, b)
+        for unit in range(unit0, min(unit1, p.output_size), lanes):
+            n, at = p.output_size - unit, unit * size
+            store(total + at, load(total + at, n) + load(source + at, n) * load(mask + at, n), n)
+
+    @njit(**options)
+    def mask_hidden(p, member, members, t_low, t_high, rows):
+        """This member's share of a block's rows of h before their steps, times the mask, as they entered the product."""
+        row_bytes, i = p.output_size * size, 0
+        begin, end = share(rows, members, member), share(rows, members, member + 1)
+        for t in range(t_low, t_high + 1):
+            for b in range(active_rows(p, t)):
+                if begin <= i < end:
+                    source, mask, row = hidden_before(p, t, b), mask_at(p, b), p.masked + i * row_bytes
+                    for unit in range(0, p.output_size, lanes):
+                        n, at = p.output_size - unit, unit * size
+                        store(row + at, load(source + at, n) * load(mask + at, n), n)
+                i += 1
+        wait_crew(p, member)
 
     @njit(**options)
     def own_units(p, member):
@@ -538,13 +579,16 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def finish_rows(p, member, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
         """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
-        count = to_row - from_row
+        count, unit0, unit1 = to_row - from_row, first_unit(p, first, wide), first_unit(p, last, wide)
         if count > 0 and p.need_dh0:
+            row_bytes = p.output_size * size
             for i in range(from_row, to_row):  # rows without a carried part start from zero
                 dh0 = p.dh0 + row_at(p, r0 + i) * p.output_size * size
                 store_int(table + 8 * (i - from_row), dh0)
                 if load_int(extra + 8 * i) != dh0:
-                    clear_units(dh0, first_unit(p, first, wide), first_unit(p, last, wide), p.output_size)
+                    clear_units(dh0, unit0, unit1, p.output_size)
+                if p.mask:  # the product goes where it can be multiplied with it
+                    store_int(table + 8 * (i - from_row), p.masked + row_at(p, r0 + i) * row_bytes)
             if p.resets:
                 finish_resets(p, member, r0, from_row, to_row, later)
             rows, weight_rows, width = later + 8 * from_row, table + 8 * count, p.output_size // p.heads
@@ -554,24 +598,29 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 own, at = p.hh_panels + head * p.head_panels * p.hh_depth * panel_row, head * p.head_units * size
                 shift_rows(table, count, at)
                 if p.tiles:
-                    multiply_in_tiles(p, count, rows, own, width, low, high, table, 1, scratch, own_block)
+                    add = 0 if p.mask else 1
+                    multiply_in_tiles(p, count, rows, own, width, low, high, table, add, scratch, own_block)
                 if p.one_step:
                     fill_hidden_rows(p, head, weight_rows)
                 for part in range(0 if p.tiles else parts):
-                    along = at + part * p.hidden_size * size
+                    along, add = at + part * p.hidden_size * size, 0 if p.mask and part == 0 else 1
                     shift_rows(rows, count, along)
                     if p.one_step:
                         multiply_once(
-                            p, count, rows, weight_rows + 8 * part * length, True, length, width, low, high, table, 1, scratch,
-                            own_panel,
+                            p, count, rows, weight_rows + 8 * part * length, True, length, width, low, high, table, add,
+                            scratch, own_panel,
                         )  # fmt: skip
                     else:
                         multiply(
                             count, rows, size, own + part * length * panel_row, p.hh_depth * panel_row, panel_row, length,
-                            width, low, high, table, 1, scratch,
+                            width, low, high, table, add, scratch,
                         )  # fmt: skip
                     shift_rows(rows, count, -along)
                 shift_rows(table, count, -at)
+            if p.mask:
+                for b in range(r0 + from_row, r0 + to_row):
+                    at = row_at(p, b) * row_bytes
+                    add_masked(p, p.masked + at, b, p.dh0 + at, unit0, unit1)
 
     @njit(**options)
     def sum_columns(gradients, rows, row_bytes, n, totals, part):
@@ -750,11 +799,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         x_rows, h_rows = tables, tables + 8 * rows
         out_rows = h_rows + 8 * rows
         columns_of_a = out_rows + 8 * max(depth, p.output_size)
+        if p.mask:
+            mask_hidden(p, member, members, t_low, t_high, rows)
         i = 0
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
                 store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + row_at(p, b) * p.x_row)
-                store_int(h_rows + 8 * i, hidden_before(p, t, b))
+                h = p.masked + i * p.output_size * size if p.mask else hidden_before(p, t, b)
+                store_int(h_rows + 8 * i, h)
                 i += 1
         fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
         weight_gradient(
@@ -832,13 +884,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         )  # fmt: skip
 
     @njit(**options)
-    def clear_input_gradients(p, member, members):
-        """Zeros in dx past the lengths: this member's share of the rows."""
-        for t in range(p.padded_steps):
-            active = active_rows(p, t) if t < p.steps else 0
-            for b in range(
-                active + share(p.batch - active, members, member), active + share(p.batch - active, members, member + 1)
-            ):
+    def clear_input_gradients(p, member, members, t_low, t_high):
+        """Zeros in dx of steps t_low .. t_high past the lengths: this member's share of the rows."""
+        for t in range(t_low, t_high + 1):
+            first = active_rows(p, t) if t < p.steps else 0
+            count = p.batch - first
+            for b in range(first + share(count, members, member), first + share(count, members, member + 1)):
                 clear_units(p.dx + t * p.dx_step + row_at(p, b) * p.dx_row, 0, p.input_size, p.input_size)
 
     @njit(**options)
@@ -894,8 +945,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     n = p.hidden_size - unit
                     given = load(p.dc_n + state * hidden_bytes + unit * size, n) if p.dc_n else zero()
                     store(p.dc0 + state * hidden_bytes + unit * size, given, n)
-        if p.order and p.need_dx:
-            clear_input_gradients(p, member, members)
+        if p.need_dx:
+            clear_input_gradients(p, member, members, p.steps, p.padded_steps - 1)
         wait_crew(p, member)
 
         end, previous_count = p.steps, 0
@@ -957,6 +1008,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 )  # fmt: skip
             if p.need_dx:
                 input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel, own_block)
+                if p.order:
+                    clear_input_gradients(p, member, members, t_low, t_high)
             wait_crew(p, member)
             end = start
         if p.half and p.need_dw and not p.rounded_at_once:

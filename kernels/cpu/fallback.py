@@ -7,6 +7,7 @@ loaded without importing numba.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,8 +24,9 @@ from ..user_cache import cache_directory
 from . import processor
 from .plan import FIELDS, L2_BYTES
 from .processor import Tier
-from .source import KERNELS, object_directory
+from .source import KERNELS, object_directory, shipped_directory
 
+SHIPPED = "fastrnn_kernels"  # the directory beside a cell's module where a package may have its objects
 TYPES = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -56,14 +58,14 @@ def tier() -> Tier:
 
 
 def compile_units(cell: str, scalar: str, passes: Sequence[str], tier: Tier) -> bool:
-    """Write the objects of a cell's passes that the cache has not yet, at once; is there anything to write?
+    """Write the objects of a cell's passes that are not to be had yet, at once, to the cache; is there anything to write?
 
     Raises:
         RuntimeError: they do not compile.
     """
     base, running = cache_directory(), {}
     for which in passes:
-        if not all(path.exists() for path in _objects(base, tier, (cell, scalar, which))):
+        if not objects(tier, (cell, scalar, which)):
             # Not in this process, where Numba may have other work; run from where `kernels` is a package of its own.
             command = ["-m", f"{KERNELS.name}.cpu.compile", str(base), tier.name, cell, scalar, which, CELLS[cell].definition]
             running[which] = subprocess.Popen([sys.executable, *command], cwd=KERNELS.parent, stderr=subprocess.PIPE, text=True)
@@ -74,8 +76,17 @@ def compile_units(cell: str, scalar: str, passes: Sequence[str], tier: Tier) -> 
     return bool(running)
 
 
-def _objects(base: Path, tier: Tier, unit: tuple[str, str, str]) -> list[Path]:
-    return [object_directory(base, tier.name) / f"{entry}.o" for entry in tier.entries(unit)]
+def objects(tier: Tier, unit: tuple[str, str, str]) -> list[Path]:
+    """Find the objects of a pass of a cell, shipped with it or in the cache; none where they are in neither."""
+    module = CELLS[unit[0]].function.__globals__.get("__file__")
+    directories = [shipped_directory(Path(module).parent / SHIPPED, tier.name)] if module else []
+    if importlib.util.find_spec("numba"):
+        directories.append(object_directory(cache_directory(), tier.name))
+    for directory in directories:
+        found = [directory / f"{entry}.o" for entry in tier.entries(unit)]
+        if all(path.exists() for path in found):
+            return found
+    return []
 
 
 @cache
@@ -85,7 +96,7 @@ def addresses(cell: str, scalar: str, which: str, tier: Tier) -> list[int]:
 
     compile_units(cell, scalar, (which,), tier)
     unit, engine = (cell, scalar, which), _engine()
-    for path in _objects(cache_directory(), tier, unit):
+    for path in objects(tier, unit):
         engine.add_object_file(llvm.object_file.ObjectFileRef.from_path(str(path)))
     engine.finalize_object()
     return [engine.get_function_address(entry) for entry in tier.entries(unit)]
@@ -143,6 +154,10 @@ class Call:
                 inputs.resets.stride(-1 if self.steps.packed else 1 - self.steps.axis),
             ]
             self.records["resets_step"], self.records["resets_row"] = strides
+        if inputs.mask is not None:
+            self.point("mask", inputs.mask.contiguous())
+        if inputs.noise is not None:
+            self.rows("noise", inputs.noise, self.cell.noise * self.H)
         self.records["direction"] = np.arange(D)
         self.records["reverse"] = [layer.reverse ^ bool(d) for d in range(D)]
         self.rows("x", x)
@@ -193,10 +208,10 @@ class Call:
         run(address, 0)
 
 
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None):
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
     """The op's implementation."""
     (D, B, R), layer = h0.shape, layer_of(text)
-    call = Call(layer, Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0, *more), weights)
     slots = call.cell.slots + layer.projected
     y = x.new_empty(*x.shape[:-1], D * R)
     h_n = x.new_empty(D, B, R)
@@ -215,10 +230,10 @@ def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, leng
     return y, h_n, c_n, saved
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None):
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
     """The op's implementation."""
     layer, (need_dx, need_dh0, need_dw) = layer_of(text), needs
-    call = Call(layer, Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
+    call = Call(layer, Inputs(x, batch_sizes, h0, c0, *more), weights)
     dx = x.new_empty(x.shape) if need_dx else x.new_empty(0)
     dh0 = x.new_empty(h0.shape)
     dc0 = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)

@@ -68,7 +68,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     load, store, load_all, zero = v.load, v.store, v.load_all, v.zero
     gates, hidden, slots, preactivations = cell.gates, cell.hidden, cell.slots, cell.preactivations
-    kept, states, weights = cell.kept, cell.states, cell.weights
+    kept, states, weights, noise = cell.kept, cell.states, cell.weights, cell.noise
     names = tuple(name for name, _ in cell.derived.before)
     per_panel = unit_vectors(gates, target.registers)
     columns, panel_units = gates * per_panel, per_panel * lanes
@@ -141,14 +141,16 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     read_states = state_reader(names)
 
-    def weight_reader(count):
-        """The cell's own weights of a vector of units, which stand behind the gates' biases."""
-        if count == 0:
-            return njit(lambda b_ih, stride, n: (), **options)
-        before, s = weight_reader(count - 1), gates + count - 1
-        return njit(lambda b_ih, stride, n: before(b_ih, stride, n) + (load(b_ih + s * stride, n),), **options)
+    def reader(places):
+        """Numbers of a vector of units at numbered places, `stride` bytes apart, as a tuple."""
+        if not places:
+            return njit(lambda row, stride, n: (), **options)
+        before, s = reader(places[:-1]), places[-1]
+        return njit(lambda row, stride, n: before(row, stride, n) + (load(row + s * stride, n),), **options)
 
-    read_weights = weight_reader(weights)
+    # The cell's own weights stand behind the sums of biases.
+    own_weights = tuple(range(preactivations, preactivations + weights))
+    read_weights, read_noise = reader(own_weights), reader(tuple(range(noise)))
 
     @njit(**options)
     def pack_rows_of(p, source, units, depth, out, out_stride):
@@ -195,7 +197,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def sum_biases(p, panel, bias_gate):
-        """Both biases of each pre-activation of a panel's units, summed."""
+        """Both biases of each pre-activation of a panel's units, summed, and the cell's own weights."""
         for j in range(per_panel):
             unit = first_unit(p, panel, panel_units) + j * lanes
             n = end_unit(p, panel) - unit
@@ -207,6 +209,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     if s >= hidden:
                         total = total + load(p.b_hh + ((s - hidden) * p.hidden_size + unit) * size, n)
                 store(p.bias_sums + s * bias_gate + unit * size, total, n)
+            for s in range(weights):
+                value = load(p.b_ih + ((gates + s) * p.hidden_size + unit) * size, n)
+                store(p.bias_sums + (preactivations + s) * bias_gate + unit * size, value, n)
 
     @njit(**options)
     def pack_weights(p, member, members, bias_gate):
@@ -298,13 +303,14 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         return m, unit + j * lanes, scratch + (group * columns + j) * vector
 
     @njit(**options)
-    def arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, bias_gate):
+    def arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate):
         """What the cell is given for a vector of units of row m, in the head whose first unit is `head`."""
         n, at, stride = head + p.head_units - unit, unit * size, p.hidden_size * size
         a = preactivations_of(load_int(z_rows + 8 * m) + at, z_gate, sums, p.bias_sums + at, bias_gate, n)
         h = load_int(previous + 8 * m) + at - head * size
         before = read_states(h, load_int(c_rows + 8 * m) + at, stride, n)
-        return a + before + read_weights(p.b_ih + at, stride, n)
+        given = read_weights(p.bias_sums + at, bias_gate, n) + read_noise(load_int(noise_rows + 8 * m) + at, stride, n)
+        return a + before + given
 
     @njit(**options)
     def keep(p, m, unit, head, result, z_rows, h_rows, c_rows):
@@ -316,16 +322,20 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         store(load_int(h_rows + 8 * m) + at, result[0], n)
 
     @njit(**options)
-    def step(p, turn, count, previous, z_rows, z_gate, h_rows, c_rows, first, last, bias_gate, scratch, own_panel):
+    def step(
+        p, turn, count, previous, entering, z_rows, z_gate, h_rows, c_rows, noise_rows, first, last, bias_gate, scratch,
+        own_panel
+    ):  # fmt: skip
         """A step of `count` rows, for the units of panels first .. last-1 of one head: product, gate maths, new state.
 
-        turn: from the first panel to the last if even, or back. previous: addresses of the head's states.
+        turn: from the first panel to the last if even, or back. previous: addresses of the head's states. entering: of these as
+        they enter the product, which is the same but for a mask.
         """
         head, depth = first // p.head_panels * p.head_units, p.output_size // p.heads
         panel_bytes, blocks = p.hh_depth * columns * vector, tile_blocks(depth)
         own_rows = own_panel + p.panel_bytes
         if p.tiles:
-            split(count, previous, depth, PARTS, own_rows)
+            split(count, entering, depth, PARTS, own_rows)
         together = alone if count == 1 else 1
         groups = ceil_div(last - first, together)
         for index in range(groups):
@@ -342,7 +352,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 if p.one_step:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
-                        dot_gates(p, rows, previous + 8 * i, p.w_hh, depth, hidden_order, panel + q, sums, own_panel)
+                        dot_gates(p, rows, entering + 8 * i, p.w_hh, depth, hidden_order, panel + q, sums, own_panel)
                 elif p.tiles:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
@@ -350,12 +360,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         tile_product(rows, own, weights + q * panel_bytes, blocks, sums)
                 elif p.half_panels:
                     product_half(
-                        rows, previous + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
+                        rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
                         columns * vector, depth, scratch, following, 0,
                     )  # fmt: skip
                 else:
                     product(
-                        rows, previous + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
+                        rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
                         columns * vector, depth, scratch, following, 0,
                     )  # fmt: skip
                 vectors, unit0 = panels * rows * per_panel, first_unit(p, panel, panel_units)
@@ -363,10 +373,10 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     m, unit, sums = vector_at(q, i, count, unit0, scratch)
                     if unit >= head + p.head_units:
                         continue
-                    a = arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, bias_gate)
+                    a = arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
                     if q + 1 < vectors:
                         other, unit_too, sums = vector_at(q + 1, i, count, unit0, scratch)
-                        b = arguments(p, other, unit_too, head, sums, previous, z_rows, z_gate, c_rows, bias_gate)
+                        b = arguments(p, other, unit_too, head, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
                         result, b_result = apply_twice(a, b)
                         keep(p, other, unit_too, head, b_result, z_rows, h_rows, c_rows)
                     else:
@@ -380,6 +390,17 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             store(destination + unit * size, load(source + unit * size, min(n, last) - unit), min(n, last) - unit)
 
     @njit(**options)
+    def enter(p, count, r0, previous, masked_rows, masked, first, last):
+        """Multiply units first .. last-1 of `count` rows of h with their mask, at `masked`, and note where each row is."""
+        row_bytes = p.output_size * size
+        for i in range(count):
+            source, mask, row = load_int(previous + 8 * i), p.mask + row_at(p, r0 + i) * row_bytes, masked + i * row_bytes
+            store_int(masked_rows + 8 * i, row)
+            for unit in range(first, last, lanes):
+                n, at = last - unit, unit * size
+                store(row + at, load(source + at, n) * load(mask + at, n), n)
+
+    @njit(**options)
     def begin_states(p, b, unit0, unit1):
         """Set the states of row b, but for the hidden one, to the initial ones, for units unit0 .. unit1-1."""
         state_bytes = p.hidden_size * size
@@ -387,13 +408,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             copy_units(p.c0 + s * state_bytes, p.c_n + s * state_bytes, unit0, unit1, p.hidden_size)
 
     @njit(**options)
-    def clear_outputs(p, r0, r1, first, last):
-        """Zeros past the lengths of rows r0 .. r1-1, in outputs first .. last-1."""
-        for t in range(p.padded_steps):
-            for b in range(max(r0, active_rows(p, t) if t < p.steps else 0), r1):
-                row = p.y + t * p.y_step + row_at(p, b) * p.y_row
-                for unit in range(first, last, lanes):
-                    store(row + unit * size, zero(), last - unit)
+    def clear_outputs(p, t, r0, r1, first, last):
+        """Zeros in outputs first .. last-1 of rows r0 .. r1-1 that step t is past the lengths of."""
+        for b in range(max(r0, active_rows(p, t) if t < p.steps else 0), r1):
+            row = p.y + t * p.y_step + row_at(p, b) * p.y_row
+            for unit in range(first, last, lanes):
+                store(row + unit * size, zero(), last - unit)
 
     @njit(**options)
     def run_block(p, member, block, begins):
@@ -417,6 +437,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         x_rows = c_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
         own_rows = z_rows + 8 * p.block_steps * p.batch  # this thread's
+        masked_rows = own_rows + 16
+        masked = masked_rows + 8 * p.batch
+        noise_rows = masked + p.batch * output_bytes * (p.mask != 0) if noise else previous
         own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
 
         if begins:
@@ -429,8 +452,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 store_int(previous + 8 * (b - r0), p.h0 + row_at(p, b) * output_bytes)
                 store_int(c_rows + 8 * (b - r0), p.c_n + row_at(p, b) * states * hidden_bytes)
                 begin_states(p, b, unit0, unit1)
-            if p.order:
-                clear_outputs(p, r0, r1, own, owns)
+            for t in range(p.steps, p.padded_steps):
+                clear_outputs(p, t, r0, r1, own, owns)
             wait_crew(p, member)
             if block < 0:
                 return
@@ -475,15 +498,35 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 if begins_anew(p, t, r0 + i):
                     store_int(previous + 8 * i, p.h0 + row_at(p, r0 + i) * output_bytes)
                     begin_states(p, r0 + i, unit0, unit1)
+                if noise:
+                    at = step_base(p, t) * p.noise_step + row_at(p, r0 + i) * p.noise_row
+                    store_int(noise_rows + 8 * i, p.noise + at)
+            if p.order:  # here memory has time to take it
+                clear_outputs(p, t, r0, r1, own, owns)
+            entering = previous
+            if p.mask:
+                # of the heads whose units are this thread's: nobody waits for those of others
+                low, high = first // p.head_panels, ceil_div(last, p.head_panels)
+                low, high = (low * p.head_units, high * p.head_units) if p.heads > 1 else (0, p.output_size)
+                enter(p, count, r0, previous, masked_rows, masked, low, high)
+                entering = masked_rows
             for i in range(0, count, p.split_rows):
-                rows, before, z = min(count - i, p.split_rows), previous + 8 * i, z_rows + 8 * (n + i)
-                h, c = h_rows + 8 * i, c_rows + 8 * i
+                rows, at, z = min(count - i, p.split_rows), 8 * i, z_rows + 8 * (n + i)
                 turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
+                before, inside = previous + at, entering + at
                 for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
                     low, high = max(first, head * p.head_panels), min(last, (head + 1) * p.head_panels)
-                    shift_rows(before, rows, head * p.head_units * size)
-                    step(p, turn, rows, before, z, hidden_bytes, h, c, low, high, bias_gate, scratch, own_panel)
-                    shift_rows(before, rows, -head * p.head_units * size)
+                    head_bytes = head * p.head_units * size
+                    shift_rows(before, rows, head_bytes)
+                    if p.mask:
+                        shift_rows(inside, rows, head_bytes)
+                    step(
+                        p, turn, rows, before, inside, z, hidden_bytes, h_rows + at, c_rows + at, noise_rows + at, low, high,
+                        bias_gate, scratch, own_panel,
+                    )  # fmt: skip
+                    shift_rows(before, rows, -head_bytes)
+                    if p.mask:
+                        shift_rows(inside, rows, -head_bytes)
             if p.projected:
                 wait_group(p, member)
                 panel_row = wide * vector

@@ -29,6 +29,9 @@ _GROUPS = (
     "batch_sizes offsets packed order padded_steps",
     # 0, or a byte for each row of x: do its states begin with the initial ones?
     "resets resets_step resets_row",
+    # 0, or a factor for each number of h that enters the recurrent product [batch, output_size]; numbers of the cell's kind
+    # Noise, as many for each unit of a row of x, side by side
+    "mask noise noise_step noise_row",
     # the op's tensors; y and dy point at this direction's columns
     "x x_step x_row y y_step y_row h0 c0 h_n c_n w_ih w_hh b_ih b_hh w_hr saved",
     # dw_*_half: where the weights' gradients are wanted in bfloat16; dw_* are then the workspace's, where they are summed in
@@ -53,8 +56,9 @@ _GROUPS = (
     # the workspace: packed weights, summed biases, a row of zeros; of the crew: pre-activations or their gradients (shared),
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
     # (own, own_bytes apart); dx of direction 1, to be added (dx_other); of each row the sums over its resets (reset_sums), of
-    # gate gradients, of those of the states that enter element by element, and of h's where it is one of these
-    "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other reset_sums",
+    # gate gradients, of those of the states that enter element by element, and of h's where it is one of these; of the crew,
+    # in backward, rows of h times the mask (masked)
+    "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other reset_sums masked",
     # the runtime's barrier function, and where it keeps count of arrivals: the team's, then each crew's and its groups'
     "wait arrivals",
 )

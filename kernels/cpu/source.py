@@ -50,3 +50,8 @@ def object_directory(base: Path, tier: str) -> Path:
     """Where under `base` the objects of a tier lie: apart for whatever shapes them, so that none there is stale."""
     shaped_by = [kernel_hash(), version("numba"), version("llvmlite")]
     return base / f"kernels-{tier}-{hashlib.sha256(' '.join(shaped_by).encode()).hexdigest()[:16]}"
+
+
+def shipped_directory(base: Path, tier: str) -> Path:
+    """Where under `base` a package has objects for whoever has the same kernels: machine code needs no numba any more."""
+    return base / f"kernels-{tier}-{kernel_hash()[:16]}"

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
 import torch
 
+from .. import gradients, reference
 from ..cells import CELLS, Cell
-from ..layer import Layer
+from ..layer import Inputs, Layer, Needs, Outer, layer_of
 from . import plan, selftest
 from .precision import precision_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HERE = "is_cuda"  # of a tensor: whether it is on a device of this engine's
 _libraries: list[torch.library.Library] = []  # an op is implemented as long as its library lives
 asked = os.environ.get("FASTRNN_TRITON") or None  # "0": not at all, "1": without a self-test; an empty variable is no choice
 
@@ -98,24 +101,46 @@ def values_of(cell: Cell) -> int:
 
 def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
     """How the engine would run a layer, in words. T steps, B rows, H units, R outputs (projection, or H)."""
+    if dtype is torch.float64:
+        return "the reference, operation by operation: the kernels have no float64"
     target, sizes = device_of(device), sizes_of(layer, T, B, H, R, dtype)
     passes = {"forward": True, "backward": False} if training else {"forward": True}
     words = [f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items()]
-    return "; ".join(words + [f"no {schedule} schedule: {reason}" for schedule, reason in off(device).items()])
+    return "; ".join(words + [f"no {schedule} schedule: {off(device)[schedule]}" for schedule in target.off])
 
 
-def layer_forward(*args):
-    """The raw op's implementation."""
+def _without_autocast(op: Callable) -> Callable:
+    """What is multiplied around the kernels has the dtypes that it should: autocast would change them."""
+
+    def run(*args):
+        if not torch.is_autocast_enabled("cuda"):
+            return op(*args)
+        with torch.autocast("cuda", enabled=False):
+            return op(*args)
+
+    return run
+
+
+@_without_autocast
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
+    """The raw op's implementation: the kernels, or of float64, which they do not multiply in, the reference."""
+    if x.dtype is torch.float64:
+        return reference.layer_forward(Inputs(x, batch_sizes, h0, c0), weights, layer_of(text), save)
     from . import layer
 
-    return layer.layer_forward(*args)
+    return layer.layer_forward(x, batch_sizes, h0, c0, weights, text, save)
 
 
-def layer_backward(*args):
-    """The raw op's implementation."""
+@_without_autocast
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+    """The raw op's implementation, likewise."""
+    if x.dtype is torch.float64:
+        inputs, own = Inputs(x, batch_sizes, h0, c0), layer_of(text)
+        *of_inputs, dw = gradients.layer_backward(Outer(dy, dh_n, dc_n), inputs, weights, y, saved, own, Needs(*needs))
+        return *of_inputs, [grad.clone() if grad is before else grad for before, grad in zip((None, *dw), dw, strict=False)]
     from . import layer
 
-    return layer.layer_backward(*args)
+    return layer.layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs)
 
 
 @cache

@@ -52,7 +52,8 @@ class Call:
         self.nothing = nothing
         self.lengths, self.offsets = self._rows_of_steps(inputs.batch_sizes)
         self.ragged = inputs.lengths is not None
-        self.lengths = inputs.lengths if self.ragged else self.lengths
+        if inputs.lengths is not None:
+            self.lengths = inputs.lengths
         self.resets = nothing if inputs.resets is None else inputs.resets.contiguous().view(torch.uint8)
 
     def chosen(self, forward: bool) -> tuple[Plan, str]:
@@ -153,16 +154,26 @@ class Call:
                 yield Launch(scan, (plan.blocks * sides * blocks_of_rows,), arguments | sizes | given, options)
 
 
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None):
+def _refuse_noise(*given) -> None:
+    """Raise where a call brings a mask or noise; `dispatch.why_not_own` keeps such calls away."""
+    if any(each is not None for each in given):
+        raise RuntimeError("fastrnn: the Triton engine has neither recurrent dropout nor zoneout")
+
+
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None, mask=None, noise=None):
     """The op's implementation, on x's device and its current stream."""
+    _refuse_noise(mask, noise)
     alarm(x.device).check()
     call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
     with torch.cuda.device(x.device):
         return forward(call, save, *call.chosen(forward=True))
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None):
+def layer_backward(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None, mask=None, noise=None
+):
     """The op's implementation, on x's device and its current stream."""
+    _refuse_noise(mask, noise)
     alarm(x.device).check()
     call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
     with torch.cuda.device(x.device):

@@ -51,7 +51,7 @@ class Device:
         if self.backend == "cuda" and bytes_ == 4 and precision == "ieee":
             return 256
         fast = 4096 if wide and self.capability >= 90 else 2048
-        return fast / (2 if bytes_ == 4 else 1)
+        return fast / (2 if bytes_ == 4 else 1) / (3 if precision == "tf32x3" else 1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Sizes:
 
     Of a layer of several heads, units and outputs are those of a head, and a direction counts for each of its heads.
 
+    precision: of products, see precision.py.
     values: what backward holds of a unit between two products: what it has loaded of a step, and what it carries.
     """
 
@@ -76,6 +77,11 @@ class Sizes:
     @property
     def projected(self) -> bool:
         return self.R != self.H
+
+    @property
+    def held_bytes(self) -> int:
+        """Of a number in shared memory, where "tf32x3" holds it in two parts."""
+        return self.bytes_ * (2 if self.precision == "tf32x3" else 1)
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,8 @@ def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
     """Four cells a thread, so that a product spreads over all warps and changes its layout once."""
     units, outputs = _power(sizes.H), _power(sizes.R)
     most = 256
-    if sizes.bytes_ == 4 and (device.backend == "hip" or sizes.precision == "ieee"):
-        most = 32  # weights that no tensor core reads from shared memory are in registers
+    if sizes.bytes_ == 4 and (device.backend == "hip" or sizes.precision != "tf32"):
+        most = 32  # weights that no tensor core reads from shared memory are in registers, as parts of numbers are
     elif device.backend == "hip":
         most = 128
     if sizes.projected:
@@ -171,6 +177,8 @@ def _resident(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     if device.backend == "hip" or (sizes.bytes_ == 4 and sizes.precision == "ieee"):
         return  # products without tensor cores hold a copy of the weights in registers
     diagonal = not forward and sizes.gates > 1
+    if sizes.precision == "tf32x3" and (device.capability >= 100 or (diagonal and device.capability < 90)):
+        return  # a kilobyte of spill a thread and more
     units = _units(sizes)
     for rows in (16, 32):
         chunk = (256 if diagonal else 512) // sizes.bytes_
@@ -192,9 +200,13 @@ def _streamed(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
         yield _tiled(sizes, units, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
         return
     units = _units(sizes) if forward else 64
-    rows = 64 if forward or sizes.values <= MANY_VALUES else 32
+    registers = sizes.values <= MANY_VALUES and sizes.precision != "tf32x3"  # enough for many rows
+    rows = 64 if forward or registers else 32
     plan = _tiled(sizes, units, rows, 128 // sizes.bytes_, split=1, stages=3)
-    yield replace(plan, warps=4 if forward else 8)
+    plan = replace(plan, warps=4 if forward else 8)
+    yield plan
+    if sizes.precision == "tf32x3":  # where there is little shared memory
+        yield replace(plan, stages=1)
     if forward and sizes.B > 64:
         yield replace(plan, rows=128)
 
@@ -214,12 +226,12 @@ def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int
     """Shared memory of a program, at most."""
     if plan.schedule == "single":
         matrices = stacked(sizes.gates) + sizes.projected if device.backend == "cuda" else 1  # hip holds them in registers
-        return matrices * plan.units * plan.outputs * sizes.bytes_ + SPARE_BYTES
+        return matrices * plan.units * plan.outputs * sizes.held_bytes + SPARE_BYTES
     height, depth = _product(sizes, forward, plan)
     chunks = plan.stages * _chunk_bytes(sizes, forward, plan)
     if plan.resident:
-        return height * _ceil(depth, plan.chunk) * plan.chunk * sizes.bytes_ + max(chunks, LAYOUT_BYTES) + 2048
-    return plan.stages * height * plan.chunk * sizes.bytes_ + chunks + SPARE_BYTES
+        return height * _ceil(depth, plan.chunk) * plan.chunk * sizes.held_bytes + max(chunks, LAYOUT_BYTES) + 2048
+    return plan.stages * height * plan.chunk * sizes.held_bytes + chunks + SPARE_BYTES
 
 
 def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
@@ -243,11 +255,12 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
         rounds = launches = _ceil(row_blocks, plan.groups)
         at_once = plan.blocks * sizes.D * min(plan.groups, row_blocks)
     port = min(PORT_BYTES, device.l2_bytes / at_once)  # bytes a clock of each
-    held = sum(height * depth * size for height, depth, stays in products if stays)
+    held = sum(height * depth * sizes.held_bytes for height, depth, stays in products if stays)
     streamed = sum(height * depth * size for height, depth, stays in products if not stays)
     rate = device.operations(size, sizes.precision, plan.split == 1 and height >= 64)
     columns = _columns(sizes, plan)
-    work = sum(max(2 * height * depth * columns / rate, depth * size * INSTRUCTION) for height, depth, _ in products)
+    instruction = INSTRUCTION * (3 if sizes.precision == "tf32x3" else 1)
+    work = sum(max(2 * height * depth * columns / rate, depth * size * instruction) for height, depth, _ in products)
     clocks = (state + streamed) / port + max(held / SHARED_BYTES, work)
     inside = GATES + clocks / (1000 * GIGAHERTZ)
     if plan.schedule == "stepwise":
@@ -265,8 +278,8 @@ def cudnn_is_faster(device: Device, sizes: Sizes, layers: int, dtype: str, packe
     """
     if device.backend != "cuda" or device.capability // 10 != 9:
         return False
-    if sizes.T == 1 or (sizes.bytes_ == 4 and sizes.precision == "ieee"):
-        return True  # a step costs less than a launch from Python; products without tensor cores
+    if sizes.T == 1:
+        return True  # a step costs less than a launch from Python
     plan = choose(device, sizes, forward=False)
     if plan.schedule == "stepwise" or not (sizes.gates == 1 or plan.resident or plan.schedule == "single"):
         return True  # all weights from L2 in every step
@@ -288,7 +301,7 @@ def _columns(sizes: Sizes, plan: Plan) -> int:
 def _chunk_bytes(sizes: Sizes, forward: bool, plan: Plan) -> int:
     """Shared memory of a chunk of the state; or of the projection's operands, both of which are streamed."""
     projection = ((plan.outputs if forward else plan.units) + plan.rows) * sizes.projected
-    return max(_columns(sizes, plan), projection) * plan.chunk * sizes.bytes_
+    return max(_columns(sizes, plan), projection) * plan.chunk * sizes.held_bytes
 
 
 def _product(sizes: Sizes, forward: bool, plan: Plan) -> tuple[int, int]:

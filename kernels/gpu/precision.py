@@ -10,16 +10,22 @@ import torch
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Of products: of float32 "tf32" or "ieee", as torch.backends.cudnn.rnn says; of half precision "ieee"."""
+    """Of products in kernels: of float32 "tf32" or "tf32x3", as torch.backends.cudnn.rnn says; of half precision "ieee".
+
+    "tf32x3" is float32 by three products of tensor cores: each operand is split into two numbers of TF32, and what the product
+    of the two small halves would add is below float32's rounding. ROCm has no such products, and multiplies in "ieee".
+    """
     if dtype is not torch.float32 or torch.version.hip:
         return "ieee"
     rnn: Any = torch.backends.cudnn.rnn  # its setting is no annotated attribute
-    return "tf32" if rnn.fp32_precision == "tf32" else "ieee"
+    return "tf32" if rnn.fp32_precision == "tf32" else "tf32x3"
 
 
 def products_in(dtype: torch.dtype, precision: str) -> contextlib.AbstractContextManager[None]:
     """torch's products on a GPU, of float32 in this precision; the setting is the whole process's, and restored."""
-    return _float32_products_in(precision) if dtype is torch.float32 else contextlib.nullcontext()
+    if dtype is not torch.float32:
+        return contextlib.nullcontext()
+    return _float32_products_in("tf32" if precision == "tf32" else "ieee")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,306 @@
+"""What a layer can have that torch.nn's have not: its settings checked, its cell derived from the plain one, its noise drawn.
+
+A clipped cell state and zoneout change the cell's own function, which is traced again with them: a second definition of a cell
+there is not. Recurrent dropout is a mask on what enters the recurrent product, and the engines multiply with it.
+
+Noise comes from torch's generator, in float32 whatever the dtype, before a layer runs. In training each layer draws, the
+lowest layer first::
+
+    torch.rand(D, B, R) >= recurrent_dropout     one mask for a sequence, times 1 / (1 - recurrent_dropout)
+    torch.rand(T, B, D, S, H) >= zoneout         of the S states that have a probability, h first; packed [N, D, S, H]
+
+and then its output's dropout, as torch.nn. So for a seed the noise is the same in either layout, on any number of threads, and
+on every engine of a device.
+
+Letters as in kernels/layer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastrnn.kernels import reference
+from fastrnn.kernels.cells import CELLS, Cell, define
+from fastrnn.kernels.derive import Code
+from fastrnn.kernels.layer import Inputs, Layer
+from fastrnn.kernels.symbols import Symbol, ancestors, where
+
+DEFAULTS: dict[str, Any] = {
+    "num_heads": 1,
+    "cell_clip": None,
+    "learn_initial_state": False,
+    "recurrent_dropout": 0.0,
+    "zoneout": 0.0,
+}
+_OF_PARAMETERS = "num_heads", "learn_initial_state"  # they say which parameters a module has
+
+
+def construct(module: Any, settings: dict[str, Any]) -> None:
+    """Set settings of a module that torch.nn's constructor has made, and give it the parameters that they want."""
+    set_past_checks(module, {name: checked(name, value, module) for name, value in settings.items()})
+    if module.num_heads > 1:
+        for name, weight in list(module._parameters.items()):
+            if name.startswith("weight_hh"):  # drawn from within 1 / sqrt(H) as before
+                blocks = weight.detach()[:, : module.hidden_size // module.num_heads]
+                setattr(module, name, nn.Parameter(blocks.contiguous()))
+    if module.learn_initial_state:
+        like = module.weight_ih_l0
+        add_initial_states(module, like.device, like.dtype)
+
+
+class Setting:
+    """A module's attribute of a name in DEFAULTS: checked where it is set, and held by the module where it is no default.
+
+    A module that holds any is not the fast path's.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        return self if module is None else module.__dict__.get(self.name, DEFAULTS[self.name])
+
+    def __set__(self, module: Any, value: Any) -> None:
+        value = checked(self.name, value, module)
+        if self.name in _OF_PARAMETERS and module._parameters and value != getattr(module, self.name):
+            raise AttributeError(f"{self.name}: only the constructor sets it, as the module's parameters depend on it")
+        set_past_checks(module, {self.name: value})
+
+    def __delete__(self, module: Any) -> None:
+        setattr(module, self.name, DEFAULTS[self.name])
+
+
+def set_past_checks(module: Any, values: dict[str, Any]) -> None:
+    """Set settings of a module that were checked before."""
+    own = module.__dict__
+    for name, value in values.items():
+        own.pop(name, None)
+        if value != DEFAULTS[name]:
+            own[name] = value
+    marks = {"_fastrnn_features": True, "_fastrnn_fast_path": None}
+    for name in marks:
+        own.pop(name, None)
+    if any(name in own and isinstance(getattr(type(module), name, None), Setting) for name in DEFAULTS):
+        own.update(marks)
+
+
+def described(module: Any) -> str:
+    """Return ", name=value" of each setting that is no default."""
+    values = {name: getattr(module, name) for name in DEFAULTS}
+    return "".join(f", {name}={value!r}" for name, value in values.items() if value != DEFAULTS[name])
+
+
+def checked(name: str, value: Any, module: Any) -> Any:
+    """Return a setting's value as a module holds it.
+
+    Raises:
+        TypeError, ValueError: the module cannot have it.
+    """
+    return _CHECKS[name](name, value, module)
+
+
+def _check_heads(name: str, value: Any, module: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+    if value <= 0:
+        raise ValueError(f"{name} must be greater than zero")
+    if module.hidden_size % value:
+        raise ValueError(f"{name}: expected a divisor of hidden_size {module.hidden_size}, got {value}")
+    if value > 1 and module.proj_size:
+        raise ValueError(f"{name}: expected 1 with proj_size {module.proj_size}, got {value}")
+    return value
+
+
+def _check_clip(name: str, value: Any, module: Any) -> float | None:
+    if value is None:
+        return None
+    if not _is_number(value):
+        raise TypeError(f"{name}: expected a positive number or None, got {value!r}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a positive finite number or None, got {value!r}")
+    if "c" not in state_names(module._fastrnn_cell):
+        raise ValueError(f"{name}: expected None, because {type(module).__name__} has no cell state c, got {value!r}")
+    return float(value)
+
+
+def _check_flag(name: str, value: Any, module: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} should be a bool, got {value!r}")
+    return value
+
+
+def _check_probability(name: str, value: Any, module: Any) -> float:
+    if not _is_number(value):
+        raise TypeError(f"{name}: expected a number p, 0 <= p < 1, got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a probability p, 0 <= p < 1, got {value!r}")
+    return float(value)
+
+
+def _check_zoneout(name: str, value: Any, module: Any) -> float | tuple[float, ...]:
+    states = state_names(module._fastrnn_cell)
+    rates: Any = value if isinstance(value, (tuple, list)) else (value,)
+    if isinstance(value, (tuple, list)) and len(value) != len(states):
+        raise ValueError(f"{name}: expected a probability, or one for each of {', '.join(states)}, got {value!r}")
+    rates = tuple(_check_probability(name, rate, module) for rate in rates)
+    if rates[0] and module.proj_size:
+        raise ValueError(f"{name}: expected 0 for h with proj_size {module.proj_size}, got {value!r}")
+    return (rates if isinstance(value, (tuple, list)) else rates[0]) if any(rates) else 0.0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_CHECKS: dict[str, Callable[[str, Any, Any], Any]] = {
+    "num_heads": _check_heads,
+    "cell_clip": _check_clip,
+    "learn_initial_state": _check_flag,
+    "recurrent_dropout": _check_probability,
+    "zoneout": _check_zoneout,
+}
+
+
+def state_names(cell: Cell) -> list[str]:
+    """Return the names of a cell's states, h first, the others as they stand in c0."""
+    return ["h", *(name.removesuffix("_new") for name, _ in cell.derived.after)]
+
+
+class Noise(NamedTuple):
+    """What a module's layers draw before they run.
+
+    recurrent_dropout: 0 in evaluation.
+    zoneout:           a probability for each state, h first; empty where there is none.
+    training:          otherwise zoneout is its expectation.
+    """
+
+    recurrent_dropout: float
+    zoneout: tuple[float, ...]
+    training: bool
+
+    def drawn(self, inputs: Inputs, layer: Layer, hidden: int) -> Inputs:
+        """Return what a layer is given, with its mask and its noise."""
+        x, (D, B, R) = inputs.x, inputs.h0.shape
+        like: dict[str, Any] = {"device": x.device, "dtype": torch.float64 if x.dtype is torch.float64 else torch.float32}
+        mask = noise = None
+        if self.recurrent_dropout:
+            kept = torch.rand(D, B, R, device=x.device, dtype=torch.float32) >= self.recurrent_dropout
+            mask = kept.to(like["dtype"]) * (1 / (1 - self.recurrent_dropout))
+        if rates := [rate for rate in self.zoneout if rate]:
+            if self.training:
+                batch_first = layer.batch_first and inputs.batch_sizes is None
+                steps = (x.shape[1], x.shape[0]) if batch_first else x.shape[:-1]
+                numbers = torch.rand(*steps, D, len(rates), hidden, device=x.device, dtype=torch.float32)
+                parts = [part >= rate for part, rate in zip(numbers.unbind(-2), rates, strict=True)]
+                noise = torch.stack(parts, -2).flatten(-3).to(like["dtype"])
+                noise = noise.transpose(0, 1) if batch_first else noise
+            else:
+                kept = torch.cat([torch.full((hidden,), 1 - rate, **like) for rate in rates])
+                noise = kept.repeat(D).expand(*x.shape[:-1], -1)
+        return inputs._replace(mask=mask, noise=noise)
+
+
+def noise_of(module: Any) -> Noise | None:
+    """Return what a module's layers draw; None where they draw nothing."""
+    zoneout, training = module.zoneout, module.training
+    rates = zoneout if isinstance(zoneout, tuple) else (zoneout,) if zoneout else ()
+    noise = Noise(module.recurrent_dropout if training else 0.0, rates, training)
+    return noise if noise.recurrent_dropout or rates else None
+
+
+def cell_name(module: Any) -> str:
+    """Return the name of the cell that a module's layers run: the plain one, or that with its clip and its zoneout."""
+    zoneout = module.zoneout
+    rates = zoneout if isinstance(zoneout, tuple) else (zoneout,)
+    return _derived(module._fastrnn_cell.name, module.cell_clip, tuple(rate > 0 for rate in rates))
+
+
+def _derived(name: str, clip: float | None, zoned: tuple[bool, ...]) -> str:
+    return _derive(name, clip, zoned) if clip is not None or any(zoned) else name
+
+
+# What torch.compiler.assume_constant_result would do, but without importing Dynamo: it does not look into this function.
+_derived._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undeclared
+
+
+@cache
+def _derive(name: str, clip: float | None, zoned: tuple[bool, ...]) -> str:
+    """Derive a cell with these features from one, make it known, and return its name."""
+    plain = CELLS[name]
+    code, kinds, states = plain.derived.definition, dict(plain.kinds), state_names(plain)
+    noise: dict[str, str] = {}
+    change: dict[int, Callable] = {}
+    for state, has_zones in zip(states, zoned, strict=False):
+        if has_zones:
+            noise[state] = f"zoneout_{state}"
+            while noise[state] in kinds:
+                noise[state] += "_"
+            kinds |= {state: "State", noise[state]: "Noise"}
+    if clip is not None:
+        node: Any = dict(code.results)["c_new"]
+        change[node.index] = lambda c: where(c > clip, clip, where(c < -clip, -clip, c))
+
+    def function(**given: Any) -> tuple:
+        new = _traced_again(code, given, change)
+        return tuple(
+            given[state] + given[noise[state]] * (value - given[state]) if state in noise else value
+            for state, value in zip(states, new, strict=True)
+        )
+
+    function.__name__ = plain.derived.name + "_clip" * (clip is not None) + "_zoneout" * any(zoned)
+    cell = define(function, kinds)
+    reference.register(cell)
+    return cell.name
+
+
+def _traced_again(code: Code, given: dict[str, Any], change: dict[int, Callable]) -> list[Any]:
+    """Return a cell's results of other arguments, where some nodes are replaced by a function of them, for what follows too."""
+    known = {node.index: given[name] for name, node in code.parameters}
+    graph = next(iter(known.values())).graph
+
+    def value(node: Any) -> Any:
+        return known[node.index] if isinstance(node, Symbol) else node
+
+    for node in ancestors([node for _, node in code.results]):
+        if node.index not in known:
+            known[node.index] = graph.apply(node.operation, *map(value, node.operands))
+        if node.index in change:
+            known[node.index] = change[node.index](known[node.index])
+    return [value(node) for _, node in code.results]
+
+
+INITIAL = "initial_"  # begins the names of the parameters for initial states
+
+
+def add_initial_states(module: Any, device: Any, dtype: Any) -> None:
+    """Register the parameters for the initial value of each state, zeros, of one layer and direction after another."""
+    of_h = module.proj_size or module.hidden_size
+    for names in zip(*_initial_names(module), strict=True):
+        for place, name in enumerate(names):
+            size = module.hidden_size if place else of_h
+            module.register_parameter(name, nn.Parameter(torch.zeros(size, device=device, dtype=dtype)))
+
+
+def clear_initial_states(module: Any) -> None:
+    """Set the parameters for initial states to zeros, if they are there yet."""
+    for names in _initial_names(module):
+        for name in names:
+            if name in module._parameters:
+                nn.init.zeros_(module._parameters[name])
+
+
+def initial_states(module: Any, batch: int) -> list[Tensor]:
+    """Return the learned states of a module, each [L * D, B, features]."""
+    states = [torch.stack([getattr(module, name) for name in names]) for names in _initial_names(module)]
+    return [state.unsqueeze(1).expand(-1, batch, -1) for state in states]
+
+
+def _initial_names(module: Any) -> list[list[str]]:
+    """Return the names of the parameters for the initial value of each state: one a layer and direction."""
+    suffixes = [f"_l{k}{end}" for k in range(module.num_layers) for end in ("", "_reverse")[: 1 + module.bidirectional]]
+    return [[f"{INITIAL}{state}{suffix}" for suffix in suffixes] for state in state_names(module._fastrnn_cell)]

@@ -1,0 +1,145 @@
+"""Modules over the GPU engine without a GPU: on CPU tensors in Triton's interpreter, from the call down to the kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pytest
+import torch
+import triton_layers
+from contract import relative
+
+import fastrnn
+from fastrnn import dispatch
+from fastrnn.kernels import gpu
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def _as_on_a_gpu() -> None:
+    """Have this process interpret kernels, and take CPU tensors for a GPU's."""
+    triton_layers.interpret()
+    target = replace(triton_layers.H100, off=("persistent",))
+    gpu.HERE, gpu.why_not, gpu.device_of = "is_cpu", lambda device: None, lambda device: target
+    dispatch.native, dispatch.forced = None, "triton"
+    torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc, return-value]
+    torch.backends.cudnn.version = lambda: 91300
+
+
+@pytest.fixture(scope="module")
+def gpu_process() -> Iterator[Callable]:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_as_on_a_gpu) as worker:
+        yield lambda function, *args: worker.submit(function, *args).result(timeout=300)
+
+
+@contextlib.contextmanager
+def _autocast(dtype: torch.dtype) -> Iterator[None]:
+    """torch.autocast("cuda", dtype), which switches itself off where there is no GPU."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+
+
+def _results(module, x: torch.Tensor, scale: float, mixed: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    leaf = x.clone().requires_grad_()
+    with _autocast(mixed) if mixed else contextlib.nullcontext():
+        y, state = module(leaf)
+    states = state if isinstance(state, tuple) else (state,)
+    loss = y.double().square().sum() + sum(each.double().sum() for each in states)
+    (scale * loss).backward()
+    found = {"y": y.detach(), "dx": leaf.grad, **{f"state {k}": each.detach() for k, each in enumerate(states)}}
+    return found | {f"d{name}": weight.grad / scale for name, weight in module.named_parameters()}
+
+
+def _errors(cell: str, sizes: dict, mixed: torch.dtype | None, dtype: torch.dtype) -> tuple[dict, dict]:
+    """Dtypes of results and gradients by name, and their relative errors against torch.nn in float64."""
+    torch.manual_seed(0)
+    ours, stock = (getattr(library, cell)(5, 16, **sizes) for library in (fastrnn, torch.nn))
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 3, 5)
+    found = _results(ours.to(dtype), x.to(dtype), 64.0, mixed)
+    expected = _results(stock.double(), x.double(), 64.0)
+    scaled = {name: value / 64 if name == "dx" else value for name, value in found.items()}
+    expected["dx"] /= 64
+    errors = {name: relative(value.double(), expected[name]) for name, value in scaled.items()}
+    return {name: value.dtype for name, value in found.items()}, errors
+
+
+@pytest.mark.parametrize("mixed", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_autocast(cell, mixed, gpu_process):
+    """torch.nn's layers compute in float16, whatever autocast's dtype is; gradients have the dtypes of what they belong to."""
+    dtypes, errors = gpu_process(_errors, cell, {"num_layers": 2}, mixed, torch.float32)
+    for name, dtype in dtypes.items():
+        assert dtype is (torch.float16 if name == "y" or name.startswith("state") else torch.float32), name
+    assert {name: error for name, error in errors.items() if not 1e-5 < error < 1e-2} == {}
+
+
+def _dtypes_of_a_step(cell: str, mixed: torch.dtype) -> list[torch.dtype]:
+    with _autocast(mixed), torch.no_grad():
+        state = getattr(fastrnn, cell)(5, 16)(torch.randn(3, 5))
+    return [each.dtype for each in (state if isinstance(state, tuple) else (state,))]
+
+
+@pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells_under_autocast(cell, gpu_process):
+    """torch casts a cell's step to autocast's dtype."""
+    assert set(gpu_process(_dtypes_of_a_step, cell, torch.bfloat16)) == {torch.bfloat16}
+
+
+def _why_not(version: int, enabled: bool, dtype: torch.dtype) -> str | None:
+    module = fastrnn.LSTM(5, 16)
+    before = torch.backends.cudnn.version, torch.backends.cudnn.enabled
+    torch.backends.cudnn.version = lambda: version
+    torch._C._set_cudnn_enabled(enabled)
+    try:
+        with _autocast(torch.bfloat16):
+            return dispatch.why_not_triton(torch.zeros(3, 2, 5, dtype=dtype), None, (), module._flat_weights)
+    finally:
+        torch.backends.cudnn.version = before[0]
+        torch._C._set_cudnn_enabled(before[1])
+
+
+def test_where_autocast_is_torchs(gpu_process):
+    """Its results have other dtypes there."""
+    assert gpu_process(_why_not, 91300, True, torch.bfloat16) is None
+    assert gpu_process(_why_not, 91200, True, torch.float32) is None
+    assert "from 9.13 on" in gpu_process(_why_not, 91200, True, torch.bfloat16)
+    assert gpu_process(_why_not, 91300, False, torch.float32) == "autocast without cuDNN"
+    assert "float64" in gpu_process(_why_not, 91300, True, torch.float64)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_float64(cell, gpu_process):
+    dtypes, errors = gpu_process(_errors, cell, {"bidirectional": True}, None, torch.float64)
+    assert set(dtypes.values()) == {torch.float64}
+    assert {name: error for name, error in errors.items() if not error < 1e-12} == {}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_float32(cell, sizes, gpu_process):
+    errors = gpu_process(_errors, cell, sizes, None, torch.float32)[1]
+    assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
+
+
+def _gradients_in_memory_of_their_own() -> bool:
+    module = fastrnn.RNN(5, 16).double()
+    module(torch.randn(2, 3, 5).double())[0].sum().backward()
+    places = [weight.grad.data_ptr() for weight in module.parameters()]
+    return len(set(places)) == len(places)
+
+
+def test_no_two_gradients_share_memory(gpu_process):
+    """autograd adds to them in place."""
+    assert gpu_process(_gradients_in_memory_of_their_own)
