@@ -162,7 +162,7 @@ def _cells(layer: Any, training: Any, x: Any = None) -> list[_Cell] | str:
     if x is not None and (len(x.shape) != 3 or 0 in x.shape):
         return f"input {tuple(x.shape)}, the engines have at least one row, step and feature"
     stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
-    found = []
+    found: list[_Cell] = []
     for cell in layer.cell.cells if stacked else (layer.cell,):
         kind = next((kind for kind in _KINDS if getattr(type(cell), "call", None) is kind.keras_cell.call), None)
         if kind is None:
@@ -312,7 +312,8 @@ def _layer(
             cell=cells[0].name,
             w_ih=w_ih,
             w_hh=w_hh,
-            **dict(zip(("b_ih", "b_hh"), biases, strict=False)),
+            b_ih=biases[0] if biases else (),
+            b_hh=biases[1] if biases else (),
             batch_sizes=steps.batch_sizes,
             batch_first=steps.batch_sizes is None,
         )
@@ -541,9 +542,11 @@ def _on_engines(cls: Any) -> Any:
 def _reduce(cls: Any) -> Callable:
     """`__reduce__` of a class of ours: as of Keras', which pickle finds by the name that both have."""
 
+    keras_class: Any = cls.__bases__[0]
+
     def __reduce__(self):
         unpickle, arguments = super(cls, self).__reduce__()
-        return (cls.__bases__[0]._unpickle_model if type(self) is cls else unpickle), arguments
+        return (keras_class._unpickle_model if type(self) is cls else unpickle), arguments
 
     return __reduce__
 
