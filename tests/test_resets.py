@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import weight_names
-from contract import CELLS, FACTOR, FIXED, SLACK, Error, same_bits, threads
+from contract import CELLS, FACTOR, FIXED, ROOT, SLACK, Error, same_bits, threads
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -218,8 +218,9 @@ def test_bits_are_those_of_packed_rows(make_layer, cell):
 
 
 @pytest.mark.parametrize("marks", ["both", "packed"])
-def test_without_the_runtime(make_layer, marks):
+def test_without_the_runtime(make_layer, marks, monkeypatch):
     """The same kernels called from Python."""
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", str(ROOT / "build"))  # where those that setup.py compiled lie
     inputs, weights, layer = make(make_layer, "lstm", "two_directions", 3, marks, (7, 5, 3, 9), torch.float32)
     (*tensors, resets, lengths), text, operators = inputs, layer.text(), torch.ops.fastrnn
     with threads(1):
