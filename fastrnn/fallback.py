@@ -216,7 +216,7 @@ def layer_fallback(torch_class: type[nn.RNNBase]) -> Any:
 
     def fallback(self, input, hx):
         if self._fastrnn_features:
-            return module_sequence(self, input, hx, None, None)
+            return module_sequence(self, input, hx, None, None, False)
         if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)
