@@ -26,7 +26,7 @@ from triton_layers import Layer
 import fastrnn
 from bench import gpu_resources, record, report
 from bench.gpu_resources import TARGETS
-from fastrnn import dispatch
+from fastrnn import cells, dispatch
 from fastrnn.kernels import gpu
 from fastrnn.kernels.gpu.plan import Device, Sizes, choose, shared_bytes
 from fastrnn.kernels.gpu.precision import precision_of, products_in
@@ -80,7 +80,7 @@ def test_kernels(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
-OWN = ("slstm", "peephole_lstm", "odd", "mgu", "wide", "indrnn", "cifg", "leaky_rnn", "cfc", "lstm", "gru")
+OWN = ("slstm", "peephole_lstm", "odd", "mgu", "wide", "indrnn", "cifg", "leaky_rnn", "cfc", "every_function", "lstm", "gru")
 OF_OWN = {
     "tiles": FACTORS["tiles"],
     "heads": (1, 2, 4),
@@ -103,7 +103,7 @@ OWN_LAYERS = [Layer(OWN[k % len(OWN)], **row, sizes=(2, 3, 5, 19)) for k, row in
 @needs_triton
 @pytest.mark.parametrize("layer", OWN_LAYERS, ids=str)
 def test_cells_of_ones_own(layer, interpreted):
-    """Cells that come with fastrnn, one with everything and one with many gates and states; each at least once."""
+    """Cells that come with fastrnn, one with everything, one with many gates and states, one of every function."""
     assert interpreted(triton_layers.faults, layer) == []
 
 
@@ -304,6 +304,14 @@ def _chosen(target: str, cells, **limits) -> list:
 
 
 @needs_triton
+@pytest.mark.parametrize("target", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TARGETS])
+def test_every_function_compiles(target, monkeypatch):
+    monkeypatch.setattr(cells, "every_function", triton_layers.every_function, raising=False)
+    for forward in (True, False):
+        assert _compiled(target, forward, "single", H=32, cell="every_function").asm
+
+
+@needs_triton
 def test_resources_of_a_cell_of_ones_own(compilers):
     """The cell with the most states and the longest formulas of those that come with fastrnn; the others are slow tests."""
     cases = [case for case in _chosen("sm_90", ("slstm",), units=(768,), rows=(16,)) if case.dtype is torch.float16]
@@ -344,7 +352,8 @@ def test_resources_with_resets_and_lengths(compilers):
 
 def _compiled(target: str, forward: bool, schedule: str, B: int = 16, H: int = 768, **changes):
     case = gpu_resources.Case(target, "lstm", forward, torch.float16, "ieee", B, H, H, 1, False, None)
-    case = replace(case, plan=choose(TARGETS[target][1], gpu_resources.sizes_of(case), forward, schedule), **changes)
+    case = replace(case, **changes)
+    case = replace(case, plan=case.plan or choose(TARGETS[target][1], gpu_resources.sizes_of(case), forward, schedule))
     (launch,) = (launch for launch in gpu_resources.launches(case) if "CELL" in launch.arguments)
     return gpu_resources.compile_launch(launch, target)
 
