@@ -618,6 +618,10 @@ def test_all_states_elsewhere():
     torch.testing.assert_close(c.float(), expected[2][1], rtol=5e-2, atol=5e-2)
     with pytest.raises(TypeError, match="all_states: expected a bool, got 1"):
         layer(x, all_states=1)
+    with pytest.raises(TypeError, match=r"LSTM.forward\(\) got an unexpected keyword argument 'reset'"):
+        layer(x, reset=resets)
+    found = layer(x.bfloat16(), resets=None, lengths=None, all_states=False)
+    torch.testing.assert_close(found, layer(x.bfloat16()))
     w_ih, w_hh = torch.randn(1, 12, 3), torch.randn(1, 12, 4)
     y, _, c_n, (h, c) = fastrnn.functional.layer(
         x, torch.zeros(1, 2, 4), cell="gru", w_ih=[*w_ih], w_hh=[*w_hh], all_states=True
