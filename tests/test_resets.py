@@ -397,6 +397,9 @@ def test_what_does_not_fit_packed_input():
         layer(torch.randn(5, 3), resets=marks)
     with pytest.raises(RuntimeError, match="Expected hidden size"):  # torch.nn's own checks
         layer(torch.randn(5, 2, 3), torch.zeros(1, 3, 4), resets=marks)
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        layer(torch.randn(0, 2, 3), lengths=torch.zeros(2, dtype=torch.int64))
+    assert layer(torch.randn(5, 0, 3), resets=marks[:, :0])[0].shape == (5, 0, 4)
     with pytest.raises(ValueError, match="GRU: Expected input to be 2D or 3D, got 1D instead"):
         layer(torch.randn(3), resets=marks)
 

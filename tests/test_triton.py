@@ -81,6 +81,7 @@ def test_kernels(layer, interpreted):
 
 
 _WHOLE = {**FACTORS, "sizes": ((5, 18, 3, 37), (3, 5, 2, 29)), "incoming": ("all",), "save": (True,), "bias": (True,)}
+_WHOLE |= {"marks": ("none", "both")}
 
 
 @needs_triton
