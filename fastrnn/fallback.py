@@ -77,10 +77,19 @@ def own_weights(module: Any) -> list[Tensor] | None:
     return module._flat_weights
 
 
-def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any, all_states: Any) -> tuple[Any, ...]:
-    """`module(input, hx)` with the keywords that torch.nn has not: torch.nn's checks, in its words, and our engines."""
+def has_keywords(module: Any, resets: Any = None, lengths: Any = None, all_states: Any = False, **unknown: Any) -> bool:
+    """Does a call of a layer ask for what torch.nn has not? A TypeError where that is nothing that we have either."""
+    if unknown:
+        raise TypeError(f"{type(module).__name__}.forward() got an unexpected keyword argument {next(iter(unknown))!r}")
     if not isinstance(all_states, bool):
         raise TypeError(f"all_states: expected a bool, got {all_states!r}")
+    return resets is not None or lengths is not None or all_states
+
+
+def module_sequence(
+    module: Any, input: Any, hx: Any, resets: Any = None, lengths: Any = None, all_states: bool = False
+) -> tuple[Any, ...]:
+    """`module(input, hx)` with these keywords: torch.nn's checks, in its words, and our engines."""
     known = module._flat_weights, module._flat_weight_refs
     module._update_flat_weights()
     weights = module._flat_weights

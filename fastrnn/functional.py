@@ -271,7 +271,10 @@ def run_marked(
 
     Raises:
         ValueError: what does not fit, by name.
+        RuntimeError: there is no step, in torch's words.
     """
+    if inputs.batch_sizes is None and inputs.x.shape[layer.batch_first] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reason := misfit(layer, inputs, weights, num_layers):
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))

@@ -50,9 +50,9 @@ def _drop_in(cls: _Class) -> _Class:
 
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
-    def forward(self, input, hx=None, *, resets=None, lengths=None, all_states=False):
-        if resets is not None or lengths is not None or all_states is not False:
-            return fallback.module_sequence(self, input, hx, resets, lengths, all_states)
+    def forward(self, input, hx=None, **more):  # a third of the time that three defaults take
+        if more and fallback.has_keywords(self, **more):
+            return fallback.module_sequence(self, input, hx, **more)
         if torch.compiler.is_dynamo_compiling():
             if not functional.runs_in_graph(self, input, hx):
                 return functional.call_outside_of_the_graph(forward, (self, input, hx))
@@ -62,7 +62,9 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
                 return result
         return self._fastrnn_fallback(input, hx)
 
-    vars(forward)["__signature__"] = inspect.signature(forward, follow_wrapped=False)  # torch.nn's has no such keywords
+    def shown(self, input, hx=None, *, resets=None, lengths=None, all_states=False): ...
+
+    vars(forward)["__signature__"] = inspect.signature(shown)
     return forward
 
 

@@ -397,6 +397,9 @@ def test_what_does_not_fit_packed_input():
         layer(torch.randn(5, 3), resets=marks)
     with pytest.raises(RuntimeError, match="Expected hidden size"):  # torch.nn's own checks
         layer(torch.randn(5, 2, 3), torch.zeros(1, 3, 4), resets=marks)
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        layer(torch.randn(0, 2, 3), lengths=torch.zeros(2, dtype=torch.int64))
+    assert layer(torch.randn(5, 0, 3), resets=marks[:, :0])[0].shape == (5, 0, 4)
     with pytest.raises(ValueError, match="GRU: Expected input to be 2D or 3D, got 1D instead"):
         layer(torch.randn(3), resets=marks)
 
@@ -618,6 +621,10 @@ def test_all_states_elsewhere():
     torch.testing.assert_close(c.float(), expected[2][1], rtol=5e-2, atol=5e-2)
     with pytest.raises(TypeError, match="all_states: expected a bool, got 1"):
         layer(x, all_states=1)
+    with pytest.raises(TypeError, match=r"LSTM.forward\(\) got an unexpected keyword argument 'reset'"):
+        layer(x, reset=resets)
+    found = layer(x.bfloat16(), resets=None, lengths=None, all_states=False)
+    torch.testing.assert_close(found, layer(x.bfloat16()))
     w_ih, w_hh = torch.randn(1, 12, 3), torch.randn(1, 12, 4)
     y, _, c_n, (h, c) = fastrnn.functional.layer(
         x, torch.zeros(1, 2, 4), cell="gru", w_ih=[*w_ih], w_hh=[*w_hh], all_states=True

@@ -127,6 +127,7 @@ def test_cells_of_ones_own_in_every_combination(cell, tiles, interpreted):
 
 
 _WHOLE = {**FACTORS, "sizes": ((5, 18, 3, 37), (3, 5, 2, 29)), "incoming": ("all",), "save": (True,), "bias": (True,)}
+_WHOLE |= {"marks": ("none", "both")}
 
 
 @needs_triton
