@@ -4,9 +4,9 @@
 
 `SimpleRNN`, `LSTM`, `GRU`, `RNN` and `Bidirectional` derive from Keras' own classes and replace the loop over the steps.
 Constructors, weights, initial values, masks, states, training and saved files are therefore Keras'. A configuration that
-the engines have no kernel for (another activation, `reset_after=False`, LSTM's and GRU's `recurrent_dropout` while training, a
-cell of one's own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. A call with nothing to do around the loop goes past
-what Keras does around every layer (`_shortcut`). `patch` gives the same loop to `keras.layers` itself, and `to_torch` and
+the engines have no kernel for (another activation, `reset_after=False`, LSTM's and GRU's `recurrent_dropout` while training,
+a cell of one's own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. A call with nothing to do around the loop goes
+past what Keras does around every layer (`_shortcut`). `patch` gives the same loop to `keras.layers` itself, and `to_torch` and
 `from_torch` copy weights between Keras' layers and torch's.
 
 Letters: B rows, T steps, I features, H units, G gates (SimpleRNN 1, GRU 3, LSTM 4), N valid steps of all rows.
