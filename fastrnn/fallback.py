@@ -93,7 +93,7 @@ def module_sequence(
     known = module._flat_weights, module._flat_weight_refs
     module._update_flat_weights()
     weights = module._flat_weights
-    if torch.compiler.is_dynamo_compiling() and weights is not known[0]:  # as in `run_compiled`
+    if torch.compiler.is_compiling() and weights is not known[0]:  # as in `run_compiled`
         module._flat_weights, module._flat_weight_refs = known
     lstm, packed = isinstance(module, nn.LSTM), isinstance(input, PackedSequence)
     x, batch_sizes, order, back = input if packed else (input, None, None, None)
