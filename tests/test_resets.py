@@ -74,7 +74,7 @@ def results(function, inputs: Inputs, weights, layer, seed: int = 1) -> dict[str
 
 def row_by_row(inputs: Inputs, weights, layer):
     """The same, each row by itself, its steps cut at resets: what the definition has to be."""
-    x, _, h0, c0, resets, lengths = inputs
+    x, _, h0, c0, resets, lengths, *_ = inputs
     steps, each = Steps(layer, inputs._replace(resets=None, lengths=None)), len(layer.kinds())
     one, xs = layer._replace(directions=1, reverse=False, batch_first=False), steps.each(x)
     marks = None if resets is None else steps.each(resets)
@@ -114,8 +114,8 @@ def test_the_definition(make_layer, cell, form, project, marks):
     close(results(reference.layer_forward, inputs, weights, layer), expected)
 
     def by_gradients(inputs, weights, layer):
-        x, batch_sizes, h0, c0, *marks = inputs
-        return _ByGradients.apply(layer, *marks, batch_sizes, x, h0, c0, *weights)
+        x, batch_sizes, h0, c0, resets, lengths, *_ = inputs
+        return _ByGradients.apply(layer, resets, lengths, batch_sizes, x, h0, c0, *weights)
 
     close(results(by_gradients, inputs, weights, layer), expected)
 
@@ -222,7 +222,7 @@ def test_without_the_runtime(make_layer, marks, monkeypatch):
     """The same kernels called from Python."""
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(ROOT / "build"))  # where those that setup.py compiled lie
     inputs, weights, layer = make(make_layer, "lstm", "two_directions", 3, marks, (7, 5, 3, 9), torch.float32)
-    (*tensors, resets, lengths), text, operators = inputs, layer.text(), torch.ops.fastrnn
+    (*tensors, resets, lengths, _, _), text, operators = inputs, layer.text(), torch.ops.fastrnn
     with threads(1):
         expected = operators.layer_forward(*tensors, weights, text, True, resets, lengths)
         found = fallback.layer_forward(*tensors, weights, text, True, resets, lengths)
