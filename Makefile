@@ -92,13 +92,14 @@ build/sounds:
 
 PAGES ?= $(subst /,.,$(patsubst examples/%.py,%,$(sort $(wildcard examples/*/*.py))))
 
-# What a page prints and draws is kept, for the docs.
+# What a page prints and draws is kept, for the docs. One that fails leaves what was there, and the others run all the same.
 examples: install $(VENV)/.with-gallery
 	mkdir -p docs/results
 	-$(MAKE) build/sounds
-	@set -e; for page in $(PAGES); do echo "fastrnn: examples.$$page"; \
-	    $(BIN)/python -m examples.$$page --output docs/results > build/page.txt; \
-	    mv build/page.txt docs/results/$${page##*.}.txt; done
+	@failed=; for page in $(PAGES); do echo "fastrnn: examples.$$page, $$(date +%T)"; \
+	    if $(BIN)/python -m examples.$$page --output docs/results > build/page.txt; \
+	    then mv build/page.txt docs/results/$${page##*.}.txt; else failed="$$failed $$page"; fi; done; \
+	    if [ "$$failed" ]; then echo "fastrnn: these failed: make examples PAGES=\"$${failed# }\""; exit 1; fi
 
 test: install $(VENV)/.with-test
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -115,6 +116,7 @@ bench: install $(VENV)/.with-bench
 	$(BIN)/python -m bench.roofline
 	$(BIN)/python -m bench.stream
 	$(BIN)/python -m bench.gradient_penalty
+	$(BIN)/python -m bench.resets
 	$(BIN)/python -m bench.keras_layers
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.chart

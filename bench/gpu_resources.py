@@ -40,7 +40,14 @@ TARGETS = {  # of what people rent: A100, H100, B200, MI300X
 SPILLED = 384  # bytes a thread that a plan may spill; backward's 64 x 64 tiles do, and smaller ones took longer
 SPILLED_RESIDENT = 896  # where weights stay: of an H200's fastest plans one spills 504, and none was faster without
 REGISTERS = {"cuda": 64 * KIB, "hip": 128 * KIB}  # 32-bit ones of a multiprocessor
-NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 FORMATS = ((torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.float32, "ieee"))
 BUILT_IN = ("lstm", "gru", "rnn_tanh")
 OWN = ("slstm", "peephole_lstm", "cifg", "mgu", "indrnn", "leaky_rnn", "cfc")  # that come with fastrnn
@@ -67,6 +74,7 @@ class Case:
     packed: bool
     plan: Plan
     heads: int = 1
+    marked: bool = False  # with resets and, where it is not packed, lengths
 
     @property
     def kind(self) -> Cell:
@@ -78,8 +86,8 @@ class Case:
         if plan.schedule != "single":
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
         number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
-        flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2) + ["packed"] * self.packed
-        flags += [f"{self.heads} heads"] * (self.heads > 1)
+        flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2)
+        flags += ["packed"] * self.packed + ["marked"] * self.marked + [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
         return " ".join([self.target, which, self.cell, number, f"H{self.H}", tiles, f"{plan.warps} warps", *flags])
 
@@ -154,7 +162,10 @@ def launches(case: Case) -> list:
     weights = [empty(rows, 128), empty(rows, case.R // case.heads), empty(rows + cell.weights * case.H), empty(rows)]
     weights += [empty(case.R, case.H)] * own.projected
     started: list = []
-    call = layer.Call(own, Inputs(empty(*leading, 128), batch_sizes, h0, c0), weights * D, run=started.append)
+    resets = torch.empty(leading, dtype=torch.bool, device="meta") if case.marked else None
+    lengths = torch.empty(case.B, dtype=torch.int64, device="meta") if case.marked and not case.packed else None
+    inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths)
+    call = layer.Call(own, inputs, weights * D, run=started.append)
     call.cells = PTX if TARGETS[case.target][1].backend == "cuda" else PLAIN
     if case.forward:
         layer.forward(call, True, case.plan, case.precision)

@@ -696,8 +696,9 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     States before, after;
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.sizes.layer.directions != 1) return nullptr;
-    const int64_t B = stack.batch, R = stack.sizes.output_size, others = stack.sizes.layer.cell->states;
+    const int64_t others = stack.sizes.layer.cell->states;
     if (!before.read(args[3], others) || !stack.takes(x, Layout::batch, before, 3) || !stack.is_compiled(false)) return nullptr;
+    const int64_t B = stack.batch, R = stack.sizes.output_size;
     if (out != Py_None) {
       if (others > 1) return nullptr;
       if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), others)) return nullptr;

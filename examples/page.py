@@ -124,7 +124,7 @@ class Page:
         with torch.random.fork_rng():  # so that a page's results do not depend on how often this trained
             a, b = (time * len(epoch) / len(some) for time in self.seconds(runs, 8.0).values())
         print(f"loss of the same steps: torch.nn {theirs:.4f}, fastrnn {ours:.4f}")
-        print(f"seconds per epoch on {threads}: torch.nn {a:.2f}, fastrnn {b:.2f}: {a / b:.2f} times as fast")
+        print(f"seconds per epoch on {threads}: torch.nn {a:.2f}, fastrnn {b:.2f}: {self.faster(a, b)}")
 
     def seconds(self, calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
         """The least seconds of a call of each, timed in turns for about so many seconds together; with --quick once each.
@@ -135,6 +135,10 @@ class Page:
         if self.quick:
             return {name: elapsed(run, 1) for name, run in runs.items()}
         return {name: min(times["seconds"]) for name, times in interleave(runs, seconds, most=50).items()}
+
+    def faster(self, before: float, after: float) -> str:
+        """How many times as fast it is after as before, which the few steps of a quick run do not tell."""
+        return self.pick(f"{before / after:.2f} times as fast", "too short to tell, leave out --quick")
 
     def result(self, metric: str, value: float, baselines: Mapping[str, float], lower: bool = False, unit: str = "") -> None:
         """Print a metric beside that of the baselines, and whether it beats them all.
@@ -149,7 +153,8 @@ class Page:
         scale, unit = (100.0, " %") if unit == "%" else (1.0, f" {unit}" if unit else "")
         others = ", ".join(f"{name} {other * scale:.4g}{unit}" for name, other in baselines.items())
         better = all(value < other if lower else value > other for other in baselines.values())
-        verdict = "beats the baseline" if better else "does not beat the baseline"
+        worse = "does not beat the baseline" + self.pick("", ", which takes a run without --quick")
+        verdict = "beats the baseline" if better else worse
         print(f"{metric}: {value * scale:.4g}{unit} ({others}): {verdict}")
 
     def save(self, figure: Figure) -> None:

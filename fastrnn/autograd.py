@@ -59,6 +59,27 @@ def run_layer(
     return y, h_n, None if inputs.c0 is None else c_n
 
 
+def run_states(inputs: Inputs, weights: Sequence[Tensor], layer: Layer) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`run_layer` without recompute mode, and the states but h after every step [D, N, S * H], rows step-major or packed."""
+    if inputs.c0 is None:
+        return *run_layer(inputs, weights, layer), None
+    if inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.x.dtype
+        with torch.autocast("cpu", enabled=False):
+            found = run_states(_cast(inputs), [weight.float() for weight in weights], layer)
+        y, h_n, c_n, states = (_to(each, dtype) for each in found)
+        return y, h_n, c_n, states
+    wanted, text = torch.is_grad_enabled() and _requires_grad(*inputs, *weights), layer.text()
+    if wanted and not (torch.compiler.is_compiling() or dispatch.watched()):
+        y, h_n, c_n, states = StatesFunction.apply(*inputs, text, 0, *weights)
+        return y, h_n, c_n, states
+    if wanted or dispatch.forward_mode() or torch._C._are_functorch_transforms_active():
+        y, h_n, c_n, saved = reference.layer_forward(inputs, weights, layer, True)
+    else:
+        y, h_n, c_n, saved = ops.forward(inputs, weights, text, True)
+    return y, h_n, c_n, reference.carried_states(inputs, layer, saved)
+
+
 def _in_float32(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell: bool):
     """`run_layer` in half precision or under autocast, on a CPU: all of it in float32, and each result rounded once.
 
@@ -384,6 +405,36 @@ def _outer_levels() -> Iterator[None]:
             yield
     else:
         yield
+
+
+class StatesFunction(_Function):
+    """`LayerFunction` of a cell with states but h, whose last output is these after every step; without recompute mode.
+
+    A gradient of that output is carried back by gradients.py, which takes longer.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = dispatch.native and dispatch.native.layer_forward(inputs)
+        y, h_n, c_n, saved = (output or _forward_by_operators(inputs))[:4]
+        _keep(ctx, inputs, y, saved, bool(output))
+        return y, h_n, c_n, reference.carried_states(Inputs(*inputs[:_OPTIONS]), layer_of(inputs[_OPTIONS]), saved).clone()
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, d_states):
+        outer, kept = Outer(dy, dh_n, dc_n), _kept(ctx)
+        if d_states is None:
+            return LayerFunction.gradients(ctx, outer, kept)
+        _check_apart(ctx)
+        *tensors, y, saved = kept[:_WEIGHTS]
+        inputs, weights, layer = Inputs(*tensors), kept[_WEIGHTS:], layer_of(ctx.options[0])
+        if torch.is_grad_enabled() or mapped_by_old_vmap((*outer, d_states)):
+            y, _, _, saved = reference.layer_forward(inputs, weights, layer, True)
+        need_dx, _, *states = ctx.needs_input_grad[:4]
+        needs = Needs(need_dx, any(states), any(ctx.needs_input_grad[_WEIGHTS:]))
+        dx, dh0, dc0, dw = gradients.layer_backward(outer, inputs, weights, y, saved, layer, needs, d_states)
+        of_states = (dh0, dc0) if needs.dh0 else (None, None)
+        return dx if need_dx else None, None, *of_states, *[None] * (_WEIGHTS - 4), *(dw if needs.dw else [None] * len(weights))
 
 
 class HalfFunction(_Function):

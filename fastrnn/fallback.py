@@ -77,8 +77,19 @@ def own_weights(module: Any) -> list[Tensor] | None:
     return module._flat_weights
 
 
-def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any) -> tuple[Any, Any]:
-    """`module(input, hx, resets=resets, lengths=lengths)`: torch.nn's checks, in its words, and our engines."""
+def has_keywords(module: Any, resets: Any = None, lengths: Any = None, all_states: Any = False, **unknown: Any) -> bool:
+    """Does a call of a layer ask for what torch.nn has not? A TypeError where that is nothing that we have either."""
+    if unknown:
+        raise TypeError(f"{type(module).__name__}.forward() got an unexpected keyword argument {next(iter(unknown))!r}")
+    if not isinstance(all_states, bool):
+        raise TypeError(f"all_states: expected a bool, got {all_states!r}")
+    return resets is not None or lengths is not None or all_states
+
+
+def module_sequence(
+    module: Any, input: Any, hx: Any, resets: Any = None, lengths: Any = None, all_states: bool = False
+) -> tuple[Any, ...]:
+    """`module(input, hx)` with these keywords: torch.nn's checks, in its words, and our engines."""
     known = module._flat_weights, module._flat_weight_refs
     module._update_flat_weights()
     weights = module._flat_weights
@@ -96,7 +107,8 @@ def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any)
         h0, *others = features.initial_states(module, int(batch_sizes[0]) if packed else x.size(batch_dim))
         hx = (h0, *others) if lstm else h0
     elif hx is None:
-        depth, batch = module.num_layers * (1 + module.bidirectional), batch_sizes[0] if packed else x.size(batch_dim)
+        depth = module.num_layers * (1 + module.bidirectional)
+        batch = x.size(batch_dim) if batch_sizes is None else batch_sizes[0]
         h0 = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
         hx = (h0, x.new_zeros(depth, batch, module.hidden_size)) if lstm else h0
     elif not packed:
@@ -113,6 +125,7 @@ def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any)
     layer, dropout = dispatch.layer_of_module(module), module.dropout if module.training else 0.0
     if packed:
         layer = layer._replace(batch_first=False)
+    after_steps: list[Any] | None = [] if all_states else None
     with recompute(module.recompute is True or is_on()):
         y, h_n, c_n = functional.run_marked(
             Inputs(x, batch_sizes, h0, c0, resets, lengths),
@@ -122,11 +135,22 @@ def module_sequence(module: Any, input: Any, hx: Any, resets: Any, lengths: Any)
             dropout,
             module._fastrnn_compressed,
             features.noise_of(module) if module._fastrnn_features else None,
+            after_steps,
         )
     if not batched:
         y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n if c_n is None else c_n.squeeze(1)
     state = module.permute_hidden((h_n, c_n) if lstm else h_n, back)
-    return PackedSequence(y, batch_sizes, order, back) if packed else y, state
+    results = PackedSequence(y, batch_sizes, order, back) if packed else y, state
+    if after_steps is None:
+        return results
+    states = states_of(after_steps, None if batched else 1 + batch_dim)
+    return *results, states if lstm else states[0]
+
+
+def states_of(after_steps: Sequence[tuple], squeezed: int | None) -> tuple[Tensor, ...]:
+    """Return h and, where there are others, c after every step, [L * D, ...]; squeezed: an axis to leave out."""
+    states = [torch.cat(each) for each in zip(*after_steps, strict=True) if each[0] is not None]
+    return tuple(each if squeezed is None else each.squeeze(squeezed) for each in states)
 
 
 def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
@@ -201,7 +225,7 @@ def layer_fallback(torch_class: type[nn.RNNBase]) -> Any:
 
     def fallback(self, input, hx):
         if self._fastrnn_features:
-            return module_sequence(self, input, hx, None, None)
+            return module_sequence(self, input, hx, None, None, False)
         if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)

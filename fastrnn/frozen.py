@@ -39,7 +39,8 @@ def freeze(model: M) -> M:
     it reaches it and leaves the modules before it in training mode, so call `model.eval()` afterwards.
 
     Layers that the compiled CPU engine does not run are left as they are: layers on other devices, in half precision or
-    compressed, layers with computed weights (parametrizations), and all layers where another engine is forced.
+    compressed, layers with computed weights (parametrizations), layers of a cell whose matrices lack a block (docs/cells.md),
+    and all layers where another engine is forced.
 
     Args:
         model: any module, in evaluation mode.

@@ -22,7 +22,7 @@ from fastrnn import autograd, dispatch, ops
 from fastrnn.features import Noise
 from fastrnn.kernels import cpu, reference
 from fastrnn.kernels.cells import CELLS
-from fastrnn.kernels.layer import Inputs, Layer, Weights, misfit, misfit_of_weights
+from fastrnn.kernels.layer import Inputs, Layer, Steps, Weights, misfit, misfit_of_weights
 
 __all__ = [
     "gru",
@@ -53,7 +53,8 @@ def layer(
     batch_first: bool = False,
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    all_states: bool = False,
+) -> tuple:
     """Run one recurrent layer, differentiable to any order. Where the fused engines decline, the reference runs.
 
     Letters: T steps, B sequences, N steps of all sequences together, I input size, H hidden size, G gates (1, lstm 4, gru 3), R
@@ -75,11 +76,13 @@ def layer(
             own order, goes back to h0 and c0. No gradient crosses it.
         lengths: steps of each row, int64 [B] on the device of x, each from 0 to T; not with batch_sizes. Past them y and the
             gradient of x are zero, and the final states are those at the length. Backwards a row begins at its last step.
+        all_states: return the states after every step too, differentiable.
         reverse: direction 0 runs from the last step to the first.
         batch_first: x is [B, T, I], and so is y.
 
     Returns:
-        y like x with D * R features, h_n [D, B, R], and c_n [D, B, H] for "lstm", None otherwise.
+        y like x with D * R features, h_n [D, B, R], and c_n [D, B, H] for "lstm", None otherwise. With all_states further the
+        pair of h and c after every step, each [D, T, B, ...], or [D, B, T, ...] with batch_first, or packed [D, N, ...].
 
     Raises:
         ValueError: a shape or a combination above does not hold; the message names the argument.
@@ -106,7 +109,11 @@ def layer(
         raise ValueError(reason)
     states = (h0,) if c0 is None else (h0, c0)
     engine = dispatch.choose(x, batch_sizes, states, weights, compressed=True)  # if they are
-    return _run(engine, inputs._replace(x=ops.unit_stride(x)), weights, own)
+    inputs = inputs._replace(x=ops.unit_stride(x))
+    if all_states:
+        *results, after_steps = _run_states(engine, inputs, weights, own)
+        return *results, after_steps
+    return _run(engine, inputs, weights, own)
 
 
 def lstm(*args):
@@ -256,12 +263,18 @@ def run_marked(
     dropout: float,
     compressed: bool = False,
     noise: Noise | None = None,
+    after_steps: list | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`run_layers` of what torch.nn has not, such as resets, any cell, or noise: where no engine takes it the reference runs.
 
+    noise, after_steps: as of `run_stack`.
+
     Raises:
         ValueError: what does not fit, by name.
+        RuntimeError: there is no step, in torch's words.
     """
+    if inputs.batch_sizes is None and inputs.x.shape[layer.batch_first] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reason := misfit(layer, inputs, weights, num_layers):
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
@@ -271,7 +284,7 @@ def run_marked(
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
     if compressed and engine not in dispatch.FUSED:
         weights = _wide(inputs.x, weights)
-    return run_stack(engine, inputs, weights, layer, num_layers, dropout, noise)
+    return run_stack(engine, inputs, weights, layer, num_layers, dropout, noise, after_steps)
 
 
 def run_stack(
@@ -282,12 +295,28 @@ def run_stack(
     num_layers: int,
     dropout: float,
     noise: Noise | None = None,
+    after_steps: list | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run layers on top of each other on an engine that takes them; dropout: between them, 0 in evaluation mode."""
+    """Run layers on top of each other on an engine that takes them; dropout: between them, 0 in evaluation mode.
+
+    after_steps: takes the states of each layer after every step, (h, c or None), as `layer` returns them.
+    """
     inputs = inputs._replace(x=ops.unit_stride(inputs.x))
     hidden = weights[1].shape[0] // CELLS[layer.cell].gates
+
+    def run(given: Inputs, weights: Sequence[Tensor], own: Layer):
+        if noise is not None:
+            given = noise.drawn(given, own, hidden)
+        if after_steps is None:
+            return _run(engine, given, weights, own)
+        y, h, c, states = _run_states(engine, given, weights, own)
+        if own.batch_first != layer.batch_first:
+            states = tuple(None if each is None else each.transpose(1, 2) for each in states)
+        after_steps.append(states)
+        return y, h, c
+
     if num_layers == 1:
-        return _run(engine, inputs if noise is None else noise.drawn(inputs, layer, hidden), weights, layer)
+        return run(inputs, weights, layer)
 
     # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
     time_major, D, each = dropout > 0 and layer.batch_first, layer.directions, len(weights) // num_layers
@@ -299,10 +328,7 @@ def run_stack(
         if time_major and (index == 0 or last):
             y, resets = y.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         given = inputs._replace(x=y, h0=h0[own], c0=None if c0 is None else c0[own], resets=resets)
-        how = by_time if time_major and not last else layer
-        if noise is not None:
-            given = noise.drawn(given, how, hidden)
-        y, h, c = _run(engine, given, weights[index * each : (index + 1) * each], how)
+        y, h, c = run(given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer)
         hs.append(h)
         cs += [] if c is None else [c]
         if dropout > 0 and not last:
@@ -330,6 +356,17 @@ def _run(engine: str, inputs: Inputs, weights: Sequence[Tensor], layer: Layer, o
     return y, h_n, None if inputs.c0 is None else c_n
 
 
+def _run_states(engine: str, inputs: Inputs, weights: Sequence[Tensor], layer: Layer) -> tuple:
+    """`_run`, and the pair of h and c after every step, see `layer`."""
+    if engine in dispatch.FUSED:
+        y, h_n, c_n, carried = autograd.run_states(inputs, weights, layer)
+    else:
+        y, h_n, c_n, saved = reference.layer_forward(inputs, weights, layer, True)
+        c_n, carried = (None, None) if inputs.c0 is None else (c_n, reference.carried_states(inputs, layer, saved))
+    h = y.unflatten(-1, (layer.directions, -1)).movedim(-2, 0)
+    return y, h_n, c_n, (h, None if carried is None else Steps(layer, inputs).of_each(carried))
+
+
 def marked(input: Tensor | PackedSequence, batch_dim: int, resets: Any, lengths: Any) -> tuple[Tensor | None, Tensor | None]:
     """Return `resets` and `lengths` of a module's call as `Inputs` has them; without a batch they are those of one row.
 
@@ -337,18 +374,17 @@ def marked(input: Tensor | PackedSequence, batch_dim: int, resets: Any, lengths:
         TypeError: one is no tensor.
         ValueError: resets are packed otherwise than the input, or have not its dimensions.
     """
-    packed = isinstance(input, PackedSequence)
     if isinstance(resets, PackedSequence):
-        if not packed:
+        if not isinstance(input, PackedSequence):
             raise ValueError("resets: expected a tensor, as the input is one, got a PackedSequence")
-        same_steps = resets.batch_sizes is input.batch_sizes or torch.equal(resets.batch_sizes, input.batch_sizes)
-        if not same_steps or not _same_order(resets.sorted_indices, input.sorted_indices):
+        pairs = zip(resets[1:3], input[1:3], strict=True)  # batch_sizes and sorted_indices
+        if not torch.compiler.is_compiling() and not all(_same(one, other) for one, other in pairs):
             raise ValueError("resets: expected the lengths and the order of the packed input, got others")
         resets = resets.data
     for name, given in (("resets", resets), ("lengths", lengths)):
         if given is not None and not isinstance(given, Tensor):
             raise TypeError(f"{name}: expected a tensor or None, got {type(given).__name__}")
-    if packed or input.dim() != 2:
+    if isinstance(input, PackedSequence) or input.dim() != 2:
         return resets, lengths
     for name, given, dims in (("resets", resets, 1), ("lengths", lengths, 0)):
         if given is not None and given.dim() != dims:
@@ -357,8 +393,8 @@ def marked(input: Tensor | PackedSequence, batch_dim: int, resets: Any, lengths:
     return None if resets is None else resets.unsqueeze(batch_dim), None if lengths is None else lengths.unsqueeze(0)
 
 
-def _same_order(one: Tensor | None, other: Tensor | None) -> bool:
-    """Are rows in the same order? Of tensors on a GPU that is not asked: the answer would have to be waited for."""
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Are two packed batches alike in this? Tensors on a GPU are not compared: the answer would have to be waited for."""
     if one is None or other is None:
         return one is other
     return one is other or not (one.is_cpu and other.is_cpu) or torch.equal(one, other)

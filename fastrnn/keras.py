@@ -4,9 +4,10 @@
 
 `SimpleRNN`, `LSTM`, `GRU`, `RNN` and `Bidirectional` derive from Keras' own classes and replace the loop over the steps.
 Constructors, weights, initial values, masks, states, training and saved files are therefore Keras'. A configuration that
-the engines have no kernel for (another activation, `reset_after=False`, LSTM's and GRU's `recurrent_dropout` while training, a
-cell of one's own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. `patch` gives the same loop to `keras.layers` itself, and
-`to_torch` and `from_torch` copy weights between Keras' layers and torch's.
+the engines have no kernel for (another activation, `reset_after=False`, LSTM's and GRU's `recurrent_dropout` while training,
+a cell of one's own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. A call with nothing to do around the loop goes
+past what Keras does around every layer (`_shortcut`). `patch` gives the same loop to `keras.layers` itself, and `to_torch` and
+`from_torch` copy weights between Keras' layers and torch's.
 
 Letters: B rows, T steps, I features, H units, G gates (SimpleRNN 1, GRU 3, LSTM 4), N valid steps of all rows.
 """
@@ -24,9 +25,6 @@ from typing import Any
 import keras
 import numpy as np
 import torch
-from keras.src.backend.common.global_state import get_global_attribute
-from keras.src.backend.common.masking import get_keras_mask
-from keras.src.backend.common.variables import get_autocast_scope
 from torch import Tensor, nn
 
 import fastrnn
@@ -38,6 +36,14 @@ if keras.backend.backend() != "torch":
         f"fastrnn.keras runs on Keras' torch backend, and Keras was loaded with {keras.backend.backend()!r}: "
         "set the environment variable KERAS_BACKEND=torch before keras is imported"
     )
+
+# The versions of Keras, from and to, whose Layer.__call__ does what `_asks_for_more` looks for and nothing else.
+_READ = (3, 8), (3, 15)
+_is_read = _READ[0] <= tuple(map(int, keras.__version__.split(".")[:2])) <= _READ[1]
+if _is_read:
+    from keras.src.backend.common.global_state import get_global_attribute
+    from keras.src.backend.common.masking import get_keras_mask
+    from keras.src.backend.common.variables import get_autocast_scope
 
 __all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "SimpleRNN", "from_torch", "patch", "to_torch"]
 
@@ -157,7 +163,7 @@ def _cells(layer: Any, training: Any, x: Any = None) -> list[_Cell] | str:
     if x is not None and (len(x.shape) != 3 or 0 in x.shape):
         return f"input {tuple(x.shape)}, the engines have at least one row, step and feature"
     stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
-    found = []
+    found: list[_Cell] = []
     for cell in layer.cell.cells if stacked else (layer.cell,):
         kind = next((kind for kind in _KINDS if getattr(type(cell), "call", None) is kind.keras_cell.call), None)
         if kind is None:
@@ -307,7 +313,8 @@ def _layer(
             cell=cells[0].name,
             w_ih=w_ih,
             w_hh=w_hh,
-            **dict(zip(("b_ih", "b_hh"), biases, strict=False)),
+            b_ih=biases[0] if biases else (),
+            b_hh=biases[1] if biases else (),
             batch_sizes=steps.batch_sizes,
             batch_first=steps.batch_sizes is None,
         )
@@ -352,7 +359,8 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
     for cell, given in zip(cells, initial_state if stacked else [initial_state], strict=True):
         given = given if isinstance(given, (list, tuple)) else [given]
         before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in given]
-        if any(state.shape != (len(x), cell.keras_cell.units) for state in before):
+        fits = all(state.shape == (len(x), cell.keras_cell.units) for state in before)
+        if not fits or len(before) != (2 if cell.name == "lstm" else 1):
             return None  # which Keras may spread over the rows, or has words for
         if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
             before = [state.clone() for state in before]
@@ -423,13 +431,11 @@ def _fused_call(keras_class: Any) -> Callable:
     return call
 
 
-# The versions of Keras, from and to, whose Layer.__call__ does what `_asks_for_more` looks for and nothing else.
-_READ = (3, 8), (3, 15)
-_is_read = _READ[0] <= tuple(map(int, keras.__version__.split(".")[:2])) <= _READ[1]
+_TAKEN = frozenset(("training", "initial_state"))  # arguments beside x that `_shortcut` takes
 
 
 def _asks_for_more(layer: Any, x: Tensor) -> bool:
-    """Would Keras' `__call__` do more with x, and with no argument but `training`, than call `call`?
+    """Would Keras' `__call__` do more with x, and with no arguments but _TAKEN, than call `call`?
 
     It builds, converts dtypes, runs hooks, hands on masks and keeps losses. Finding that nothing is wanted takes it 0.06 ms, or
     0.1 ms where kernels have used the caches meanwhile.
@@ -476,10 +482,10 @@ def _shortcut(cls: Any) -> Callable:
 
     @functools.wraps(by_keras)
     def __call__(self, *args, **kwargs):
-        if _is_read and len(args) == 1 and type(args[0]) is Tensor and type(self) is cls and kwargs.keys() <= {"training"}:
+        if _is_read and len(args) == 1 and type(args[0]) is Tensor and type(self) is cls and kwargs.keys() <= _TAKEN:
             training = _training(kwargs.get("training"))
             if training is not None and not _asks_for_more(self, args[0]):
-                done = _run_plain(self, args[0], None, None, training)
+                done = _run_plain(self, args[0], kwargs.get("initial_state"), None, training)
                 if done is not None:
                     return done
         return by_keras(self, *args, **kwargs)
@@ -537,9 +543,11 @@ def _on_engines(cls: Any) -> Any:
 def _reduce(cls: Any) -> Callable:
     """`__reduce__` of a class of ours: as of Keras', which pickle finds by the name that both have."""
 
+    keras_class: Any = cls.__bases__[0]
+
     def __reduce__(self):
         unpickle, arguments = super(cls, self).__reduce__()
-        return (cls.__bases__[0]._unpickle_model if type(self) is cls else unpickle), arguments
+        return (keras_class._unpickle_model if type(self) is cls else unpickle), arguments
 
     return __reduce__
 

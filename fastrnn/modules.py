@@ -50,9 +50,9 @@ def _drop_in(cls: _Class) -> _Class:
 
 def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
-    def forward(self, input, hx=None, *, resets=None, lengths=None):
-        if resets is not None or lengths is not None:
-            return fallback.module_sequence(self, input, hx, resets, lengths)
+    def forward(self, input, hx=None, **more):  # a third of the time that three defaults take
+        if more and fallback.has_keywords(self, **more):
+            return fallback.module_sequence(self, input, hx, **more)
         if torch.compiler.is_dynamo_compiling():
             if not functional.runs_in_graph(self, input, hx):
                 return functional.call_outside_of_the_graph(forward, (self, input, hx))
@@ -62,7 +62,9 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
                 return result
         return self._fastrnn_fallback(input, hx)
 
-    forward.__signature__ = inspect.signature(forward, follow_wrapped=False)
+    def shown(self, input, hx=None, *, resets=None, lengths=None, all_states=False): ...
+
+    vars(forward)["__signature__"] = inspect.signature(shown)
     return forward
 
 
@@ -270,10 +272,12 @@ class RNN(nn.RNN, _Layers):
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         h_0: [L * D, B, H]; zeros, or what is learned, where it is missing.
-        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
-            a step where it is True, in the order of each direction, the state is the initial one again.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
+            Before a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
+        all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
+            ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * H features.
         h_n: as h_0, the state after the last step.
 
@@ -303,10 +307,12 @@ class LSTM(nn.LSTM, _Layers):
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         h_0: [L * D, B, R], and c_0: [L * D, B, H], as a pair (h_0, c_0); zeros, or what is learned, where it is missing.
-        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
-            a step where it is True, in the order of each direction, the state is the initial one again.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
+            Before a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
+        all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
+            ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * R features.
         h_n and c_n: as h_0 and c_0, the states after the last step.
 
@@ -334,10 +340,12 @@ class GRU(nn.GRU, _Layers):
     Shape:
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         h_0: [L * D, B, H]; zeros, or what is learned, where it is missing.
-        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
-            a step where it is True, in the order of each direction, the state is the initial one again.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
+            Before a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
+        all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
+            ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * H features.
         h_n: as h_0, the state after the last step.
 

@@ -80,10 +80,12 @@ class Recurrent(nn.Module):
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, each so. Where it is missing,
             zeros, or what is learned.
-        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data. Before
-            a step where it is True, in the order of each direction, the state is the initial one again.
+        resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
+            Before a step where it is True, in the order of each direction, the state is the initial one again.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
+        all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
+            ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * H features.
         state after the last step: as hx.
 
@@ -189,20 +191,23 @@ class Recurrent(nn.Module):
         *,
         resets: Tensor | PackedSequence | None = None,
         lengths: Tensor | None = None,
-    ) -> tuple[Any, Any]:
+        all_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Run the layers; see the class."""
-        if resets is not None or lengths is not None:
-            return self._sequence(input, hx, resets, lengths)
+        if resets is not None or lengths is not None or all_states is not False:
+            return self._sequence(input, hx, resets, lengths, all_states)
         if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
             result = dispatch.native.forward(self.__dict__, kind, input, hx, self.recompute)
             if result is not None:
                 return result
         return self._fastrnn_fallback(input, hx)
 
-    def _fastrnn_fallback(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, Any]:
-        return self._sequence(input, hx, None, None)
+    def _fastrnn_fallback(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, ...]:
+        return self._sequence(input, hx, None, None, False)
 
-    def _sequence(self, input: Tensor | PackedSequence, hx: Any, resets: Any, lengths: Any) -> tuple[Any, Any]:
+    def _sequence(self, input: Tensor | PackedSequence, hx: Any, resets: Any, lengths: Any, all_states: Any) -> tuple[Any, ...]:
+        if not isinstance(all_states, bool):
+            raise TypeError(f"all_states: expected a bool, got {all_states!r}")
         packed = isinstance(input, PackedSequence)
         x, batch_sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
         if not packed and x.dim() not in (2, 3):
@@ -214,13 +219,19 @@ class Recurrent(nn.Module):
         if order is not None:
             states = [state.index_select(1, order) for state in states]
         marks = functional.marked(input, row, resets, lengths)
-        y, *after = self._run(x, batch_sizes, states, self.batch_first and not packed, *marks)
+        after_steps: list[Any] | None = [] if all_states else None
+        y, *after = self._run(x, batch_sizes, states, self.batch_first and not packed, *marks, after_steps)
         if back is not None:
             after = [state.index_select(1, back) for state in after]
         if not batched:
             y, after = y.squeeze(row), [state.squeeze(1) for state in after]
         output = PackedSequence(y, batch_sizes, order, back) if packed else y
-        return output, after[0] if len(after) == 1 else tuple(after)
+        results = output, after[0] if len(after) == 1 else tuple(after)
+        if after_steps is None:
+            return results
+        h, *c = fallback.states_of(after_steps, None if batched else 1 + row)
+        others = [] if not c else c[0].chunk(self.cell.definition.states, -1)
+        return *results, (h, *others) if others else h
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.
@@ -307,6 +318,7 @@ class Recurrent(nn.Module):
         batch_first: bool,
         resets: Tensor | None,
         lengths: Tensor | None,
+        after_steps: list[Any] | None,
     ) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
         h0, *others = states
@@ -315,7 +327,7 @@ class Recurrent(nn.Module):
         inputs, dropout = Inputs(x, batch_sizes, h0, c0, resets, lengths), self.dropout if self.training else 0.0
         layer, noise = self._layer(batch_first), features.noise_of(self)
         with recompute(self.recompute or is_on()):
-            y, h_n, c_n = functional.run_marked(inputs, weights, layer, self.num_layers, dropout, False, noise)
+            y, h_n, c_n = functional.run_marked(inputs, weights, layer, self.num_layers, dropout, False, noise, after_steps)
         return [y, h_n, *(() if c_n is None else c_n.chunk(self.cell.definition.states, -1))]
 
     def _layer(self, batch_first: bool) -> Layer:

@@ -31,19 +31,30 @@ BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so ma
 
 
 def layer_backward(
-    outer: Outer, inputs: Inputs, weights: Sequence[Tensor], y: Tensor, saved: Tensor, layer: Layer, needs: Needs
+    outer: Outer,
+    inputs: Inputs,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    saved: Tensor,
+    layer: Layer,
+    needs: Needs,
+    dc: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Return the gradients dx, dh0, dc0, [0] where there is none, and those of all weights in a list, empty if not needed."""
+    """Return the gradients dx, dh0, dc0, [0] where there is none, and those of all weights in a list, empty if not needed.
+
+    dc [D, N, S * H]: gradients of the states but h after each step.
+    """
     steps, empty = Steps(layer, inputs), inputs.x.new_empty(0)
     dxs, dh0s, dc0s, dws = [], [], [], []
     for d, own in enumerate(layer.by_direction(weights)):
         direction = Direction(layer, steps, d, inputs, own, y, saved)
         dys, state = direction.split(direction.columns(outer.dy)), direction.state(outer.dh_n, outer.dc_n)
+        dcs = direction.split(None if dc is None else dc[d])
         dx: list[Any] = [None] * len(dys)
         dw = Weights()
         for k in reversed(direction.order):
             block = direction.blocks[k]
-            grads, state = block.pull(dys[k], state)
+            grads, state = block.pull(dys[k], state, more_c=dcs[k])
             dx[k] = torch.mm(grads.input, own.w_ih) if needs.dx else None
             dw = block.add_weights(dw, grads, block.x, block.h, block.out) if needs.dw else dw
         dxs.append(dx)
@@ -163,7 +174,9 @@ class Direction:
         self.zeros = State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
         if begins is not None:
             self.zeros = self.zeros._replace(initial=self.zeros)
-        x, y, own_saved = self.known(x), self.known(self.columns(y)), self.known(saved[d])
+        x, y, own_saved = self.known(x), self.known(self.columns(y)), saved[d]
+        if not torch.is_grad_enabled():  # else it is the reference's, where zeros would be the singular points of some cells
+            own_saved = self.known(own_saved)
         slots = own_saved.split(hidden, -1) if cell.slots else ()
         h, c = before(order, sizes, y, h0), None
         if c0 is not None:
@@ -323,17 +336,19 @@ class Block:
         more_a: Tensor | None = None,
         more_h: Tensor | None = None,
         more_out: Tensor | None = None,
+        more_c: Tensor | None = None,
     ) -> tuple[Gradients, State]:
         """Return the gradients of all, and of the state before, from those of y and of the state after.
 
         more_a [N, Q, H] is added to those of the pre-activations, states and weights, more_h [N, R] to those of the hidden
-        state that enters the product of each step, more_out [N, H] to those of out.
+        state that enters the product of each step, more_out [N, H] to those of out, more_c [N, S * H] to those of the states
+        after each step.
         """
         cell, sizes, (dh, dc, initial) = self.cell, self.sizes, state
         dh0, dc0 = (None, None) if initial is None else initial[:2]
         P, G, B, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hr
-        dys, more_a, more_h, more_out = (
-            None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out)
+        dys, more_a, more_h, more_out, more_c = (
+            None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out, more_c)
         )
         by_out, *by_others = self.by_state
         states = [name for name, _ in cell.derived.before]
@@ -349,6 +364,7 @@ class Block:
             a_s[t] = da = by_out[t] * d_out if more_a is None else torch.addcmul(more_a[t], by_out[t], d_out)  # [b, Q, H]
             if dc is not None:
                 d_c = dc if b == B else dc.narrow(0, 0, b)
+                d_c = d_c if more_c is None else d_c + more_c[t]
                 c_s[t] = d_c if self.within is None else torch.where(self.within[t], d_c, 0.0)
                 for by_one, d_one in zip(by_others, taken_apart(cell, c_s[t].unsqueeze(1)), strict=True):
                     a_s[t] = da = torch.addcmul(da, by_one[t], d_one)

@@ -175,6 +175,13 @@ class Steps:
         """Undo `each`."""
         return torch.cat(steps) if self.packed else torch.stack(steps, self.axis)
 
+    def of_each(self, rows: Tensor) -> Tensor:
+        """Return rows [D, N, ...], one step after the other, as a sequence is: [D, T, B, ...], [D, B, T, ...] or packed."""
+        if self.packed:
+            return rows
+        rows = rows.unflatten(1, (self.steps, self.batch))
+        return rows.transpose(1, 2) if self.axis else rows
+
     def repeated(self, state: Tensor) -> Tensor:
         """Return the rows [N, ...] of a state [B, ...], for each step those that it has."""
         return torch.cat([state.narrow(0, 0, b) for b in self.sizes]) if self.packed else state.repeat(self.steps, 1)

@@ -87,6 +87,14 @@ def layer_forward(
     return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
 
 
+def carried_states(inputs: Inputs, layer: Layer, saved: Tensor) -> Tensor:
+    """The states but h after each step [D, N, S * H], of what was saved; zeros past the lengths."""
+    kind, within = CELLS[layer.cell], Steps(layer, inputs).within()
+    units = saved.shape[-1] // (kind.slots + layer.projected)
+    states = saved.narrow(-1, (kind.slots - kind.states) * units, kind.states * units)
+    return states if within is None else torch.where(within, states, 0.0)
+
+
 def _forward(
     kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, product: Product, mask, noise, reverse: bool, begins, within
 ):
@@ -105,7 +113,7 @@ def _forward(
         p, q = first(b, h), None if c is None else first(b, c)
         if begins is not None:
             p = torch.where(begins[t], first(b, h0), p)
-            q = None if q is None else torch.where(begins[t], first(b, c0), q)
+            q = None if c0 is None or q is None else torch.where(begins[t], first(b, c0), q)
         of_h = product(p)
         of_x = xs[t] @ w_ih.T
         before = states_before(kind, p, q)

@@ -330,7 +330,7 @@ def pairwise(factors: Mapping[str, Sequence], valid: Callable[[dict], bool] = la
                 gains = [sum(frozenset(((name, v), item)) in missing for item in row.items()) for v in choices]
                 row[name] = choices[gains.index(max(gains))]
         missing -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
-        rows.append(row)
+        rows.append({name: row[name] for name in names})
     return rows
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from contract import FACTOR, SLACK, Error, python
+from contract import threads as set_threads
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -23,6 +24,7 @@ import fastrnn
 from fastrnn import cells, dispatch
 from fastrnn.cells import Gate, Hidden, Input, State, Weight, exp, maximum, relu, sigmoid, tanh, where
 from fastrnn.kernels import gradients, reference
+from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.cpu import fallback
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 
@@ -837,11 +839,187 @@ def test_slstm_is_that_of_xlstm(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
-def test_the_command_compiles_beforehand(tmp_path):
+def test_a_package_ships_its_kernels(tmp_path):
+    """The command fills the cache and the directory beside the cell's module, where a process finds them without numba."""
+    module = tmp_path / "package.py"
+    module.write_text("import fastrnn\nfrom fastrnn.cells import Gate, tanh\n@fastrnn.cell\ndef own(a: Gate): return tanh(a)\n")
+    cache, shipped = tmp_path / "cache", tmp_path / "fastrnn_kernels"
     found = python(
-        "from fastrnn.__main__ import main; main(['compile', 'fastrnn.cells:leaky_rnn'])", FASTRNN_CACHE_DIR=str(tmp_path)
+        f"from fastrnn.__main__ import main; main(['compile', 'package:own', '--output', {str(shipped)!r}])",
+        cwd=tmp_path,
+        FASTRNN_CACHE_DIR=str(cache),
     )
-    assert "leaky_rnn: forward and backward, float32" in found and list(tmp_path.glob("kernels-*/*leaky_rnn*.o"))
+    assert "package:own: forward and backward, float32" in found
+    assert len([*cache.glob("kernels-*/*own*.o")]) == len([*shipped.glob("kernels-*/*own*.o")]) == 4
+    use = (
+        "import sys; sys.modules['numba'] = None; import fastrnn, package, torch; layer = fastrnn.recurrent(package.own)(3, 4);"
+        "layer(torch.ones(2, 2, 3))[0].sum().backward(); print(fastrnn.explain(layer, torch.ones(2, 2, 3)).engine)"
+    )
+    empty = tmp_path / "empty"
+    assert python(use, cwd=tmp_path, FASTRNN_CACHE_DIR=str(empty)).strip() == "cpu" and not [*empty.glob("*")]
+    (directory,) = shipped.iterdir()
+    directory.rename(directory.with_name(directory.name[:-1]))  # those of other kernels
+    assert python(
+        "import fastrnn, package; from fastrnn.kernels.cpu import fallback, load\n"
+        "print(fallback.objects(load()[1], (package.own.definition.name, 'f32', 'forward')))",
+        cwd=tmp_path,
+        FASTRNN_CACHE_DIR=str(empty),
+    ).strip() == "[]"  # fmt: skip
+
+
+HEADS = [(33, 3), (40, 5), (6, 6), (256, 4)]  # units, heads
+
+
+@pytest.mark.parametrize(("cell", "threads"), [("lstm", 1), ("gru", 2), ("rnn_tanh", 1)])
+def test_heads_on_the_cpu_engine(cell, threads):
+    """The operators of built-in cells against the definition: heads of any size, rows and steps, dense and packed."""
+    kind, draw = CELLS[cell], torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
+
+    for H, heads in HEADS:
+        for B, T, D, sizes in (
+            (1, 1, 1, None),
+            (1, 4, 1, None),
+            (3, 3, 2, None),
+            (50, 3, 1, None),
+            (9, 1, 1, None),
+            (4, 3, 2, [4, 3, 1]),
+        ):
+            layer, I = Layer(cell, D, B > 1, heads=heads), 5
+            batch_sizes = None if sizes is None else torch.tensor(sizes)
+            x, h0 = random(*((T, B, I) if sizes is None else (sum(sizes), I))), random(D, B, H)
+            c0 = random(D, B, H) if kind.states else None
+            shapes = [(kind.gates * H, I), (kind.gates * H, H // heads), *[(kind.gates * H,)] * 2 * layer.bias]
+            weights = [random(*shape) for _ in range(D) for shape in shapes]
+            leaves = [each for each in (x, h0, c0, *weights) if each is not None]
+            count = 2 + bool(kind.states)
+            with set_threads(threads):
+                own = torch.ops.fastrnn.layer_forward(x, batch_sizes, h0, c0, weights, layer.text(), True)[:count]
+                right = reference.layer_forward(Inputs(x, batch_sizes, h0, c0), weights, layer, True)[:count]
+                seeds = [random(*each.shape).detach() for each in right]
+                found, truth = ([*each, *torch.autograd.grad(each, leaves, seeds)] for each in (own, right))
+            for k, (one, other) in enumerate(zip(found, truth, strict=True)):
+                case = f"{layer.text()}, {H} units, {B} rows, result {k}: "
+                torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12, msg=lambda text, case=case: case + text)
+
+
+def fast(layer, *given, step: bool = False):
+    """What the fast path makes of a call, or None where it declines."""
+    if step:
+        return dispatch.native.step(layer.__dict__, layer._fastrnn_fast_path, *given, None)
+    return dispatch.native.forward(layer.__dict__, layer._fastrnn_fast_path, *given, layer.recompute)
+
+
+native = pytest.mark.skipif(dispatch.native is None, reason="there is no compiled runtime")
+
+
+@native
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_fast_path_does_what_the_fallback_does(name, form):
+    """Outputs, states and gradients to the bit. It declines matrices that lack blocks, and own weights alone."""
+    layer = layer_of(name, form).float()
+    x, states = sample(layer, steps=3)
+    x, states = x.float(), [state.float() for state in states]
+    hx = states[0] if len(states) == 1 else tuple(states)
+    declined = name == "indrnn" or (form == "no bias" and name == "peephole_lstm")
+    for given in (None, hx):
+        with torch.no_grad():
+            y, after = layer._fastrnn_fallback(x, given)
+            found = fast(layer, x, given)
+        assert (found is None) == declined
+        if found is not None:
+            assert torch.equal(found[0], y)
+            torch.testing.assert_close(found[1], after, rtol=0, atol=0)
+    if declined:
+        return
+    slowly = results(lambda layer, x, states: flat(layer._fastrnn_fallback(x, as_given(states))), layer, x, states)
+    own = results(lambda layer, x, states: flat(fast(layer, x, as_given(states))), layer, x, states)
+    for key, value in slowly.items():
+        assert torch.equal(own[key], value), key
+    if not layer.bidirectional:
+        time = 1 if layer.batch_first else 0
+        row = x.select(time, 0)
+        for given in (None, hx):
+            y, after = fast(layer, row, given, step=True)
+            with torch.no_grad():
+                expected, last = layer._fastrnn_fallback(row.unsqueeze(time), given)
+            assert torch.equal(y, expected.squeeze(time))
+            torch.testing.assert_close(after, last, rtol=0, atol=0)
+
+
+def as_given(states: list[Tensor]):
+    return states[0] if len(states) == 1 else tuple(states)
+
+
+def flat(result) -> list[Tensor]:
+    y, after = result
+    return [y, *((after,) if isinstance(after, Tensor) else after)]
+
+
+@native
+def test_the_fast_path_declines_what_is_out_of_the_ordinary():
+    layer = layer_of("slstm", "two layers, two directions").float().eval()
+    x = torch.randn(3, 4, 5)
+    with torch.no_grad():
+        layer(x)  # compiled now
+        assert fast(layer, x, None) is not None
+        h = torch.zeros(4, 3, 12)
+        for hx in (h, (h, h), (h, h, h, h[:2]), (h, h, h, h.double()), [h, h, h, None]):
+            assert fast(layer, x, hx) is None
+        assert (
+            fast(layer, x[0], None) is None and fast(layer, x.double(), None) is None and fast(layer, x[..., :4], None) is None
+        )
+        layer.num_heads = 2
+        assert fast(layer, x, None) is None
+        layer.num_heads, layer.check_input = 1, lambda *given: None
+        assert fast(layer, x, None) is None
+        del layer.check_input
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", nn.Identity())
+        assert fast(layer, x, None) is None
+        dropping = layer_of("slstm", num_layers=2, dropout=0.5).float()
+        assert fast(dropping, x, None) is None and fast(dropping.eval(), x, None) is not None
+
+    class Overriding(fastrnn.recurrent(cells.slstm)):  # type: ignore[misc]
+        def _weights(self, layer):
+            return super()._weights(layer)
+
+    assert Overriding._fastrnn_fast_path is None and Derived._fastrnn_fast_path == cells.mgu.definition.name
+
+
+@native
+@pytest.mark.parametrize("name", ["slstm", "peephole_lstm"])
+def test_frozen_layers(name):
+    layer = layer_of(name, "two layers, two directions" if name == "slstm" else "plain").float().eval()
+    x, states = sample(layer)
+    x, states = x.float(), as_given([state.float() for state in states])
+    with torch.no_grad():
+        expected, last = layer(x, states)
+        frozen = fastrnn.freeze(copy.deepcopy(layer))
+        assert type(frozen).__name__.startswith("Frozen") and isinstance(frozen, type(layer))
+        for parameter in frozen.parameters():
+            parameter.data.zero_()  # the panels are what it computes with
+        y, after = frozen(x, states)
+        assert torch.equal(y, expected)
+        torch.testing.assert_close(after, last, rtol=0, atol=0)
+        if not layer.bidirectional:
+            one, _ = frozen.step(x[0], states)
+            torch.testing.assert_close(one, expected[0])
+        assert fastrnn.explain(frozen, x).engine == "cpu"
+    with pytest.raises(RuntimeError, match="thaw"):
+        frozen(x.clone().requires_grad_(), states)
+    with pytest.raises(RuntimeError, match="thaw"):
+        frozen.train()
+    frozen.load_state_dict(layer.state_dict())
+    assert torch.equal(frozen(x, states)[0], expected)
+    twin = pickle.loads(pickle.dumps(frozen))
+    assert type(twin) is type(layer) and torch.equal(twin(x, states)[0], expected)
+    thawed = fastrnn.thaw(frozen)
+    assert thawed is frozen and type(thawed) is type(layer) and torch.equal(thawed.train()(x, states)[0], expected)
+    with pytest.raises(RuntimeError, match="training"):
+        fastrnn.freeze(thawed)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="takes memory by Linux's mmap")

@@ -102,6 +102,12 @@ def test_page_is_short(name):
     assert len(PAGES[name].read_text().splitlines()) <= 150
 
 
+def test_an_unknown_strategy_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["distributed_training", "--strategy", "zero3"])
+    with pytest.raises(ValueError, match="--strategy: expected one of compare, ddp, fsdp2, got 'zero3'"):
+        runpy.run_module("examples.many_machines.distributed_training", run_name="__main__", alter_sys=False)
+
+
 def test_wrong_files_are_refused(tmp_path):
     catalogues, sounds = (pytest.importorskip(f"examples.{name}") for name in ("catalogues", "sounds"))
     wrong, quiet, fast = tmp_path / "wrong", tmp_path / "quiet.wav", tmp_path / "fast.wav"

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton_layers
 from contract import CELLS, Case, Error, arguments, relative, run, same_bits, twins
-from test_triton import FLOAT32, LAYERS
+from test_triton import FLOAT32, LAYERS, OWN_LAYERS
 from triton_layers import Layer
 
 import fastrnn
@@ -38,7 +38,7 @@ def _target():
     return gpu.device_of(torch.device("cuda", torch.cuda.current_device()))
 
 
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("layer", [*LAYERS, *OWN_LAYERS], ids=str)
 def test_kernels(layer):
     assert triton_layers.faults(layer, "cuda", _target()) == []
 
@@ -165,6 +165,8 @@ LONG = [
     Layer("rnn_tanh", "split", 0, reverse=True, dtype=F16, sizes=(3000, 16, 16, 1000)),
     Layer("lstm", "wide", 0, project=False, directions=2, dtype=F16, sizes=(1000, 64, 16, 512)),
     Layer("lstm", "split", 0, project=True, dtype=F32, sizes=(500, 20, 16, 300)),
+    Layer("slstm", "resident", 0, heads=4, dtype=F16, sizes=(500, 16, 16, 192)),  # a barrier for each head
+    Layer("peephole_lstm", "wide", 0, heads=2, directions=2, dtype=BF16, sizes=(500, 40, 16, 500)),
 ]
 
 

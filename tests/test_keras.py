@@ -242,11 +242,10 @@ def test_files_are_read_both_ways(tmp_path):
         saver.save_weights(tmp_path / "model.weights.h5")
         other.load_weights(tmp_path / "model.weights.h5")
         np.testing.assert_allclose(other.predict(x, verbose=0), saver.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    for layer in (*own.layers[:2], own):
-        copy = pickle.loads(pickle.dumps(layer))
+    for layer, width in ((own.layers[0], I), (own.layers[1], H), (own, I)):
+        copy, given = pickle.loads(pickle.dumps(layer)), torch.ones(B, T, width)
         assert type(copy) is type(layer)
-        shape = (B, T, layer.input.shape[-1])
-        torch.testing.assert_close(copy(torch.ones(shape)), layer(torch.ones(shape)))
+        torch.testing.assert_close(copy(given), layer(given))
     own.save(tmp_path / "own.keras")
     loaded = keras.models.load_model(tmp_path / "own.keras")
     assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in own.layers]
@@ -400,6 +399,24 @@ def test_models_without_a_twin_are_refused():
         keras_models.from_pytorch(models.LSTMModel(I, H, 1, 3))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (5, 6), (16, 16), (40, 33), (64, 48), (130, 257)], ids=str)
+@pytest.mark.parametrize("gates", [(0,), (0, 1, 2, 3), (1, 0, 2)], ids=str)
+def test_the_runtime_turns_matrices(gates, shape):
+    if fastrnn.dispatch.native is None:
+        pytest.skip("no compiled runtime")
+    n, H = shape
+    matrix = torch.randn(n, len(gates) * H)
+    expected = torch.cat([matrix.chunk(len(gates), 1)[gate] for gate in gates], 1).t()
+    turned = fastrnn.dispatch.native.turn(matrix, gates, True)
+    assert turned.is_contiguous() and torch.equal(turned, expected)
+    back = fastrnn.dispatch.native.turn(turned, tuple(gates.index(gate) for gate in range(len(gates))), False)
+    assert back.is_contiguous() and torch.equal(back, matrix)
+    for other in (matrix.double(), torch.randn(4, 24)[:, ::2], matrix[0], matrix.to(torch.bfloat16)):
+        assert fastrnn.dispatch.native.turn(other, gates, True) is None
+    for wrong in ((-1, *gates[1:]), (len(gates), *gates[1:]), (0,) * 9, ()):
+        assert fastrnn.dispatch.native.turn(matrix, wrong, True) is None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plain_call_does_nothing_of_keras(name, monkeypatch):
     own = both(name, return_sequences=True, return_state=True)[1]
@@ -411,6 +428,12 @@ def test_a_plain_call_does_nothing_of_keras(name, monkeypatch):
     for training in ({}, {"training": False}, {"training": True}, {"training": None}):
         for found, right in zip(own(x, **training), expected, strict=True):
             torch.testing.assert_close(found, right)
+    states = [torch.randn(B, H) for _ in expected[1:]]
+    monkeypatch.undo()
+    theirs = own(x, initial_state=states, mask=torch.ones(B, T, dtype=torch.bool))
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda self, x, **kwargs: calls.append("module") or x)
+    for found, right in zip(own(x, initial_state=states), theirs, strict=True):
+        torch.testing.assert_close(found, right)
     assert not calls
     own(x, mask=torch.ones(B, T, dtype=torch.bool))
     assert calls == ["module"]

@@ -7,13 +7,14 @@ import itertools
 import pytest
 import torch
 from conftest import weight_names
-from contract import CELLS, FACTOR, FIXED, SLACK, Error, same_bits, threads
+from contract import CELLS, FACTOR, FIXED, ROOT, SLACK, Error, same_bits, threads
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
 from fastrnn import autograd
 from fastrnn.kernels import gradients, reference
+from fastrnn.kernels.cpu import fallback
 from fastrnn.kernels.layer import Inputs, Needs, Outer, Steps
 
 MARKS = ("resets", "lengths", "both", "packed")
@@ -139,11 +140,21 @@ class _ByGradients(torch.autograd.Function):
         return *(None,) * 4, dx, dh0, dc0 if inputs.c0 is not None else None, *dw
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @every_mark
 @every_layer
-def test_the_engine(make_layer, poison, cell, form, project, marks, dtype):
+def test_the_engine(make_layer, poison, cell, form, project, marks):
     """The CPU engine's error against the definition in float64, next to the definition's own error in float32."""
+    _assert_engine(make_layer, cell, form, project, marks, torch.float32)
+
+
+@every_mark
+@pytest.mark.parametrize(("cell", "project"), [("lstm", True), ("gru", False)])
+def test_the_engine_in_float64(make_layer, poison, cell, project, marks):
+    """Every formula has been held to the definition above: what is left is the type, whose vectors are half as long."""
+    _assert_engine(make_layer, cell, "two_directions", project, marks, torch.float64)
+
+
+def _assert_engine(make_layer, cell, form, project, marks, dtype) -> None:
     errors: dict[str, tuple[Error, Error]] = {}
     for sizes in ((11, 9, 5, 37), (40, 3, 9, 16), (1, 4, 3, 17))[: 3 - (marks == "packed")]:
         inputs, weights, layer = make(make_layer, cell, form, 7 * project, marks, sizes, dtype)
@@ -204,6 +215,46 @@ def test_bits_are_those_of_packed_rows(make_layer, cell):
     (own_y, *_), (own_dx, *_) = run(alone, outer[:, 3:4].contiguous())
     same_bits(own_y, y[:, 3:4])
     same_bits(own_dx, dx[:, 3:4])
+
+
+@pytest.mark.parametrize("marks", ["both", "packed"])
+def test_without_the_runtime(make_layer, marks, monkeypatch):
+    """The same kernels called from Python."""
+    monkeypatch.setenv("FASTRNN_CACHE_DIR", str(ROOT / "build"))  # where those that setup.py compiled lie
+    inputs, weights, layer = make(make_layer, "lstm", "two_directions", 3, marks, (7, 5, 3, 9), torch.float32)
+    (*tensors, resets, lengths), text, operators = inputs, layer.text(), torch.ops.fastrnn
+    with threads(1):
+        expected = operators.layer_forward(*tensors, weights, text, True, resets, lengths)
+        found = fallback.layer_forward(*tensors, weights, text, True, resets, lengths)
+        (y, h_n, c_n, saved), needs = expected, [True, True, True]
+        given = *(torch.ones_like(each) for each in (y, h_n, c_n)), *tensors, weights, y, saved, text, needs, resets, lengths
+        gradients = operators.layer_backward(*given), fallback.layer_backward(*given)
+    for one, other in zip(
+        (*expected[:3], *gradients[0][:3], *gradients[0][3]), (*found[:3], *gradients[1][:3], *gradients[1][3])
+    ):
+        same_bits(one, other)
+    if lengths is not None:
+        with pytest.raises(RuntimeError, match="lengths: expected numbers from 0 to 7"):
+            fallback.layer_forward(*tensors, weights, text, True, None, lengths + 3)
+
+
+def test_the_function():
+    """functional.layer, and whose gradients it has."""
+    x, h0 = torch.randn(6, 3, 4), torch.randn(1, 3, 5, requires_grad=True)
+    w = {"cell": "gru", "w_ih": [torch.randn(15, 4)], "w_hh": [torch.randn(15, 5)]}
+    resets, lengths = torch.zeros(6, 3, dtype=torch.bool), torch.tensor([6, 0, 4])
+    resets[3] = True
+    y, h_n, c_n = fastrnn.functional.layer(x, h0, **w, resets=resets, lengths=lengths)
+    again, _, _ = fastrnn.functional.layer(x[3:], h0, **w)
+    torch.testing.assert_close(y[3:, 0], again[:, 0])
+    assert torch.equal(h_n[0, 1], h0[0, 1]) and c_n is None
+    (from_first,) = torch.autograd.grad(y[:3, 0].sum(), h0, retain_graph=True)
+    (from_reset,) = torch.autograd.grad(y[3:, 0].sum(), h0)  # no gradient crosses the reset
+    (expected,) = torch.autograd.grad(again[:, 0].sum(), h0)
+    torch.testing.assert_close(from_reset[0, 0], expected[0, 0])
+    assert from_first[0, 0].abs().sum() > 0 and from_first[0, 1:].abs().sum() == 0
+    with pytest.raises(ValueError, match="resets: expected bool"):
+        fastrnn.functional.layer(x, h0, **w, resets=resets.T)
 
 
 # --- modules
@@ -346,6 +397,9 @@ def test_what_does_not_fit_packed_input():
         layer(torch.randn(5, 3), resets=marks)
     with pytest.raises(RuntimeError, match="Expected hidden size"):  # torch.nn's own checks
         layer(torch.randn(5, 2, 3), torch.zeros(1, 3, 4), resets=marks)
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        layer(torch.randn(0, 2, 3), lengths=torch.zeros(2, dtype=torch.int64))
+    assert layer(torch.randn(5, 0, 3), resets=marks[:, :0])[0].shape == (5, 0, 4)
     with pytest.raises(ValueError, match="GRU: Expected input to be 2D or 3D, got 1D instead"):
         layer(torch.randn(3), resets=marks)
 
@@ -487,3 +541,92 @@ def test_frozen_and_compressed():
             expected = layer(x, resets=resets, lengths=lengths)
             tolerance = {} if change is fastrnn.freeze else {"rtol": 2e-2, "atol": 2e-2}
             torch.testing.assert_close(change(layer)(x, resets=resets, lengths=lengths), expected, **tolerance)
+
+
+# --- the states of every step
+
+
+@pytest.mark.parametrize("layout", ["time", "batch", "unbatched", "packed"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "slstm"])
+def test_all_states(name, layout):
+    """Of every step, layer and direction, with their gradients: those of a call that ends there."""
+    T, B, own = 5, 1 if layout == "unbatched" else 3, name == "slstm"
+    kind = fastrnn.recurrent(fastrnn.cells.slstm) if own else getattr(fastrnn, name)
+    layer = kind(3, 4, 2, bidirectional=True, dtype=torch.float64, batch_first=layout == "batch")
+    x, resets = torch.randn(T, B, 3, dtype=torch.float64), torch.rand(T, B) < 0.3
+    lengths = torch.tensor([4, 5, 2])[:B]
+
+    def every_state(x):
+        """[L * D, T, B, ...] of each state, zeros past the lengths."""
+        if layout == "unbatched":
+            output, after, states = layer(x[:, 0], resets=resets[:, 0], lengths=lengths[0], all_states=True)
+            states = [each.unsqueeze(2) for each in (states if isinstance(states, tuple) else (states,))]
+            return output.unsqueeze(1), after, states
+        if layout == "packed":
+            given, marks = (pack_padded_sequence(each, lengths, enforce_sorted=False) for each in (x, resets))
+            output, after, states = layer(given, resets=marks, all_states=True)
+            states = [
+                torch.stack([pad_packed_sequence(output._replace(data=rows), total_length=T)[0] for rows in each])
+                for each in (states if isinstance(states, tuple) else (states,))
+            ]
+            return pad_packed_sequence(output, total_length=T)[0], after, states
+        if layout == "batch":
+            output, after, states = layer(x.transpose(0, 1), resets=resets.T, lengths=lengths, all_states=True)
+            states = [each.transpose(1, 2) for each in (states if isinstance(states, tuple) else (states,))]
+            return output.transpose(0, 1), after, states
+        output, after, states = layer(x, resets=resets, lengths=lengths, all_states=True)
+        return output, after, list(states) if isinstance(states, tuple) else [states]
+
+    output, after, states = every_state(x)
+    after = list(after) if isinstance(after, tuple) else [after]
+    torch.testing.assert_close(output, torch.cat((states[0][2], states[0][3]), -1))  # of the upper layer's directions
+    assert len(states) == len(after)
+    for each, last in zip(states, after):
+        last = last.unsqueeze(1) if layout == "unbatched" else last
+        for b, length in enumerate(lengths):
+            torch.testing.assert_close(each[::2, length - 1, b], last[::2, b])
+            torch.testing.assert_close(each[1::2, 0, b], last[1::2, b])
+            assert each[:, length:, b].abs().sum() == 0
+    # the lower layer's forward direction knows nothing of later steps
+    if layout == "time":
+        for t in (0, 2):
+            _, ends = layer(x[: t + 1], resets=resets[: t + 1])
+            for each, end in zip(states, ends if isinstance(ends, tuple) else (ends,)):
+                torch.testing.assert_close(each[0, t, lengths > t], end[0, lengths > t])
+    # gradients: by finite differences, of the first and of the second order
+    x.requires_grad_()
+    draws = [torch.randn_like(each) for each in states]
+
+    def weighed(x):
+        output, _, states = every_state(x)
+        return (output.sum() + sum((each * draw).sum() for each, draw in zip(states, draws))).sin()
+
+    assert torch.autograd.gradcheck(weighed, (x,), fast_mode=True)
+    assert torch.autograd.gradgradcheck(weighed, (x,), fast_mode=True)
+
+
+def test_all_states_elsewhere():
+    """Without a gradient, in half precision, compiled, mapped, and of the function."""
+    layer, x = fastrnn.LSTM(3, 4, 2), torch.randn(5, 2, 3)
+    resets = torch.rand(5, 2) < 0.3
+    expected = layer(x, resets=resets, all_states=True)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, resets=resets, all_states=True), expected)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, resets=resets, all_states=True), expected)
+    mapped = torch.func.vmap(lambda x: layer(x, all_states=True))(torch.stack((x, x.cos())))
+    torch.testing.assert_close(mapped[2][1][0], layer(x, all_states=True)[2][1])
+    _, _, (h, c) = layer.bfloat16()(x.bfloat16(), resets=resets, all_states=True)
+    assert h.dtype == c.dtype == torch.bfloat16
+    torch.testing.assert_close(c.float(), expected[2][1], rtol=5e-2, atol=5e-2)
+    with pytest.raises(TypeError, match="all_states: expected a bool, got 1"):
+        layer(x, all_states=1)
+    with pytest.raises(TypeError, match=r"LSTM.forward\(\) got an unexpected keyword argument 'reset'"):
+        layer(x, reset=resets)
+    found = layer(x.bfloat16(), resets=None, lengths=None, all_states=False)
+    torch.testing.assert_close(found, layer(x.bfloat16()))
+    w_ih, w_hh = torch.randn(1, 12, 3), torch.randn(1, 12, 4)
+    y, _, c_n, (h, c) = fastrnn.functional.layer(
+        x, torch.zeros(1, 2, 4), cell="gru", w_ih=[*w_ih], w_hh=[*w_hh], all_states=True
+    )
+    assert torch.equal(h[0], y) and c is None and c_n is None

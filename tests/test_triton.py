@@ -26,7 +26,7 @@ from triton_layers import Layer
 import fastrnn
 from bench import gpu_resources, record, report
 from bench.gpu_resources import TARGETS
-from fastrnn import dispatch
+from fastrnn import cells, dispatch
 from fastrnn.kernels import gpu
 from fastrnn.kernels.gpu.plan import Device, Sizes, choose, shared_bytes
 from fastrnn.kernels.gpu.precision import precision_of, products_in
@@ -80,22 +80,30 @@ def test_kernels(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
-OWN = ("slstm", "peephole_lstm", "odd", "mgu", "wide", "indrnn", "cifg", "leaky_rnn", "cfc", "lstm", "gru")
+OWN = ("slstm", "peephole_lstm", "odd", "mgu", "wide", "indrnn", "cifg", "leaky_rnn", "cfc", "every_function", "lstm", "gru")
 OF_OWN = {
     "tiles": FACTORS["tiles"],
     "heads": (1, 2, 4),
     "directions": (2, 1),
     "layout": FACTORS["layout"],
     "dtype": FACTORS["dtype"],
+    "marks": ("none", "both", "resets"),
 }
-OWN_ROWS = pairwise(OF_OWN, lambda row: row.get("heads") != 4 or row.get("dtype", torch.float32) is torch.float32)
-OWN_LAYERS = [Layer(OWN[k % len(OWN)], **row, sizes=(2, 3, 5, 19)) for k, row in enumerate(OWN_ROWS)]
+
+
+def _quick(row: dict) -> bool:
+    """Half precision, which is run on three seeds, in few programs."""
+    few = row.get("heads", 1) == row.get("directions", 1) == 1
+    return _possible(row) and (few or row.get("dtype", torch.float32) is torch.float32)
+
+
+OWN_LAYERS = [Layer(OWN[k % len(OWN)], **row, sizes=(2, 3, 5, 19)) for k, row in enumerate(pairwise(OF_OWN, _quick))]
 
 
 @needs_triton
 @pytest.mark.parametrize("layer", OWN_LAYERS, ids=str)
 def test_cells_of_ones_own(layer, interpreted):
-    """Cells that come with fastrnn, one with everything and one with many gates and states; each at least once."""
+    """Cells that come with fastrnn, one with everything, one with many gates and states, one of every function."""
     assert interpreted(triton_layers.faults, layer) == []
 
 
@@ -111,15 +119,15 @@ def test_modules_of_cells_of_ones_own(cell, heads, interpreted):
 @pytest.mark.parametrize("cell", OWN)
 @pytest.mark.parametrize("tiles", FACTORS["tiles"])
 def test_cells_of_ones_own_in_every_combination(cell, tiles, interpreted):
-    factors = {**OF_OWN, "tiles": (tiles,), "reverse": (False, True), "sizes": ((4, 3, 3, 29),)}
-    for row in (dict(zip(factors, values)) for values in itertools.product(*factors.values())):
-        assert interpreted(triton_layers.faults, Layer(cell, **row)) == [], row
-    assert interpreted(triton_layers.faults, Layer(cell, tiles, save=False)) == []
-    for incoming in FACTORS["incoming"]:
-        assert interpreted(triton_layers.faults, Layer(cell, tiles, incoming=incoming)) == [], incoming
+    factors = {**OF_OWN, "cell": (cell,), "tiles": (tiles,), "reverse": (False, True), "save": (True, False)}
+    factors |= {"incoming": ("all", "dy", "dh_n", "dc_n"), "sizes": ((4, 3, 3, 29), (5, 18, 2, 16))}
+    states = Layer(cell).kind.states
+    for row in pairwise(factors, lambda row: _possible({**row, "cell": "lstm" if states else "gru"})):
+        assert interpreted(triton_layers.faults, Layer(**row)) == [], row
 
 
 _WHOLE = {**FACTORS, "sizes": ((5, 18, 3, 37), (3, 5, 2, 29)), "incoming": ("all",), "save": (True,), "bias": (True,)}
+_WHOLE |= {"marks": ("none", "both")}
 
 
 @needs_triton
@@ -297,10 +305,18 @@ def _chosen(target: str, cells, **limits) -> list:
 
 
 @needs_triton
+@pytest.mark.parametrize("target", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TARGETS])
+def test_every_function_compiles(target, monkeypatch):
+    monkeypatch.setattr(cells, "every_function", triton_layers.every_function, raising=False)
+    for forward in (True, False):
+        assert _compiled(target, forward, "single", H=32, cell="every_function").asm
+
+
+@needs_triton
 def test_resources_of_a_cell_of_ones_own(compilers):
     """The cell with the most states and the longest formulas of those that come with fastrnn; the others are slow tests."""
-    cases = [case for case in _chosen("sm_90", ("slstm",), units=(64, 768), rows=(16,)) if case.dtype is torch.float16]
-    assert len(cases) == 4
+    cases = [case for case in _chosen("sm_90", ("slstm",), units=(768,), rows=(16,)) if case.dtype is torch.float16]
+    assert len(cases) == 2
     _assert_resources(cases, compilers)
 
 
@@ -320,9 +336,25 @@ def test_resources_of_every_plan(target, compilers):
     _assert_resources(list(gpu_resources.cases(target)), compilers)
 
 
+@needs_triton
+def test_resources_with_resets_and_lengths(compilers):
+    """They take no more than the bounds by which plans are chosen."""
+    sizes = ("lstm", 64), ("lstm", 768), ("gru", 768), ("rnn_tanh", 64)
+    plain = [
+        gpu_resources.Case("sm_90", cell, forward, torch.float16, "ieee", 64, H, H, 1, False, None, True)
+        for cell, H in sizes
+        for forward in (True, False)
+    ]
+    device = TARGETS["sm_90"][1]
+    _assert_resources(
+        [replace(case, plan=choose(device, gpu_resources.sizes_of(case), case.forward)) for case in plain], compilers
+    )
+
+
 def _compiled(target: str, forward: bool, schedule: str, B: int = 16, H: int = 768, **changes):
     case = gpu_resources.Case(target, "lstm", forward, torch.float16, "ieee", B, H, H, 1, False, None)
-    case = replace(case, plan=choose(TARGETS[target][1], gpu_resources.sizes_of(case), forward, schedule), **changes)
+    case = replace(case, **changes)
+    case = replace(case, plan=case.plan or choose(TARGETS[target][1], gpu_resources.sizes_of(case), forward, schedule))
     (launch,) = (launch for launch in gpu_resources.launches(case) if "CELL" in launch.arguments)
     return gpu_resources.compile_launch(launch, target)
 

@@ -19,6 +19,27 @@ from contract import FACTOR, SLACK, Error
 from torch import Tensor
 
 from fastrnn import cells
+from fastrnn.cells import (
+    Gate,
+    Hidden,
+    Input,
+    State,
+    Weight,
+    erf,
+    exp,
+    expm1,
+    gelu,
+    log,
+    log1p,
+    maximum,
+    minimum,
+    relu,
+    sigmoid,
+    softplus,
+    sqrt,
+    tanh,
+    where,
+)
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes, choose, plans
@@ -28,11 +49,18 @@ from fastrnn.kernels.layer import Layer as Description
 H100 = Device("cuda", 90, 132, 227 * 1024)
 
 
+@cells.cell
+def every_function(a: Gate, b: Input, e: Hidden, c: State, w: Weight):
+    """Each of the elementary functions, which are written out for Triton, or are its own."""
+    c = where((a > 0) & ~(b >= 1) | (c == w), log(1 + abs(c)), minimum(log1p(exp(-abs(a))), sqrt(b * b + 1)))
+    return maximum(tanh(a) - sigmoid(e), relu(b)) + gelu(c) * expm1(-abs(b)) + softplus(e) / (3 + erf(w)), c
+
+
 @dataclass(frozen=True)
 class Layer:
     """A call, and how it runs.
 
-    cell:  a built-in one, else one that comes with fastrnn or is one of test_cells.py's.
+    cell:  a built-in one, else `every_function`, or one that comes with fastrnn, or one of test_cells.py's.
     tiles: single, resident (weights kept), or streamed: split (its sums shared by warps) or wide.
     chunk: of the sums; small, so that a small layer has several. 0 for what the chooser takes.
     marks: resets, lengths (of dense input), both, or none.
@@ -64,6 +92,8 @@ class Layer:
     def kind(self) -> Cell:
         if self.cell in CELLS:
             return CELLS[self.cell]
+        if self.cell == "every_function":
+            return every_function.definition
         if self.cell in cells.SHIPPED:
             return getattr(cells, self.cell).definition
         import test_cells
@@ -316,6 +346,7 @@ def faults_of_module(name: str, heads: int) -> list[str]:
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(dispatch, "native", None)
         patch.setattr(gpu, "device_of", lambda device: H100)
+        patch.setattr(gpu, "off", lambda device: {})
         patch.setitem(dispatch._WHY_NOT, "triton", lambda *call: None)
         torch.manual_seed(0)
         truth = test_cells.layer_of(name, "plain", 3, 4 * heads, bidirectional=True, num_heads=heads)

@@ -86,7 +86,7 @@ fits = {
     name: functools.partial(one.fit, x_train[some], y_train[some], batch_size=64, verbose=0) for name, one in models.items()
 }
 a, b = (seconds * len(x_train) / some.stop for seconds in page.seconds(fits, 8.0).values())
-print(f"seconds per epoch of fit: keras.layers {a:.2f}, fastrnn.keras {b:.2f}: {a / b:.2f} times as fast")
+print(f"seconds per epoch of fit: keras.layers {a:.2f}, fastrnn.keras {b:.2f}: {page.faster(a, b)}")
 
 # %%
 # To PyTorch

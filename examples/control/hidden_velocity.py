@@ -2,12 +2,12 @@
 Control: balance a pole whose velocity is hidden
 ================================================
 
-In this game a cart moves left or right to balance a pole. The player sees where the cart and the pole are, but not how fast
-they move. One look does not tell that, so the player has to remember. It is a GRU that learns by PPO (Schulman et al., 2017).
+In this game a cart moves left or right to balance a pole. The player sees where both are, but not how fast they move, so it
+has to remember. It is a GRU, which PPO (Schulman et al., 2017) moves by small steps towards the actions that turned out better
+than it had expected.
 
 A rollout holds pieces of many episodes, of all lengths. They are packed: all pieces are one call of the GRU, nothing is
 computed for padding, and no state flows from one episode into the next. The player itself goes step by step (``gru.step``).
-
 The baseline is the same player, trained in the same way, whose memory is erased at every step. Data: simulated by
 ``gymnasium`` (MIT licence), ``CartPole-v1``, where an episode has 500 steps at most.
 """

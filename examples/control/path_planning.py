@@ -124,7 +124,8 @@ for name, robot in robots.items():
 page.race(robots["with memory"], train, batches())
 baseline = {"memory erased": found["memory erased", 13][0]}
 page.result("right object found in new mazes", found["with memory", 13][0], baseline, unit="%")
-print(f"its way there is {found['with memory', 13][1]:.2f} times as long as the planner's")
+if found["with memory", 13][0]:
+    print(f"its way there is {found['with memory', 13][1]:.2f} times as long as the planner's")
 baseline = {"memory erased": found["memory erased", 17][0]}
 page.result("in larger mazes, of 17 cells and not 13", found["with memory", 17][0], baseline, unit="%")
 

@@ -9,7 +9,7 @@ In training the second GRU sees a whole translation in one call of the layer. Be
 and prolongs each by one piece at a time: that is ``step``, on a model that ``fastrnn.freeze`` has packed.
 
 The data are the messages of Django (BSD licence) and of Gramps, a genealogy program (GPL), with the translations that their
-packages ship. A twentieth is held out. BLEU is computed by ``sacrebleu``.
+packages ship. A twentieth is held out. BLEU, by ``sacrebleu``, is the share of the words and runs of words that are right.
 """
 
 # sphinx_gallery_thumbnail_path = "results/translation.png"

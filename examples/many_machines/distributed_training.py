@@ -38,6 +38,8 @@ from examples.counts import Counts
 from examples.page import ROOT, Page
 
 page = Page(__file__, __doc__, strategy="compare")
+if page.extra["strategy"] not in ("compare", "ddp", "fsdp2"):
+    raise ValueError(f"--strategy: expected one of compare, ddp, fsdp2, got {page.extra['strategy']!r}")
 STEPS, BATCH, LENGTH, HIDDEN = page.pick((200, 32, 64, 192), (6, 8, 16, 32))
 text = read_text()
 alphabet = sorted(set(text))

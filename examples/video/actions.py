@@ -9,7 +9,7 @@ convolutional network sums up each picture, and a GRU reads the sums.
 Two baselines share the network that looks at pictures. The first sees one picture, the second the whole clip, but without the
 order of its pictures: it takes their mean.
 
-Data: clips rendered from `gymnasium` (MIT licence), `Pendulum-v1`. The camera's brightness and noise are made here.
+Data: clips rendered from ``gymnasium`` (MIT licence), ``Pendulum-v1``. The camera's brightness and noise are made here.
 """
 
 # sphinx_gallery_thumbnail_path = "results/actions.png"
@@ -57,7 +57,7 @@ class Recogniser(nn.Module):
 
     def __init__(self, recurrent: bool, hidden_size: int = 64) -> None:
         super().__init__()
-        self.look = nn.Sequential(  # [*, 1, 32, 32] -> [*, 64]
+        self.look = nn.Sequential(  # [*, 1, PIXELS, PIXELS] -> [*, 64]
             nn.Conv2d(1, 8, 5, stride=2, padding=2),
             nn.ReLU(),
             nn.Conv2d(8, 16, 3, stride=2, padding=1),

@@ -884,13 +884,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         )  # fmt: skip
 
     @njit(**options)
-    def clear_input_gradients(p, member, members):
-        """Zeros in dx past the lengths: this member's share of the rows."""
-        for t in range(p.padded_steps):
-            active = active_rows(p, t) if t < p.steps else 0
-            for b in range(
-                active + share(p.batch - active, members, member), active + share(p.batch - active, members, member + 1)
-            ):
+    def clear_input_gradients(p, member, members, t_low, t_high):
+        """Zeros in dx of steps t_low .. t_high past the lengths: this member's share of the rows."""
+        for t in range(t_low, t_high + 1):
+            first = active_rows(p, t) if t < p.steps else 0
+            count = p.batch - first
+            for b in range(first + share(count, members, member), first + share(count, members, member + 1)):
                 clear_units(p.dx + t * p.dx_step + row_at(p, b) * p.dx_row, 0, p.input_size, p.input_size)
 
     @njit(**options)
@@ -946,8 +945,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     n = p.hidden_size - unit
                     given = load(p.dc_n + state * hidden_bytes + unit * size, n) if p.dc_n else zero()
                     store(p.dc0 + state * hidden_bytes + unit * size, given, n)
-        if p.order and p.need_dx:
-            clear_input_gradients(p, member, members)
+        if p.need_dx:
+            clear_input_gradients(p, member, members, p.steps, p.padded_steps - 1)
         wait_crew(p, member)
 
         end, previous_count = p.steps, 0
@@ -1009,6 +1008,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 )  # fmt: skip
             if p.need_dx:
                 input_gradient(p, member, members, rows, gradients, t_low, t_high, tables, scratch, own_panel, own_block)
+                if p.order:
+                    clear_input_gradients(p, member, members, t_low, t_high)
             wait_crew(p, member)
             end = start
         if p.half and p.need_dw and not p.rounded_at_once:

@@ -408,13 +408,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             copy_units(p.c0 + s * state_bytes, p.c_n + s * state_bytes, unit0, unit1, p.hidden_size)
 
     @njit(**options)
-    def clear_outputs(p, r0, r1, first, last):
-        """Zeros past the lengths of rows r0 .. r1-1, in outputs first .. last-1."""
-        for t in range(p.padded_steps):
-            for b in range(max(r0, active_rows(p, t) if t < p.steps else 0), r1):
-                row = p.y + t * p.y_step + row_at(p, b) * p.y_row
-                for unit in range(first, last, lanes):
-                    store(row + unit * size, zero(), last - unit)
+    def clear_outputs(p, t, r0, r1, first, last):
+        """Zeros in outputs first .. last-1 of rows r0 .. r1-1 that step t is past the lengths of."""
+        for b in range(max(r0, active_rows(p, t) if t < p.steps else 0), r1):
+            row = p.y + t * p.y_step + row_at(p, b) * p.y_row
+            for unit in range(first, last, lanes):
+                store(row + unit * size, zero(), last - unit)
 
     @njit(**options)
     def run_block(p, member, block, begins):
@@ -453,8 +452,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 store_int(previous + 8 * (b - r0), p.h0 + row_at(p, b) * output_bytes)
                 store_int(c_rows + 8 * (b - r0), p.c_n + row_at(p, b) * states * hidden_bytes)
                 begin_states(p, b, unit0, unit1)
-            if p.order:
-                clear_outputs(p, r0, r1, own, owns)
+            for t in range(p.steps, p.padded_steps):
+                clear_outputs(p, t, r0, r1, own, owns)
             wait_crew(p, member)
             if block < 0:
                 return
@@ -502,6 +501,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 if noise:
                     at = step_base(p, t) * p.noise_step + row_at(p, r0 + i) * p.noise_row
                     store_int(noise_rows + 8 * i, p.noise + at)
+            if p.order:  # here memory has time to take it
+                clear_outputs(p, t, r0, r1, own, owns)
             entering = previous
             if p.mask:
                 # of the heads whose units are this thread's: nobody waits for those of others

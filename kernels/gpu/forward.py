@@ -12,8 +12,8 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
              final ones
     w_hh, w_hr, b_ih, b_hh   as in the op, with a leading axis D
     start    [D, B, C*H], what carry begins with, which resets go back to; only where RESETS
-    lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED, lengths also where
-             RAGGED: rows are those of a dense sequence, in any order, and have no steps past their lengths
+    lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED. lengths also
+             where RAGGED: rows of a dense sequence, in any order, have no steps past them
     resets   a byte for each row of x: not 0 where the states before that step go back to the initial ones; only where RESETS
     counters [groups, 16] int64, zero, and gave_up [1] int32: see barrier.py; only used where SYNC
 

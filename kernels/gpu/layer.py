@@ -52,7 +52,8 @@ class Call:
         self.nothing = nothing
         self.lengths, self.offsets = self._rows_of_steps(inputs.batch_sizes)
         self.ragged = inputs.lengths is not None
-        self.lengths = inputs.lengths if self.ragged else self.lengths
+        if inputs.lengths is not None:
+            self.lengths = inputs.lengths
         self.resets = nothing if inputs.resets is None else inputs.resets.contiguous().view(torch.uint8)
 
     def chosen(self, forward: bool) -> tuple[Plan, str]:
