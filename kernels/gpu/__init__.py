@@ -97,7 +97,7 @@ def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, d
     target, sizes = device_of(device), sizes_of(layer, T, B, H, R, dtype)
     passes = {"forward": True, "backward": False} if training else {"forward": True}
     words = [f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items()]
-    return "; ".join(words + [f"no {schedule} schedule: {reason}" for schedule, reason in off(device).items()])
+    return "; ".join(words + [f"no {schedule} schedule: {off(device)[schedule]}" for schedule in target.off])
 
 
 def _without_autocast(op: Callable) -> Callable:

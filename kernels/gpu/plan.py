@@ -195,7 +195,10 @@ def _streamed(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     units = 64 // _stacked(sizes.gates) if forward else 64
     rows = 64 if forward or sizes.precision != "tf32x3" else 32  # or too many registers
     plan = _tiled(sizes, units, rows, 128 // sizes.bytes_, split=1, stages=3)
-    yield replace(plan, warps=4 if forward else 8)
+    plan = replace(plan, warps=4 if forward else 8)
+    yield plan
+    if sizes.precision == "tf32x3":  # where there is little shared memory
+        yield replace(plan, stages=1)
     if forward and sizes.B > 64:
         yield replace(plan, rows=128)
 
