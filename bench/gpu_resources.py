@@ -123,7 +123,6 @@ def cases(target: str, cells=("lstm", "gru", "rnn_tanh"), formats=FORMATS, units
 def launches(case: Case) -> list:
     """What a call of the case starts, on tensors without memory."""
     from fastrnn.kernels.gpu import layer
-    from fastrnn.kernels.gpu.cell import PLAIN, PTX
 
     cell, T, D = CELLS[case.cell], 64, case.D
     own = Layer(case.cell, D, bias=True, projected=case.R != case.H)
@@ -138,7 +137,7 @@ def launches(case: Case) -> list:
     weights = [empty(rows, 128), empty(rows, case.R), empty(rows), empty(rows), *[empty(case.R, case.H)] * own.projected]
     started: list = []
     call = layer.Call(own, Inputs(empty(*leading, 128), batch_sizes, h0, c0), weights * D, run=started.append)
-    call.cells = PTX if TARGETS[case.target][1].backend == "cuda" else PLAIN
+    call.ptx = TARGETS[case.target][1].backend == "cuda"
     if case.forward:
         layer.forward(call, True, case.plan, case.precision)
     else:
@@ -160,6 +159,8 @@ def compile_launch(launch, target: str):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(index,)] = "*" + NAMES[value.dtype], [["tt.divisibility", 16]]
+        elif parameter.annotation_type:
+            signature[parameter.name], attributes[(index,)] = parameter.annotation_type, [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32"
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)

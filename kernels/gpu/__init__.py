@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -86,8 +86,23 @@ def device_of_itself(device: torch.device) -> plan.Device:
     return plan.Device("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, shared_bytes)
 
 
-def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype) -> plan.Sizes:
-    return plan.Sizes(T, B, H, R, layer.directions, CELLS[layer.cell].gates, dtype.itemsize, precision_of(dtype))
+def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, precision: str | None = None) -> plan.Sizes:
+    """precision: of products, or as torch is set."""
+    own = layer.directions, CELLS[layer.cell].gates, dtype.itemsize, precision or precision_of(dtype)
+    return plan.Sizes(T, B, H, R, *own)
+
+
+def cudnn_is_faster(
+    device: plan.Device, layer: Layer, sizes: tuple[int, int, int, int], dtype: torch.dtype, layers: int, packed: bool
+) -> bool:
+    """Is a call of T steps, B rows, H units and R outputs (sizes) left to torch.nn? See plan.py."""
+    return _cudnn_is_faster(device, layer, sizes, dtype, layers, packed, precision_of(dtype))
+
+
+@lru_cache(4096)
+def _cudnn_is_faster(device, layer, sizes, dtype, layers, packed, precision) -> bool:
+    name = str(dtype).removeprefix("torch.")
+    return plan.cudnn_is_faster(device, sizes_of(layer, *sizes, dtype, precision), layers, name, packed)
 
 
 def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:

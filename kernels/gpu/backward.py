@@ -56,6 +56,7 @@ def kept_values(
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
     saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, lengths, offsets, counters, gave_up,
+    w_hh_step: tl.int64, w_hr_step: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
@@ -92,7 +93,7 @@ def scan_backward(
     stacked = tl.arange(0, OUTPUTS * SIDE)  # [OUTPUTS * SIDE]
     output, gate = block * OUTPUTS + stacked // SIDE, stacked % SIDE
     a_ok = (output < R) & (gate < GATES)
-    a_rows = w_hh + d * (GATES * H * R) + gate.to(tl.int64) * (H * R) + output
+    a_rows = w_hh + d * w_hh_step + gate.to(tl.int64) * (H * R) + output
     chunks = resident_weights(a_rows, a_ok, K, R, BK, SPLIT, RESIDENT and PHASE != "cell")
     columns = tl.arange(0, SIDE * ROWS)  # [SIDE * ROWS]
     column_gate, column_rows = columns // ROWS, first + columns % ROWS
@@ -101,7 +102,7 @@ def scan_backward(
         column_length = tl.load(lengths + column_rows, mask=columns_ok, other=0).to(tl.int32)
     else:
         column_length = tl.where(columns_ok, T, 0)
-    r_rows = w_hr + d * (R * H) + units
+    r_rows = w_hr + d * w_hr_step + units
 
     state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
     state_ok = units_ok[:, None] & rows_ok[None, :]
@@ -183,6 +184,7 @@ def scan_backward(
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_backward(
     saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, lengths, offsets,
+    w_hh_step: tl.int64, w_hr_step: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, SLOTS: tl.constexpr, CARRY: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
@@ -206,10 +208,10 @@ def single_backward(
     PADDED: tl.constexpr = 4 if GATES == 3 else GATES
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
-    at = w_hh + d * (GATES * H * R) + (gate * H + unit)[None, :] * R + outputs[:, None]
+    at = w_hh + d * w_hh_step + (gate * H + unit)[None, :] * R + outputs[:, None]
     w = tl.load(at, mask=outputs_ok[:, None] & ((gate < GATES) & (unit < H))[None, :], other=0.0)  # [OUTPUTS, PADDED * UNITS]
     if PROJECTED:
-        at = w_hr + d * (R * H) + outputs[None, :] * H + units[:, None]
+        at = w_hr + d * w_hr_step + outputs[None, :] * H + units[:, None]
         proj = tl.load(at, mask=units_ok[:, None] & outputs_ok[None, :], other=0.0)  # [UNITS, OUTPUTS]
 
     state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]

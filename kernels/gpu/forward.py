@@ -9,7 +9,7 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     out      [D, B, H], the output before its projection, where it is not kept
     h0, h_n  [D, B, R]
     carry    [D, B, H] float32: what enters element by element (c, or h of GRU); the initial one, in the end the final one
-    w_hh, w_hr, b_ih, b_hh   as in the op, with a leading axis D
+    w_hh, w_hr, b_ih, b_hh   as in the op, of direction 0; those of direction 1 are w_hh_step and so on numbers further
     lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED
     counters [groups, 16] int64, zero, and gave_up [1] int32: see barrier.py; only used where SYNC
 
@@ -59,6 +59,7 @@ def preactivations(inputs, hiddens, biases, GATES: tl.constexpr, HIDDEN: tl.cons
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
     kept, y, out, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, counters, gave_up,
+    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr,
     CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
@@ -90,10 +91,10 @@ def scan_forward(
     PADDED: tl.constexpr = 4 if GATES == 3 else GATES
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, block * UNITS + stacked % UNITS
-    a_rows = w_hh + d * (GATES * H * R) + (gate * H + unit).to(tl.int64) * R
+    a_rows = w_hh + d * w_hh_step + (gate * H + unit).to(tl.int64) * R
     a_ok = (gate < GATES) & (unit < H)
     chunks = resident_weights(a_rows, a_ok, R, 1, BK, SPLIT, RESIDENT and PHASE != "project")
-    biases = input_biases(b_ih + d * (GATES * H), b_hh + d * (GATES * H), units, H, GATES, HIDDEN, INPUT, BIAS)
+    biases = input_biases(b_ih + d * b_ih_step, b_hh + d * b_hh_step, units, H, GATES, HIDDEN, INPUT, BIAS)
 
     h0_rows = h0 + (d * B + rows) * R  # [ROWS]
     state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
@@ -103,7 +104,7 @@ def scan_forward(
 
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)  # [OUTPUTS]
     outputs_ok = outputs < R
-    r_rows = w_hr + d * (R * H) + outputs.to(tl.int64) * H
+    r_rows = w_hr + d * w_hr_step + outputs.to(tl.int64) * H
 
     # what a step needs from memory, and does not wait for, is loaded in the step before
     t = tl.where(backwards, steps - 1 - begin, begin)
@@ -176,6 +177,7 @@ def scan_forward(
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_forward(
     kept, y, h0, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets,
+    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr, SLOTS: tl.constexpr,
     CARRY: tl.constexpr, D: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
@@ -195,14 +197,14 @@ def single_forward(
     units_ok = units < H
     outputs = tl.arange(0, OUTPUTS)  # [OUTPUTS]; without projection these are the units
     outputs_ok = outputs < R
-    biases = input_biases(b_ih + d * (GATES * H), b_hh + d * (GATES * H), units, H, GATES, HIDDEN, INPUT, BIAS)
+    biases = input_biases(b_ih + d * b_ih_step, b_hh + d * b_hh_step, units, H, GATES, HIDDEN, INPUT, BIAS)
     PADDED: tl.constexpr = 4 if GATES == 3 else GATES
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
-    at = w_hh + d * (GATES * H * R) + (gate * H + unit)[:, None] * R + outputs[None, :]
+    at = w_hh + d * w_hh_step + (gate * H + unit)[:, None] * R + outputs[None, :]
     w = tl.load(at, mask=((gate < GATES) & (unit < H))[:, None] & outputs_ok[None, :], other=0.0)  # [PADDED * UNITS, OUTPUTS]
     if PROJECTED:
-        at = w_hr + d * (R * H) + outputs[:, None] * H + units[None, :]
+        at = w_hr + d * w_hr_step + outputs[:, None] * H + units[None, :]
         proj = tl.load(at, mask=outputs_ok[:, None] & units_ok[None, :], other=0.0)  # [OUTPUTS, UNITS]
 
     state_at = (d * B + rows)[None, :] * H + units[:, None]  # [UNITS, ROWS]
