@@ -35,7 +35,7 @@ from fastrnn.kernels import gpu
 from fastrnn.kernels.gpu.plan import Device
 
 GOALS = {"forward": 40.0, "backward": 60.0}  # microseconds a layer
-LAYERS = {
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LSTM": ("LSTM", {}),
     "GRU": ("GRU", {}),
     "RNN": ("RNN", {}),
@@ -95,7 +95,8 @@ def prepare(name: str, device: str = "cpu") -> dict[str, Callable[[], object]]:
     cell, sizes = LAYERS[name]
     module = getattr(fastrnn, cell)(INPUTS, UNITS, device=device, **sizes)
     x = torch.randn(STEPS, ROWS, INPUTS, device=device, requires_grad=True)
-    leaves, dy, kept = [x, *module.parameters()], torch.ones_like(module(x)[0]), []
+    leaves, dy = [x, *module.parameters()], torch.ones_like(module(x)[0])
+    kept: list[torch.Tensor] = []
 
     def forward() -> None:
         kept[:] = [module(x)[0]]

@@ -101,8 +101,9 @@ def cudnn_is_faster(
 
 @lru_cache(4096)
 def _cudnn_is_faster(device, layer, sizes, dtype, layers, packed, precision) -> bool:
+    T, B, H, R = sizes
     name = str(dtype).removeprefix("torch.")
-    return plan.cudnn_is_faster(device, sizes_of(layer, *sizes, dtype, precision), layers, name, packed)
+    return plan.cudnn_is_faster(device, sizes_of(layer, T, B, H, R, dtype, precision), layers, name, packed)
 
 
 def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
