@@ -82,11 +82,17 @@ class IdleDriver:
         return 0
 
 
+def take_all() -> None:
+    """Leave no call to cuDNN."""
+    gpu.plan.cudnn_is_faster = lambda *given: False
+
+
 def install() -> None:
     """Have this process take CPU tensors for those of a GPU that does nothing."""
     triton.runtime.driver.set_active(IdleDriver())
     gpu.HERE, gpu.why_not, gpu.device_of = "is_cpu", lambda device: None, lambda device: H100
     dispatch.native = None
+    take_all()
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc, return-value]
 
 
@@ -145,9 +151,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     record.one_tree()
     torch.set_num_threads(1)
-    gpu.plan.cudnn_is_faster = lambda *given: False  # all layers are fastrnn's
     if options.device == "cpu":
         install()
+    else:
+        take_all()
     if options.profile:
         passes, profile = prepare("LSTM", options.device), cProfile.Profile()
         with profile:

@@ -400,10 +400,8 @@ def left_to_cudnn(point: dict[str, Any]) -> bool:
 def gpu(content: dict[str, Any]) -> str:
     """Geometric means against cuDNN, a row per group of shapes, and the points where fastrnn does least."""
     points = [point for point in content["points"] if not point["faults"]]
-    formats = {point["point"]["format"] for point in points}
-    columns = [
-        (number, mode) for number in ("fp16", "bf16", "tf32", "fp32") if number in formats for mode in ("forward", "train")
-    ]
+    numbers = ["fp16", "bf16", "tf32"] + ["fp32"] * any(point["point"]["format"] == "fp32" for point in points)
+    columns = [(number, mode) for number in numbers for mode in ("forward", "train")]
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
     for point in points:
         for mode in ("forward", "train"):
