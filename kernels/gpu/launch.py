@@ -89,6 +89,8 @@ class Kernel:
             run(launch)
             return
         compiled = launch.run()
+        if torch.version.hip:  # where Triton compiles another kernel for tensors of 2 GB and more, too
+            return
         pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in given.values()]
         if compiled is not None and self._start is None and self._is_aligned(pointers):
             self._handle = compiled.function, compiled.packed_metadata
