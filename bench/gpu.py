@@ -36,9 +36,16 @@ FORMATS = {
     "fp16": (torch.float16, "ieee"),
     "bf16": (torch.bfloat16, "ieee"),
     "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
 }
+MAIN = "fp16", "bf16", "tf32"
 INPUTS = 4  # that rotate
-TOLERANCE = {"fp16": 1e-2, "bf16": 5e-2, "tf32": 1e-2}  # relative L2 between rivals: only a wrong result passes it
+TOLERANCE = {
+    "fp16": 1e-2,
+    "bf16": 5e-2,
+    "tf32": 1e-2,
+    "fp32": 1e-4,
+}  # relative L2: only a wrong result passes it
 DEFAULT_OUTPUT = record.RESULTS / "gpu.json"
 
 
@@ -65,7 +72,7 @@ class Point:
 def points() -> Iterator[Point]:
     """The shapes people measure: FlashRNN, DeepBench, torch's fastrnns, bonito; and what cuDNN treats differently."""
     for cell in ("LSTM", "GRU", "RNN"):
-        for format in FORMATS:
+        for format in MAIN:
             yield Point("flashrnn", cell, 768, 16, 1024, format)
             yield Point("fastrnns", cell, 512, 64, 100, format)
             yield Point("small", cell, 128, 32, 512, format)
@@ -75,7 +82,7 @@ def points() -> Iterator[Point]:
             yield Point("layers", cell, 512, 32, 256, format, layers=4)
             yield Point("packed", cell, 512, 64, 256, format, fill=0.57)
             yield Point("odd", cell, 500, 20, 256, format)
-    for format in FORMATS:
+    for format in MAIN:
         for H, B in ((512, 16), (512, 32), (1024, 32), (1024, 64), (1536, 32), (2048, 64), (4096, 16)):
             yield Point("deepbench", "LSTM", H, B, 25, format)
         yield Point("deepbench", "LSTM", 256, 16, 150, format)
@@ -87,6 +94,8 @@ def points() -> Iterator[Point]:
     for H in (256, 512, 768, 1024):
         yield Point("persistent", "LSTM", H, 16, 512, "fp16")
         yield Point("persistent", "LSTM", H, 64, 512, "fp16")
+    for cell, H in (("LSTM", 256), ("LSTM", 512), ("GRU", 256), ("GRU", 512)):
+        yield Point("ieee", cell, H, 32, 256, "fp32")
     yield Point("bonito", "LSTM", 384, 64, 1600, "fp16", layers=5)
 
 

@@ -147,7 +147,6 @@ def cases(target: str, cells=BUILT_IN, formats=FORMATS, units=UNITS, rows=ROWS) 
 def launches(case: Case) -> list:
     """What a call of the case starts, on tensors without memory."""
     from fastrnn.kernels.gpu import layer
-    from fastrnn.kernels.gpu.cell import PLAIN, PTX
 
     cell, T, D = case.kind, 64, case.D
     own = Layer(cell.name, D, bias=True, projected=case.R != case.H, heads=case.heads)
@@ -166,7 +165,7 @@ def launches(case: Case) -> list:
     lengths = torch.empty(case.B, dtype=torch.int64, device="meta") if case.marked and not case.packed else None
     inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths)
     call = layer.Call(own, inputs, weights * D, run=started.append)
-    call.cells = PTX if TARGETS[case.target][1].backend == "cuda" else PLAIN
+    call.ptx = TARGETS[case.target][1].backend == "cuda"
     if case.forward:
         layer.forward(call, True, case.plan, case.precision)
     else:
@@ -188,6 +187,8 @@ def compile_launch(launch, target: str):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(index,)] = "*" + NAMES[value.dtype], [["tt.divisibility", 16]]
+        elif parameter.annotation_type:
+            signature[parameter.name], attributes[(index,)] = parameter.annotation_type, [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32"
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)

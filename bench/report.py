@@ -390,6 +390,7 @@ def left_to_cudnn(point: dict[str, Any]) -> bool:
         "fp16": ("float16", 2, "ieee"),
         "bf16": ("bfloat16", 2, "ieee"),
         "tf32": ("float32", 4, "tf32"),
+        "fp32": ("float32", 4, "tf32x3"),
     }[point["format"]]
     H = point["H"]
     sizes = plan.Sizes(point["T"], point["B"], H, H, point["directions"], gates, bytes_, precision)
@@ -399,7 +400,8 @@ def left_to_cudnn(point: dict[str, Any]) -> bool:
 def gpu(content: dict[str, Any]) -> str:
     """Geometric means against cuDNN, a row per group of shapes, and the points where fastrnn does least."""
     points = [point for point in content["points"] if not point["faults"]]
-    columns = [(number, mode) for number in ("fp16", "bf16", "tf32") for mode in ("forward", "train")]
+    numbers = ["fp16", "bf16", "tf32"] + ["fp32"] * any(point["point"]["format"] == "fp32" for point in points)
+    columns = [(number, mode) for number in numbers for mode in ("forward", "train")]
     found: dict[str, dict[tuple[str, str], list[float]]] = {}
     for point in points:
         for mode in ("forward", "train"):

@@ -89,12 +89,41 @@ def line(result: dict[str, Any]) -> str:
     return f"{result['name']:36} {result['times']['fastrnn']['median'] * 1e3:9.3f} ms  [{colour}]{ratios}"
 
 
+def counts(text: str) -> list[int]:
+    """Numbers of threads, such as "1,2,4"."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"expected numbers above 0, such as 1,2,4, got {text!r}")
+    return found
+
+
+def scaling(results: list[dict[str, Any]]) -> list[str]:
+    """How a case gains from threads, a line for each: times of the first count over those of each other."""
+    by_case: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if not result["faults"]:
+            by_case.setdefault(result["name"], []).append(result)
+    lines = []
+    for name, found in by_case.items():
+        words = [
+            f"{rival} " + " ".join(f"{each['threads']}: {first / each['times'][rival]['median']:.2f}x" for each in found)
+            for rival in ("fastrnn", "torch")
+            if (first := found[0]["times"][rival]["median"])
+        ]
+        lines.append(f"{name:36} {'   '.join(words)}")
+    return lines
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.run", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="REGEX", help="cases such as 'few lstm train B1 T100 H64'")
     parser.add_argument("--repeats", type=int, default=50, help="at most so many of each rival (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.5, help="of timing per case (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default %(default)s)")
+    count = torch.get_num_threads()
+    parser.add_argument("--threads", type=counts, default=[count], metavar="N[,N...]", help=f"each in turn (default {count})")
     parser.add_argument("--peers", default="torch,onnxruntime,openvino", help="(default %(default)s)")
     parser.add_argument("--output", type=Path, help=f"(default {DEFAULT_OUTPUT} for the whole grid, else none)")
     return parser.parse_args(argv)
@@ -103,9 +132,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     record.one_tree()
-    torch.set_num_threads(options.threads)
     peers = [name for name in options.peers.split(",") if name != "torch"]  # which is the truth, and takes part
-    chosen = list(cases(options.only))
+    chosen = [(threads, case) for threads in options.threads for case in cases(options.only)]
+    several = len(options.threads) > 1
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if (load := os.getloadavg()[0]) > 0.5:
@@ -113,14 +142,20 @@ def main(argv: list[str] | None = None) -> int:
     results = []
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(chosen))
-        for case in chosen:
+        for threads, case in chosen:
+            torch.set_num_threads(threads)
             progress.update(task, description=case.name)
-            results.append(measure(case, peers, options.threads, options.seconds, options.repeats))
-            console.print(line(results[-1]))
+            results.append(measure(case, peers, threads, options.seconds, options.repeats))
+            if several:
+                results[-1]["threads"] = threads
+            console.print(f"{threads:2} threads  " * several + line(results[-1]))
             progress.advance(task)
-    output = options.output or (DEFAULT_OUTPUT if not options.only else None)
+    for words in scaling(results) if several else ():
+        console.print(words)
+    output = options.output or (DEFAULT_OUTPUT if not (options.only or several) else None)
     if output:
-        settings = {name: getattr(options, name) for name in ("threads", "seconds", "repeats")}
+        settings = {name: getattr(options, name) for name in ("seconds", "repeats")}
+        settings["threads"] = options.threads if several else options.threads[0]
         record.write(output, record.header(dtype="float32", **settings) | {"cases": results})
         console.print(f"written: {output}")
     return any(result["faults"] for result in results)

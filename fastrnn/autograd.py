@@ -255,6 +255,8 @@ def _forward_by_operators(inputs: tuple) -> tuple[Tensor, ...]:
     """Return y, h_n, c_n, saved of the arguments of a Function."""
     *tensors, text, segments = inputs[:_WEIGHTS]
     weights = inputs[_WEIGHTS:]
+    if not (segments or torch._C._are_functorch_transforms_active()):
+        return ops.forward(Inputs(*tensors), weights, text, True)
     with _outer_levels():
         if segments:
             return ops.checkpoint_forward(*tensors[:4], weights, text, segments, *tensors[4:])

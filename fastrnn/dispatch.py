@@ -160,8 +160,7 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
         return may_leave()
     T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
     H, R = w_hh.shape[0] // CELLS[layer.cell].gates, w_hh.shape[1]
-    sizes, name = gpu.sizes_of(layer, T, B, H, R, dtype), str(dtype).removeprefix("torch.")
-    return gpu.plan.cudnn_is_faster(gpu.device_of(x.device), sizes, layers, name, batch_sizes is not None)
+    return gpu.cudnn_is_faster(gpu.device_of(x.device), layer, (T, B, H, R), dtype, layers, batch_sizes is not None)
 
 
 def may_leave() -> bool:

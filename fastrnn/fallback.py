@@ -37,8 +37,11 @@ def module_forward(module: Any, x: Tensor, hx: Tensor | Sequence[Tensor] | None)
     layer, num_layers, lstm = dispatch.layer_of_module(module), module.num_layers, isinstance(module, nn.LSTM)
     if hx is None:
         depth, batch = num_layers * layer.directions, x.size(0 if layer.batch_first else 1)
-        h0 = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
-        hx = (h0, x.new_zeros(depth, batch, module.hidden_size)) if lstm else h0
+        h0 = x.new_zeros((depth, batch, module.proj_size or module.hidden_size))
+        if lstm:
+            hx = h0, x.new_zeros((depth, batch, module.hidden_size)) if module.proj_size else h0
+        else:
+            hx = h0
     inputs = functional.inputs_of(layer.cell, x, None, hx)
     dropout = module.dropout if module.training else 0.0
     done = functional.run_layers(inputs, weights, layer, num_layers, dropout, module._fastrnn_compressed)

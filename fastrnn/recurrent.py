@@ -384,7 +384,7 @@ class Recurrent(nn.Module):
         """Return what the engine says it would do in each layer."""
         T, B = dispatch.steps_and_rows(x, batch_sizes, self.batch_first)
         layer, I, H, L = self._layer(self.batch_first), self.input_size, self.hidden_size, self.num_layers
-        if x.is_cuda:
+        if getattr(x, gpu.HERE):
             return (gpu.describe(layer, T, B, H, H, x.dtype, x.device, training),) * L
         half, size = x.dtype is torch.bfloat16, 8 if x.dtype is torch.float64 else 4
         at_once = L if batch_sizes is None and x.dim() == 3 and self._flat_weights_names and self._fastrnn_fast_path else 1

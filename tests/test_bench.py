@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import subprocess
 import sys
 from dataclasses import asdict
 
@@ -458,3 +460,30 @@ def test_the_readme_shows_the_chart_of_the_committed_results():
     """Whoever commits newer results draws the chart anew."""
     text = (record.ROOT / "README.md").read_text()
     assert chart.block(chart.newest(record.RESULTS)) in text and chart.PICTURE.exists()
+
+
+def test_several_numbers_of_threads():
+    assert run.counts("1,2,16") == [1, 2, 16]
+    for text in ("0", "1,", "two", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected numbers above 0, such as 1,2,4"):
+            run.counts(text)
+    results = [
+        {
+            "name": name,
+            "faults": faults,
+            "threads": threads,
+            "times": {"fastrnn": {"median": 8 / threads}, "torch": {"median": 6}},
+        }
+        for threads in (1, 4)
+        for name, faults in (("a", []), ("b", ["y differs"]))
+    ]
+    (line,) = run.scaling(results)
+    assert line.split() == "a fastrnn 1: 1.00x 4: 4.00x torch 1: 1.00x 4: 1.00x".split()
+
+
+def test_a_visit_to_a_gpu_has_these_stages():
+    """What else is named is refused before anything runs."""
+    script = record.RESULTS.parent / "gpu.sh"
+    found = subprocess.run(["bash", str(script), "grids"], capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "expected tests, selftest, host, worst, threads, grid or sanitizer, got grids" in found.stderr

@@ -331,10 +331,11 @@ def faults_of_module(name: str, heads: int) -> list[str]:
     from fastrnn.kernels.gpu import layer as engine
 
     started: list = []
+    forward = gpu.layer_forward
 
     def layer_forward(*args):
         started.append(args[5])
-        return gpu.layer_forward(*args)
+        return forward(*args)
 
     library = torch.library.Library("fastrnn", "IMPL", "CPU")
     library.impl("layer_forward", layer_forward, allow_override=True)
@@ -345,6 +346,8 @@ def faults_of_module(name: str, heads: int) -> list[str]:
         patch.setattr(engine, "device_of", lambda device: H100)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         patch.setattr(dispatch, "native", None)
+        patch.setattr(gpu, "HERE", "is_cpu")
+        patch.setattr(gpu, "layer_forward", layer_forward)
         patch.setattr(gpu, "device_of", lambda device: H100)
         patch.setattr(gpu, "off", lambda device: {})
         patch.setitem(dispatch._WHY_NOT, "triton", lambda *call: None)

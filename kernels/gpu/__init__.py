@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -86,9 +86,12 @@ def device_of_itself(device: torch.device) -> plan.Device:
     return plan.Device("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, shared_bytes)
 
 
-def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype) -> plan.Sizes:
-    """What a plan depends on: heads are layers of their own that run beside each other, as directions are."""
-    cell, heads, precision = CELLS[layer.cell], layer.heads, precision_of(dtype)
+def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, precision: str | None = None) -> plan.Sizes:
+    """What a plan depends on: heads are layers of their own that run beside each other, as directions are.
+
+    precision: of products, or as torch is set.
+    """
+    cell, heads, precision = CELLS[layer.cell], layer.heads, precision or precision_of(dtype)
     directions = layer.directions * heads
     return plan.Sizes(T, B, H // heads, R // heads, directions, cell.gates, dtype.itemsize, precision, values_of(cell))
 
@@ -97,6 +100,20 @@ def values_of(cell: Cell) -> int:
     """plan.Sizes.values of a cell."""
     loaded = cell.kept + 2 * cell.states + cell.derived.reads_output + cell.reads_hidden
     return loaded + cell.states + cell.reads_hidden + cell.weights
+
+
+def cudnn_is_faster(
+    device: plan.Device, layer: Layer, sizes: tuple[int, int, int, int], dtype: torch.dtype, layers: int, packed: bool
+) -> bool:
+    """Is a call of T steps, B rows, H units and R outputs (sizes) left to torch.nn? See plan.py."""
+    return _cudnn_is_faster(device, layer, sizes, dtype, layers, packed, precision_of(dtype))
+
+
+@lru_cache(4096)
+def _cudnn_is_faster(device, layer, sizes, dtype, layers, packed, precision) -> bool:
+    T, B, H, R = sizes
+    name = str(dtype).removeprefix("torch.")
+    return plan.cudnn_is_faster(device, sizes_of(layer, T, B, H, R, dtype, precision), layers, name, packed)
 
 
 def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
@@ -122,25 +139,25 @@ def _without_autocast(op: Callable) -> Callable:
 
 
 @_without_autocast
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
     """The raw op's implementation: the kernels, or of float64, which they do not multiply in, the reference."""
     if x.dtype is torch.float64:
-        return reference.layer_forward(Inputs(x, batch_sizes, h0, c0), weights, layer_of(text), save)
+        return reference.layer_forward(Inputs(x, batch_sizes, h0, c0, *more), weights, layer_of(text), save)
     from . import layer
 
-    return layer.layer_forward(x, batch_sizes, h0, c0, weights, text, save)
+    return layer.layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more)
 
 
 @_without_autocast
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
     """The raw op's implementation, likewise."""
     if x.dtype is torch.float64:
-        inputs, own = Inputs(x, batch_sizes, h0, c0), layer_of(text)
+        inputs, own = Inputs(x, batch_sizes, h0, c0, *more), layer_of(text)
         *of_inputs, dw = gradients.layer_backward(Outer(dy, dh_n, dc_n), inputs, weights, y, saved, own, Needs(*needs))
         return *of_inputs, [grad.clone() if grad is before else grad for before, grad in zip((None, *dw), dw, strict=False)]
     from . import layer
 
-    return layer.layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs)
+    return layer.layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more)
 
 
 @cache

@@ -94,6 +94,7 @@ def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.
 def scan_backward(
     saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_hh, w_hr, b_ih, lengths, offsets, resets,
     counters, gave_up,
+    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
     READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
@@ -138,7 +139,7 @@ def scan_backward(
     stacked = tl.arange(0, OUTPUTS * SIDE)  # [OUTPUTS * SIDE]
     output, gate = block * OUTPUTS + stacked // SIDE, stacked % SIDE
     a_ok = (output < WIDTH) & (gate < GATES)
-    a_rows = w_hh + d * (GATES * H * WIDTH) + (gate * H + head * HEAD).to(tl.int64) * WIDTH + output
+    a_rows = w_hh + d * w_hh_step + (gate * H + head * HEAD).to(tl.int64) * WIDTH + output
     chunks = resident_weights(a_rows, a_ok, K, WIDTH, HEAD, H, BK, SPLIT, RESIDENT and PHASE != "cell")
     columns = tl.arange(0, SIDE * ROWS)  # [SIDE * ROWS]
     column_gate, column_rows = columns // ROWS, first + columns % ROWS
@@ -147,8 +148,8 @@ def scan_backward(
         column_length = tl.load(lengths + column_rows, mask=columns_ok, other=0).to(tl.int32)
     else:
         column_length = tl.where(columns_ok, T, 0)
-    r_rows = w_hr + d * (R * H) + units
-    own_weights = (b_ih + d * ((GATES + WEIGHTS) * H) + GATES * H + units)[:, None]
+    r_rows = w_hr + d * w_hr_step + units
+    own_weights = (b_ih + d * b_ih_step + GATES * H + units)[:, None]
     own_weights = load_tiles(own_weights, units_ok[:, None], WEIGHTS, H)  # [UNITS, 1] each
 
     state_at = (d * B + rows)[None, :] * (CARRIED * H) + units[:, None]  # [UNITS, ROWS]
@@ -255,6 +256,7 @@ def scan_backward(
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_backward(
     saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, resets,
+    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
     READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
@@ -285,16 +287,16 @@ def single_backward(
     outputs_ok = outputs < WIDTH
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
-    at = w_hh + d * (GATES * H * WIDTH) + (gate * H + head * HEAD + unit)[None, :] * WIDTH + outputs[:, None]
+    at = w_hh + d * w_hh_step + (gate * H + head * HEAD + unit)[None, :] * WIDTH + outputs[:, None]
     w = tl.load(
         at, mask=outputs_ok[:, None] & ((gate < GATES) & (unit < HEAD))[None, :], other=0.0
     )  # [OUTPUTS, PADDED * UNITS]
     units += head * HEAD
     outputs += head * WIDTH
-    own_weights = (b_ih + d * ((GATES + WEIGHTS) * H) + GATES * H + units)[:, None]
+    own_weights = (b_ih + d * b_ih_step + GATES * H + units)[:, None]
     own_weights = load_tiles(own_weights, units_ok[:, None], WEIGHTS, H)  # [UNITS, 1] each
     if PROJECTED:
-        at = w_hr + d * (R * H) + outputs[None, :] * H + units[:, None]
+        at = w_hr + d * w_hr_step + outputs[None, :] * H + units[:, None]
         proj = tl.load(at, mask=units_ok[:, None] & outputs_ok[None, :], other=0.0)  # [UNITS, OUTPUTS]
 
     state_at = (d * B + rows)[None, :] * (CARRIED * H) + units[:, None]  # [UNITS, ROWS]

@@ -10,7 +10,7 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     h0, h_n  [D, B, R]
     carry    [D, B, C*H] float32: the C states that enter element by element, h the last; the initial ones, in the end the
              final ones
-    w_hh, w_hr, b_ih, b_hh   as in the op, with a leading axis D
+    w_hh, w_hr, b_ih, b_hh   as in the op, of direction 0; those of direction 1 are w_hh_step and so on numbers further
     start    [D, B, C*H], what carry begins with, which resets go back to; only where RESETS
     lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED. lengths also
              where RAGGED: rows of a dense sequence, in any order, have no steps past them
@@ -90,6 +90,7 @@ def carried(new, active, p, KEPT: tl.constexpr, STATES: tl.constexpr, READS: tl.
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
     kept, y, out, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters, gave_up,
+    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
     STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
@@ -126,11 +127,11 @@ def scan_forward(
     tile_ok = units_ok[:, None] & rows_ok[None, :]  # [UNITS, ROWS]
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, block * UNITS + stacked % UNITS
-    a_rows = w_hh + d * (GATES * H * K) + (gate * H + head * HEAD + unit).to(tl.int64) * K
+    a_rows = w_hh + d * w_hh_step + (gate * H + head * HEAD + unit).to(tl.int64) * K
     a_ok = (gate < GATES) & (unit < HEAD)
     chunks = resident_weights(a_rows, a_ok, K, 1, K, K, BK, SPLIT, RESIDENT and PHASE != "project")
-    b_ih += d * ((GATES + WEIGHTS) * H)
-    biases = input_biases(b_ih, b_hh + d * (GATES * H), units, units_ok, H, GATES, HIDDEN, INPUT, BIAS)
+    b_ih += d * b_ih_step
+    biases = input_biases(b_ih, b_hh + d * b_hh_step, units, units_ok, H, GATES, HIDDEN, INPUT, BIAS)
     own = load_tiles((b_ih + GATES * H + units)[:, None], units_ok[:, None], WEIGHTS, H)  # [UNITS, 1] each
 
     h0_rows = h0 + (d * B + rows) * R  # [ROWS]
@@ -141,7 +142,7 @@ def scan_forward(
 
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)  # [OUTPUTS]
     outputs_ok = outputs < R
-    r_rows = w_hr + d * (R * H) + outputs.to(tl.int64) * H
+    r_rows = w_hr + d * w_hr_step + outputs.to(tl.int64) * H
 
     # what a step needs from memory, and does not wait for, is loaded in the step before
     t = tl.where(backwards, steps - 1 - begin, begin)
@@ -225,6 +226,7 @@ def scan_forward(
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_forward(
     kept, y, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets,
+    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
     STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
@@ -254,17 +256,17 @@ def single_forward(
     outputs_ok = outputs < K
     stacked = tl.arange(0, PADDED * UNITS)  # [PADDED * UNITS], gate-major
     gate, unit = stacked // UNITS, stacked % UNITS
-    at = w_hh + d * (GATES * H * K) + (gate * H + head * HEAD + unit)[:, None] * K + outputs[None, :]
+    at = w_hh + d * w_hh_step + (gate * H + head * HEAD + unit)[:, None] * K + outputs[None, :]
     w = tl.load(
         at, mask=((gate < GATES) & (unit < HEAD))[:, None] & outputs_ok[None, :], other=0.0
     )  # [PADDED * UNITS, OUTPUTS]
     units += head * HEAD
     outputs += head * K
-    b_ih += d * ((GATES + WEIGHTS) * H)
-    biases = input_biases(b_ih, b_hh + d * (GATES * H), units, units_ok, H, GATES, HIDDEN, INPUT, BIAS)
+    b_ih += d * b_ih_step
+    biases = input_biases(b_ih, b_hh + d * b_hh_step, units, units_ok, H, GATES, HIDDEN, INPUT, BIAS)
     own = load_tiles((b_ih + GATES * H + units)[:, None], units_ok[:, None], WEIGHTS, H)  # [UNITS, 1] each
     if PROJECTED:
-        at = w_hr + d * (R * H) + outputs[:, None] * H + units[None, :]
+        at = w_hr + d * w_hr_step + outputs[:, None] * H + units[None, :]
         proj = tl.load(at, mask=outputs_ok[:, None] & units_ok[None, :], other=0.0)  # [OUTPUTS, UNITS]
 
     state_at = (d * B + rows)[None, :] * (CARRIED * H) + units[:, None]  # [UNITS, ROWS]

@@ -5,8 +5,10 @@ Letters as in fastrnn/ops.py; N rows of the sequence, P pre-activations of a uni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +19,25 @@ from . import DTYPES, device_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .cell import PLAIN, PTX, bound
-from .launch import Launch, alarm
-from .plan import Plan, choose, stacked
+from .launch import Kernel, Launch, alarm
+from .plan import Device, Plan, choose, stacked
 from .precision import precision_of, products_in
 
 
 class Call:
     """Sizes of a call, and what both passes derive from its arguments.
 
-    run: what becomes of the launches, in their order.
+    run: what becomes of the launches, in their order; None starts them.
     """
 
     def __init__(
-        self, layer: Layer, inputs: Inputs, weights: Sequence[Tensor], run: Callable[[Launch], object] = Launch.run
+        self, layer: Layer, inputs: Inputs, weights: Sequence[Tensor], run: Callable[[Launch], object] | None = None
     ) -> None:
         self.layer, self.inputs, self.run, x = layer, inputs, run, inputs.x
         if x.dtype not in DTYPES:
             raise RuntimeError(f"fastrnn: the Triton engine takes {', '.join(map(str, DTYPES))}, got {x.dtype}")
         self.cell: Cell = CELLS[layer.cell]
-        self.cells = PTX if x.is_cuda and not torch.version.hip else PLAIN
+        self.ptx = x.is_cuda and not torch.version.hip
         self.x, self.dtype, self.device = x, x.dtype, x.device
         self.D, self.B, self.R = inputs.h0.shape
         self.heads = layer.heads
@@ -43,23 +45,23 @@ class Call:
         self.T, self.N, self.packed = self.steps.steps, self.steps.rows, self.steps.packed
         self.batch_first = self.steps.axis == 1
         self.slots = (self.cell.slots + layer.projected) * self.H  # row width of `saved`
-        nothing, own = x.new_empty(0), layer.by_direction(weights)
-        self.w_ih = [direction.w_ih for direction in own]
-        self.w_hh, self.w_hr, self.b_ih, self.b_hh = (
-            nothing if kind[0] is None else _stack(kind)
-            for kind in zip(*((each.w_hh, each.w_hr, each.b_ih, each.b_hh) for each in own), strict=True)
-        )
-        self.nothing = nothing
+        self.nothing = _nothing(self.dtype, self.device)
+        each = len(weights) // self.D
+        self.w_ih = weights[::each]
+        self._alive: list[Tensor] = []  # what kernels reach by a distance from something else
+        self.matrices = self._apart("w_hh", weights[1::each])
+        self.matrices |= self._apart("w_hr", weights[each - 1 :: each] if layer.projected else ())
+        self.b_ih, self.b_hh = (weights[2::each], weights[3::each]) if layer.bias else ((), ())
         self.lengths, self.offsets = self._rows_of_steps(inputs.batch_sizes)
         self.ragged = inputs.lengths is not None
         if inputs.lengths is not None:
-            self.lengths = inputs.lengths
-        self.resets = nothing if inputs.resets is None else inputs.resets.contiguous().view(torch.uint8)
+            self.lengths = inputs.lengths.contiguous()
+        self.resets = self.nothing if inputs.resets is None else inputs.resets.contiguous().view(torch.uint8)
 
     def chosen(self, forward: bool) -> tuple[Plan, str]:
         """Plan and precision of a pass."""
-        sizes = sizes_of(self.layer, self.T, self.B, self.H, self.R, self.dtype)
-        return choose(device_of(self.device), sizes, forward), precision_of(self.dtype)
+        precision = precision_of(self.dtype)
+        return _chosen(self.layer, self.T, self.B, self.H, self.R, self.dtype, device_of(self.device), forward, precision)
 
     def _rows_of_steps(self, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """Steps of each row [B] and rows before each step [T], int64, on the device by one copy."""
@@ -71,10 +73,10 @@ class Call:
             raise RuntimeError("fastrnn: batch_sizes do not fit x or the states")
         offsets = batch_sizes.cumsum(0) - batch_sizes
         lengths = self.T - torch.searchsorted(batch_sizes.flip(0), torch.arange(self.B), right=True)
-        both = torch.cat((lengths, offsets))
+        both = torch.cat((lengths, lengths.new_empty(self.B % 2), offsets))  # which start at multiples of 16 bytes
         if self.device.type == "cuda":
             both = both.pin_memory().to(self.device, non_blocking=True)
-        return both[: self.B], both[self.B :]
+        return both[: self.B], both[self.B + self.B % 2 :]
 
     def rows_made(self, *shape: int) -> Tensor:
         """Make a tensor of x's dtype with something for each row of x: zeros where rows past their lengths are not written."""
@@ -84,74 +86,146 @@ class Call:
         """w_ih [G*H, I] of a direction, gates in the order of the cell's arguments."""
         return _gates_in(self.cell.input, self.w_ih[d])
 
-    def constants(self, plan: Plan, precision: str) -> dict[str, Any]:
-        """Compile-time arguments that both passes share."""
-        cell = self.cell
-        constants = {
-            "GATES": cell.gates,
-            "PADDED": stacked(cell.gates),
-            "HIDDEN": cell.hidden,
-            "STATES": cell.states,
-            "READS": int(cell.reads_hidden),
-            "WEIGHTS": cell.weights,
-            "KEPT": cell.kept,
-            "SLOTS": cell.slots,
-            "D": self.D,
-            "HEADS": self.heads,
-            "H": self.H,
-            "R": self.R,
-            "PACKED": self.packed,
-            "RAGGED": self.ragged,
-            "RESETS": self.inputs.resets is not None,
-            "BATCH_FIRST": self.batch_first,
-            "REVERSE": self.layer.reverse,
-            "PROJECTED": self.layer.projected,
-            "UNITS": plan.units,
-            "OUTPUTS": plan.outputs,
-            "ROWS": plan.rows,
-            "PRECISION": precision,
-        }
-        if plan.schedule != "single":
-            constants |= {
-                "BLOCKS": plan.blocks,
-                "BK": plan.chunk,
-                "SPLIT": plan.split,
-                "RESIDENT": plan.resident,
-                "STAGES": plan.stages,
-                "SYNC": plan.schedule == "persistent",
-            }
-        return constants
+    def _apart(self, name: str, own: Sequence[Tensor]) -> dict[str, Any]:
+        """The weights of the first direction, and how many numbers further those of the second are: nothing is copied."""
+        if len(own) < 2:
+            return {name: own[0].contiguous() if own else self.nothing, f"{name}_step": 0}
+        first, *second = [weight.contiguous() for weight in own]
+        if first.is_meta:
+            return {name: first, f"{name}_step": 0}
+        self._alive += second
+        return {name: first, f"{name}_step": (second[0].data_ptr() - first.data_ptr()) // first.element_size()}
 
-    def launches(
-        self, plan: Plan, single, scan, arguments: dict[str, Any], steps: int, phases: Sequence[str]
-    ) -> Iterator[Launch]:
-        """The launches of a pass, in order: one for all steps, one for each range of rows, or one for each step and phase."""
-        options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 1}
-        if plan.registers:
-            options["maxnreg"] = plan.registers
-        sizes, sides = {"T": self.T, "B": self.B, "N": self.N}, self.D * self.heads
-        blocks_of_rows = -(-self.B // plan.rows)
+    def biases(self) -> dict[str, Any]:
+        """Both, likewise."""
+        return self._apart("b_ih", self.b_ih) | self._apart("b_hh", self.b_hh)
+
+    def own_weights(self) -> dict[str, Any]:
+        """The cell's own, behind b_ih, likewise."""
+        return self._apart("b_ih", self.b_ih if self.cell.weights else ())
+
+    def kernels(self, forward: bool, save: bool, plan: Plan, precision: str, aligned: bool = False) -> dict[str, Kernel]:
+        """The scan of a pass: its kernel, or that of each of its phases."""
+        marks = self.packed, self.ragged, self.inputs.resets is not None
+        own = _Compiled(self.layer, self.D, self.H, self.R, self.dtype, self.device, self.ptx, *marks, forward, save, aligned)
+        return _kernels(own, plan.tiles, precision)
+
+    def start(self, plan: Plan, kernels: dict[str, Kernel], arguments: dict[str, Any], steps: int) -> None:
+        """Launch a scan: once for all steps, once for each range of rows, or once for each step and phase."""
+        arguments |= {"T": self.T, "B": self.B, "N": self.N}
+        groups, sides, run = -(-self.B // plan.rows), self.D * self.heads, self.run
         if plan.schedule == "single":
-            yield Launch(single, (sides * blocks_of_rows,), arguments | sizes, options)
-            return
-        if plan.schedule == "persistent":
-            waves = -(-blocks_of_rows // plan.groups)
-            counters = torch.zeros(waves, plan.groups * sides, 16, dtype=torch.int64, device=self.device)
+            kernels["both"].bind((sides * groups,), arguments, run)(0, steps)
+        elif plan.schedule == "persistent":
+            waves = -(-groups // plan.groups)
+            counters = torch.zeros((waves, plan.groups * sides, 16), dtype=torch.int64, device=self.device)
+            arguments["gave_up"] = alarm(self.device).word
             for wave in range(waves):
-                groups = min(plan.groups, blocks_of_rows - wave * plan.groups)
-                given = {"counters": counters[wave], "first_row": wave * plan.groups * plan.rows, "begin": 0, "end": steps}
-                given["gave_up"] = alarm(self.device).word
-                grid = (plan.blocks * sides * groups,)
-                yield Launch(
-                    scan, grid, arguments | sizes | given | {"PHASE": "both"}, options | {"launch_cooperative_grid": True}
-                )
-            return
-        counters = torch.empty(0, dtype=torch.int64, device=self.device)
-        for step in range(steps):
-            for phase in phases:
-                given = {"counters": counters, "first_row": 0, "begin": step, "end": step + 1, "PHASE": phase}
-                given["gave_up"] = counters  # nobody waits
-                yield Launch(scan, (plan.blocks * sides * blocks_of_rows,), arguments | sizes | given, options)
+                arguments["counters"] = counters[wave] if waves > 1 else counters
+                arguments["first_row"] = wave * plan.groups * plan.rows
+                grid = (plan.blocks * sides * min(plan.groups, groups - wave * plan.groups),)
+                kernels["both"].bind(grid, arguments, run)(0, steps)
+        else:
+            nobody = _nothing(torch.int64, self.device)
+            arguments |= {"counters": nobody, "gave_up": nobody, "first_row": 0}
+            launches = [kernel.bind((plan.blocks * sides * groups,), arguments, run) for kernel in kernels.values()]
+            for step in range(steps):
+                for launch in launches:
+                    launch(step, step + 1)
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Where there is nothing to point to."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+@lru_cache(4096)
+def _chosen(
+    layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: Device, forward: bool, precision: str
+) -> tuple[Plan, str]:
+    return choose(device, sizes_of(layer, T, B, H, R, dtype, precision), forward), precision
+
+
+class _Compiled(NamedTuple):
+    """What the kernels of a pass are compiled for, beside its plan. Letters as in `Call`.
+
+    dtype: of the layer's tensors, on which those of the others depend.
+    """
+
+    layer: Layer
+    D: int
+    H: int
+    R: int
+    dtype: torch.dtype
+    device: torch.device
+    ptx: bool
+    packed: bool
+    ragged: bool
+    resets: bool
+    forward: bool
+    save: bool
+    aligned: bool
+
+
+@lru_cache(1024)
+def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
+    """The kernels of a pass by phase, with all that they are compiled for."""
+    layer, cell, functions = own.layer, CELLS[own.layer.cell], PTX if own.ptx else PLAIN
+    schedule, units, outputs, rows, blocks, warps, registers, chunk, split, resident, stages, diagonal = tiles
+    constants = {
+        "CELL": bound(cell, functions, own.forward),
+        "GATES": cell.gates,
+        "PADDED": stacked(cell.gates),
+        "HIDDEN": cell.hidden,
+        "STATES": cell.states,
+        "READS": int(cell.reads_hidden),
+        "WEIGHTS": cell.weights,
+        "KEPT": cell.kept,
+        "SLOTS": cell.slots,
+        "D": own.D,
+        "HEADS": layer.heads,
+        "H": own.H,
+        "R": own.R,
+        "PACKED": own.packed,
+        "RAGGED": own.ragged,
+        "RESETS": own.resets,
+        "BATCH_FIRST": layer.batch_first and not own.packed,
+        "REVERSE": layer.reverse,
+        "PROJECTED": layer.projected,
+        "UNITS": units,
+        "OUTPUTS": outputs,
+        "ROWS": rows,
+        "PRECISION": precision,
+    }
+    slots = (cell.slots + layer.projected) * own.H
+    if own.forward:
+        width = max(cell.gates * own.H, slots if own.save else 0)
+        constants |= {"INPUT": cell.input, "W": width, "BIAS": layer.bias, "SAVE": own.save}
+    else:
+        constants |= {"OUTPUT": cell.derived.reads_output, "W": slots}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": 1}
+    if registers:
+        options["maxnreg"] = registers
+    if schedule == "single":
+        kernel = forward_kernels.single_forward if own.forward else backward_kernels.single_backward
+        return {"both": Kernel(kernel, constants, options)}
+    constants |= {
+        "BLOCKS": blocks,
+        "BK": chunk,
+        "SPLIT": split,
+        "RESIDENT": resident,
+        "STAGES": stages,
+        "SYNC": schedule == "persistent",
+    }
+    constants |= {"ALIGNED": own.aligned} if own.forward else {"DIAGONAL": diagonal}
+    phases: tuple[str, ...] = ("both",)
+    if schedule == "persistent":
+        options["launch_cooperative_grid"] = True
+    elif layer.projected:
+        phases = ("gates", "project") if own.forward else ("state", "cell")
+    kernel = forward_kernels.scan_forward if own.forward else backward_kernels.scan_backward
+    return {phase: Kernel(kernel, constants | {"PHASE": phase}, options) for phase in phases}
 
 
 def _refuse_noise(*given) -> None:
@@ -165,7 +239,7 @@ def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, leng
     _refuse_noise(mask, noise)
     alarm(x.device).check()
     call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
-    with torch.cuda.device(x.device):
+    with _current(x.device):
         return forward(call, save, *call.chosen(forward=True))
 
 
@@ -176,74 +250,77 @@ def layer_backward(
     _refuse_noise(mask, noise)
     alarm(x.device).check()
     call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
-    with torch.cuda.device(x.device):
+    with _current(x.device):
         return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make a device the current one, on which Triton launches; most often it is."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _AS_IT_IS
+    return torch.cuda.device(device)
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def forward(call: Call, save: bool, plan: Plan, precision: str):
     """y, h_n, c_n, saved."""
-    (x, _, h0, c0, *_), gates = call.inputs, call.cell.gates
+    (x, _, h0, c0, *_), width = call.inputs, call.cell.gates * call.H
     # the projected input; the cell's slots are written over it
-    kept = x.new_empty(call.D, call.N, max(gates * call.H, call.slots if save else 0))
+    kept = x.new_empty(call.D, call.N, max(width, call.slots if save else 0))
     rows = call.steps.flat(x)
     with products_in(call.dtype, precision):
         for d in range(call.D):
-            torch.mm(rows, call.input_weights(d).T, out=kept[d][:, : gates * call.H])
+            projected = kept.as_strided((call.N, width), (kept.shape[2], 1), d * kept[0].numel() if d else 0)
+            torch.mm(rows, call.input_weights(d).t(), out=projected)
     h0 = h0.contiguous()
-    y, h_n = call.rows_made(*x.shape[:-1], call.D * call.R), h0.clone() if call.ragged else torch.empty_like(h0)
-    states = [*([c0] if c0 is not None else []), *([h0] if call.cell.reads_hidden else [])]
-    carry = torch.cat([state.float() for state in states], -1) if states else call.nothing
+    y = call.rows_made(*x.shape[:-1], call.D * call.R)
+    h_n = h0.clone() if call.ragged else x.new_empty((call.D, call.B, call.R))
+    states = [state for state in (c0, h0 if call.cell.reads_hidden else None) if state is not None]
+    carry = _side_by_side(states) if states else call.nothing
+    out = x.new_empty(call.D, call.B, call.H) if call.layer.projected and not save else call.nothing
     arguments = {
         "kept": kept,
         "y": y,
+        "out": out,
         "h0": h0,
         "start": call.nothing if call.inputs.resets is None else carry.clone(),
         "carry": carry,
-        "w_hh": call.w_hh,
-        "w_hr": call.w_hr,
-        "b_ih": call.b_ih,
-        "b_hh": call.b_hh,
         "h_n": h_n,
         "lengths": call.lengths,
         "offsets": call.offsets,
         "resets": call.resets,
-        "CELL": bound(call.cell, call.cells, True),
-        "INPUT": call.cell.input,
-        "W": kept.shape[-1],
-        "BIAS": call.layer.bias,
-        "SAVE": save,
-        **call.constants(plan, precision),
+        **call.matrices,
+        **call.biases(),
     }
-    if plan.schedule != "single":
-        arguments["out"] = x.new_empty(call.D, call.B, call.H) if call.layer.projected and not save else call.nothing
-        arguments["ALIGNED"] = (call.R // call.heads * x.element_size()) % 16 == 0 and arguments["h0"].data_ptr() % 16 == 0
-    phases = ("gates", "project") if call.layer.projected else ("both",)
-    kernels = forward_kernels.single_forward, forward_kernels.scan_forward
-    for launch in call.launches(plan, *kernels, arguments, call.T, phases):
-        call.run(launch)
-    c_n = x.new_empty(0) if c0 is None else carry[..., : c0.shape[-1]].to(x.dtype).contiguous()
-    saved = x.new_empty(0)
-    if save:
-        saved = kept if call.slots else x.new_empty(call.D, call.N, 0)
-    return y, h_n, c_n, saved
+    aligned = (call.R // call.heads * x.element_size()) % 16 == 0 and h0.data_ptr() % 16 == 0
+    call.start(plan, call.kernels(True, save, plan, precision, aligned), arguments, call.T)
+    c_n = call.nothing if c0 is None else _rounded(carry, c0.shape[-1], x.dtype)
+    if not save:
+        return y, h_n, c_n, call.nothing
+    return y, h_n, c_n, kept if call.slots else x.new_empty(call.D, call.N, 0)
 
 
 def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, plan: Plan, precision: str):
     """dx, dh0, dc0, and a list of dw."""
-    (x, _, h0, c0, *_), (dy, dh_n, dc_n) = call.inputs, outer
-    D, B, N, H, R, cell = call.D, call.B, call.N, call.H, call.R, call.cell
+    (x, _, h0, c0, *_), (dy, dh_n, dc_n), cell = call.inputs, outer, call.cell
+    D, B, N, H, R, gates = call.D, call.B, call.N, call.H, call.R, cell.gates
     da = call.rows_made(D, N, cell.preactivations * H)
     dp = call.rows_made(D, N, R) if call.layer.projected else call.nothing
     h0, y = h0.contiguous(), y.contiguous()
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n.contiguous()
-    dh0 = dh_n.clone() if call.ragged else torch.empty_like(h0)  # where a row has no steps
+    dh0 = dh_n.clone() if call.ragged else x.new_empty((D, B, R))  # where a row has no steps
     # gradients of states and of the cell's own weights, and in a scan of h element by element
-    width = cell.states + cell.weights + (cell.reads_hidden and plan.schedule != "single")
-    carry = torch.zeros(D, B, width * H, dtype=torch.float32, device=x.device)
-    of_states = carry[..., : cell.states * H]
-    of_weights = carry[..., cell.states * H : (cell.states + cell.weights) * H]
-    if dc_n is not None:
-        of_states.copy_(dc_n)
+    of_states, in_scan = cell.states * H, plan.schedule != "single"
+    width = of_states + (cell.weights + (cell.reads_hidden and in_scan)) * H
+    carry = call.nothing
+    if of_states and of_states == width and dc_n is not None:
+        carry = _side_by_side([dc_n])
+    elif width:
+        carry = torch.zeros((D, B, width), dtype=torch.float32, device=x.device)
+        if of_states and dc_n is not None:
+            carry[..., :of_states] = dc_n
     arguments = {
         "saved": saved.contiguous(),
         "y": y,
@@ -255,38 +332,49 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
         "dh_n": dh_n,
         "dh0": dh0,
         "carry": carry,
-        "w_hh": call.w_hh,
-        "w_hr": call.w_hr,
-        "b_ih": call.b_ih,
         "lengths": call.lengths,
         "offsets": call.offsets,
         "resets": call.resets,
-        "CELL": bound(call.cell, call.cells, False),
-        "OUTPUT": cell.derived.reads_output,
-        "W": call.slots,
-        **call.constants(plan, precision),
+        **call.matrices,
+        **call.own_weights(),
     }
-    if plan.schedule != "single":
-        arguments["DIAGONAL"] = plan.diagonal
-        sums = [h0, of_states] if call.inputs.resets is not None else []
-        sums = [torch.zeros_like(state, dtype=torch.float32) for state in sums] or [call.nothing] * 2
-        arguments["sums_h"], arguments["sums_c"] = sums
-    phases = ("state", "cell") if call.layer.projected else ("both",)
-    kernels = backward_kernels.single_backward, backward_kernels.scan_backward
-    for launch in call.launches(plan, *kernels, arguments, call.T + 1, phases):
-        call.run(launch)
-    if plan.schedule != "single" and call.inputs.resets is not None:
-        of_states += arguments["sums_c"]
-    dc0 = of_states.to(x.dtype).contiguous() if needs.dh0 and cell.states else x.new_empty(0)
-    d_input, d_hidden = da[..., : cell.gates * H], da[..., cell.hidden * H :]
+    summed, nothing = call.inputs.resets is not None and in_scan, call.nothing
+    arguments["sums_h"] = torch.zeros_like(h0, dtype=torch.float32) if summed else nothing
+    arguments["sums_c"] = h0.new_zeros((D, B, of_states), dtype=torch.float32) if summed and of_states else nothing
+    call.start(plan, call.kernels(False, True, plan, precision), arguments, call.T + 1)
+    dc0 = nothing
+    if needs.dh0 and of_states:
+        if summed:
+            carry[..., :of_states] += arguments["sums_c"]
+        dc0 = _rounded(carry, of_states, x.dtype)
+    d_input = d_hidden = da.unbind()
+    if cell.hidden:
+        d_input, d_hidden = da[..., : gates * H].unbind(), da[..., cell.hidden * H :].unbind()
+    of_weights = carry[..., of_states : of_states + cell.weights * H] if cell.weights else nothing
     with products_in(call.dtype, precision):
-        dx = _input_gradient(call, d_input) if needs.dx else x.new_empty(0)
+        dx = _input_gradient(call, d_input) if needs.dx else nothing
         dw = _weight_gradients(call, d_input, d_hidden, of_weights, dp, y, h0, saved) if needs.dw else []
-    return dx, dh0 if needs.dh0 else x.new_empty(0), dc0, dw
+    return dx, dh0 if needs.dh0 else nothing, dc0, dw
 
 
-def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
-    dx = d_input[0] @ call.input_weights(0)
+def _side_by_side(states: list[Tensor]) -> Tensor:
+    """States [D, B, ...] in float32 and memory of their own, which a scan writes over."""
+    if len(states) > 1:
+        return torch.cat([state.float() for state in states], -1)
+    (state,) = states
+    if state.dtype is torch.float32 and state.is_contiguous():
+        return state.clone()
+    return state.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def _rounded(carry: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The first numbers of what a scan has left, contiguous."""
+    carry = carry if carry.shape[-1] == width else carry[..., :width].contiguous()
+    return carry if dtype is torch.float32 else carry.to(dtype)
+
+
+def _input_gradient(call: Call, d_input: Sequence[Tensor]) -> Tensor:
+    dx = torch.mm(d_input[0], call.input_weights(0))
     for d in range(1, call.D):
         dx.addmm_(d_input[d], call.input_weights(d))
     if call.batch_first:
@@ -295,7 +383,7 @@ def _input_gradient(call: Call, d_input: Tensor) -> Tensor:
 
 
 def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, saved) -> list[Tensor]:
-    """Of each weight, in the order of the weights, each in memory of its own.
+    """Of each weight, in the order of the weights, each in memory of its own. d_input, d_hidden: of each direction [N, G*H].
 
     of_weights: of the cell's own weights, the sums over a row's steps [D, B, W*H], float32.
     """
@@ -305,9 +393,9 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, save
     rows, grads = call.steps.flat(call.x), []
     rows = rows if within is None else torch.where(within, rows, 0.0)
     for d in range(call.D):
-        w_hh = call.x.new_empty(cell.gates * H, call.R // call.heads)
-        _hidden_weight_gradient(call, d, d_hidden[d], y, h0[d], w_hh)
-        grads += [_gates_in(order, torch.mm(d_input[d].T, rows)), w_hh]
+        w_hh = call.x.new_empty((cell.gates * H, call.R // call.heads))
+        _hidden_weight_gradient(call, d, d_hidden[d], y, h0 if call.D == 1 else h0[d], w_hh)
+        grads += [_gates_in(order, torch.mm(d_input[d].t(), rows)), w_hh]
         if call.layer.bias:
             b_ih = d_input[d].sum(0)
             b_hh = d_hidden[d].sum(0) if cell.hidden else b_ih.clone()
@@ -320,22 +408,20 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, save
 
 
 def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tensor, dw: Tensor) -> None:
-    """dw [G*H, R / heads], out: the sum over steps of da^T [G*H, rows] with the state [rows, R] that each began with."""
-    B, N, R = call.B, call.N, call.R
+    """dw [G*H, R / heads], out: the sum over steps of da^T [G*H, rows] with the state [rows, R] that each began with.
+
+    h0 [B, R], or [1, B, R].
+    """
+    B, N, R, resets = call.B, call.N, call.R, call.inputs.resets is not None
     backwards = call.layer.reverse != (d == 1)
-    if not (
-        call.packed or call.batch_first or call.ragged or call.inputs.resets is not None
-    ):  # those states are y, a step later
-        states = y.view(N, call.D * R)[:, d * R : (d + 1) * R]
-        first, later, earlier = (
-            (slice(N - B, N), slice(N - B), slice(B, N)) if backwards else (slice(B), slice(B, N), slice(N - B))
-        )
-        _product_of_heads(call.heads, dw, da[first], h0)
+    if not (call.packed or call.batch_first or call.ragged or resets):  # those states are y, a step later
+        later = N - B
+        _product_of_heads(call.heads, dw, da.narrow(0, later if backwards else 0, B), h0.view(B, R))
         if call.T > 1:
-            _product_of_heads(call.heads, dw, da[later], states[earlier], add=True)
+            states = y.as_strided((later, R), (call.D * R, 1), d * R + (B * call.D * R if backwards else 0))
+            _product_of_heads(call.heads, dw, da.narrow(0, 0 if backwards else B, later), states, add=True)
         return
     before = call.rows_made(N, R)
-    columns = min(128, max(16, 1 << (R - 1).bit_length()))
     blocks = -(-B // 16)
     arguments = {
         "before": before,
@@ -348,29 +434,42 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
         "B": B,
         "blocks": blocks,
         "d": d,
-        "D": call.D,
-        "R": R,
-        "PACKED": call.packed,
-        "RAGGED": call.ragged,
-        "RESETS": call.inputs.resets is not None,
-        "BATCH_FIRST": call.batch_first,
-        "BACKWARDS": backwards,
-        "ROWS": 16,
-        "COLUMNS": columns,
     }
-    call.run(Launch(backward_kernels.states_before, (call.T * blocks, -(-R // columns)), arguments, {"num_warps": 4}))
+    kernel = _states_before(call.device, call.dtype, call.layer, R, call.packed, call.ragged, resets, backwards)
+    grid = call.T * blocks, -(-R // kernel.constants["COLUMNS"])
+    kernel.bind(grid, arguments, call.run)(0, 0)
     _product_of_heads(call.heads, dw, da, before)
 
 
 def _product_of_heads(heads: int, dw: Tensor, da: Tensor, states: Tensor, add: bool = False) -> None:
     """dw [G*H, R / heads], out: the product of da^T [G*H, rows] with states [rows, R], each head's rows with its columns."""
     if heads == 1:
-        dw.addmm_(da.T, states, beta=int(add))
+        dw.addmm_(da.t(), states, beta=int(add))
         return
     width = dw.shape[1]
     by_head = states.unflatten(1, (heads, width)).transpose(0, 1)  # [heads, rows, R / heads]
     for own, grads in zip(dw.split(heads * width), da.split(heads * width, 1), strict=True):  # of each gate
         own.view(heads, width, width).baddbmm_(grads.unflatten(1, (heads, width)).permute(1, 2, 0), by_head, beta=int(add))
+
+
+@lru_cache(1024)
+def _states_before(
+    device: torch.device, dtype: torch.dtype, layer: Layer, R: int, packed: bool, ragged: bool, resets: bool, backwards: bool
+) -> Kernel:
+    """The kernel, on a device and of a dtype: it compiles another one for each."""
+    columns = min(128, max(16, 1 << (R - 1).bit_length()))
+    constants = {
+        "D": layer.directions,
+        "R": R,
+        "PACKED": packed,
+        "RAGGED": ragged,
+        "RESETS": resets,
+        "BATCH_FIRST": layer.batch_first and not packed,
+        "BACKWARDS": backwards,
+        "ROWS": 16,
+        "COLUMNS": columns,
+    }
+    return Kernel(backward_kernels.states_before, constants, {"num_warps": 4})
 
 
 def _gates_in(order: Sequence[int], w: Tensor) -> Tensor:
@@ -379,7 +478,3 @@ def _gates_in(order: Sequence[int], w: Tensor) -> Tensor:
         return w
     gates = w.chunk(len(order))
     return torch.cat([gates[gate] for gate in order])  # an index list would be copied from the CPU
-
-
-def _stack(weights: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(weights)) if len(weights) > 1 else weights[0].contiguous().unsqueeze(0)

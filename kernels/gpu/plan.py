@@ -11,8 +11,8 @@ Equations and their constants are explained in docs/gpu.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property, lru_cache
 
 GIGAHERTZ = 1.9
 PORT_BYTES = 32  # from L2 into a multiprocessor, a clock
@@ -112,6 +112,11 @@ class Plan:
     stages: int = 1
     diagonal: bool = False
     microseconds: float = 0.0
+
+    @cached_property
+    def tiles(self) -> tuple:
+        """All that kernels are compiled for."""
+        return *astuple(self)[:5], *astuple(self)[6:-1]
 
     def __str__(self) -> str:
         weights = ", weights stay in the program" if self.resident or self.schedule == "single" else ""

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+_RNN: Any = torch.backends.cudnn.rnn  # its setting is no annotated attribute
+_MATMUL = torch.backends.cuda.matmul
+
 
 def precision_of(dtype: torch.dtype) -> str:
     """Of products in kernels: of float32 "tf32" or "tf32x3", as torch.backends.cudnn.rnn says; of half precision "ieee".
@@ -17,26 +20,24 @@ def precision_of(dtype: torch.dtype) -> str:
     """
     if dtype is not torch.float32 or torch.version.hip:
         return "ieee"
-    rnn: Any = torch.backends.cudnn.rnn  # its setting is no annotated attribute
-    return "tf32" if rnn.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if _RNN.fp32_precision == "tf32" else "tf32x3"
 
 
 def products_in(dtype: torch.dtype, precision: str) -> contextlib.AbstractContextManager[None]:
     """torch's products on a GPU, of float32 in this precision; the setting is the whole process's, and restored."""
     if dtype is not torch.float32:
-        return contextlib.nullcontext()
-    return _float32_products_in("tf32" if precision == "tf32" else "ieee")
+        return _AS_THEY_ARE
+    wanted, before = "tf32" if precision == "tf32" else "ieee", _MATMUL.fp32_precision
+    return _AS_THEY_ARE if before == wanted else _float32_products_in(wanted, before)
+
+
+_AS_THEY_ARE = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _float32_products_in(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if before == precision:
-        yield
-        return
-    matmul.fp32_precision = precision
+def _float32_products_in(precision: str, before: str) -> Iterator[None]:
+    _MATMUL.fp32_precision = precision
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        _MATMUL.fp32_precision = before
