@@ -43,7 +43,8 @@ def run_layer(
     """
     if getattr(inputs.x, gpu.HERE):
         if torch.is_autocast_enabled("cuda"):
-            return _under_autocast(inputs, weights, layer, of_cell)
+            dtype = torch.get_autocast_dtype("cuda") if of_cell else torch.float16
+            return _under_autocast(run_layer, inputs, weights, layer, dtype)
     elif inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
         return _in_float32(inputs, weights, layer, of_cell)
     wanted, text = torch.is_grad_enabled() and _requires_grad(*inputs, *weights), layer.text()
@@ -63,7 +64,10 @@ def run_states(inputs: Inputs, weights: Sequence[Tensor], layer: Layer) -> tuple
     """`run_layer` without recompute mode, and the states but h after every step [D, N, S * H], rows step-major or packed."""
     if inputs.c0 is None:
         return *run_layer(inputs, weights, layer), None
-    if inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
+    if getattr(inputs.x, gpu.HERE):
+        if torch.is_autocast_enabled("cuda"):
+            return _under_autocast(run_states, inputs, weights, layer, torch.float16)
+    elif inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.x.dtype
         with torch.autocast("cpu", enabled=False):
             found = run_states(_cast(inputs), [weight.float() for weight in weights], layer)
@@ -102,14 +106,13 @@ def _in_float32(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell
         return _to(y, dtype), _to(h_n, dtype), None if inputs.c0 is None else _to(c_n, dtype)
 
 
-def _under_autocast(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell: bool):
-    """`run_layer` under autocast on a GPU: layers in float16, whatever autocast's dtype is, and a cell's step in that.
+def _under_autocast(run: Callable, inputs: Inputs, weights: Sequence[Tensor], layer: Layer, dtype: torch.dtype) -> tuple:
+    """`run`, which is one of those above, under autocast on a GPU: layers in float16, and a cell's step in autocast's dtype.
 
     So torch does, in aten/src/ATen/cudnn/AutocastRNN.cpp and with its list of what is cast, autocast_mode.h.
     """
-    dtype = torch.get_autocast_dtype("cuda") if of_cell else torch.float16
     with torch.autocast("cuda", enabled=False):
-        return run_layer(_cast(inputs, dtype), [_to(weight, dtype) for weight in weights], layer)
+        return run(_cast(inputs, dtype), [_to(weight, dtype) for weight in weights], layer)
 
 
 def _cast(inputs: Inputs, dtype: torch.dtype = torch.float32) -> Inputs:

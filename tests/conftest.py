@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,15 @@ def copied(tmp_path):
     for package, found in (("fastrnn", fastrnn), ("fastrnn/kernels", fastrnn.kernels)):
         shutil.copytree(found.__path__[0], directory / package, ignore=skip, dirs_exist_ok=True)
     return directory
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Callable]:
+    """Calls a function in a process where Triton's kernels are interpreted: one for all tests, as it takes seconds to start."""
+    import triton_layers  # which takes its layers from here
+
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=triton_layers.interpret) as worker:
+        yield lambda function, *args: worker.submit(function, *args).result(timeout=300)
 
 
 @pytest.fixture

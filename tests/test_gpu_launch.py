@@ -17,7 +17,12 @@ CALLS = {
     "projected": {"cell": "LSTM", "sizes": (3, 3, 5, 40), "proj_size": 24},
     "stepwise": {"cell": "GRU", "sizes": (2, 3, 5, 300), "batch_first": True, "dtype": torch.float16},
     "packed": {"cell": "RNN", "sizes": (6, 3, 5, 64), "packed": True},
+    "marked": {"cell": "LSTM", "sizes": (3, 3, 5, 16), "bidirectional": True, "marked": True},
+    "own": {"cell": "slstm", "sizes": (2, 3, 5, 16), "bidirectional": True, "num_heads": 2},
 }
+
+
+CHANGES = [("nothing", False), ("alignment", True), ("dtype", True), ("profiler", True)]
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +39,18 @@ def _install() -> None:
     gpu_host.install()
 
 
-def _started(cell: str, sizes: tuple, dtype: torch.dtype = torch.float32, packed: bool = False, **more) -> list[list]:
+def _started(
+    cell: str, sizes: tuple, dtype: torch.dtype = torch.float32, packed: bool = False, marked: bool = False, **more
+) -> list[list]:
     """What is started in each of three calls and their backward passes: (function, grid, numbers, pointers modulo 16)."""
     import fastrnn
     from bench import gpu_host
 
     T, B, I, H = sizes
-    module = getattr(fastrnn, cell)(I, H, **more).to(dtype)
-    x = torch.randn(B, T, I, dtype=dtype)
+    made = getattr(fastrnn, cell, None)  # else a cell of those that torch.nn has not
+    module = (made or fastrnn.recurrent(getattr(fastrnn.cells, cell)))(I, H, **more)
+    module, x = module.to(dtype), torch.randn(B, T, I, dtype=dtype)
+    marks = {"resets": torch.rand(T, B) < 0.4, "lengths": torch.arange(B) + 1} if marked else {}
     if packed:
         x = torch.nn.utils.rnn.pack_padded_sequence(x, [T, T - 2, 1], batch_first=True)
     elif not more.get("batch_first"):
@@ -49,7 +58,7 @@ def _started(cell: str, sizes: tuple, dtype: torch.dtype = torch.float32, packed
     calls = []
     for _ in range(3):
         gpu_host.started.clear()
-        y = module(x)[0]
+        y = module(x, **marks)[0]
         (y.data if packed else y).sum().backward()
         calls.append([_plain(arguments) for arguments in gpu_host.started])
     return calls
@@ -106,7 +115,11 @@ def _by_triton_after(change: str) -> tuple[int, int]:
     with torch.no_grad():
         for _ in range(2):
             module(x, states)
-        if change == "alignment":
+        if change == "dtype":
+            module, x, states = module.half(), x.half(), [state.half() for state in states]
+            module(x, states)
+            module, x, states = module.bfloat16(), x.bfloat16(), [state.bfloat16() for state in states]
+        elif change == "alignment":
             states[0] = torch.zeros(1 * 3 * 16 + 1)[1:].view(1, 3, 16)
         elif change == "profiler":
             triton.knobs.runtime.launch_enter_hook.add(print)
@@ -121,9 +134,9 @@ def _by_triton_after(change: str) -> tuple[int, int]:
     return len(counted), len(gpu_host.started)
 
 
-@pytest.mark.parametrize(("change", "all_of_them"), [("nothing", False), ("alignment", True), ("profiler", True)])
+@pytest.mark.parametrize(("change", "all_of_them"), CHANGES)
 def test_what_triton_has_to_see_it_sees(change, all_of_them, idle_process):
-    """Another alignment is another kernel, and a profiler hears of every launch."""
+    """Another alignment is another kernel, as is another dtype of the same plan, and a profiler hears of every launch."""
     by_triton, launches = idle_process(_by_triton_after, change)
     assert launches > 0 and by_triton == (launches if all_of_them else 0)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import pytest
 import torch
 import triton_layers
 from contract import relative
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
 from fastrnn import dispatch
@@ -21,20 +21,23 @@ from fastrnn.kernels import gpu
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def _as_on_a_gpu() -> None:
-    """Have this process interpret kernels, and take CPU tensors for a GPU's."""
-    triton_layers.interpret()
+def _as_on_a_gpu(function: Callable, *args):
+    """Call a function where CPU tensors are taken for a GPU's, in a process that interprets kernels."""
     target = replace(triton_layers.H100, off=("persistent",))
-    gpu.HERE, gpu.why_not, gpu.device_of = "is_cpu", lambda device: None, lambda device: target
-    dispatch.native, dispatch.forced = None, "triton"
-    torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc, return-value]
-    torch.backends.cudnn.version = lambda: 91300
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "HERE", "is_cpu")
+        patch.setattr(gpu, "why_not", lambda device: None)
+        patch.setattr(gpu, "device_of", lambda device: target)
+        patch.setattr("fastrnn.kernels.gpu.layer.device_of", lambda device: target)
+        patch.setattr(dispatch, "native", None)
+        patch.setattr(dispatch, "forced", "triton")
+        patch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+        return function(*args)
 
 
-@pytest.fixture(scope="module")
-def gpu_process() -> Iterator[Callable]:
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_as_on_a_gpu) as worker:
-        yield lambda function, *args: worker.submit(function, *args).result(timeout=300)
+@pytest.fixture
+def gpu_process(interpreted) -> Callable:
+    return lambda function, *args: interpreted(_as_on_a_gpu, function, *args)
 
 
 @contextlib.contextmanager
@@ -50,11 +53,17 @@ def _autocast(dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_dtype("cuda", before)
 
 
-def _results(module, x: torch.Tensor, scale: float, mixed: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def _results(module, x: torch.Tensor, scale: float, mixed: torch.dtype | None = None, **more) -> dict[str, torch.Tensor]:
+    """Of a call and its gradients, by name. more: of the call; `packed`: pack x and resets, with these lengths."""
     leaf = x.clone().requires_grad_()
+    given, packed = leaf, more.pop("packed", None)
+    if packed is not None:
+        given = pack_padded_sequence(leaf, packed, enforce_sorted=False)
+        more["resets"] = pack_padded_sequence(more["resets"], packed, enforce_sorted=False)
     with _autocast(mixed) if mixed else contextlib.nullcontext():
-        y, state = module(leaf)
-    states = state if isinstance(state, tuple) else (state,)
+        y, *states = module(given, **more)
+    y = y if packed is None else y.data
+    states = [each for state in states for each in (state if isinstance(state, tuple) else (state,))]
     loss = y.double().square().sum() + sum(each.double().sum() for each in states)
     (scale * loss).backward()
     found = {"y": y.detach(), "dx": leaf.grad, **{f"state {k}": each.detach() for k, each in enumerate(states)}}
@@ -131,6 +140,58 @@ def test_float64(cell, gpu_process):
 def test_float32(cell, sizes, gpu_process):
     errors = gpu_process(_errors, cell, sizes, None, torch.float32)[1]
     assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
+
+
+FORMS = {
+    "dense": {"lengths": torch.tensor([3, 5, 0, 1])},
+    "batch first": {"lengths": torch.tensor([5, 2, 3, 0])},
+    "packed": {"packed": torch.tensor([5, 2, 3, 1])},
+    "every state": {"lengths": torch.tensor([3, 5, 0, 1]), "all_states": True},
+}
+
+
+def _marked_errors(cell: str, form: str, dtype: torch.dtype, mixed: torch.dtype | None = None) -> tuple[set, dict]:
+    """Dtypes of results, and relative errors by name, of two layers with resets and lengths against the reference."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "bidirectional": True, "batch_first": form == "batch first"}
+    own = getattr(fastrnn, cell, None) or fastrnn.recurrent(getattr(fastrnn.cells, cell))
+    truth = own(5, 16, num_heads=2 if form == "dense" else 1, dtype=torch.float64, **sizes)
+    ours, x = copy.deepcopy(truth).to(dtype), torch.randn(5, 4, 5, dtype=torch.float64)
+    marks = {"resets": torch.rand(5, 4) < 0.4, **FORMS[form]}
+    if sizes["batch_first"]:
+        x, marks["resets"] = x.transpose(0, 1), marks["resets"].T
+    with pytest.MonkeyPatch.context() as patch:
+        run, started = gpu.layer_forward, []
+        patch.setattr(gpu, "layer_forward", lambda *args: started.append(args) or run(*args))
+        found = _results(ours, x.to(dtype), 1.0, mixed, **marks)
+        assert len(started) == 2, "the engine's operator did not run"
+        patch.setattr(dispatch, "forced", "reference")
+        expected = _results(truth, x, 1.0, **marks)
+    errors = {name: relative(found[name].double(), right) for name, right in expected.items()}
+    return {value.dtype for name, value in found.items() if name == "y" or name.startswith("state")}, errors
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "peephole_lstm"])
+def test_resets_and_lengths(cell, form, gpu_process):
+    """Of torch.nn's cells and of others, which have weights of their own."""
+    dtypes, errors = gpu_process(_marked_errors, cell, form, torch.float32)
+    assert dtypes == {torch.float32}
+    assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "peephole_lstm"])
+def test_resets_and_lengths_in_float64(cell, gpu_process):
+    dtypes, errors = gpu_process(_marked_errors, cell, "dense", torch.float64)
+    assert dtypes == {torch.float64}
+    assert {name: error for name, error in errors.items() if not error < 1e-12} == {}
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "peephole_lstm"])
+def test_every_state_under_autocast(cell, gpu_process):
+    dtypes, errors = gpu_process(_marked_errors, cell, "every state", torch.float32, torch.bfloat16)
+    assert dtypes == {torch.float16}
+    assert {name: error for name, error in errors.items() if not 1e-5 < error < 1e-2} == {}
 
 
 def _gradients_in_memory_of_their_own() -> bool:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,12 +210,6 @@ def test_a_process_without_a_gpu_tests_nothing(monkeypatch):
 
 
 # What it runs, in the interpreter
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable]:
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=triton_layers.interpret) as worker:
-        yield lambda function, *args: worker.submit(function, *args).result(timeout=300)
 
 
 def _layer_faults(schedule: str, wrong: bool) -> str | None:

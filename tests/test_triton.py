@@ -11,10 +11,9 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -34,13 +33,6 @@ from fastrnn.kernels.layer import Inputs
 from fastrnn.kernels.layer import Layer as Description
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable]:
-    """Calls a function in a process where kernels are interpreted."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=triton_layers.interpret) as worker:
-        yield lambda function, *args: worker.submit(function, *args).result(timeout=300)
 
 
 # --- kernels, in the interpreter
