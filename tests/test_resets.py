@@ -493,11 +493,12 @@ def call():
     x, h, c = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 3, 3), (2, 3, 4), (2, 3, 4)))
     resets, lengths = torch.rand(5, 3) < 0.4, torch.tensor([2, 5, 0])
 
-    def ours(x, h, c, resets=resets, lengths=lengths):
-        y, (h_n, c_n) = module(x, (h, c), resets=resets, lengths=lengths)
-        return y.sin().sum() + (h_n * c_n).sum()
-
     weights, layer = module._flat_weights, fastrnn.dispatch.layer_of_module(module)
+    kinds = {name: weights[k::4] for k, name in enumerate(("w_ih", "w_hh", "b_ih", "b_hh"))}
+
+    def ours(x, h, c, resets=resets, lengths=lengths):
+        y, h_n, c_n = fastrnn.functional.layer(x, h, c, cell="lstm", **kinds, resets=resets, lengths=lengths)
+        return y.sin().sum() + (h_n * c_n).sum()
 
     def plain(x, h, c, resets=resets, lengths=lengths):
         y, h_n, c_n, _ = reference.layer_forward(Inputs(x, None, h, c, resets, lengths), weights, layer)
