@@ -101,7 +101,7 @@ JUMPS = ("odd", "every_function")  # not continuous: what half precision rounds 
 
 
 def _own_layers() -> Iterator[Layer]:
-    every, smooth = itertools.cycle(OWN), itertools.cycle(cell for cell in OWN if cell not in JUMPS)
+    every, smooth = itertools.cycle(OWN), itertools.cycle(cell for cell in OWN[::-1] if cell not in JUMPS)
     for row in pairwise(OF_OWN, _quick):
         yield Layer(next(every if row["dtype"] is torch.float32 else smooth), **row, sizes=(2, 3, 5, 19))
 
