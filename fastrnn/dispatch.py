@@ -155,7 +155,7 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
 
     x: a module's input. Not where `may_leave` says no.
     """
-    dtype = _dtype_on_gpu(x)
+    dtype = dtype_on_gpu(x)
     if not may_leave() or dtype is torch.float64:
         return may_leave()
     T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
@@ -224,8 +224,8 @@ def _why_not_autocast(x) -> str | None:
     return None
 
 
-def _dtype_on_gpu(x: Tensor) -> torch.dtype:
-    """What the Triton engine computes in."""
+def dtype_on_gpu(x: Tensor) -> torch.dtype:
+    """Return what the Triton engine computes in."""
     return torch.float16 if torch.is_autocast_enabled("cuda") else x.dtype
 
 
@@ -384,7 +384,7 @@ def _schedule(
 
     def describe(T: int, B: int, I: int, R: int, layers: int = 1) -> str:
         if getattr(x, gpu.HERE):
-            return gpu.describe(layer, T, B, H, R, _dtype_on_gpu(x), x.device, training)
+            return gpu.describe(layer, T, B, H, R, dtype_on_gpu(x), x.device, training)
         return cpu.describe(layer, T, B, I, H, R, training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):

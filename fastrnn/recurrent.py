@@ -371,15 +371,15 @@ class Recurrent(nn.Module):
         declined = fused | {"torch": "torch.nn has no such cell", "reference": "the definition, slow"}
         del declined[engine]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
-        schedule = module._schedule(x, batch_sizes, training) if engine != "reference" else ()
+        schedule = module._schedule(engine, x, batch_sizes, training) if engine in dispatch.FUSED else ()
         return dispatch.Explanation(engine, declined, schedule, cpu.team()[1] if engine == "cpu" else "")
 
-    def _schedule(self, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
+    def _schedule(self, engine: str, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
         """Return what the engine says it would do in each layer."""
         T, B = dispatch.steps_and_rows(x, batch_sizes, self.batch_first)
         layer, I, H, L = self._layer(self.batch_first), self.input_size, self.hidden_size, self.num_layers
-        if x.is_cuda:
-            return (gpu.describe(layer, T, B, H, H, x.dtype, x.device, training),) * L
+        if engine == "triton":
+            return (gpu.describe(layer, T, B, H, H, dispatch.dtype_on_gpu(x), x.device, training),) * L
         half, size = x.dtype is torch.bfloat16, 8 if x.dtype is torch.float64 else 4
         at_once = L if batch_sizes is None and x.dim() == 3 and self._flat_weights_names and self._fastrnn_fast_path else 1
         inputs = [I, *[layer.directions * H] * (L - 1)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +17,7 @@ import triton_layers
 from contract import relative
 
 import fastrnn
-from fastrnn import dispatch
+from fastrnn import cells, dispatch
 from fastrnn.kernels import gpu
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -26,6 +28,7 @@ def _as_on_a_gpu() -> None:
     triton_layers.interpret()
     target = replace(triton_layers.H100, off=("persistent",))
     gpu.HERE, gpu.why_not, gpu.device_of = "is_cpu", lambda device: None, lambda device: target
+    gpu.off = lambda device: {"persistent": "programs are interpreted one after another"}
     dispatch.native, dispatch.forced = None, "triton"
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc, return-value]
     torch.backends.cudnn.version = lambda: 91300
@@ -50,10 +53,14 @@ def _autocast(dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_dtype("cuda", before)
 
 
-def _results(module, x: torch.Tensor, scale: float, mixed: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def _results(
+    call: Callable, x: torch.Tensor, scale: float, mixed: torch.dtype | None = None, module: torch.nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    """module: whose call it is, if it is not itself."""
     leaf = x.clone().requires_grad_()
     with _autocast(mixed) if mixed else contextlib.nullcontext():
-        y, state = module(leaf)
+        y, state = call(leaf)
+    module = module or call
     states = state if isinstance(state, tuple) else (state,)
     loss = y.double().square().sum() + sum(each.double().sum() for each in states)
     (scale * loss).backward()
@@ -143,3 +150,32 @@ def _gradients_in_memory_of_their_own() -> bool:
 def test_no_two_gradients_share_memory(gpu_process):
     """autograd adds to them in place."""
     assert gpu_process(_gradients_in_memory_of_their_own)
+
+
+def _errors_of_own(resets: bool, mixed: torch.dtype | None) -> tuple[set, dict]:
+    """Dtypes of what a layer of a cell of one's own returns, and relative errors of that and of gradients against float64."""
+    torch.manual_seed(0)
+    ours = fastrnn.recurrent(cells.peephole_lstm)(5, 16, num_heads=2, bidirectional=True)
+    assert fastrnn.explain(ours, torch.randn(4, 3, 5)).engine == "triton"
+    marks = {"resets": torch.rand(4, 3) < 0.3, "lengths": torch.tensor([4, 2, 3])} if resets else {}
+    x = torch.randn(4, 3, 5)
+    found, expected = (
+        _results(functools.partial(module, **marks), each, 64.0, kind, module)
+        for module, each, kind in ((ours, x, mixed), (copy.deepcopy(ours).double(), x.double(), None))
+    )
+    dtypes = {value.dtype for name, value in found.items() if not name.startswith("d")}
+    return dtypes, {name: relative(value.double(), expected[name]) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_cells_of_ones_own(resets, gpu_process):
+    """With heads, and with every keyword of a call."""
+    dtypes, errors = gpu_process(_errors_of_own, resets, None)
+    assert dtypes == {torch.float32}
+    assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
+
+
+def test_cells_of_ones_own_under_autocast(gpu_process):
+    dtypes, errors = gpu_process(_errors_of_own, False, torch.float16)
+    assert dtypes == {torch.float16}
+    assert {name: error for name, error in errors.items() if not 1e-5 < error < 1e-2} == {}

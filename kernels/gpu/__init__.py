@@ -122,25 +122,28 @@ def _without_autocast(op: Callable) -> Callable:
 
 
 @_without_autocast
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save):
-    """The raw op's implementation: the kernels, or of float64, which they do not multiply in, the reference."""
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
+    """The raw op's implementation: the kernels, or of float64, which they do not multiply in, the reference.
+
+    more: the other fields of Inputs.
+    """
     if x.dtype is torch.float64:
-        return reference.layer_forward(Inputs(x, batch_sizes, h0, c0), weights, layer_of(text), save)
+        return reference.layer_forward(Inputs(x, batch_sizes, h0, c0, *more), weights, layer_of(text), save)
     from . import layer
 
-    return layer.layer_forward(x, batch_sizes, h0, c0, weights, text, save)
+    return layer.layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more)
 
 
 @_without_autocast
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs):
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
     """The raw op's implementation, likewise."""
     if x.dtype is torch.float64:
-        inputs, own = Inputs(x, batch_sizes, h0, c0), layer_of(text)
+        inputs, own = Inputs(x, batch_sizes, h0, c0, *more), layer_of(text)
         *of_inputs, dw = gradients.layer_backward(Outer(dy, dh_n, dc_n), inputs, weights, y, saved, own, Needs(*needs))
         return *of_inputs, [grad.clone() if grad is before else grad for before, grad in zip((None, *dw), dw, strict=False)]
     from . import layer
 
-    return layer.layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs)
+    return layer.layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more)
 
 
 @cache
