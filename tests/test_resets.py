@@ -74,7 +74,7 @@ def results(function, inputs: Inputs, weights, layer, seed: int = 1) -> dict[str
 
 def row_by_row(inputs: Inputs, weights, layer):
     """The same, each row by itself, its steps cut at resets: what the definition has to be."""
-    x, _, h0, c0, resets, lengths = inputs
+    x, _, h0, c0, resets, lengths, *_ = inputs
     steps, each = Steps(layer, inputs._replace(resets=None, lengths=None)), len(layer.kinds())
     one, xs = layer._replace(directions=1, reverse=False, batch_first=False), steps.each(x)
     marks = None if resets is None else steps.each(resets)
@@ -114,7 +114,7 @@ def test_the_definition(make_layer, cell, form, project, marks):
     close(results(reference.layer_forward, inputs, weights, layer), expected)
 
     def by_gradients(inputs, weights, layer):
-        x, batch_sizes, h0, c0, *marks = inputs
+        x, batch_sizes, h0, c0, *marks = inputs[:6]
         return _ByGradients.apply(layer, *marks, batch_sizes, x, h0, c0, *weights)
 
     close(results(by_gradients, inputs, weights, layer), expected)
@@ -222,12 +222,14 @@ def test_without_the_runtime(make_layer, marks, monkeypatch):
     """The same kernels called from Python."""
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(ROOT / "build"))  # where those that setup.py compiled lie
     inputs, weights, layer = make(make_layer, "lstm", "two_directions", 3, marks, (7, 5, 3, 9), torch.float32)
-    (*tensors, resets, lengths), text, operators = inputs, layer.text(), torch.ops.fastrnn
+    (*tensors, resets, lengths, _, _), text, operators = inputs, layer.text(), torch.ops.fastrnn
+    mask = (torch.rand(inputs.h0.shape) > 0.3) / 0.7
     with threads(1):
-        expected = operators.layer_forward(*tensors, weights, text, True, resets, lengths)
-        found = fallback.layer_forward(*tensors, weights, text, True, resets, lengths)
+        more = resets, lengths, mask
+        expected = operators.layer_forward(*tensors, weights, text, True, *more)
+        found = fallback.layer_forward(*tensors, weights, text, True, *more)
         (y, h_n, c_n, saved), needs = expected, [True, True, True]
-        given = *(torch.ones_like(each) for each in (y, h_n, c_n)), *tensors, weights, y, saved, text, needs, resets, lengths
+        given = *(torch.ones_like(each) for each in (y, h_n, c_n)), *tensors, weights, y, saved, text, needs, *more
         gradients = operators.layer_backward(*given), fallback.layer_backward(*given)
     for one, other in zip(
         (*expected[:3], *gradients[0][:3], *gradients[0][3]), (*found[:3], *gradients[1][:3], *gradients[1][3])
