@@ -351,7 +351,8 @@ def explain(
     if marked:
         declined["torch"] = "torch.nn has neither resets nor lengths"
     if what:
-        declined |= {name: reason for name in FUSED if name in declined and (reason := why_not_own(name, *what))}
+        for name in FUSED & declined.keys():
+            declined[name] = why_not(name, *call) or why_not_own(name, *what) or idle
         declined["torch"] = f"torch.nn has no {features.described(module)[2:]}"
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"

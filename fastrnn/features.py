@@ -3,7 +3,8 @@
 A clipped cell state and zoneout change the cell's own function, which is traced again with them: a second definition of a cell
 there is not. Recurrent dropout is a mask on what enters the recurrent product, and the engines multiply with it.
 
-Noise comes from torch's generator before a layer runs, whatever the dtype. In training each layer draws, the lowest layer first::
+Noise comes from torch's generator before a layer runs, whatever the dtype. In training each layer draws, the lowest layer
+first::
 
     torch.rand(D, B, R) >= recurrent_dropout     one mask for a sequence, times 1 / (1 - recurrent_dropout)
     random_bits(T, B, D, S, H) >= zoneout        of the S states that have a probability, h first; packed [N, D, S, H]
@@ -211,7 +212,7 @@ class Noise(NamedTuple):
 
 
 def random_bits(*shape: int, device: Any = None) -> Tensor:
-    """Draw whole numbers of 16 bits, int16 of any value: four of each number of 64 bits that torch's generator gives, in order."""
+    """Draw whole numbers of 16 bits, int16 of any value: four of each number of 64 bits that torch's generator gives."""
     count = math.prod(shape)
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
     return words.view(torch.int16)[:count].view(shape)

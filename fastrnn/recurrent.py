@@ -394,7 +394,7 @@ class Recurrent(nn.Module):
 
 # What a call runs, and the fast path does not.
 _INNER = ("check_input", "check_hidden_size", "get_expected_hidden_size", "_states", "_checked", "_run", "_weights",
-          "_sequence", "_fastrnn_fallback", "_flat_weights", "proj_size", "__getattr__", "__getattribute__")  # fmt: skip
+          "_sequence", "_flat_weights", "proj_size", "__getattr__", "__getattribute__")  # fmt: skip
 
 
 def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> Tensor:

@@ -246,12 +246,17 @@ def test_offsets_beyond_two_to_the_31():
 # --- a device's own
 
 
-def test_graph_capture():
+@pytest.mark.parametrize("marked", [False, True])
+def test_graph_capture(marked):
+    """With lengths and resets too, which a graph reads when it runs."""
     module = fastrnn.GRU(128, 512, device="cuda", dtype=F16)
     x = torch.randn(50, 16, 128, device="cuda", dtype=F16, requires_grad=True)
+    lengths, marks = torch.arange(16, device="cuda") * 3, {}
+    if marked:
+        marks = {"lengths": lengths, "resets": torch.rand(50, 16, device="cuda") < 0.1}
 
     def step():
-        y, _ = module(x)
+        y, _ = module(x, **marks)
         return y.detach(), *torch.autograd.grad(y.sum(), [x, *module.parameters()])  # no graph stays, bound to a stream
 
     expected = step()
@@ -262,6 +267,8 @@ def test_graph_capture():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    lengths.add_(2)
+    expected = step() if marked else expected
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()

@@ -114,8 +114,8 @@ def test_the_definition(make_layer, cell, form, project, marks):
     close(results(reference.layer_forward, inputs, weights, layer), expected)
 
     def by_gradients(inputs, weights, layer):
-        x, batch_sizes, h0, c0, *marks = inputs[:6]
-        return _ByGradients.apply(layer, *marks, batch_sizes, x, h0, c0, *weights)
+        x, batch_sizes, h0, c0, resets, lengths, *_ = inputs
+        return _ByGradients.apply(layer, resets, lengths, batch_sizes, x, h0, c0, *weights)
 
     close(results(by_gradients, inputs, weights, layer), expected)
 
