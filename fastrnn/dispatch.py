@@ -344,7 +344,7 @@ def explain(
         engine = "torch"
     elif marked and engine == "torch":
         engine = "reference"
-    idle = f"{engine} is forced" if forced else f"{engine} takes the call"
+    idle = f"{forced} is forced" if forced else f"{engine} takes the call"
     declined = {name: why_not(name, *call) or idle for name in _WHY_NOT if name != engine}
     if left:
         declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"

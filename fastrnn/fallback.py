@@ -104,7 +104,8 @@ def module_sequence(
     resets, lengths = functional.marked(input, batch_dim, resets, lengths)
     x = x if batched else x.unsqueeze(batch_dim)
     if hx is None and module._fastrnn_features and module.learn_initial_state:
-        h0, *others = features.initial_states(module, int(batch_sizes[0]) if packed else x.size(batch_dim))
+        batch = x.size(batch_dim) if batch_sizes is None else int(batch_sizes[0])
+        h0, *others = features.initial_states(module, batch)
         hx = (h0, *others) if lstm else h0
     elif hx is None:
         depth = module.num_layers * (1 + module.bidirectional)
