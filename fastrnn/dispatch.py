@@ -344,14 +344,15 @@ def explain(
         engine = "torch"
     elif marked and engine == "torch":
         engine = "reference"
-    idle = f"{engine} is forced" if forced else f"{engine} takes the call"
+    idle = f"{forced} is forced" if forced else f"{engine} takes the call"
     declined = {name: why_not(name, *call) or idle for name in _WHY_NOT if name != engine}
     if left:
         declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"
     if marked:
         declined["torch"] = "torch.nn has neither resets nor lengths"
     if what:
-        declined |= {name: reason for name in FUSED if name in declined and (reason := why_not_own(name, *what))}
+        for name in FUSED & declined.keys():
+            declined[name] = why_not(name, *call) or why_not_own(name, *what) or idle
         declined["torch"] = f"torch.nn has no {features.described(module)[2:]}"
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"

@@ -107,7 +107,8 @@ def module_sequence(
     initial: Any = None
     if not begun or resets is not None:
         if module._fastrnn_features and module.learn_initial_state:
-            h0, *others = features.initial_states(module, int(batch_sizes[0]) if packed else x.size(batch_dim))
+            batch = x.size(batch_dim) if batch_sizes is None else int(batch_sizes[0])
+            h0, *others = features.initial_states(module, batch)
         else:
             depth = module.num_layers * (1 + module.bidirectional)
             batch = x.size(batch_dim) if batch_sizes is None else batch_sizes[0]

@@ -223,11 +223,13 @@ def test_without_the_runtime(make_layer, marks, monkeypatch):
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(ROOT / "build"))  # where those that setup.py compiled lie
     inputs, weights, layer = make(make_layer, "lstm", "two_directions", 3, marks, (7, 5, 3, 9), torch.float32)
     (*tensors, resets, lengths, _, _), text, operators = inputs, layer.text(), torch.ops.fastrnn
+    mask = (torch.rand(inputs.h0.shape) > 0.3) / 0.7
     with threads(1):
-        expected = operators.layer_forward(*tensors, weights, text, True, resets, lengths)
-        found = fallback.layer_forward(*tensors, weights, text, True, resets, lengths)
+        more = resets, lengths, mask
+        expected = operators.layer_forward(*tensors, weights, text, True, *more)
+        found = fallback.layer_forward(*tensors, weights, text, True, *more)
         (y, h_n, c_n, saved), needs = expected, [True, True, True]
-        given = *(torch.ones_like(each) for each in (y, h_n, c_n)), *tensors, weights, y, saved, text, needs, resets, lengths
+        given = *(torch.ones_like(each) for each in (y, h_n, c_n)), *tensors, weights, y, saved, text, needs, *more
         gradients = operators.layer_backward(*given), fallback.layer_backward(*given)
     for one, other in zip(
         (*expected[:3], *gradients[0][:3], *gradients[0][3]), (*found[:3], *gradients[1][:3], *gradients[1][3])
