@@ -336,7 +336,7 @@ def run_stack(
         if time_major and (index == 0 or last):
             y, resets = y.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         given = inputs._replace(x=y, h0=h0[own], c0=None if c0 is None else c0[own], resets=resets)
-        fresh = None if restart is None else tuple(None if state is None else state[own] for state in restart)
+        fresh = None if restart is None else (restart[0][own], None if restart[1] is None else restart[1][own])
         y, h, c = run(given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer, fresh)
         hs.append(h)
         cs += [] if c is None else [c]

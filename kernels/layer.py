@@ -214,7 +214,8 @@ class Steps:
 
     def before_resets(self, reverse: bool) -> tuple[Tensor, Tensor]:
         """Return which rows of the sequence come before their first reset, in a direction's order, and which [B] have none."""
-        marks, times = self.resets, torch.arange(self.steps, device=self.resets.device).unsqueeze(1)
+        marks: Any = self.resets
+        times = torch.arange(self.steps, device=marks.device).unsqueeze(1)
         if self.batch_sizes is not None:
             there = torch.arange(self.batch) < self.batch_sizes.unsqueeze(1)
             there = there.to(marks.device)
