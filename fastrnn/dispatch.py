@@ -155,7 +155,7 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
 
     x: a module's input. Not where `may_leave` says no.
     """
-    dtype = _dtype_on_gpu(x)
+    dtype = dtype_on_gpu(x)
     if not may_leave() or dtype is torch.float64:
         return may_leave()
     T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
@@ -223,8 +223,8 @@ def _why_not_autocast(x) -> str | None:
     return None
 
 
-def _dtype_on_gpu(x: Tensor) -> torch.dtype:
-    """What the Triton engine computes in."""
+def dtype_on_gpu(x: Tensor) -> torch.dtype:
+    """Return what the Triton engine computes in."""
     return torch.float16 if torch.is_autocast_enabled("cuda") else x.dtype
 
 
@@ -343,14 +343,15 @@ def explain(
         engine = "torch"
     elif marked and engine == "torch":
         engine = "reference"
-    idle = f"{engine} is forced" if forced else f"{engine} takes the call"
+    idle = f"{forced} is forced" if forced else f"{engine} takes the call"
     declined = {name: why_not(name, *call) or idle for name in _WHY_NOT if name != engine}
     if left:
         declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"
     if marked:
         declined["torch"] = "torch.nn has neither resets nor lengths"
     if what:
-        declined |= {name: reason for name in FUSED if name in declined and (reason := why_not_own(name, *what))}
+        for name in FUSED & declined.keys():
+            declined[name] = why_not(name, *call) or why_not_own(name, *what) or idle
         declined["torch"] = f"torch.nn has no {features.described(module)[2:]}"
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
@@ -383,7 +384,7 @@ def _schedule(
 
     def describe(T: int, B: int, I: int, R: int, layers: int = 1) -> str:
         if getattr(x, gpu.HERE):
-            return gpu.describe(layer, T, B, H, R, _dtype_on_gpu(x), x.device, training)
+            return gpu.describe(layer, T, B, H, R, dtype_on_gpu(x), x.device, training)
         return cpu.describe(layer, T, B, I, H, R, training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):

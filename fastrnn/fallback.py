@@ -106,14 +106,20 @@ def module_sequence(
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
     resets, lengths = functional.marked(input, batch_dim, resets, lengths)
     x = x if batched else x.unsqueeze(batch_dim)
-    if hx is None and module._fastrnn_features and module.learn_initial_state:
-        h0, *others = features.initial_states(module, x.size(batch_dim) if batch_sizes is None else int(batch_sizes[0]))
-        hx = (h0, *others) if lstm else h0
-    elif hx is None:
-        depth = module.num_layers * (1 + module.bidirectional)
-        batch = x.size(batch_dim) if batch_sizes is None else batch_sizes[0]
-        h0 = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
-        hx = (h0, x.new_zeros(depth, batch, module.hidden_size)) if lstm else h0
+    begun = hx is not None
+    initial: Any = None
+    if not begun or resets is not None:
+        if module._fastrnn_features and module.learn_initial_state:
+            batch = x.size(batch_dim) if batch_sizes is None else int(batch_sizes[0])
+            h0, *others = features.initial_states(module, batch)
+        else:
+            depth = module.num_layers * (1 + module.bidirectional)
+            batch = x.size(batch_dim) if batch_sizes is None else batch_sizes[0]
+            h0 = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
+            others = [x.new_zeros(depth, batch, module.hidden_size)] * lstm
+        initial = (h0, *others) if lstm else h0
+    if not begun:
+        hx = initial
     elif not packed:
         states, dims = hx if lstm else (hx,), 3 if batched else 2
         if any(state.dim() != dims for state in states):
@@ -139,6 +145,7 @@ def module_sequence(
             module._fastrnn_compressed,
             features.noise_of(module) if module._fastrnn_features else None,
             after_steps,
+            (initial if lstm else (initial, None)) if begun and resets is not None else None,
         )
     if not batched:
         y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n if c_n is None else c_n.squeeze(1)

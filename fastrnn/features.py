@@ -107,12 +107,8 @@ def checked(name: str, value: Any, module: Any) -> Any:
 
 
 def _check_heads(name: str, value: Any, module: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
-    if value <= 0:
-        raise ValueError(f"{name} must be greater than zero")
-    if module.hidden_size % value:
-        raise ValueError(f"{name}: expected a divisor of hidden_size {module.hidden_size}, got {value}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or module.hidden_size % value:
+        raise ValueError(f"{name}: expected a divisor of hidden_size {module.hidden_size}, got {value!r}")
     if value > 1 and module.proj_size:
         raise ValueError(f"{name}: expected 1 with proj_size {module.proj_size}, got {value}")
     return value

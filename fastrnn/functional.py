@@ -24,6 +24,8 @@ from fastrnn.kernels import cpu, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs, Layer, Steps, Weights, misfit, misfit_of_weights
 
+States = tuple[Tensor, Tensor | None]  # h and c
+
 __all__ = [
     "gru",
     "gru_cell",
@@ -264,10 +266,11 @@ def run_marked(
     compressed: bool = False,
     noise: Noise | None = None,
     after_steps: list | None = None,
+    restart: States | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`run_layers` of what torch.nn has not, such as resets, any cell, or noise: where no engine takes it the reference runs.
 
-    noise, after_steps: as of `run_stack`.
+    noise, after_steps, restart: as of `run_stack`.
 
     Raises:
         ValueError: what does not fit, by name.
@@ -284,7 +287,7 @@ def run_marked(
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
     if compressed and engine not in dispatch.FUSED:
         weights = _wide(inputs.x, weights)
-    return run_stack(engine, inputs, weights, layer, num_layers, dropout, noise, after_steps)
+    return run_stack(engine, inputs, weights, layer, num_layers, dropout, noise, after_steps, restart)
 
 
 def run_stack(
@@ -296,27 +299,32 @@ def run_stack(
     dropout: float,
     noise: Noise | None = None,
     after_steps: list | None = None,
+    restart: States | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run layers on top of each other on an engine that takes them; dropout: between them, 0 in evaluation mode.
 
     after_steps: takes the states of each layer after every step, (h, c or None), as `layer` returns them.
+    restart: the states, as h0 and c0 of all layers, that resets go back to, where these are not h0 and c0 themselves.
     """
     inputs = inputs._replace(x=ops.unit_stride(inputs.x))
     hidden = weights[1].shape[0] // CELLS[layer.cell].gates
 
-    def run(given: Inputs, weights: Sequence[Tensor], own: Layer):
+    def run(given: Inputs, weights: Sequence[Tensor], own: Layer, restart: States | None):
         if noise is not None:
             given = noise.drawn(given, own, hidden)
-        if after_steps is None:
-            return _run(engine, given, weights, own)
-        y, h, c, states = _run_states(engine, given, weights, own)
-        if own.batch_first != layer.batch_first:
-            states = tuple(None if each is None else each.transpose(1, 2) for each in states)
-        after_steps.append(states)
+
+        def once(given: Inputs):
+            return (*_run(engine, given, weights, own), ()) if after_steps is None else _run_states(engine, given, weights, own)
+
+        y, h, c, states = once(given) if restart is None else _restarted(once, given, own, restart)
+        if after_steps is not None:
+            if own.batch_first != layer.batch_first:
+                states = tuple(None if each is None else each.transpose(1, 2) for each in states)
+            after_steps.append(states)
         return y, h, c
 
     if num_layers == 1:
-        return run(inputs, weights, layer)
+        return run(inputs, weights, layer, restart)
 
     # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
     time_major, D, each = dropout > 0 and layer.batch_first, layer.directions, len(weights) // num_layers
@@ -328,12 +336,35 @@ def run_stack(
         if time_major and (index == 0 or last):
             y, resets = y.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         given = inputs._replace(x=y, h0=h0[own], c0=None if c0 is None else c0[own], resets=resets)
-        y, h, c = run(given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer)
+        fresh = None if restart is None else (restart[0][own], None if restart[1] is None else restart[1][own])
+        y, h, c = run(given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer, fresh)
         hs.append(h)
         cs += [] if c is None else [c]
         if dropout > 0 and not last:
             y = F.dropout(y, dropout, True)
     return y, torch.cat(hs), torch.cat(cs) if cs else None
+
+
+def _restarted(run: Callable[[Inputs], tuple], inputs: Inputs, layer: Layer, restart: States) -> tuple:
+    """Run a layer whose resets go back to other states than it begins with: y, h_n, c_n and the states after every step.
+
+    Each row is run from the states that are given up to its first reset, and from the others beyond.
+    """
+    steps = Steps(layer, inputs)
+    first, untouched = zip(*(steps.before_resets(layer.reverse != bool(d)) for d in range(layer.directions)), strict=True)
+    alone = inputs._replace(resets=None)
+    if layer.directions == 1 and not layer.reverse and not steps.packed:  # no step after the first reset is run twice
+        count = first[0].sum(steps.axis)
+        alone = alone._replace(lengths=count if inputs.lengths is None else torch.minimum(count, inputs.lengths))
+    begun, anew = run(alone), run(inputs._replace(h0=restart[0], c0=restart[1]))
+    of_y = torch.stack(first, -1).repeat_interleave(begun[0].shape[-1] // layer.directions, -1)
+    of_state, of_states = (torch.stack(each).unsqueeze(-1) for each in (untouched, first))
+    where = of_y, of_state, of_state, *[of_states] * len(begun[3])
+    results = [
+        None if one is None else torch.where(condition, one, other)
+        for condition, one, other in zip(where, (*begun[:3], *begun[3]), (*anew[:3], *anew[3]), strict=True)
+    ]
+    return *results[:3], tuple(results[3:])
 
 
 def inputs_of(cell: str, x: Any, batch_sizes: Any, hx: Any) -> Inputs:

@@ -273,7 +273,7 @@ class RNN(nn.RNN, _Layers):
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         h_0: [L * D, B, H]; zeros, or what is learned, where it is missing.
         resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
-            Before a step where it is True, in the order of each direction, the state is the initial one again.
+            Before a step where it is True, in the order of each direction, the state is zeros again, or what is learned.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
         all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
@@ -308,7 +308,7 @@ class LSTM(nn.LSTM, _Layers):
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         h_0: [L * D, B, R], and c_0: [L * D, B, H], as a pair (h_0, c_0); zeros, or what is learned, where it is missing.
         resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
-            Before a step where it is True, in the order of each direction, the state is the initial one again.
+            Before a step where it is True, in the order of each direction, the state is zeros again, or what is learned.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
         all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
@@ -341,7 +341,7 @@ class GRU(nn.GRU, _Layers):
         input: [T, B, I], or [B, T, I] with `batch_first`, or [T, I] without a batch, or a PackedSequence.
         h_0: [L * D, B, H]; zeros, or what is learned, where it is missing.
         resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
-            Before a step where it is True, in the order of each direction, the state is the initial one again.
+            Before a step where it is True, in the order of each direction, the state is zeros again, or what is learned.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
         all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final

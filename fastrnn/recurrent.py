@@ -81,7 +81,7 @@ class Recurrent(nn.Module):
         hx: h [L * D, B, H]; where the cell has states but h, a tuple of h and these, each so. Where it is missing,
             zeros, or what is learned.
         resets: keyword only. bool [T, B], as the input without its features, or a PackedSequence as the input, or its data.
-            Before a step where it is True, in the order of each direction, the state is the initial one again.
+            Before a step where it is True, in the order of each direction, the state is zeros again, or what is learned.
         lengths: keyword only. int64 [B] on the input's device, from 0 to T: the steps of each row of padded input. Past them
             output and gradients are zero, and the final state is the one at the length.
         all_states: keyword only. True for a third result: the states after every step of each layer and direction, as the final
@@ -220,7 +220,9 @@ class Recurrent(nn.Module):
             states = [state.index_select(1, order) for state in states]
         marks = functional.marked(input, row, resets, lengths)
         after_steps: list[Any] | None = [] if all_states else None
-        y, *after = self._run(x, batch_sizes, states, self.batch_first and not packed, *marks, after_steps)
+        restart = None if hx is None or resets is None else _pair(self._checked(x, batch_sizes, None))
+        inputs = Inputs(x, batch_sizes, *_pair(states), *marks)
+        y, *after = self._run(inputs, self.batch_first and not packed, after_steps, restart)
         if back is not None:
             after = [state.index_select(1, back) for state in after]
         if not batched:
@@ -311,23 +313,15 @@ class Recurrent(nn.Module):
         return states
 
     def _run(
-        self,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        states: Sequence[Tensor],
-        batch_first: bool,
-        resets: Tensor | None,
-        lengths: Tensor | None,
-        after_steps: list[Any] | None,
+        self, inputs: Inputs, batch_first: bool, after_steps: list[Any] | None, restart: functional.States | None
     ) -> list[Tensor]:
         """Run all layers: y, and the states after, each [L * D, B, H]."""
-        h0, *others = states
-        c0 = None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
         weights = [each for layer in range(self.num_layers) for each in self._weights(layer)]
-        inputs, dropout = Inputs(x, batch_sizes, h0, c0, resets, lengths), self.dropout if self.training else 0.0
-        layer, noise = self._layer(batch_first), features.noise_of(self)
+        layer, dropout, noise = self._layer(batch_first), self.dropout if self.training else 0.0, features.noise_of(self)
         with recompute(self.recompute or is_on()):
-            y, h_n, c_n = functional.run_marked(inputs, weights, layer, self.num_layers, dropout, False, noise, after_steps)
+            y, h_n, c_n = functional.run_marked(
+                inputs, weights, layer, self.num_layers, dropout, False, noise, after_steps, restart
+            )
         return [y, h_n, *(() if c_n is None else c_n.chunk(self.cell.definition.states, -1))]
 
     def _layer(self, batch_first: bool) -> Layer:
@@ -377,15 +371,15 @@ class Recurrent(nn.Module):
         declined = fused | {"torch": "torch.nn has no such cell", "reference": "the definition, slow"}
         del declined[engine]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))
-        schedule = module._schedule(x, batch_sizes, training) if engine != "reference" else ()
+        schedule = module._schedule(engine, x, batch_sizes, training) if engine in dispatch.FUSED else ()
         return dispatch.Explanation(engine, declined, schedule, cpu.team()[1] if engine == "cpu" else "")
 
-    def _schedule(self, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
+    def _schedule(self, engine: str, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
         """Return what the engine says it would do in each layer."""
         T, B = dispatch.steps_and_rows(x, batch_sizes, self.batch_first)
         layer, I, H, L = self._layer(self.batch_first), self.input_size, self.hidden_size, self.num_layers
-        if getattr(x, gpu.HERE):
-            return (gpu.describe(layer, T, B, H, H, x.dtype, x.device, training),) * L
+        if engine == "triton":
+            return (gpu.describe(layer, T, B, H, H, dispatch.dtype_on_gpu(x), x.device, training),) * L
         half, size = x.dtype is torch.bfloat16, 8 if x.dtype is torch.float64 else 4
         at_once = L if batch_sizes is None and x.dim() == 3 and self._flat_weights_names and self._fastrnn_fast_path else 1
         inputs = [I, *[layer.directions * H] * (L - 1)]
@@ -395,6 +389,12 @@ class Recurrent(nn.Module):
 # What a call runs, and the fast path does not.
 _INNER = ("check_input", "check_hidden_size", "get_expected_hidden_size", "_states", "_checked", "_run", "_weights",
           "_sequence", "_flat_weights", "proj_size", "__getattr__", "__getattribute__")  # fmt: skip
+
+
+def _pair(states: Sequence[Tensor]) -> functional.States:
+    """Return h and c as the engines take them: the states but h side by side."""
+    h, *others = states
+    return h, None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
 
 
 def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> Tensor:

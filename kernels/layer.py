@@ -212,6 +212,24 @@ class Steps:
         lasts = (times.unsqueeze(1) == self.lengths - 1).reshape(-1, 1)
         return lasts if resets is None else lasts | resets
 
+    def before_resets(self, reverse: bool) -> tuple[Tensor, Tensor]:
+        """Return which rows of the sequence come before their first reset, in a direction's order, and which [B] have none."""
+        marks: Any = self.resets
+        times = torch.arange(self.steps, device=marks.device).unsqueeze(1)
+        if self.batch_sizes is not None:
+            there = torch.arange(self.batch) < self.batch_sizes.unsqueeze(1)
+            there = there.to(marks.device)
+            marks = torch.zeros_like(there).masked_scatter(there, marks)
+        elif self.axis:
+            marks = marks.t()
+        if self.lengths is not None:
+            marks = marks & (times < self.lengths)
+        count = marks.flip(0).cumsum(0).flip(0) if reverse else marks.cumsum(0)
+        first = count == 0
+        if self.batch_sizes is not None:
+            return first.masked_select(there), ~marks.any(0)
+        return first.t() if self.axis else first, ~marks.any(0)
+
 
 def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int = 1) -> str | None:
     """Say which tensor does not have the shape, or batch_sizes the dtype, that the others ask for; None where all fit.

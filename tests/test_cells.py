@@ -25,8 +25,8 @@ from fastrnn import cells, dispatch
 from fastrnn.cells import Gate, Hidden, Input, State, Weight, exp, maximum, relu, sigmoid, tanh, where
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS
-from fastrnn.kernels.cpu import fallback
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
+from fastrnn.kernels.user_cache import cache_path
 
 NATIVE = ["slstm", "peephole_lstm", "mgu", "indrnn", "wide"]  # what the others have is among what these have
 FORMS = {
@@ -1046,4 +1046,4 @@ libc.munmap(wall + (8 << 30) - 36 * 1024, 32 * 1024)
 layer(torch.randn(5, 2, 3))[0].sum().backward()
 print("finite", bool(layer.weight_hh_l0.grad.isfinite().all()))
 """
-    assert "finite True" in python(code, FASTRNN_CACHE_DIR=str(fallback.cache_path()))  # where the tests above have it
+    assert "finite True" in python(code, FASTRNN_CACHE_DIR=str(cache_path()))  # where the tests above have it

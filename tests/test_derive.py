@@ -90,7 +90,7 @@ def test_a_result_that_is_constant():
     def step(a, c):
         return tanh(a), where(c > 0, a, 2 * a)
 
-    derived = Derivation("step", step, [], ["a"], [], ["c"], [], ["a", "c"])
+    derived = Derivation("step", step, [], ["a"], [], ["c"], [], [], ["a", "c"])
     given: dict = {}
     d_a, d_c = derived.backward.bind(reference.NAMES)(*numbers(derived.backward, given))
     assert torch.equal(d_c, torch.zeros(5, 7, dtype=torch.float64)) and d_a.shape == d_c.shape

@@ -371,8 +371,8 @@ def test_unused_settings_leave_torch_nns_attributes():
     ("cell", "settings", "error", "words"),
     [
         ("lstm", {"num_heads": 5}, ValueError, "num_heads: expected a divisor of hidden_size 12, got 5"),
-        ("lstm", {"num_heads": 0}, ValueError, "num_heads must be greater than zero"),
-        ("own gru", {"num_heads": 2.0}, TypeError, "num_heads should be of type int, got: float"),
+        ("lstm", {"num_heads": 0}, ValueError, "num_heads: expected a divisor of hidden_size 12, got 0"),
+        ("own gru", {"num_heads": 2.0}, ValueError, "num_heads: expected a divisor of hidden_size 12, got 2.0"),
         ("lstm", {"num_heads": 2, "proj_size": 3}, ValueError, "num_heads: expected 1 with proj_size 3, got 2"),
         ("lstm", {"cell_clip": -1}, ValueError, "cell_clip: expected a positive finite number or None, got -1"),
         ("lstm", {"cell_clip": float("nan")}, ValueError, "got nan"),

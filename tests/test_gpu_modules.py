@@ -15,7 +15,7 @@ from contract import relative
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
-from fastrnn import dispatch
+from fastrnn import cells, dispatch
 from fastrnn.kernels import gpu
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -28,6 +28,7 @@ def _as_on_a_gpu(function: Callable, *args):
         patch.setattr(gpu, "HERE", "is_cpu")
         patch.setattr(gpu, "why_not", lambda device: None)
         patch.setattr(gpu, "device_of", lambda device: target)
+        patch.setattr(gpu, "off", lambda device: {"persistent": "programs are interpreted one after another"})
         patch.setattr("fastrnn.kernels.gpu.layer.device_of", lambda device: target)
         patch.setattr(dispatch, "native", None)
         patch.setattr(dispatch, "forced", "triton")
@@ -204,3 +205,32 @@ def _gradients_in_memory_of_their_own() -> bool:
 def test_no_two_gradients_share_memory(gpu_process):
     """autograd adds to them in place."""
     assert gpu_process(_gradients_in_memory_of_their_own)
+
+
+def _errors_of_own(resets: bool, mixed: torch.dtype | None) -> tuple[set, dict]:
+    """Dtypes of what a layer of a cell of one's own returns, and relative errors of that and of gradients against float64."""
+    torch.manual_seed(0)
+    ours = fastrnn.recurrent(cells.peephole_lstm)(5, 16, num_heads=2, bidirectional=True)
+    assert fastrnn.explain(ours, torch.randn(4, 3, 5)).engine == "triton"
+    marks = {"resets": torch.rand(4, 3) < 0.3, "lengths": torch.tensor([4, 2, 3])} if resets else {}
+    x = torch.randn(4, 3, 5)
+    found, expected = (
+        _results(module, each, 64.0, kind, **marks)
+        for module, each, kind in ((ours, x, mixed), (copy.deepcopy(ours).double(), x.double(), None))
+    )
+    dtypes = {value.dtype for name, value in found.items() if not name.startswith("d")}
+    return dtypes, {name: relative(value.double(), expected[name]) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_cells_of_ones_own(resets, gpu_process):
+    """With heads, and with every keyword of a call."""
+    dtypes, errors = gpu_process(_errors_of_own, resets, None)
+    assert dtypes == {torch.float32}
+    assert {name: error for name, error in errors.items() if not error < 2e-6} == {}
+
+
+def test_cells_of_ones_own_under_autocast(gpu_process):
+    dtypes, errors = gpu_process(_errors_of_own, False, torch.float16)
+    assert dtypes == {torch.float16}
+    assert {name: error for name, error in errors.items() if not 1e-5 < error < 1e-2} == {}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import autograd
+from fastrnn import autograd, dispatch, features
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cpu import fallback
 from fastrnn.kernels.layer import Inputs, Needs, Outer, Steps
@@ -223,11 +223,13 @@ def test_without_the_runtime(make_layer, marks, monkeypatch):
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(ROOT / "build"))  # where those that setup.py compiled lie
     inputs, weights, layer = make(make_layer, "lstm", "two_directions", 3, marks, (7, 5, 3, 9), torch.float32)
     (*tensors, resets, lengths, _, _), text, operators = inputs, layer.text(), torch.ops.fastrnn
+    mask = (torch.rand(inputs.h0.shape) > 0.3) / 0.7
     with threads(1):
-        expected = operators.layer_forward(*tensors, weights, text, True, resets, lengths)
-        found = fallback.layer_forward(*tensors, weights, text, True, resets, lengths)
+        more = resets, lengths, mask
+        expected = operators.layer_forward(*tensors, weights, text, True, *more)
+        found = fallback.layer_forward(*tensors, weights, text, True, *more)
         (y, h_n, c_n, saved), needs = expected, [True, True, True]
-        given = *(torch.ones_like(each) for each in (y, h_n, c_n)), *tensors, weights, y, saved, text, needs, resets, lengths
+        given = *(torch.ones_like(each) for each in (y, h_n, c_n)), *tensors, weights, y, saved, text, needs, *more
         gradients = operators.layer_backward(*given), fallback.layer_backward(*given)
     for one, other in zip(
         (*expected[:3], *gradients[0][:3], *gradients[0][3]), (*found[:3], *gradients[1][:3], *gradients[1][3])
@@ -264,10 +266,9 @@ def by_torch(module: nn.Module, x, hx, resets, lengths):
     """torch.nn's module [T, B] on each row by itself, cut at resets: output, states."""
     lstm, outputs, finals = isinstance(module, nn.LSTM), [], []
     for b in range(x.shape[1]):
-        first = tuple(s[:, b : b + 1] for s in hx) if lstm else hx[:, b : b + 1]
-        state, ys = first, []
+        state, ys = tuple(s[:, b : b + 1] for s in hx) if lstm else hx[:, b : b + 1], []
         for t in range(x.shape[0] if lengths is None else int(lengths[b])):
-            y, state = module(x[t : t + 1, b : b + 1], first if resets is not None and resets[t, b] else state)
+            y, state = module(x[t : t + 1, b : b + 1], None if resets is not None and resets[t, b] else state)
             ys.append(y[:, 0])
         ys = torch.cat(ys) if ys else x.new_zeros(0, module.proj_size or module.hidden_size)
         outputs.append(torch.cat((ys, ys.new_zeros(x.shape[0] - len(ys), ys.shape[1]))))
@@ -309,6 +310,72 @@ def test_modules(name, options, layout):
         torch.testing.assert_close(ours(x, resets=resets), ours(x, zeros, resets=resets))
         none, every = torch.zeros(T, B, dtype=torch.bool), torch.full((B,), T)
         torch.testing.assert_close(ours(x, hx, resets=none, lengths=every), ours(x, hx))
+
+
+EVERY_CALL = list(itertools.product((False, True), (1, 2), (1, 2), (None, [6, 3, 0]), (False, True)))
+
+
+@pytest.mark.parametrize("make", [fastrnn.LSTM, fastrnn.GRU, fastrnn.recurrent(fastrnn.cells.lstm)], ids=["lstm", "gru", "own"])
+@pytest.mark.parametrize(("batch_first", "layers", "directions", "lengths", "learned"), EVERY_CALL)
+def test_a_call_that_begins_elsewhere(make, batch_first, layers, directions, lengths, learned, monkeypatch):
+    """From other states than resets go back to: output, states and gradients as those of single steps."""
+    if make not in (fastrnn.LSTM, fastrnn.GRU):
+        monkeypatch.setattr(dispatch, "forced", "reference")  # nothing is compiled for this test
+    draw, T, B, H, lstm = torch.Generator().manual_seed(0), 6, 3, 4, make is not fastrnn.GRU
+    options = {"num_layers": layers, "bidirectional": directions == 2, "learn_initial_state": learned, "dtype": torch.float64}
+    module = make(3, H, batch_first=batch_first, **options)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=draw, dtype=torch.float64) / 2
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
+
+    x, resets = random(T, B, 3), torch.rand(T, B, generator=draw) < 0.3
+    resets[:, 0] = False
+    count = T if lengths is None else lengths
+    hx = [random(layers * directions, B, H) for _ in range(1 + lstm)]
+    fresh = features.initial_states(module, B) if learned else [torch.zeros_like(state) for state in hx]
+    given = {"resets": resets.T if batch_first else resets, "lengths": lengths and torch.tensor(lengths), "all_states": True}
+    y, last, every = module(x.transpose(0, 1) if batch_first else x, tuple(hx) if lstm else hx[0], **given)
+    last, every = (each if lstm else (each,) for each in (last, every))
+    if batch_first:
+        y, every = y.transpose(0, 1), [each.transpose(1, 2) for each in every]
+
+    one, ends, output = type(module)(H, H, dtype=torch.float64), {}, x
+    for k, (layer, d) in enumerate(itertools.product(range(layers), range(directions))):
+        suffix = f"_l{layer}" + "_reverse" * d
+        own = {f"{name}_l0": getattr(module, f"{name}{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+        if d == 0:
+            below, rows = output, {}
+        one.input_size = below.shape[-1]
+        for b in range(B):
+            state = [each[k, b][None, None] for each in hx]
+            steps = range(count if isinstance(count, int) else count[b])
+            for t in reversed(steps) if d else steps:
+                state = [each[k, b][None, None] for each in fresh] if resets[t, b] else state
+                call = below[t, b][None, None], tuple(state) if lstm else state[0]
+                rows[t, b, d], state = torch.func.functional_call(one, own, call)
+                state = list(state) if lstm else [state]
+            ends[k, b] = [each[0, 0] for each in state]
+        zero = x.new_zeros(1, 1, H)
+        output = torch.cat(
+            [torch.cat([rows.get((t, b, d), zero) for t in range(T) for b in range(B)]) for d in range(d + 1)], -1
+        )
+        output = output.view(T, B, -1)
+    count = range(len(hx[0]))
+    finals = [torch.stack([torch.stack([ends[k, b][s] for b in range(B)]) for k in count]) for s in range(len(hx))]
+    expected = [output, *finals]
+    torch.testing.assert_close([y, *last], expected)
+    top = every[0].unflatten(0, (layers, directions))[-1]
+    torch.testing.assert_close(torch.cat(list(top), -1), output)
+    leaves = [x, *hx, *module.parameters()]
+    seeds = [torch.randn(each.shape, generator=draw, dtype=torch.float64) for each in expected]
+    for own, right in zip(
+        torch.autograd.grad([y, *last], leaves, seeds, allow_unused=True),
+        torch.autograd.grad(expected, leaves, seeds, allow_unused=True),
+        strict=True,
+    ):  # a state that no row goes back to has a gradient of zeros, or none
+        torch.testing.assert_close(*(torch.zeros(()) if each is None or not each.any() else each for each in (own, right)))
 
 
 def test_layers_of_own_cells():
@@ -428,11 +495,12 @@ def call():
     x, h, c = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 3, 3), (2, 3, 4), (2, 3, 4)))
     resets, lengths = torch.rand(5, 3) < 0.4, torch.tensor([2, 5, 0])
 
-    def ours(x, h, c, resets=resets, lengths=lengths):
-        y, (h_n, c_n) = module(x, (h, c), resets=resets, lengths=lengths)
-        return y.sin().sum() + (h_n * c_n).sum()
-
     weights, layer = module._flat_weights, fastrnn.dispatch.layer_of_module(module)
+    kinds = {name: weights[k::4] for k, name in enumerate(("w_ih", "w_hh", "b_ih", "b_hh"))}
+
+    def ours(x, h, c, resets=resets, lengths=lengths):
+        y, h_n, c_n = fastrnn.functional.layer(x, h, c, cell="lstm", **kinds, resets=resets, lengths=lengths)
+        return y.sin().sum() + (h_n * c_n).sum()
 
     def plain(x, h, c, resets=resets, lengths=lengths):
         y, h_n, c_n, _ = reference.layer_forward(Inputs(x, None, h, c, resets, lengths), weights, layer)

@@ -89,7 +89,16 @@ def _quick(row: dict) -> bool:
     return _possible(row) and (few or row.get("dtype", torch.float32) is torch.float32)
 
 
-OWN_LAYERS = [Layer(OWN[k % len(OWN)], **row, sizes=(2, 3, 5, 19)) for k, row in enumerate(pairwise(OF_OWN, _quick))]
+JUMPS = ("odd", "every_function")  # not continuous: what half precision rounds decides by chance on which side a number is
+
+
+def _own_layers() -> Iterator[Layer]:
+    every, smooth = itertools.cycle(OWN), itertools.cycle(cell for cell in OWN[::-1] if cell not in JUMPS)
+    for row in pairwise(OF_OWN, _quick):
+        yield Layer(next(every if row["dtype"] is torch.float32 else smooth), **row, sizes=(2, 3, 5, 19))
+
+
+OWN_LAYERS = list(_own_layers())
 
 
 @needs_triton
@@ -113,6 +122,7 @@ def test_modules_of_cells_of_ones_own(cell, heads, interpreted):
 def test_cells_of_ones_own_in_every_combination(cell, tiles, interpreted):
     factors = {**OF_OWN, "cell": (cell,), "tiles": (tiles,), "reverse": (False, True), "save": (True, False)}
     factors |= {"incoming": ("all", "dy", "dh_n", "dc_n"), "sizes": ((4, 3, 3, 29), (5, 18, 2, 16))}
+    factors["dtype"] = (torch.float32,) if cell in JUMPS else FACTORS["dtype"]
     states = Layer(cell).kind.states
     for row in pairwise(factors, lambda row: _possible({**row, "cell": "lstm" if states else "gru"})):
         assert interpreted(triton_layers.faults, Layer(**row)) == [], row

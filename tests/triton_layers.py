@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -338,8 +339,10 @@ def faults_of_module(name: str, heads: int) -> list[str]:
         return forward(*args)
 
     library = torch.library.Library("fastrnn", "IMPL", "CPU")
-    library.impl("layer_forward", layer_forward, allow_override=True)
-    library.impl("layer_backward", gpu.layer_backward, allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there was another
+        library.impl("layer_forward", layer_forward, allow_override=True)
+        library.impl("layer_backward", gpu.layer_backward, allow_override=True)
     wrong: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "choose", lambda *given: choose(*given, "single"))

@@ -140,7 +140,10 @@ def _without_autocast(op: Callable) -> Callable:
 
 @_without_autocast
 def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
-    """The raw op's implementation: the kernels, or of float64, which they do not multiply in, the reference."""
+    """The raw op's implementation: the kernels, or of float64, which they do not multiply in, the reference.
+
+    more: the other fields of Inputs.
+    """
     if x.dtype is torch.float64:
         return reference.layer_forward(Inputs(x, batch_sizes, h0, c0, *more), weights, layer_of(text), save)
     from . import layer

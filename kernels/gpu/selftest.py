@@ -187,7 +187,9 @@ def _driver() -> str:
     for path in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
         with contextlib.suppress(OSError):
             return Path(path).read_text().splitlines()[0]
-    return f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    if torch.version.cuda:
+        return f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]  # which a build for CPUs has not
+    return f"ROCm {torch.version.hip}"
 
 
 @cache
