@@ -39,6 +39,7 @@ def check(cell, which, draws=2000):
             "hidden_size": hidden,
             "output_size": hidden // 2 if projected else hidden,
             "projected": projected,
+            "heads": draw.choice((1, 2, 4)) if hidden % 4 == 0 and not projected else 1,
             "half": hidden % 4 == 0 and not layers and draw.randrange(2),
             "directions": directions,
             "layers": layers,
@@ -47,7 +48,12 @@ def check(cell, which, draws=2000):
             "need_dh0": draw.choice((0, 1)),
             "need_dw": draw.choice((0, 1)),
             "l2_bytes": draw.choice((1 << 18, 1 << 20, 1 << 22)),
+            # addresses, of which the arrangement asks whether they are there
+            "resets": 0 if layers else draw.choice((0, 64)),
+            "order": 0 if layers else draw.choice((0, 64)),
+            "mask": 0 if layers else draw.choice((0, 64)),
         }
+        sizes["padded_steps"] = sizes["steps"]
         sizes["rows"] = sizes["steps"] * sizes["batch"]
         for name, value in sizes.items():
             records[name] = value
