@@ -351,11 +351,16 @@ def _restarted(run: Callable[[Inputs], tuple], inputs: Inputs, layer: Layer, res
     Each row is run from the states that are given up to its first reset, and from the others beyond.
     """
     steps = Steps(layer, inputs)
-    first, untouched = zip(*(steps.before_resets(layer.reverse != bool(d)) for d in range(layer.directions)), strict=True)
-    alone = inputs._replace(resets=None)
+    sides = (steps.before_resets(layer.reverse != bool(d)) for d in range(layer.directions))
+    first, untouched, at_once = zip(*sides, strict=True)
+    # Nothing of what a row without steps before its first reset begins with may reach a gradient, NaN either.
+    nothing = torch.stack(at_once).unsqueeze(-1)
+    h0 = torch.where(nothing, restart[0], inputs.h0)
+    c0 = None if inputs.c0 is None or restart[1] is None else torch.where(nothing, restart[1], inputs.c0)
+    alone = inputs._replace(h0=h0, c0=c0)
     if layer.directions == 1 and not layer.reverse and not steps.packed:  # no step after the first reset is run twice
         count = first[0].sum(steps.axis)
-        alone = alone._replace(lengths=count if inputs.lengths is None else torch.minimum(count, inputs.lengths))
+        alone = alone._replace(resets=None, lengths=count if inputs.lengths is None else torch.minimum(count, inputs.lengths))
     begun, anew = run(alone), run(inputs._replace(h0=restart[0], c0=restart[1]))
     of_y = torch.stack(first, -1).repeat_interleave(begun[0].shape[-1] // layer.directions, -1)
     of_state, of_states = (torch.stack(each).unsqueeze(-1) for each in (untouched, first))

@@ -135,14 +135,15 @@ class _Cell:
     kind: _Kind
     name: str
 
-    def weights(self) -> list[Tensor]:
+    def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """As torch.nn lists them: w_ih [G*H, I], w_hh [G*H, H], and b_ih and b_hh [G*H] if there are biases.
 
+        dtype: the input's, where Keras has not cast them to it, as outside of a layer's own call.
         They are made anew in each call: nobody can notice a write through `.data` or a numpy view.
         """
         cell, kind = self.keras_cell, self.kind
         variables = (cell.kernel, cell.recurrent_kernel, *(() if cell.bias is None else (cell.bias,)))
-        own = [variable.value for variable in variables]
+        own = [variable.value if dtype is None else variable.value.to(dtype) for variable in variables]
         two = len(own) > 2 and own[2].dim() == 2
         given = own if two else own[:2]
         eager = not (torch.compiler.is_compiling() or dispatch.watched())
@@ -265,7 +266,7 @@ def _natively(cells: Sequence[_Cell], x: Tensor, hx: Any) -> tuple[Tensor, Any] 
     """What the torch module of these cells, batch_first, returns for x and hx; None where the compiled runtime declines it."""
     if not dispatch.native or torch.compiler.is_compiling():
         return None
-    weights = [weight for cell in cells for weight in cell.weights()]
+    weights = [weight for cell in cells for weight in cell.weights(x.dtype)]
     names, name = _names(len(weights) // len(cells), len(cells)), cells[0].kind.torch_name
     attributes = {
         "mode": name if name != "RNN" else cells[0].name.upper(),
@@ -295,7 +296,7 @@ def _layer(
     initial = [torch.stack([steps.initial(state) for state in kind]) for kind in states]
     done: Any = None
     if factors is not None:
-        weights, by_time = cells[0].weights(), steps.batch_sizes is not None
+        weights, by_time = cells[0].weights(data.dtype), steps.batch_sizes is not None
         given = Inputs(data, steps.batch_sizes, initial[0], None, mask=steps.initial(factors).unsqueeze(0))
         own = Layer(cells[0].name, bias=len(weights) > 2, batch_first=not by_time)
         y, h_n, _ = functional.run_marked(given, weights, own, 1, 0.0)
@@ -306,7 +307,7 @@ def _layer(
         y, last = done
         last = last if isinstance(last, tuple) else (last,)
     else:
-        w_ih, w_hh, *biases = zip(*(cell.weights() for cell in cells), strict=True)
+        w_ih, w_hh, *biases = zip(*(cell.weights(data.dtype) for cell in cells), strict=True)
         y, *last = functional.layer(
             data,
             *initial,

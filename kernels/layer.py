@@ -212,23 +212,26 @@ class Steps:
         lasts = (times.unsqueeze(1) == self.lengths - 1).reshape(-1, 1)
         return lasts if resets is None else lasts | resets
 
-    def before_resets(self, reverse: bool) -> tuple[Tensor, Tensor]:
-        """Return which rows of the sequence come before their first reset, in a direction's order, and which [B] have none."""
+    def before_resets(self, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which rows of the sequence come before their first reset, in a direction's order.
+
+        Further, which rows of the batch [B] have no reset, and which have one before any step.
+        """
         marks: Any = self.resets
         times = torch.arange(self.steps, device=marks.device).unsqueeze(1)
+        there = None if self.lengths is None else times < self.lengths
         if self.batch_sizes is not None:
-            there = torch.arange(self.batch) < self.batch_sizes.unsqueeze(1)
-            there = there.to(marks.device)
+            there = (torch.arange(self.batch) < self.batch_sizes.unsqueeze(1)).to(marks.device)
             marks = torch.zeros_like(there).masked_scatter(there, marks)
         elif self.axis:
             marks = marks.t()
-        if self.lengths is not None:
-            marks = marks & (times < self.lengths)
-        count = marks.flip(0).cumsum(0).flip(0) if reverse else marks.cumsum(0)
-        first = count == 0
+        if there is not None:
+            marks = marks & there
+        first = (marks.flip(0).cumsum(0).flip(0) if reverse else marks.cumsum(0)) == 0
+        untouched, begun = ~marks.any(0), (first if there is None else first & there).any(0)
         if self.batch_sizes is not None:
-            return first.masked_select(there), ~marks.any(0)
-        return first.t() if self.axis else first, ~marks.any(0)
+            first = first.masked_select(there)
+        return first.t() if self.axis else first, untouched, ~(untouched | begun)
 
 
 def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int = 1) -> str | None:

@@ -493,3 +493,22 @@ def test_half_precision_and_compressed_layers():
     compressed = fastrnn.compress(copy.deepcopy(module))
     torch.manual_seed(0)
     torch.testing.assert_close(run(compressed, x)[0], expected[0], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_heads_of_any_size_share_no_unit(name):
+    """Threads whose heads end within a vector, with a mask, add to the gradient of their own units of the initial state."""
+    layer = getattr(fastrnn, name)(3, 120, num_heads=8, recurrent_dropout=0.5)
+    x, hx = torch.randn(17, 17, 3), [torch.rand(1, 17, 120, requires_grad=True) for _ in range(1 + (name == "LSTM"))]
+
+    def gradients():
+        torch.manual_seed(5)
+        y, _ = layer(x, tuple(hx) if name == "LSTM" else hx[0])
+        return torch.autograd.grad(y.square().sum(), [*layer.parameters(), *hx])
+
+    with threads(1):
+        expected = gradients()
+    for _ in range(10):
+        with threads(2):
+            found = gradients()
+        assert all(map(torch.equal, found, expected))

@@ -537,3 +537,20 @@ def test_the_training_flag_reaches_other_layers_as_in_keras():
                 model(x, **training)
                 zeros.append(bool((model(x, **training) == 0).any()))
             assert zeros[0] == zeros[1], (told, training)
+
+
+@pytest.mark.parametrize("name", ["SimpleRNN", "LSTM", "GRU"])
+def test_a_layers_own_dtype_policy(name):
+    """Where the scope of Keras' call around the layer casts no weights, or casts them to another dtype."""
+    x, own = torch.randn(2, 3, 4), getattr(fastrnn.keras, name)(5, dtype="mixed_bfloat16")
+    expected = own(x)
+    found, _ = own.stateless_call(own.trainable_variables, own.non_trainable_variables, x)
+    torch.testing.assert_close(found, expected)
+    both = fastrnn.keras.Bidirectional(getattr(fastrnn.keras, name)(5, dtype="mixed_bfloat16"))
+    theirs = keras.layers.Bidirectional(getattr(keras.layers, name)(5, dtype="mixed_bfloat16"))
+    y = both(x)
+    theirs.build(x.shape)
+    theirs.set_weights(both.get_weights())
+    other = theirs(x)
+    assert y.dtype == other.dtype
+    torch.testing.assert_close(y, other, rtol=0.02, atol=0.02)  # bfloat16 has eight bits

@@ -378,6 +378,46 @@ def test_a_call_that_begins_elsewhere(make, batch_first, layers, directions, len
         torch.testing.assert_close(*(torch.zeros(()) if each is None or not each.any() else each for each in (own, right)))
 
 
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_no_row_has_a_step(name):
+    """Lengths of zero, and calls whose rows are all reset before their first step: nothing is left as memory was."""
+    layer, x = getattr(fastrnn, name)(4, 16, 2, bidirectional=True), torch.randn(3, 4, 4, requires_grad=True)
+    hx = [torch.randn(4, 4, 16, requires_grad=True) for _ in range(1 + (name == "LSTM"))]
+    given = tuple(hx) if name == "LSTM" else hx[0]
+    for _ in range(3):
+        dirt = [torch.full((n,), torch.nan) for n in range(1, 4000, 7)]
+        del dirt
+        y, state = layer(x, given, lengths=torch.zeros(4, dtype=torch.int64))
+        state = state if name == "LSTM" else (state,)
+        assert not y.any() and all(map(torch.equal, state, hx))
+        grads = torch.autograd.grad(y.sum() + sum(each.sum() for each in state), [x, *layer.parameters(), *hx])
+        assert not any(grad.any() for grad in grads[: -len(hx)]) and all((grad == 1).all() for grad in grads[-len(hx) :])
+    first = torch.zeros(3, 4, dtype=torch.bool)
+    first[0] = first[-1] = True
+    results = []
+    for begin in (None, tuple(torch.full_like(state, torch.nan) for state in hx)):
+        begin = begin[0] if begin and name != "LSTM" else begin
+        y, _ = layer(x, begin, resets=first)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("layout", ["two directions", "packed"])
+def test_what_is_not_used_of_a_call_may_overflow(layout):
+    """Steps after a reset, from the states before it, are no part of the result."""
+    layer = fastrnn.RNN(3, 4, nonlinearity="relu", bidirectional=layout != "packed")
+    for name, weight in layer.named_parameters():
+        weight.data = 2 * torch.eye(4) if name.startswith("weight_hh") else weight.data
+    x, resets = torch.rand(200, 2, 3), (torch.arange(200) % 10 == 5).unsqueeze(1).expand(200, 2)
+    hx = torch.rand(1 + layer.bidirectional, 2, 4)
+    if layout == "packed":
+        x, resets = (pack_padded_sequence(each, torch.tensor([200, 200])) for each in (x, resets))
+    y, _ = layer(x, hx, resets=resets)
+    y = y.data if layout == "packed" else y
+    grads = torch.autograd.grad(y.sum(), list(layer.parameters()))
+    assert y.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+
+
 def test_layers_of_own_cells():
     """A cell of three states beside h: resets and lengths on the compiled engine, against the reference."""
     layer = fastrnn.recurrent(fastrnn.cells.slstm)(3, 5, 2, bidirectional=True, batch_first=True, dtype=torch.float64)

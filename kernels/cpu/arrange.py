@@ -82,7 +82,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         ih_depth, hh_depth = input_depth, depth // 2 if half_panels else depth
         if tiles:
             ih_depth, hh_depth = plan.TILE_PAIRS * tile_blocks(input_depth), plan.TILE_PAIRS * tile_blocks(depth)
-        together = split_rows(max(input_depth, depth), tile_parts) if tiles else p.rows
+        together = split_rows(max(input_depth, depth), tile_parts) if tiles else max(1, p.rows)  # lengths may all be 0
         one_step = p.steps == 1 and not frozen
         rounded_at_once = p.half and p.rows <= plan.FEW_ROWS
         # Packed W_hh may lie in its gradient, which is as large and written when no step needs the panels any more.

@@ -488,8 +488,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     def add_masked(p, source, b, total, unit0, unit1):
         """Add units unit0 .. unit1-1 of a row, times the mask of row b, to a total."""
         mask = mask_at(p, b)
-        for unit in range(unit0, min(unit1, p.output_size), lanes):
-            n, at = p.output_size - unit, unit * size
+        end = min(unit1, p.output_size)
+        for unit in range(unit0, end, lanes):
+            n, at = end - unit, unit * size  # beyond are another member's units
             store(total + at, load(total + at, n) + load(source + at, n) * load(mask + at, n), n)
 
     @njit(**options)
