@@ -595,6 +595,7 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
         or isinstance(layer.cell, keras.layers.StackedRNNCells)
         or isinstance(_cells(layer, training, sequences), str)
         or layer.activity_regularizer is not None
+        or layer.compute_dtype != self.compute_dtype
         or (training and (layer.cell.dropout or layer.cell.recurrent_dropout))
         or not _is_mask(mask, sequences)
         for layer in layers
