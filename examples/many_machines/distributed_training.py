@@ -3,18 +3,18 @@ Many machines: DistributedDataParallel and FSDP2
 ================================================
 
 The character model of ``examples/char_lm.py`` is trained by one process, by two with DistributedDataParallel (each has the
-whole model), and by two with FSDP2 (each has half of every parameter). Both pairs write a checkpoint half way, forget all that
-they know, and resume. The losses are always the same. Nothing here would be different with torch.nn's layers.
+whole model), and by two with FSDP2 (each has half of every parameter). Both pairs write a checkpoint half way, forget all
+that they know, and resume. The losses are always the same. Nothing here would be different with torch.nn's layers.
 
 The page starts its processes itself. On machines with GPUs, ``torchrun --nproc-per-node 8 -m
-examples.many_machines.distributed_training --strategy fsdp2 --device cuda`` starts them.
-
-The text is the Python language reference, which ships with CPython (PSF licence).
+examples.many_machines.distributed_training --strategy fsdp2 --device cuda`` starts them. The text is the Python
+language reference, which ships with CPython (PSF licence).
 """
 
 # sphinx_gallery_thumbnail_path = "results/distributed_training.png"
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -116,14 +116,14 @@ def launch(strategy: str, folder: str) -> list[float]:
     """The losses of two processes."""
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m"
     flags = f"--strategy {strategy} --output {folder} --seed {page.seed} --device {page.device} {page.pick('', '--quick')}"
-    command = f"{torchrun} examples.many_machines.distributed_training {flags}"
-    subprocess.run(command.split(), check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
+    command = f"{torchrun} examples.many_machines.distributed_training {flags}".split()
+    subprocess.run(command, check=True, cwd=ROOT, stderr=subprocess.DEVNULL)
     return json.loads(Path(folder, f"{strategy}.json").read_text())
 
 
 if page.extra["strategy"] != "compare":
     work(page.extra["strategy"])
-    sys.exit()
+    os._exit(0)  # at an ordinary end, threads of torch that still run abort the process now and then
 
 model, optimizer = build("one")
 page.race(model, lambda *arguments: statistics.mean(train(*arguments)), draw(STEPS))
