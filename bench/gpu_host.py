@@ -93,6 +93,7 @@ def install() -> None:
     gpu.HERE, gpu.why_not, gpu.device_of = "is_cpu", lambda device: None, lambda device: H100
     dispatch.native = None
     take_all()
+    # a function in the place of a class, for there is no device to make the current one
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc, return-value]
 
 

@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             ratios = results[-1].get("ratios")
             told = f"{ratios['torch']:.2f}x" if ratios else f"[red]wrong: {', '.join(results[-1]['faults'])}"
             console.print(f"{results[-1]['name']:36} {told}")
-    settings = {"threads": torch.get_num_threads(), "seconds": options.seconds, "repeats": options.repeats}
-    record.write(options.output, record.header(dtype="float32", **settings) | {"cases": results})
+    record.write_cases(options, results)
     return any(result["faults"] for result in results)
 
 

@@ -65,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         ratios = results[-1].get("ratios")
         told = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items() if ratio != 1) if ratios else "[red]wrong"
         console.print(f"{case.name:36} {told}")
-    settings = {"threads": torch.get_num_threads(), "seconds": options.seconds, "repeats": options.repeats}
-    record.write(options.output, record.header(dtype="bfloat16", **settings) | {"cases": results})
+    record.write_cases(options, results, dtype="bfloat16")
     return any("ratios" not in result for result in results)
 
 

@@ -149,8 +149,7 @@ def main(argv: list[str] | None = None) -> int:
             results.append(measure(case, options.seconds, options.repeats, backends))
             told = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in results[-1].get("ratios", {}).items())
             console.print(f"{case.name:36} {told}", *(f"[red]{fault}" for fault in results[-1]["faults"]))
-    settings = {"threads": torch.get_num_threads(), "seconds": options.seconds, "repeats": options.repeats}
-    record.write(options.output, record.header(dtype="float32", **settings) | {"cases": results})
+    record.write_cases(options, results)
     return any(result["faults"] for result in results)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -109,6 +110,14 @@ def header(**settings: Any) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "settings": settings,
     }
+
+
+def write_cases(options: argparse.Namespace, cases: list[dict[str, Any]], dtype: str = "float32") -> None:
+    """Write what a benchmark with the options of `timing.parser` has measured."""
+    import torch
+
+    settings = {"threads": torch.get_num_threads(), "seconds": options.seconds, "repeats": options.repeats}
+    write(options.output, header(dtype=dtype, **settings) | {"cases": cases})
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

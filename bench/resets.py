@@ -103,8 +103,7 @@ def main(argv: list[str] | None = None) -> int:
                 ratios = results[-1].get("ratios", {})
                 told = ", ".join(f"{name} {ratio:.3f}x" for name, ratio in ratios.items()) or f"[red]{results[-1]['faults']}"
                 console.print(f"{kind} {'training' if train else 'inference'} {cell:6} takes 1, {told}")
-    settings = {"threads": torch.get_num_threads(), "seconds": options.seconds, "repeats": options.repeats}
-    record.write(options.output, record.header(dtype="float32", **settings) | {"cases": results})
+    record.write_cases(options, results)
     return any(result["faults"] for result in results)
 
 

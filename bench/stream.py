@@ -88,8 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             times = results[-1].get("times")
             told = "  ".join(f"{name} {taken['median'] * 1e6:.1f}" for name, taken in times.items()) if times else "[red]wrong"
             console.print(f"{cell} H{hidden}, us: {told}")
-    settings = {"threads": threads, "seconds": options.seconds, "repeats": options.repeats}
-    record.write(options.output, record.header(dtype="float32", **settings) | {"cases": results})
+    record.write_cases(options, results)
     return any("times" not in result for result in results)
 
 

@@ -45,7 +45,7 @@ def run_layer(
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda") if of_cell else torch.float16
             return _under_autocast(run_layer, inputs, weights, layer, dtype)
-    elif inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
+    elif _is_mixed(inputs, weights):
         return _in_float32(inputs, weights, layer, of_cell)
     wanted, text = torch.is_grad_enabled() and _requires_grad(*inputs, *weights), layer.text()
     segments = 0
@@ -67,7 +67,7 @@ def run_states(inputs: Inputs, weights: Sequence[Tensor], layer: Layer) -> tuple
     if getattr(inputs.x, gpu.HERE):
         if torch.is_autocast_enabled("cuda"):
             return _under_autocast(run_states, inputs, weights, layer, torch.float16)
-    elif inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu")):
+    elif _is_mixed(inputs, weights):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.x.dtype
         with torch.autocast("cpu", enabled=False):
             found = run_states(_cast(inputs), [weight.float() for weight in weights], layer)
@@ -82,6 +82,11 @@ def run_states(inputs: Inputs, weights: Sequence[Tensor], layer: Layer) -> tuple
     else:
         y, h_n, c_n, saved = ops.forward(inputs, weights, text, True)
     return y, h_n, c_n, reference.carried_states(inputs, layer, saved)
+
+
+def _is_mixed(inputs: Inputs, weights: Sequence[Tensor]) -> bool:
+    """Is a call in half precision or under autocast, on a CPU?"""
+    return inputs.x.is_cpu and (weights[0].dtype in dispatch.HALF or torch.is_autocast_enabled("cpu"))
 
 
 def _in_float32(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell: bool):

@@ -36,12 +36,8 @@ def module_forward(module: Any, x: Tensor, hx: Tensor | Sequence[Tensor] | None)
         return None
     layer, num_layers, lstm = dispatch.layer_of_module(module), module.num_layers, isinstance(module, nn.LSTM)
     if hx is None:
-        depth, batch = num_layers * layer.directions, x.size(0 if layer.batch_first else 1)
-        h0 = x.new_zeros((depth, batch, module.proj_size or module.hidden_size))
-        if lstm:
-            hx = h0, x.new_zeros((depth, batch, module.hidden_size)) if module.proj_size else h0
-        else:
-            hx = h0
+        h0, *others = _zeros(module, x, x.size(0 if layer.batch_first else 1))
+        hx = (h0, *others) if lstm else h0
     inputs = functional.inputs_of(layer.cell, x, None, hx)
     dropout = module.dropout if module.training else 0.0
     done = functional.run_layers(inputs, weights, layer, num_layers, dropout, module._fastrnn_compressed)
@@ -80,6 +76,15 @@ def own_weights(module: Any) -> list[Tensor] | None:
     return module._flat_weights
 
 
+def _zeros(module: Any, x: Tensor, batch: Any) -> list[Tensor]:
+    """Return the initial h, and an LSTM's c, of so many rows."""
+    depth = module.num_layers * (1 + module.bidirectional)
+    h0 = x.new_zeros((depth, batch, module.proj_size or module.hidden_size))
+    if not isinstance(module, nn.LSTM):
+        return [h0]
+    return [h0, x.new_zeros((depth, batch, module.hidden_size)) if module.proj_size else h0]
+
+
 def has_keywords(module: Any, resets: Any = None, lengths: Any = None, all_states: Any = False, **unknown: Any) -> bool:
     """Does a call of a layer ask for what torch.nn has not? A TypeError where that is nothing that we have either."""
     if unknown:
@@ -109,24 +114,17 @@ def module_sequence(
     begun = hx is not None
     initial: Any = None
     if not begun or resets is not None:
+        batch = x.size(batch_dim) if batch_sizes is None else batch_sizes[0]
         if module._fastrnn_features and module.learn_initial_state:
-            batch = x.size(batch_dim) if batch_sizes is None else int(batch_sizes[0])
-            h0, *others = features.initial_states(module, batch)
+            h0, *others = features.initial_states(module, int(batch))
         else:
-            depth = module.num_layers * (1 + module.bidirectional)
-            batch = x.size(batch_dim) if batch_sizes is None else batch_sizes[0]
-            h0 = x.new_zeros(depth, batch, module.proj_size or module.hidden_size)
-            others = [x.new_zeros(depth, batch, module.hidden_size)] * lstm
+            h0, *others = _zeros(module, x, batch)
         initial = (h0, *others) if lstm else h0
     if not begun:
         hx = initial
     elif not packed:
-        states, dims = hx if lstm else (hx,), 3 if batched else 2
-        if any(state.dim() != dims for state in states):
-            found, kind = ", ".join(f"{state.dim()}-D" for state in states), "batched" if batched else "unbatched"
-            of_pair = f"hx and cx should also be {dims}-D but got ({found}) tensors"
-            of_one = f"hx should also be {dims}-D but got {found} tensor"
-            raise RuntimeError(f"For {kind} {dims}-D input, {of_pair if lstm else of_one}")
+        states = hx if lstm else (hx,)
+        functional.check_dimensions(("h", "c")[: len(states)], states, 3 if batched else 2)
         if not batched:
             hx = tuple(state.unsqueeze(1) for state in states) if lstm else hx.unsqueeze(1)
     module.check_forward_args(x, hx, batch_sizes)
@@ -235,7 +233,7 @@ def layer_fallback(torch_class: type[nn.RNNBase]) -> Any:
 
     def fallback(self, input, hx):
         if self._fastrnn_features:
-            return module_sequence(self, input, hx, None, None, False)
+            return module_sequence(self, input, hx)
         if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)

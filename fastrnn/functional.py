@@ -112,10 +112,7 @@ def layer(
     states = (h0,) if c0 is None else (h0, c0)
     engine = dispatch.choose(x, batch_sizes, states, weights, compressed=True)  # if they are
     inputs = inputs._replace(x=ops.unit_stride(x))
-    if all_states:
-        *results, after_steps = _run_states(engine, inputs, weights, own)
-        return *results, after_steps
-    return _run(engine, inputs, weights, own)
+    return (_run_states if all_states else _run)(engine, inputs, weights, own)
 
 
 def lstm(*args):
@@ -434,6 +431,17 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return one is other or not (one.is_cpu and other.is_cpu) or torch.equal(one, other)
+
+
+def check_dimensions(names: Sequence[str], states: Sequence[Tensor], dims: int) -> None:
+    """Raise torch.nn's error where one of the states, which have these names, has not as many dimensions as the input."""
+    if all(state.dim() == dims for state in states):
+        return
+    kind, given = "batched" if dims == 3 else "unbatched", ", ".join(f"{state.dim()}-D" for state in states)
+    *others, last = (f"{name}x" for name in names) if len(names) > 1 else ("hx",)
+    which = f"{', '.join(others)} and {last}" if others else last
+    got = f"({given}) tensors" if others else f"{given} tensor"
+    raise RuntimeError(f"For {kind} {dims}-D input, {which} should also be {dims}-D but got {got}")
 
 
 def runs_in_graph(module: Any, input: Any, hx: Any) -> bool:

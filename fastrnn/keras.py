@@ -135,6 +135,11 @@ class _Cell:
     kind: _Kind
     name: str
 
+    @property
+    def kinds(self) -> int:
+        """Kinds of states: h, and for LSTM c."""
+        return 2 if self.name == "lstm" else 1
+
     def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """As torch.nn lists them: w_ih [G*H, I], w_hh [G*H, H], and b_ih and b_hh [G*H] if there are biases.
 
@@ -359,10 +364,9 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
     stacked, data, after = isinstance(layer.cell, keras.layers.StackedRNNCells), steps.data(x), []
     for cell, given in zip(cells, initial_state if stacked else [initial_state], strict=True):
         given = given if isinstance(given, (list, tuple)) else [given]
-        before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in given]
-        fits = all(state.shape == (len(x), cell.keras_cell.units) for state in before)
-        if not fits or len(before) != (2 if cell.name == "lstm" else 1):
-            return None  # which Keras may spread over the rows, or has words for
+        before = _before(given, x, cell, 1)
+        if before is None:
+            return None
         if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
             before = [state.clone() for state in before]
         factors = None
@@ -373,6 +377,13 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
     outputs = steps.outputs(data, layer.zero_output_for_mask)
     last_output = after[-1][0] if mask is None else outputs[:, -1]
     return last_output, outputs, after if stacked else after[0]
+
+
+def _before(given: Sequence[Any], x: Tensor, cell: _Cell, directions: int) -> list[Tensor] | None:
+    """The states before the first step, each [B, H]; None where they are others, which Keras may spread, or has words for."""
+    before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in given]
+    fits = len(before) == directions * cell.kinds
+    return before if fits and all(state.shape == (len(x), cell.keras_cell.units) for state in before) else None
 
 
 def _inputs(layer: Any, sequences: Any, training: Any) -> Tensor:
@@ -390,11 +401,11 @@ def _run_plain(layer: Any, x: Any, initial_state: Any, mask: Any, training: Any)
     What Keras does around its loop takes three times as long as a layer with a short sequence does.
     """
     cell = layer.cell
-    if mask is not None or layer.stateful or layer.go_backwards or not isinstance(cell, _PLAIN) or type(x) is not Tensor:
+    if mask is not None or layer.stateful or layer.go_backwards or type(cell) not in _PLAIN or type(x) is not Tensor:
         return None
     if cell.dropout or cell.recurrent_dropout or not getattr(type(layer).inner_loop, "is_fused", False):
         return None
-    if type(layer).get_initial_state is not keras.layers.RNN.get_initial_state or type(cell) not in _PLAIN:
+    if type(layer).get_initial_state is not keras.layers.RNN.get_initial_state:
         return None
     cells = _cells(layer, training, x)
     if isinstance(cells, str) or getattr(torch, layer.compute_dtype) is not x.dtype:
@@ -607,15 +618,15 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
     if not same or forward.keras_cell.use_bias != backward.keras_cell.use_bias or layers[0].go_backwards:
         return None
     x, H = _inputs(layers[0], sequences, training), forward.keras_cell.units
-    mask, kinds = _mask_of(mask, x), 2 if forward.name == "lstm" else 1
+    mask, kinds = _mask_of(mask, x), forward.kinds
     if mask is not None and not mask.any():
         return None
     steps = _AllSteps() if mask is None else _ValidSteps(mask)
     if initial_state is None:
         initial_state = [x.new_zeros(x.shape[0], H)] * (2 * kinds)
-    before = [keras.ops.convert_to_tensor(state).to(x.dtype) for state in initial_state]
-    if len(before) != 2 * kinds or any(state.shape != (len(x), H) for state in before):
-        return None  # which Keras may spread over the rows, or has words for
+    before = _before(initial_state, x, forward, 2)
+    if before is None:
+        return None
     y, states = _layer(cells, steps.data(x), list(zip(before[:kinds], before[kinds:], strict=True)), steps)
     y = steps.outputs(y, zero=True)
     one, other = (y[..., :H], y[..., H:]) if self.return_sequences else states[0]

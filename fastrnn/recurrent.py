@@ -278,12 +278,7 @@ class Recurrent(nn.Module):
             raise TypeError(f"hx: expected {wanted}, got {_described(hx)}")
         if dims is None:
             return states
-        if any(state.dim() != dims for state in states):
-            whose = "batched 3-D" if dims == 3 else "unbatched 2-D"
-            given = ", ".join(f"{state.dim()}-D" for state in states)
-            which = "hx" if len(names) == 1 else f"{', '.join(f'{name}x' for name in names[:-1])} and {names[-1]}x"
-            got = f"{given} tensor" if len(names) == 1 else f"({given}) tensors"
-            raise RuntimeError(f"For {whose} input, {which} should also be {dims}-D but got {got}")
+        functional.check_dimensions(names, states, dims)
         return states if dims == 3 else [state.unsqueeze(1) for state in states]
 
     def _checked(self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor] | None) -> list[Tensor]:

@@ -94,7 +94,8 @@ class Cell:
     noise:          numbers that a call brings for each row, unit and step, side by side in a row of `Inputs.noise`.
     kept, slots:    values that a step keeps for backward, of each unit. Of the slots the first `kept` are derived.kept, the
                     last are the states. There is room for the gates' pre-activations.
-    carry:          what enters element by element: "cell" (one state), "hidden" (h), None, or "several".
+    stopped:        gradients of each unit that a reset stops: of the gates, of the states, and of h if it enters element by
+                    element.
 
     Attributes are plain values: Dynamo reads them.
     """
@@ -117,9 +118,7 @@ class Cell:
         self.input = tuple(self.input_parts.index(each) for each in (*alone, *shared))
         self.states, self.reads_hidden, self.weights = len(self.derived.after), "h" in states, len(weights)
         self.noise = len(noise)
-        self.carry = {(0, False): None, (0, True): "hidden", (1, False): "cell"}.get(
-            (self.states, self.reads_hidden), "several"
-        )
+        self.stopped = self.gates + self.states + self.reads_hidden
         self.kept = len(self.derived.kept)
         self.slots = self.kept + self.states
         if self.slots or self.gates > 1:

@@ -69,7 +69,7 @@ def layer_forward(
         xs = [torch.where(here, x_step, 0.0) for here, x_step in zip(within, xs, strict=True)]
     ys, states, carries, kept = [], [], [], []
     for d, own in enumerate(layer.by_direction(weights)):
-        reverse, product = layer.reverse != bool(d), Product(layer, own.w_hh)
+        reverse = layer.reverse != bool(d)
         begins = None if steps.resets is None else steps.begins(reverse)
         marks = None if begins is None else begins.split(steps.sizes), within
         product, mask = Product(layer, own.w_hh), None if inputs.mask is None else inputs.mask[d]
@@ -114,8 +114,6 @@ def _forward(
         if begins is not None:
             p = torch.where(begins[t], first(b, h0), p)
             q = None if c0 is None or q is None else torch.where(begins[t], first(b, c0), q)
-        of_h = product(p)
-        of_x = xs[t] @ w_ih.T
         before = states_before(kind, p, q)
         of_h = product(p if mask is None else p * first(b, mask))
         of_x = xs[t] @ w_ih.T

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from contract import FACTOR, SLACK, Error, python
+from contract import bound, python, relative
 from contract import threads as set_threads
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -160,11 +160,7 @@ def test_compiled_kernels_are_within_the_contract(name, monkeypatch):
         plain = results(run, *single)
         monkeypatch.undo()
         for key, value in truth.items():
-            errors = []
-            for each in (found, plain):
-                errors.append(Error())
-                errors[-1].add(each[key], value)
-            own, allowed = errors[0].relative, FACTOR * errors[1].relative + SLACK * torch.finfo(torch.float32).eps
+            own, allowed = relative(found[key], value), bound(torch.float32, relative(plain[key], value))
             assert own <= allowed, f"{form}: {key}: {own:.2g} > {allowed:.2g}"
 
 

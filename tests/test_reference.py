@@ -73,7 +73,7 @@ def test_saved(arguments):
     kind = cells.CELLS[layer.cell]
     hidden = len(weights[0]) // kind.gates
     assert saved.shape == (layer.directions, y.shape[:-1].numel(), (kind.slots + layer.projected) * hidden)
-    if kind.carry == "cell":
+    if kind.states == 1 and not kind.reads_hidden:
         c, b = saved[0].unflatten(1, (-1, hidden))[:, 4], c_n.shape[1]
         last = c_n[0]
         if arguments["batch_sizes"] is None:

@@ -55,7 +55,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     """
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     gates, slots, values = cell.gates, cell.slots, cell.preactivations + cell.weights  # of a row of gate gradients
-    reset_numbers, noise = cell.gates + cell.states + cell.reads_hidden, cell.noise  # the first times units, of a row
+    stopped, noise = cell.stopped, cell.noise
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
@@ -93,7 +93,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             block = forward_block(p.steps, B, p.rows, 0 if at_once else I, gates * H * size)
             if at_once:  # the same for all, whatever their inputs
                 block = layer_block(p.steps, B, block)
-            tables = 4 * B + 2 * block * B + 2 + B + B * (noise > 0)
+            tables = 5 * B + 2 * block * B + 2 + B * (noise > 0)
             # Panels used once go through a buffer that stays in cache. (A row group apiece would pack them all again.)
             ih_once = row_groups == 1 and block == p.steps and not frozen and p.rows <= together
             panel_bytes = align(columns * vector * ih_depth) if ih_once else 0
@@ -169,7 +169,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset += align(block * masked)
             d.reset_sums = d.workspace + offset
             if not forward and d.resets and d.need_dh0:
-                offset += align(B * reset_numbers * H * size)
+                offset += align(B * stopped * H * size)
             d.operands = d.workspace + offset
             if not forward and d.need_dw:
                 d.operand_rows = operand_rows

@@ -13,7 +13,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell
-from .elementary import over_vectors
+from .elementary import make_reader, over_vectors
 from .plan import BACKWARD_PARTS as PARTS
 from .plan import (
     FEW_ROWS,
@@ -107,15 +107,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     tile_multiply_both_apart = tools(make_tile_multiply, v, target, columns, PARTS, PARTS)
     input_order, hidden_order = cell.input, tuple(range(gates))
     reads_hidden = cell.reads_hidden
-    reset_numbers = gates + states + reads_hidden  # times units, of the sums over a row's resets
+    stopped = cell.stopped
     differentiate, differentiate_twice = over_vectors(cell.derived.backward, v, target)
-
-    def reader(places):
-        """Numbers of a vector of units at numbered places, `stride` bytes apart, as a tuple."""
-        if not places:
-            return njit(lambda row, stride, n: (), **options)
-        before, s = reader(places[:-1]), places[-1]
-        return njit(lambda row, stride, n: before(row, stride, n) + (load(row + s * stride, n),), **options)
+    reader = make_reader(v)
 
     def writer(results):
         """These results of a vector of units to places `stride` bytes apart."""
@@ -520,7 +514,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def reset_row(p, b):
         """Address of what the resets of row b sum up."""
-        return p.reset_sums + b * reset_numbers * p.hidden_size * size
+        return p.reset_sums + b * stopped * p.hidden_size * size
 
     @njit(**options)
     def add_units(source, sums, first, last, n):
@@ -932,7 +926,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             own = row_at(p, b)
             store_int(extra + 8 * (b - r0), p.dh0 + own * output_bytes)
             if p.resets and p.need_dh0:
-                for s in range(reset_numbers):
+                for s in range(stopped):
                     clear_units(reset_row(p, b) + s * hidden_bytes, unit0, unit1, p.hidden_size)
             for panel in range(first, last):
                 for j in range(columns):

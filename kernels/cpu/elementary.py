@@ -351,3 +351,16 @@ def over_vectors(code: Code, v: VectorLibrary, target: Target):
         return first(both), second(both)
 
     return one, two
+
+
+def make_reader(v: VectorLibrary):
+    """reader(places): what reads the numbers of a vector of units at these places, `stride` bytes apart, as a tuple."""
+    load = v.load
+
+    def reader(places):
+        if not places:
+            return njit(lambda row, stride, n: (), **options)
+        before, s = reader(places[:-1]), places[-1]
+        return njit(lambda row, stride, n: before(row, stride, n) + (load(row + s * stride, n),), **options)
+
+    return reader

@@ -8,7 +8,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell
-from .elementary import over_vectors
+from .elementary import make_reader, over_vectors
 from .plan import FORWARD_PARTS as PARTS
 from .plan import (
     ROW_BLOCK,
@@ -141,15 +141,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     read_states = state_reader(names)
 
-    def reader(places):
-        """Numbers of a vector of units at numbered places, `stride` bytes apart, as a tuple."""
-        if not places:
-            return njit(lambda row, stride, n: (), **options)
-        before, s = reader(places[:-1]), places[-1]
-        return njit(lambda row, stride, n: before(row, stride, n) + (load(row + s * stride, n),), **options)
-
     # The cell's own weights stand behind the sums of biases.
-    own_weights = tuple(range(preactivations, preactivations + weights))
+    own_weights, reader = tuple(range(preactivations, preactivations + weights)), make_reader(v)
     read_weights, read_noise = reader(own_weights), reader(tuple(range(noise)))
 
     @njit(**options)

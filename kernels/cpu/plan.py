@@ -229,9 +229,10 @@ def schedule(
     passes,
 ):
     """(crews, row_groups, unit_groups) of one call. passes: products a forward or backward pass does per weight (1 or 2)."""
-    flops = 2 * passes * directions * rows * gates * hidden_size * (input_size + output_size // way[3])
+    of_row = passes * directions * gates * hidden_size * (input_size + output_size // way[3])
+    flops = 2 * rows * of_row
     if steps == 1:  # reading the weights is most of the work
-        flops = max(flops, 6 * flops // (2 * rows))
+        flops = max(flops, 6 * of_row)
     threads = worth_threads(flops, threads)
     crews = 2 if directions == 2 and threads > 1 else 1
     if steps == 1:  # each thread reads its own share of the weights
