@@ -11,6 +11,7 @@ from . import plan
 from .plan import scratch_bytes, unit_vectors, wide_columns
 from .processor import Target
 from .product import DOT_PART, ceil_div, options
+from .stages import carried_values, row_values
 from .team import RECORD_BYTES, record_at
 from .tiles import tile_blocks
 from .vector import VectorLibrary
@@ -56,6 +57,11 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     gates, slots, values = cell.gates, cell.slots, cell.preactivations + cell.weights  # of a row of gate gradients
     stopped, noise = cell.stopped, cell.noise
+    # of a row: pre-activations that are in memory at once, what goes from one stage to the next, and results of reductions
+    room, carried, reduced = gates, 0, 0
+    if cell.reduces:
+        room, stages = cell.preactivations, cell.derived.forward_stages if forward else cell.derived.backward_stages
+        carried, reduced = carried_values(stages) + (not forward), row_values(stages)
     per_panel = unit_vectors(gates, target.registers)
     wide = wide_columns(target.registers) * lanes
     columns = gates * per_panel if forward else wide_columns(target.registers)
@@ -91,7 +97,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         team = crews * row_groups * unit_groups
         if forward:
             at_once = p.layers > 1
-            block = forward_block(p.steps, B, p.rows, 0 if at_once else I, gates * H * size)
+            block = forward_block(p.steps, B, p.rows, 0 if at_once else I, room * H * size)
             if at_once:  # the same for all, whatever their inputs
                 block = layer_block(p.steps, B, block)
             tables = 5 * B + 2 * block * B + 2 + B * (noise > 0)
@@ -117,7 +123,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 own_block = max(own_block, split_bytes(plan.TILE_UNITS, operand_rows, tile_parts))
                 operand_depth = plan.TILE_PAIRS * tile_blocks(operand_rows) * tile_parts
         masked = B * R * size if p.mask else 0
-        own = align(scratch + panel_bytes + own_block + 8 * tables + (masked if forward else 0))
+        own = align(scratch + panel_bytes + own_block + 8 * tables + (masked if forward else 0) + B * reduced * vector)
 
         offset = start
         for direction in range(p.directions):
@@ -159,7 +165,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.shared = d.workspace + offset
             if forward:
                 if slots > 0 and not d.save:
-                    offset += align(block * B * gates * H * size)
+                    offset += align(block * B * room * H * size)
             else:
                 offset += (block * B + B) * (align(values * H * size) + plan.LINE)
             d.tails = d.workspace + offset
@@ -168,6 +174,8 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
             d.masked = d.workspace + offset
             if not forward and d.mask:
                 offset += align(block * masked)
+            d.carried = d.workspace + offset
+            offset += align(B * carried * H * size)
             d.reset_sums = d.workspace + offset
             if not forward and d.resets and d.need_dh0:
                 offset += align(B * stopped * H * size)

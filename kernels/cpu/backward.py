@@ -42,6 +42,7 @@ from .product import (
     shift_rows,
     tile_rows,
 )
+from .stages import carried_values, make_stages, row_values
 from .team import (
     RECORD_BYTES,
     active_rows,
@@ -60,6 +61,7 @@ from .team import (
     there_and_back,
     wait_crew,
     wait_group,
+    wait_rows,
     wait_team,
 )
 from .tiles import (
@@ -115,6 +117,10 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     reads_hidden = cell.reads_hidden
     stopped = cell.stopped
     differentiate, differentiate_twice = over_vectors(cell.derived.backward, v, target)
+    reduces, stages = cell.reduces, cell.derived.backward_stages if cell.reduces else ()
+    wait = wait_rows if reduces else wait_group  # a row's reductions are over all heads
+    # of a row in p.carried: the gradient of the output, and what goes from one stage to the next
+    carried_bytes, reduced_bytes = (1 + carried_values(stages)) * size, row_values(stages) * vector
     reader = make_reader(v)
 
     def writer(results):
@@ -308,24 +314,34 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     def arguments(q, context):
         """What the cell's vector-Jacobian product is given for vector q of a row."""
         p, unit0, end, sums, panel_sums, mask, dy, more, _, places = context
-        kept_row_at, output_row, h_row, c_row, noise_row, dc_row, _ = places
         unit = unit0 + q * lanes
-        n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
-        dh = state_gradient(q, unit, n, sums, panel_sums, mask, dy, more)
+        dh = state_gradient(q, unit, end - unit, sums, panel_sums, mask, dy, more)
+        return (dh,) + beside_output(p, places, unit, end - unit)
+
+    @njit(**options)
+    def beside_output(p, places, unit, n):
+        """The same but for the gradient of the output, of a vector of units of a row."""
+        kept_row_at, output_row, h_row, c_row, noise_row, dc_row, _ = places
+        at, gate_stride = unit * size, p.hidden_size * size
         carried = read_carried(dc_row + at, gate_stride, n)
         kept = read_slots(kept_row_at + at, gate_stride, n)
         output = read_output(output_row + at, gate_stride, n)
         h = read_hidden(h_row + at, gate_stride, n)
         before = in_order(h, read_states(c_row + at, gate_stride, n))
         given = read_weights(p.b_ih + at, gate_stride, n) + read_noise(noise_row + at, gate_stride, n)
-        return (dh,) + carried + kept + output + before + given
+        return carried + kept + output + before + given
 
     @njit(**options)
     def keep(q, result, context):
         """Keep the gradients of vector q's pre-activations, and what is carried past them."""
-        p, unit0, end, _, _, _, _, _, gradients, (_, _, _, _, _, dc_row, dh_row) = context
+        p, unit0, end, _, _, _, _, _, gradients, places = context
         unit = unit0 + q * lanes
-        n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
+        keep_units(p, places, gradients, unit, end - unit, result)
+
+    @njit(**options)
+    def keep_units(p, places, gradients, unit, n, result):
+        """The same of a vector of units of a row."""
+        (_, _, _, _, _, dc_row, dh_row), at, gate_stride = places, unit * size, p.hidden_size * size
         write_gradients(gradients + at, gate_stride, result, n)
         write_carried(dc_row + at, gate_stride, result, n)
         if reads_hidden:
@@ -352,7 +368,21 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     prefetch_far(noise_row + s * gate_stride + j)
 
     @njit(**options)
-    def gate_gradients(vectors, context):
+    def place_of_gradients(p, b, gates):
+        """Where what `gate_gradients` finds of row b goes: to `gates`; with reductions it is the gradient of its output."""
+        return p.carried + b * carried_bytes * p.hidden_size if reduces else gates
+
+    @njit(**options)
+    def output_gradients(vectors, context):
+        """Keep the gradient of the output of that many vectors of a row, from unit0 on."""
+        _, unit0, end, sums, panel_sums, mask, dy, more, row, _ = context
+        for q in range(vectors):
+            unit = unit0 + q * lanes
+            dh = state_gradient(q, unit, end - unit, sums, panel_sums, mask, dy, more)
+            store(row + unit * size, dh, end - unit)
+
+    @njit(**options)
+    def cell_gradients(vectors, context):
         """The cell's vector-Jacobian product for that many vectors of a row, from unit0 on, two at a time."""
         for q in range(0, vectors, 2):
             a = arguments(q, context)
@@ -362,6 +392,39 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             else:
                 result = differentiate(a)
             keep(q, result, context)
+
+    gate_gradients = output_gradients if reduces else cell_gradients
+
+    # What a cell with reductions does with whole rows after the product, see stages.py.
+
+    @njit(**options)
+    def stage_arguments(context, i, unit, n):
+        """What the cell's vector-Jacobian product is given for a vector of units of row i."""
+        p, _, r0, places, _ = context
+        row = p.carried + (r0 + i) * carried_bytes * p.hidden_size
+        return (load(row + unit * size, n),) + beside_output(p, places_of(p, i, places), unit, n)
+
+    @njit(**options)
+    def stage_results(context, i, unit, n, results):
+        """Keep the gradients of a vector of units of row i."""
+        p, _, _, places, gradients = context
+        keep_units(p, places_of(p, i, places), gradients + i * pitch(p), unit, n, results)
+
+    kept_row = njit(lambda context, i: load_int(context[3] + 8 * (OF_KEPT * context[0].batch + i)), **options)
+    meet = njit(lambda context: wait_rows(context[0], context[1]), **options)
+    slot_of = {name: place for place, (name, _) in enumerate(cell.derived.kept)}
+    slot_of |= {name: slots - states + place for place, (name, _) in enumerate(cell.derived.after)}
+    run_stages = make_stages(stages, slot_of, 1, v, target, (stage_arguments, stage_results, kept_row, meet))
+
+    @njit(**options)
+    def finish_step(context, count, reduced):
+        """All that follows the product of `count` rows, for this thread's units."""
+        p, member, r0 = context[0], context[1], context[2]
+        (unit0, unit1), row_bytes = own_units(p, member), carried_bytes * p.hidden_size
+        between = p.carried + r0 * row_bytes, reduced, row_bytes, reduced_bytes
+        together = 1 if p.unit_groups == 1 else max(1, count)
+        for i in range(0, count, together):
+            run_stages(context, (i, min(count, i + together)), (unit0, min(unit1, p.hidden_size), p.hidden_size), between)
 
     @njit(**options)
     def step(
@@ -421,7 +484,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                             dp = state_gradient(q, unit, end - unit, sums, panel_sums, mask, dy, more)
                             store(row + unit * size, dp, end - unit)
                     else:
-                        row, own_places = gradients + (base + b) * row_bytes, places_of(p, i + m, places)
+                        row = place_of_gradients(p, b, gradients + (base + b) * row_bytes)
+                        own_places = places_of(p, i + m, places)
                         gate_gradients(vectors, (p, unit0, end, sums, panel_sums, mask, dy, more, row, own_places))
                 i += rows
 
@@ -439,7 +503,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 rows = min(count - i, ROW_BLOCK)
                 product(rows, out_rows + 8 * i, size, weights, 0, 1, wanted, panel_row, depth, scratch, following, 0)
                 for m in range(rows):
-                    unit, row = panel * wide, gradients + (base + r0 + i + m) * row_bytes
+                    b, unit = r0 + i + m, panel * wide
+                    row = place_of_gradients(p, b, gradients + (base + b) * row_bytes)
                     vectors = min(columns, ceil_div(p.hidden_size - unit, lanes))
                     sums = scratch + m * columns * vector
                     own_places = places_of(p, i + m, places)
@@ -585,7 +650,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 dh = p.dh0 + row_at(p, b) * unit_bytes
                 add_units(sums + states * unit_bytes, dh, unit0, unit1, p.hidden_size)
             store_int(later + 8 * i, reset_row(p, b))
-        wait_group(p, member)
+        wait(p, member)
 
     @njit(**options)
     def finish_rows(p, member, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
@@ -925,7 +990,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         extra = later + 8 * p.batch
         out_rows = extra + 8 * p.batch
         places = out_rows + 8 * p.batch
-        tables = places + 8 * PLACES * p.batch
+        reduced = places + 8 * PLACES * p.batch
+        tables = reduced + p.batch * reduced_bytes
         gradients = p.shared  # of the pre-activations, a block of steps
         out_gradients = p.tails  # of the projected output, a block of steps
         carried = p.shared + p.block_steps * p.batch * row_bytes  # the last step of the block before
@@ -993,10 +1059,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     i += n
                     turn += 1
                 if p.projected:
-                    wait_group(p, member)
+                    wait(p, member)
                     fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)
                     unproject(p, base, r0, count, out_rows, gradients, first_cell, last_cell, scratch, places)
-                wait_group(p, member)
+                if reduces:
+                    context = p, member, r0, places, gradients + (base + r0) * row_bytes
+                    finish_step(context, count, reduced)
+                wait(p, member)
                 fill_rows(later, count, gradients + (base + r0) * row_bytes + hidden * hidden_bytes, row_bytes)
                 if reads_hidden:
                     fill_step(p, extra, r0, count, p.dh0, output_bytes)

@@ -57,6 +57,7 @@ class Codegen(codegen.AOTCPUCodegen):
 
 
 cpu_target.target_context._internal_codegen = Codegen("fastrnn")
+sys.setrecursionlimit(10_000)  # Numba compiles what a function calls within its own compilation, and a cell may be a long chain
 
 # After that, as some of the kernels' functions compile where they are defined.
 from ..cells import CELLS, read  # noqa: E402

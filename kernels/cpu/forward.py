@@ -31,6 +31,7 @@ from .product import (
     panels_together,
     shift_rows,
 )
+from .stages import carried_values, make_stages, row_values
 from .team import (
     RECORD_BYTES,
     active_rows,
@@ -49,6 +50,7 @@ from .team import (
     there_and_back,
     wait_crew,
     wait_group,
+    wait_rows,
     wait_team,
 )
 from .tiles import (
@@ -92,6 +94,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
     pack_columns, dot_rows = make_pack_columns(v), make_dot_rows(v)
     input_order, hidden_order = cell.input, tuple(range(gates))
     apply, apply_twice = over_vectors(cell.derived.forward, v, target)
+    reduces, room = cell.reduces, preactivations if cell.reduces else gates
+    wait = wait_rows if reduces else wait_group  # a row's reductions are over all heads
     # Panels that a row alone meets before its gate maths, which takes two vectors at a time.
     alone = max(panels_together(v, columns)[1], 2 // per_panel)
 
@@ -300,6 +304,24 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         m, unit = (i, unit + group * panel_units) if count == 1 else (i + group, unit)
         return m, unit + j * lanes, scratch + (group * columns + j) * vector
 
+    def keeper(count):
+        """Pre-activations hidden .. count-1 of a vector of units, to where those of the input alone are, behind these."""
+        if count == hidden:
+            return njit(lambda z, z_gate, sums, n: None, **options)
+        before, s = keeper(count - 1), count - 1
+
+        @njit(**options)
+        def keep_all(z, z_gate, sums, n):
+            before(z, z_gate, sums, n)
+            value = load_all(sums + (s - hidden) * per_panel * vector)
+            if s < gates:
+                value = value + load(z + s * z_gate, n)
+            store(z + s * z_gate, value, n)
+
+        return keep_all
+
+    keep_preactivations = keeper(preactivations)
+
     @njit(**options)
     def arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate):
         """What the cell is given for a vector of units of row m, in the head whose first unit is `head`."""
@@ -370,21 +392,27 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         columns * vector, depth, scratch, following, 0,
                     )  # fmt: skip
                 vectors = panels * rows * per_panel
-                for q in range(0, vectors, 2):
-                    m, unit, sums = vector_at(q, i, count, unit0, scratch)
-                    if unit >= end:
-                        continue
-                    a = arguments(p, m, unit, head_unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
-                    if q + 1 < vectors:
-                        other, unit_too, sums = vector_at(q + 1, i, count, unit0, scratch)
-                        b = arguments(
-                            p, other, unit_too, head_unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate
-                        )  # fmt: skip
-                        result, b_result = apply_twice(a, b)
-                        keep(p, other, unit_too, end, b_result, z_rows, h_rows, c_rows)
-                    else:
-                        result = apply(a)
-                    keep(p, m, unit, end, result, z_rows, h_rows, c_rows)
+                if reduces:
+                    for q in range(vectors):
+                        m, unit, sums = vector_at(q, i, count, unit0, scratch)
+                        if unit < end:
+                            keep_preactivations(load_int(z_rows + 8 * m) + unit * size, z_gate, sums, end - unit)
+                else:
+                    for q in range(0, vectors, 2):
+                        m, unit, sums = vector_at(q, i, count, unit0, scratch)
+                        if unit >= end:
+                            continue
+                        a = arguments(p, m, unit, head_unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
+                        if q + 1 < vectors:
+                            other, unit_too, sums = vector_at(q + 1, i, count, unit0, scratch)
+                            b = arguments(
+                                p, other, unit_too, head_unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate
+                            )  # fmt: skip
+                            result, b_result = apply_twice(a, b)
+                            keep(p, other, unit_too, end, b_result, z_rows, h_rows, c_rows)
+                        else:
+                            result = apply(a)
+                        keep(p, m, unit, end, result, z_rows, h_rows, c_rows)
                 i += rows
 
     @njit(**options)
@@ -393,6 +421,49 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         shift_rows(previous, count, heads * p.head_units * size)
         if p.mask:
             shift_rows(entering, count, heads * p.head_units * size)
+
+    # What a cell with reductions does with whole rows after the product, see stages.py.
+
+    read_preactivations, write_after = reader(tuple(range(preactivations))), writer(tuple(range(states)), 1)
+    write_last_slots = writer(tuple(range(slots - states, slots)), 1)
+
+    @njit(**options)
+    def stage_arguments(context, i, unit, n):
+        """What the cell is given for a vector of units of row i."""
+        p, _, previous, z_rows, _, c_rows, noise_rows, bias_gate = context
+        at, stride = unit * size, p.hidden_size * size
+        a = read_preactivations(load_int(z_rows + 8 * i) + at, stride, n)
+        before = read_states(load_int(previous + 8 * i) + at, load_int(c_rows + 8 * i) + at, stride, n)
+        given = read_weights(p.bias_sums + at, bias_gate, n) + read_noise(load_int(noise_rows + 8 * i) + at, stride, n)
+        return a + before + given
+
+    @njit(**options)
+    def stage_results(context, i, unit, n, results):
+        """The output and the new states of a vector of units of row i."""
+        p, _, _, z_rows, h_rows, c_rows, _, _ = context
+        at, stride = unit * size, p.hidden_size * size
+        write_after(load_int(c_rows + 8 * i) + at, stride, results, n)
+        if p.save:
+            write_last_slots(load_int(z_rows + 8 * i) + at, stride, results, n)
+        store(load_int(h_rows + 8 * i) + at, results[0], n)
+
+    stages = cell.derived.forward_stages if reduces else ()
+    carried_bytes, reduced_bytes = carried_values(stages) * size, row_values(stages) * vector
+    kept_row = njit(lambda context, i: load_int(context[3] + 8 * i), **options)
+    meet = njit(lambda context: wait_rows(context[0], context[1]), **options)
+    places = {name: place for place, (name, _) in enumerate(cell.derived.kept)}
+    run_stages = make_stages(stages, places, 0, v, target, (stage_arguments, stage_results, kept_row, meet))
+
+    @njit(**options)
+    def finish_rows(context, r0, count, unit0, unit1, reduced):
+        """All that follows the product of `count` rows from r0 on, for units unit0 .. unit1-1."""
+        p, member = context[0], context[1]
+        wait_rows(p, member)  # the pre-activations of whole rows are there
+        row_bytes, end = carried_bytes * p.hidden_size, min(unit1, p.hidden_size)
+        between = p.carried + r0 * row_bytes, reduced, row_bytes, reduced_bytes
+        together = 1 if p.unit_groups == 1 else max(1, count)
+        for i in range(0, count, together):
+            run_stages(context, (i, min(count, i + together)), (unit0, end, p.hidden_size), between)
 
     @njit(**options)
     def copy_units(source, destination, first, last, n):
@@ -450,7 +521,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         own_rows = z_rows + 8 * p.block_steps * p.batch  # this thread's
         masked_rows = own_rows + 16
         masked = masked_rows + 8 * p.batch
-        noise_rows = masked + p.batch * output_bytes * (p.mask != 0) if noise else previous
+        noise_rows = masked + p.batch * output_bytes * (p.mask != 0) if noise or reduces else previous
+        reduced = noise_rows + 8 * p.batch * (noise > 0)
         own, owns = p.output_size * unit_group // p.unit_groups, p.output_size * (unit_group + 1) // p.unit_groups
 
         if begins:
@@ -485,7 +557,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             elif in_saved:
                 fill_step(p, z, r0, count, p.saved + kept_base(p, t) * saved_row, saved_row)
             else:
-                row_bytes = gates * hidden_bytes
+                row_bytes = room * hidden_bytes
                 fill_rows(z, count, p.shared + ((k - s) * p.batch + r0) * row_bytes, row_bytes)
             n += count
         for i in range(0, n, p.split_rows):
@@ -531,14 +603,17 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         shift_heads(p, rows, before, inside, -head)
                 i += rows
                 turn += 1
+            if reduces:
+                context = p, member, previous, z_rows + 8 * n, h_rows, c_rows, noise_rows, bias_gate
+                finish_rows(context, r0, count, unit0, unit1, reduced)
             if p.projected:
-                wait_group(p, member)
+                wait(p, member)
                 panel_row = wide * vector
                 multiply(
                     count, h_rows, size, p.hr_panels, p.hidden_size * panel_row, panel_row, p.hidden_size, p.output_size,
                     first_out, last_out, y_rows, 0, scratch,
                 )  # fmt: skip
-            wait_group(p, member)
+            wait(p, member)
             for i in range(count):
                 store_int(previous + 8 * i, load_int(y_rows + 8 * i))
             n += count

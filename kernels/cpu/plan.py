@@ -57,8 +57,9 @@ _GROUPS = (
     # packed operands of the weights' gradients, unprojected outputs or the projected ones' gradients (tails); of each thread
     # (own, own_bytes apart); dx of direction 1, to be added (dx_other); of each row the sums over its resets (reset_sums), of
     # gate gradients, of those of the states that enter element by element, and of h's where it is one of these; of the crew,
-    # in backward, rows of h times the mask (masked)
+    # in backward, rows of h times the mask (masked), and of each row what goes from one stage to the next (carried)
     "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other reset_sums masked",
+    "carried",
     # the runtime's barrier function, and where it keeps count of arrivals: the team's, then each crew's and its groups'
     "wait arrivals",
 )

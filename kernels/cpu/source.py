@@ -28,6 +28,7 @@ COMPILED = (
     "plan",
     "processor",
     "product",
+    "stages",
     "team",
     "tiles",
     "vector",

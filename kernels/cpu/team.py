@@ -41,13 +41,20 @@ def wait_crew(p, member):
 
 
 @njit(**options)
-def wait_group(p, member):
-    """The threads that share this thread's rows, unless each has whole heads, of which none reads what another has done."""
+def wait_rows(p, member):
+    """The threads that share this thread's rows."""
     size = p.unit_groups
-    if p.heads % size != 0:
+    if size > 1:
         group = member // size
         first = p.threads + (2 * p.direction + 1) * p.crew_threads + group * size
         call(p.wait, p.arrivals + ARRIVALS_BYTES * first, member % size, size)
+
+
+@njit(**options)
+def wait_group(p, member):
+    """The threads that share this thread's rows, unless each has whole heads, of which none reads what another has done."""
+    if p.heads % p.unit_groups != 0:
+        wait_rows(p, member)
 
 
 @njit(**options)

@@ -285,6 +285,20 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         return V(), lambda context, builder, sig, args: constant(V, 0.0)
 
     @intrinsic
+    def over_lanes(typing_context, value):
+        """The sum of all lanes, in each of them: of pairs, of pairs of these, and so on."""
+
+        def codegen(context, builder, sig, args):
+            (total,), width = args, 1
+            while width < lanes:
+                order = ir.Constant(ir.VectorType(I32, lanes), [lane ^ width for lane in range(lanes)])
+                total = builder.fadd(total, builder.shuffle_vector(total, total, order))
+                width *= 2
+            return total
+
+        return V(V), codegen
+
+    @intrinsic
     def multiply_add(typing_context, number, value, total):
         """total + the number at address `number` * value, as the register tile computes it."""
 
@@ -476,6 +490,7 @@ def vector_library(scalar: types.Float, target: Target) -> VectorLibrary:
         load_all=load_all,
         store_all=store_all,
         zero=zero,
+        over_lanes=over_lanes,
         multiply_add=multiply_add,
         transpose=transposition(lambda b, address: _load_at(b, V, address), lambda b, column: [column]),
         dots=dot_products(
