@@ -131,7 +131,7 @@ def why_not_own(engine: str, cell: str, noise: bool) -> str | None:
     """Say why an engine declines a cell, or a layer with noise, whatever the call; None where it does not."""
     if engine == "triton" and noise:
         return "it has neither recurrent dropout nor zoneout"
-    if engine in FUSED and CELLS[cell].reduces:
+    if engine == "triton" and CELLS[cell].reduces:
         return "it has no layer norm"
     return cpu.why_not_cell(cell) if engine == "cpu" else None
 
