@@ -225,18 +225,25 @@ def test_the_definition_is_the_plain_loop(row, monkeypatch):
 
 
 COMPILED = [
+    {"cell": "lstm", "layer_norm": True, "recurrent_dropout": 0.4},
     {"cell": "lstm", "cell_clip": 0.1, "zoneout": (0.3, 0.2), "recurrent_dropout": 0.4},
     {"cell": "gru", "zoneout": 0.3, "recurrent_dropout": 0.4, "num_heads": 3},
     {"cell": "lstm", "recurrent_dropout": 0.4, "proj_size": 5, "learn_initial_state": True},
     {"cell": "relu", "recurrent_dropout": 0.4, "num_heads": 3, "dropout": 0.3},
+]
+NORMED = [  # with each other feature
+    {"cell": "lstm", "layer_norm": True, "cell_clip": 0.5, "zoneout": (0.3, 0.2), "num_heads": 3},
+    {"cell": "gru", "layer_norm": True, "zoneout": 0.3, "num_heads": 3, "learn_initial_state": True},
+    {"cell": "relu", "layer_norm": True, "recurrent_dropout": 0.4, "num_heads": 3, "dropout": 0.3},
+    {"cell": "lstm", "layer_norm": True, "proj_size": 5, "dropout": 0.3},
 ]
 SHAPES = [
     {"num_layers": 2, "bidirectional": True, "batch_first": True},
     {"num_layers": 2, "packed": True},
     {"bias": False, "recompute": True},
 ]
-# The first two have cells whose kernels are compiled here: one of them in one dtype is enough for every day.
-DAILY, SLOWLY = [COMPILED[0], *COMPILED[2:]], COMPILED[1:2]
+# The first three have cells whose kernels are compiled here: some in one dtype are enough for every day.
+DAILY, SLOWLY = [*COMPILED[:2], *COMPILED[3:]], [COMPILED[2], *NORMED]
 
 
 def each(daily: list[dict], slowly: list[dict]):
@@ -270,7 +277,7 @@ def test_compiled_kernels_are_within_the_contract(settings, training, monkeypatc
             assert own <= allowed, f"{shape}: {key}: {own:.2g} > {allowed:.2g}"
 
 
-@each(COMPILED[2:], COMPILED[:2])
+@each(COMPILED[3:], [*COMPILED[:3], *NORMED])
 def test_float64_kernels_are_the_loop(settings):
     module = make(hidden=33 if settings.get("num_heads") else 34, num_layers=2, bidirectional=True, **settings)
     x, states = sample(module, 5, 7, hx=True)
@@ -279,7 +286,7 @@ def test_float64_kernels_are_the_loop(settings):
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("settings", COMPILED, ids=name_of)
+@pytest.mark.parametrize("settings", COMPILED[1:], ids=name_of)
 def test_gradients_of_any_order(settings, monkeypatch):
     """Through the operators' reference, in float64: numerical gradients, second ones, and forward mode."""
     monkeypatch.setattr(dispatch, "forced", "reference")
@@ -297,7 +304,7 @@ def test_gradients_of_any_order(settings, monkeypatch):
 
 
 def test_second_derivatives_of_the_kernels_are_those_of_the_loop():
-    for settings in COMPILED[2:]:
+    for settings in COMPILED[3:]:
         settings = {**settings, "dropout": 0.0}
         module = make(hidden=6, **settings)
         x, states = sample(module, 3, 2, hx=True)
@@ -335,7 +342,7 @@ def test_noise_is_the_same_for_a_seed():
     assert not torch.equal(run(module, x)[0], found[0][0])
 
 
-@pytest.mark.parametrize("settings", COMPILED[2:], ids=name_of)
+@pytest.mark.parametrize("settings", COMPILED[3:], ids=name_of)
 def test_resets_and_lengths_beside_noise(settings, monkeypatch):
     module = make(hidden=33 if settings.get("num_heads") else 34, num_layers=2, bidirectional=True, **settings)
     x, states = sample(module, 7, 5, hx=True)
@@ -384,6 +391,7 @@ def test_unused_settings_leave_torch_nns_attributes():
         ("gru", {"cell_clip": 1.0}, ValueError, "cell_clip: expected None, because GRU has no cell state c, got 1.0"),
         ("own gru", {"cell_clip": 1.0}, ValueError, "cell_clip: expected None, because Gru has no cell state c, got 1.0"),
         ("rnn", {"learn_initial_state": 1}, TypeError, "learn_initial_state should be a bool, got 1"),
+        ("own gru", {"layer_norm": "c"}, TypeError, "layer_norm should be a bool, got 'c'"),
         ("gru", {"recurrent_dropout": 1}, ValueError, "recurrent_dropout: expected a probability p, 0 <= p < 1, got 1"),
         ("gru", {"recurrent_dropout": float("nan")}, ValueError, "got nan"),
         ("gru", {"recurrent_dropout": True}, TypeError, "recurrent_dropout: expected a number p, 0 <= p < 1, got True"),
@@ -415,10 +423,11 @@ def test_settings_are_checked_when_they_are_changed():
 @pytest.mark.parametrize("cell", ["lstm", "own lstm"])
 def test_copies_pickles_and_state_dicts(cell, monkeypatch):
     monkeypatch.setattr(dispatch, "forced", "reference")
-    settings = {"num_heads": 3, "cell_clip": 0.1, "learn_initial_state": True, "recurrent_dropout": 0.4, "zoneout": (0.3, 0.2)}
+    settings = {"layer_norm": True, "num_heads": 3, "cell_clip": 0.1, "learn_initial_state": True, "recurrent_dropout": 0.4}
+    settings |= {"zoneout": (0.3, 0.2)}
     module = make(cell, num_layers=2, bidirectional=True, **settings)
     assert repr(module).endswith(
-        "num_heads=3, cell_clip=0.1, learn_initial_state=True, recurrent_dropout=0.4, zoneout=(0.3, 0.2))"
+        "layer_norm=True, num_heads=3, cell_clip=0.1, learn_initial_state=True, recurrent_dropout=0.4, zoneout=(0.3, 0.2))"
     )
     assert module.weight_hh_l1_reverse.shape == (48, 4) and module.initial_c_l1_reverse.shape == (12,)
     x, _ = sample(module)
@@ -434,7 +443,7 @@ def test_copies_pickles_and_state_dicts(cell, monkeypatch):
         for one, other in zip(run(twin, x), expected, strict=True):
             same_bits(one, other)
     module.reset_parameters()
-    assert not module.initial_h_l0.any() and module.weight_hh_l0.abs().max() <= 12**-0.5
+    assert (module.norm_hh_l1 == 1).all() and not module.initial_h_l0.any() and module.weight_hh_l0.abs().max() <= 12**-0.5
 
 
 def test_a_learned_state_is_where_hx_is_missing(monkeypatch):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from contract import python, relative, threads
 from torch import Tensor
 
 import fastrnn
-from fastrnn import cells, features
+from fastrnn import cells, dispatch, features
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.derive import stages
@@ -134,6 +137,91 @@ def test_a_constant_row_is_a_number_and_so_is_its_gradient(name, dtype):
     assert y.isfinite().all() and x.grad.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
     assert module.bias_ih_l0.grad.any() and not module.norm_ih_l0.grad.any()
+
+
+TEAMS = [
+    {"steps": 30, "batch": 1, "hidden": 200},  # threads share units
+    {"steps": 12, "batch": 7, "hidden": 60},  # and rows
+    {"steps": 30, "batch": 1, "hidden": 200, "num_heads": 2},  # each has a head, and meets all the same
+    {"steps": 20, "batch": 1, "hidden": 200, "proj_size": 90},
+    {"steps": 600, "batch": 2, "hidden": 33, "bidirectional": True},  # in two blocks of time
+    {"steps": 1, "batch": 5, "hidden": 33},
+    {"steps": 9, "batch": 6, "hidden": 50, "marks": True, "bidirectional": True},
+]
+
+
+@pytest.mark.parametrize("case", TEAMS, ids=lambda case: " ".join(f"{key}={value}" for key, value in case.items()))
+def test_any_team_gives_the_same_bits_and_the_loops_numbers(case, poison, monkeypatch):
+    """In float32, against the reference in float64: outputs, states, and each gradient by name."""
+    own = dict(case)
+    steps, batch, hidden, marks = own.pop("steps"), own.pop("batch"), own.pop("hidden"), own.pop("marks", False)
+    module = fastrnn.LSTM(4, hidden, layer_norm=True, **own)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("norm"):
+                parameter.uniform_(0.5, 1.5)
+    x = torch.randn(steps, batch, 4)
+    resets, lengths = torch.rand(steps, batch) < 0.3, torch.randint(0, steps + 1, (batch,))
+
+    def call(module, x) -> dict[str, Tensor]:
+        x = x.clone().requires_grad_()
+        draw = torch.Generator().manual_seed(1)
+        y, (h, c) = module(x, resets=resets, lengths=lengths) if marks else module(x)
+        loss = sum((each * torch.randn(each.shape, generator=draw).to(each)).sum() for each in (y, h, c))
+        names, leaves = zip(*module.named_parameters(), strict=True)
+        grads = torch.autograd.grad(loss, [x, *leaves])
+        return {"y": y, "h": h, "c": c} | dict(zip(("dx", *names), grads, strict=True))
+
+    with threads(1):
+        assert fastrnn.explain(module, x).engine == "cpu"
+        found = call(module, x)
+    for count in (2, 3, 4):
+        with threads(count):
+            for name, value in call(module, x).items():
+                assert torch.equal(value, found[name]), f"{name}, {count} threads"
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    for name, truth in call(copy.deepcopy(module).double(), x.double()).items():
+        assert relative(found[name], truth) < 3e-6, name
+
+
+def test_one_thread_fits_the_workspace_of_any_team():
+    code = "import test_workspace, fastrnn; from fastrnn import features; "
+    code += "name = features.cell_name(fastrnn.LSTM(2, 2, layer_norm=True)); "
+    for which in ("forward", "backward"):
+        python(code + f"test_workspace.check(name, {which!r})")
+
+
+def test_a_step_is_a_sequence_of_one():
+    module = fastrnn.LSTM(4, 33, 2, layer_norm=True).eval()
+    x = torch.randn(3, 2, 4)
+    y, state = module(x)
+    stepped, last = [], None
+    for row in x:
+        one, last = module.step(row, last)
+        stepped.append(one)
+    torch.testing.assert_close(torch.stack(stepped), y, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(last, state, rtol=1e-5, atol=1e-6)
+    assert type(fastrnn.freeze(copy.deepcopy(module))(x)[0]) is Tensor
+
+
+def test_half_precision_compiled_and_second_derivatives():
+    module = fastrnn.LSTM(4, 32, layer_norm=True)
+    x = torch.randn(6, 5, 4)
+    half = copy.deepcopy(module).bfloat16()
+    y, _ = half(x.bfloat16())
+    assert y.dtype is torch.bfloat16
+    torch.testing.assert_close(y.float(), module(x)[0], rtol=0.1, atol=0.05)  # eight bits a number
+    y.float().sum().backward()
+    assert half.norm_ih_l0.grad.dtype is torch.bfloat16 and half.norm_ih_l0.grad.any()
+    compiled, found = torch.compile(module, fullgraph=True, backend="aot_eager"), []
+    for function in (module, compiled):
+        found.append(torch.autograd.grad(function(x)[0].square().sum(), list(module.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    wide, given = copy.deepcopy(module).double(), x.double().requires_grad_()
+    first = torch.autograd.grad(wide(given)[0].pow(3).sum(), given, create_graph=True)[0]
+    second = torch.autograd.grad(first.square().sum(), list(wide.parameters()))
+    assert all(gradient.isfinite().all() for gradient in second) and second[-1].any()
 
 
 def test_parameters():
