@@ -55,7 +55,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     Of layers that are faster one after the other the first call returns 0.
     """
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
-    gates, slots, values = cell.gates, cell.slots, cell.preactivations + cell.weights  # of a row of gate gradients
+    gates, slots, values, weights = cell.gates, cell.slots, cell.preactivations, cell.weights
     stopped, noise = cell.stopped, cell.noise
     # of a row: pre-activations that are in memory at once, what goes from one stage to the next, and results of reductions
     room, carried, reduced, meetings = gates, 0, 0, cell.meetings[not forward]
@@ -159,7 +159,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset += align(ceil_div(R, wide) * wide * H * size if forward else ceil_div(H, wide) * wide * R * size)
             d.bias_sums = begin + offset
             d.zeros = begin + offset
-            offset += align((values * units if forward else max(gates * H, R)) * size)
+            offset += align(((values + weights) * units if forward else max(gates * H, R)) * size)
             if frozen:
                 d.pack_bytes, offset = offset, behind
             d.shared = d.workspace + offset
@@ -176,6 +176,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 offset += align(block * masked)
             d.carried = d.workspace + offset
             offset += align(B * carried * H * size)
+            d.own_sums = d.workspace + offset
+            if not forward:
+                offset += align(B * weights * H * size)
             d.reset_sums = d.workspace + offset
             if not forward and d.resets and d.need_dh0:
                 offset += align(B * stopped * H * size)

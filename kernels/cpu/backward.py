@@ -82,8 +82,9 @@ from .vector import VectorLibrary, load_int, prefetch, prefetch_far, store_int
 ROWS_AHEAD = 8  # of the one that is copied: no processor expects so long strides
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
 # Tables that a step looks up: for each row the addresses of dy, of what forward kept, of the output, of h and the other states
-# before the step, of its noise, and of the gradients of these states that are carried past the gates.
-OF_DY, OF_KEPT, OF_OUTPUT, OF_HIDDEN, OF_CARRIED, OF_NOISE, OF_D_HIDDEN, OF_D_CARRIED = range(PLACES)
+# before the step, of its noise, of the gradients of these states that are carried past the gates, and of what the gradients of
+# the cell's own weights sum up to.
+OF_DY, OF_KEPT, OF_OUTPUT, OF_HIDDEN, OF_CARRIED, OF_NOISE, OF_D_HIDDEN, OF_D_CARRIED, OF_OWN_SUMS = range(PLACES)
 
 
 @cache
@@ -136,6 +137,19 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
         return write
 
+    def adder(results):
+        """The same, added to what is there."""
+        if not results:
+            return njit(lambda row, stride, result, n: None, **options)
+        before, place, s = adder(results[:-1]), len(results) - 1, results[-1]
+
+        @njit(**options)
+        def add(row, stride, result, n):
+            before(row, stride, result, n)
+            store(row + place * stride, load(row + place * stride, n) + result[s], n)
+
+        return add
+
     read_slots = reader((*range(kept_values), *range(slots - states, slots)))
     read_output, read_weights = reader((0,) * reads_output), reader(tuple(range(gates, gates + weights)))
     noise = cell.noise
@@ -145,7 +159,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     of_states = [preactivations + names.index(name) for name in names if name != "h"]
     of_hidden = preactivations + (names.index("h") if reads_hidden else 0)
     of_weights = range(preactivations + len(names), preactivations + len(names) + weights)
-    write_gradients, write_carried = writer((*range(preactivations), *of_weights)), writer(tuple(of_states))
+    write_gradients, write_carried = writer(tuple(range(preactivations))), writer(tuple(of_states))
 
     def before_reader(names):
         """States before a step in the cell's order, of the hidden one and a tuple of the others."""
@@ -158,10 +172,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     in_order, read_hidden = before_reader(names), reader((0,) * reads_hidden)
 
+    add_own = adder(tuple(of_weights))
+
     @njit(**options)
     def pitch(p):
         """Bytes from one row of gate gradients to the next: a line more, so that columns do not share a cache set."""
-        return ceil_div((preactivations + weights) * p.hidden_size * size, LINE) * LINE + LINE
+        return ceil_div(preactivations * p.hidden_size * size, LINE) * LINE + LINE
 
     @njit(**options)
     def weight_size(p):
@@ -308,7 +324,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         kept, output = load_int(row + OF_KEPT * table), load_int(row + OF_OUTPUT * table)
         h, c = load_int(row + OF_HIDDEN * table), load_int(row + OF_CARRIED * table)
         dc, dh = load_int(row + OF_D_CARRIED * table), load_int(row + OF_D_HIDDEN * table)
-        return kept, output, h, c, load_int(row + OF_NOISE * table), dc, dh
+        return kept, output, h, c, load_int(row + OF_NOISE * table), dc, dh, load_int(row + OF_OWN_SUMS * table)
 
     @njit(**options)
     def arguments(q, context):
@@ -321,7 +337,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def beside_output(p, places, unit, n):
         """The same but for the gradient of the output, of a vector of units of a row."""
-        kept_row_at, output_row, h_row, c_row, noise_row, dc_row, _ = places
+        kept_row_at, output_row, h_row, c_row, noise_row, dc_row, _, _ = places
         at, gate_stride = unit * size, p.hidden_size * size
         carried = read_carried(dc_row + at, gate_stride, n)
         kept = read_slots(kept_row_at + at, gate_stride, n)
@@ -341,8 +357,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def keep_units(p, places, gradients, unit, n, result):
         """The same of a vector of units of a row."""
-        (_, _, _, _, _, dc_row, dh_row), at, gate_stride = places, unit * size, p.hidden_size * size
+        (_, _, _, _, _, dc_row, dh_row, sums), at, gate_stride = places, unit * size, p.hidden_size * size
         write_gradients(gradients + at, gate_stride, result, n)
+        add_own(sums + at, gate_stride, result, n)
         write_carried(dc_row + at, gate_stride, result, n)
         if reads_hidden:
             store(dh_row + at, result[of_hidden], n)
@@ -353,7 +370,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         their product is computed."""
         gate_stride, at = p.hidden_size * size, unit * size
         for i in range(first, first + rows):
-            dy, (kept, output, h, carried, noise_row, _, _) = load_int(places + 8 * i), places_of(p, i, places)
+            dy, (kept, output, h, carried, noise_row, _, _, _) = load_int(places + 8 * i), places_of(p, i, places)
             for j in range(at, at + vectors * vector, vector):
                 prefetch_far(dy + j)
                 for s in range(kept_values):  # states after this step are those before the step that was done last
@@ -914,8 +931,14 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             for first in range(share(blocks, members, member) * lanes, end, room * lanes):
                 n = min(end - first, room * lanes)
                 for s in range(preactivations + weights):
-                    column = gradients + (s * units + first) * size
-                    sum_columns(column, rows, row_bytes, n, scratch, scratch + room * vector)
+                    if s < preactivations:
+                        column = gradients + (s * units + first) * size
+                        sum_columns(column, rows, row_bytes, n, scratch, scratch + room * vector)
+                    else:  # of a row, the steps of the block are summed; the next block begins anew
+                        column = p.own_sums + ((s - preactivations) * units + first) * size
+                        sum_columns(column, p.batch, weights * units * size, n, scratch, scratch + room * vector)
+                        for b in range(p.batch):
+                            clear_units(column + b * weights * units * size, 0, n, n)
                     for j in range(0, n, lanes):
                         unit, total = first + j, load_all(scratch + j * size)
                         if s < gates:
@@ -1005,10 +1028,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         pack_weights(p, member, members, tables)
         fill_step(p, places + 8 * OF_D_CARRIED * p.batch, r0, r1 - r0, p.dc0, states * hidden_bytes)
         fill_step(p, places + 8 * OF_D_HIDDEN * p.batch, r0, r1 - r0, p.dh0, hidden_bytes)
+        fill_rows(places + 8 * OF_OWN_SUMS * p.batch, r1 - r0, p.own_sums + r0 * weights * hidden_bytes, weights * hidden_bytes)
         fill_step(p, extra, r0, r1 - r0, p.dh0, output_bytes)
         fill_rows(later, r1 - r0, p.zeros, 0)
         for b in range(r0, r1):
             own = row_at(p, b)
+            for s in range(b * weights, (b + 1) * weights):
+                clear_units(p.own_sums + s * hidden_bytes, unit0, unit1, p.hidden_size)
             if p.resets and p.need_dh0:
                 for s in range(stopped):
                     clear_units(reset_row(p, b) + s * hidden_bytes, unit0, unit1, p.hidden_size)

@@ -59,7 +59,8 @@ _GROUPS = (
     # gate gradients, of those of the states that enter element by element, and of h's where it is one of these; of the crew,
     # in backward, rows of h times the mask (masked), and of each row what goes from one stage to the next (carried)
     "workspace ih_panels hh_panels hr_panels bias_sums zeros shared operands tails own own_bytes dx_other reset_sums masked",
-    "carried",
+    # and in backward the sums over a block's steps of the gradients of the cell's own weights (own_sums)
+    "carried own_sums",
     # the runtime's barrier function, and where it keeps count of arrivals: the team's, then each crew's and its groups'
     "wait arrivals",
 )
@@ -86,7 +87,7 @@ BACKWARD_BLOCK_ROWS = 512  # rows whose gate gradients are held at once; the sam
 OPERAND_BYTES = 2048  # width of the panels of an operand of the weights' gradients that are packed at a time,
 OPERAND_ROWS = 512  # of so many rows
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
-PLACES = 8  # tables of addresses that a step of backward has, see backward.py
+PLACES = 9  # tables of addresses that a step of backward has, see backward.py
 FEW_ROWS = 8  # rows whose share of the weights' gradients is summed without packing them
 LAYER_BLOCKS = 16  # of steps, where layers run at once: a layer is a block behind the one below. Fewer where they would have
 LAYER_ROWS = 4  # less than so many rows
