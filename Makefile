@@ -117,6 +117,7 @@ bench: install $(VENV)/.with-bench
 	$(BIN)/python -m bench.stream
 	$(BIN)/python -m bench.gradient_penalty
 	$(BIN)/python -m bench.resets
+	$(BIN)/python -m bench.features
 	$(BIN)/python -m bench.keras_layers
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.chart

@@ -28,7 +28,19 @@ from fastrnn.kernels.gpu import plan
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
 HEADS = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
-BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream", "penalty", "resets", "keras", "crowded")  # of a CPU
+BENCHMARKS = (
+    "grid",
+    "memory",
+    "startup",
+    "half",
+    "roofline",
+    "stream",
+    "penalty",
+    "resets",
+    "features",
+    "keras",
+    "crowded",
+)  # of a CPU
 # What the rows of each table mean.
 ROWS = {
     "processors": "Each row is a processor that was measured, and how fastrnn does there at the sizes of the grid.",
@@ -52,6 +64,10 @@ ROWS = {
         "Each row is a batch of 64 sequences of 128 steps and 256 units. Each figure is the time of the rival over fastrnn's: "
         "with resets at 5 % of the steps, of a call without resets, and of torch.nn called anew at each reset; with lengths at "
         "57 % of the steps, of packed input."
+    ),
+    "features": (
+        "Each row is a feature of docs/features.md and a size of the layer. Each figure is the time of a training step with it "
+        "over that of the plain layer."
     ),
     "penalty": (
         "Each row is one size. Each figure is the speed-up over torch.nn of a training step with a gradient penalty, which "
@@ -336,6 +352,18 @@ def resets(content: dict[str, Any]) -> str:
     return f"{ROWS['resets']}\n\n" + table(["resets and lengths", *(WORDS[cell] for cell in CELLS)], found)
 
 
+def features(content: dict[str, Any]) -> str:
+    """What features of a layer cost beside the plain one."""
+    rows: dict[str, dict[str, str]] = {}
+    for case in content["cases"]:
+        steps, batch, units = case["sizes"]
+        name = f"`{case['feature']}`, {steps} steps, B {batch}, H {units}"
+        rows.setdefault(name, {})[case["cell"]] = f"{case['ratio']:.2f}x"
+    names = [WORDS[cell] for cell in CELLS]
+    found = [[name, *(figures.get(cell, "") for cell in names)] for name, figures in rows.items()]
+    return f"{ROWS['features']}\n\n" + table(["time over the plain layer's", *names], found)
+
+
 def keras(content: dict[str, Any]) -> str:
     """fastrnn.keras against keras.layers on each backend, and against the torch module."""
     rivals = {
@@ -518,7 +546,7 @@ def section(name: str, contents: dict[str, dict[str, Any]], pictures: str) -> st
         parts += [class_table(results), worst(results), f"![Heat map of the grid]({pictures}/{picture('heatmap', name)})"]
         parts += [apart_table(results), packed(results), peer_table(results)]
         last = origin(grid)
-    writers = {"stream": stream, "penalty": penalty, "resets": resets, "keras": keras}
+    writers = {"stream": stream, "penalty": penalty, "resets": resets, "features": features, "keras": keras}
     writers |= {"memory": memory, "startup": startup, "half": half}
     for benchmark, write in writers.items():
         if content := contents.get(benchmark):

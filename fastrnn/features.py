@@ -228,12 +228,11 @@ def cell_name(module: Any) -> str:
     """Return the name of the cell that a module's layers run: the plain one, or that with norm, clip and zoneout."""
     zoneout = module.zoneout
     rates = zoneout if isinstance(zoneout, tuple) else (zoneout,)
-    norm = module.bias if module.layer_norm else None
-    return _derived(module._fastrnn_cell.name, norm, module.cell_clip, tuple(rate > 0 for rate in rates))
+    return _derived(module._fastrnn_cell.name, module.layer_norm, module.cell_clip, tuple(rate > 0 for rate in rates))
 
 
-def _derived(name: str, norm: bool | None, clip: float | None, zoned: tuple[bool, ...]) -> str:
-    return _derive(name, norm, clip, zoned) if norm is not None or clip is not None or any(zoned) else name
+def _derived(name: str, norm: bool, clip: float | None, zoned: tuple[bool, ...]) -> str:
+    return _derive(name, norm, clip, zoned) if norm or clip is not None or any(zoned) else name
 
 
 # What torch.compiler.assume_constant_result would do, but without importing Dynamo: it does not look into this function.
@@ -241,14 +240,11 @@ _derived._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undecla
 
 
 @cache
-def _derive(name: str, norm: bool | None, clip: float | None, zoned: tuple[bool, ...]) -> str:
-    """Derive a cell with these features from one, make it known, and return its name.
-
-    norm: with layer norm, whether there are biases; else None.
-    """
+def _derive(name: str, norm: bool, clip: float | None, zoned: tuple[bool, ...]) -> str:
+    """Derive a cell with these features from one, make it known, and return its name."""
     plain = CELLS[name]
     code, states = plain.derived.definition, state_names(plain)
-    normed = None if norm is None else norms.Normed(plain, norm)
+    normed = norms.Normed(plain) if norm else None
     kinds = dict(plain.kinds if normed is None else normed.kinds)
     noise: dict[str, str] = {}
     for state, has_zones in zip(states, zoned, strict=False):
@@ -277,9 +273,7 @@ def _derive(name: str, norm: bool | None, clip: float | None, zoned: tuple[bool,
             for state, value in zip(states, new, strict=True)
         )
 
-    function.__name__ = (
-        plain.derived.name + "_norm" * (norm is not None) + "_clip" * (clip is not None) + "_zoneout" * any(zoned)
-    )
+    function.__name__ = plain.derived.name + "_norm" * norm + "_clip" * (clip is not None) + "_zoneout" * any(zoned)
     cell = define(function, kinds)
     reference.register(cell)
     return cell.name

@@ -262,7 +262,7 @@ class RNN(nn.RNN, _Layers):
     that torch.nn has not.
 
     Args:
-        recompute: keyword only. It has no effect here, as an RNN keeps its output and nothing else.
+        recompute: keyword only. It has no effect without layer_norm, as an RNN keeps its output and nothing else.
         layer_norm: keyword only. Normalise both products of a step over the row, see below.
         num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
         learn_initial_state: keyword only. Have parameters initial_h_l{k} for the state where hx is missing.

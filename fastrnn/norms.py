@@ -62,7 +62,7 @@ class Normed:
     hidden: names of the hidden parts, by those of the plain cell's arguments.
     """
 
-    def __init__(self, plain: Cell, bias: bool) -> None:
+    def __init__(self, plain: Cell) -> None:
         self.plain, self.kinds, self.hidden = plain, dict[str, str](), dict[str, str]()
         for name, kind in plain.kinds.items():
             self.kinds[name] = "Input" if kind == "Gate" else kind
@@ -70,7 +70,7 @@ class Normed:
                 self.hidden[name] = self._add(f"{name}_h", "Hidden", plain.kinds)
             elif kind == "Hidden":
                 self.hidden[name] = name
-        self.biases = {name: self._add(f"bias_{name}") for name in preactivations(plain)} if bias else {}
+        self.biases = {name: self._add(f"bias_{name}") for name in preactivations(plain)}
         self.gain_ih = {name: self._add(f"gain_ih_{name}") for name in plain.parts["ih"]}
         self.gain_hh = {name: self._add(f"gain_hh_{name}") for name in plain.parts["hh"]}
         self.of_state = [self._add(name) for name in ("gain_c", "shift_c")] if normalises_state(plain) else []
@@ -142,7 +142,7 @@ arrangement._dynamo_marked_constant = True  # type: ignore[attr-defined]  # unde
 @cache
 def _arrangement(name: str, derived_name: str) -> Arrangement:
     plain, derived = CELLS[name], CELLS[derived_name]
-    plain_names = {own: name for name, own in Normed(plain, True).hidden.items()}
+    plain_names = {own: name for name, own in Normed(plain).hidden.items()}
     of_hidden = [plain_names.get(name, name) for name in derived.hidden_parts]
     ih, hh, own = (tuple(plain.parts[part]) for part in ("ih", "hh", "own"))
     biased = tuple(preactivations(plain))
@@ -157,19 +157,21 @@ def weights(module: Any, suffix: str, plain: str, derived: str) -> list[Tensor]:
     given: dict[str, Any] = {name: getattr(module, name + suffix, None) for name in PARAMETERS}
     w_ih, w_hh, b_ih, b_hh, w_hr = given.values()
     w_hh = w_ih.new_zeros(0, H // module.num_heads) if w_hh is None else w_hh
+    norms = [getattr(module, name + suffix) for name in of.norms]
+    zeros = norms[0].new_zeros(of.gates * H)
     behind = [getattr(module, f"weight_{name}{suffix}") for name in of.own]
-    if module.bias:
+    if not module.bias:
+        behind.append(norms[0].new_zeros(len(of.biased) * H))
+    else:
         of_input = dict(zip(of.ih, b_ih.split(H), strict=True))
         of_hidden = dict(zip(of.hh, b_hh.split(H), strict=True)) if of.hh else {}
         for name in of.biased:
             both = [bias[name] for bias in (of_input, of_hidden) if name in bias]
             behind.append(both[0] + both[1] if len(both) > 1 else both[0])
-    behind += [getattr(module, name + suffix) for name in of.norms]
-    zeros = behind[-1].new_zeros(of.gates * H)
     return [
         blocks(w_ih, of.ih, of.of_input, H),
         blocks(w_hh, of.hh, of.of_hidden, H),
-        torch.cat([zeros, *behind]),
+        torch.cat([zeros, *behind, *norms]),
         zeros,
         *([] if w_hr is None else [w_hr]),
     ]

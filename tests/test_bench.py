@@ -18,6 +18,7 @@ from bench import (
     chart,
     crowded,
     crowded_calls,
+    features,
     gradient_penalty,
     half,
     keras_layers,
@@ -150,6 +151,14 @@ def test_keras_layers_are_checked_and_told(cell, mode, keras_on_torch, monkeypat
     assert sum(figure not in ("", "-") for cells in row.split("|")[2:] for figure in cells.strip().split(", ")) == len(
         found["ratios"]
     )
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_features_are_timed_beside_plain_layers_and_told(train):
+    found = features.measure("GRU", "num_heads=4", (3, 2, 16), train, seconds=0.01, most=2)
+    assert found["ratio"] == found["times"]["with"]["median"] / found["times"]["without"]["median"]
+    (row,) = (line for line in report.features({"cases": [found]}).splitlines() if "num_heads" in line)
+    assert row == f"| `num_heads=4`, 3 steps, B 2, H 16 |  | {found['ratio']:.2f}x |  |"
 
 
 def test_a_backend_of_keras_that_fails_says_how():
