@@ -84,7 +84,7 @@ class Case:
         if not self.noisy:
             return plain
         zoned = tuple(name != "h" or self.R == self.H for name in features.state_names(plain))
-        return CELLS[features.derived(plain.name, None, zoned)]
+        return CELLS[features.derived(plain.name, None, None, zoned)]
 
     def __str__(self) -> str:
         plan = self.plan

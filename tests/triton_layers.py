@@ -97,7 +97,7 @@ class Layer:
         if self.noise in ("none", "mask"):
             return plain
         zoned = tuple(state != "h" or not self.project for state in features.state_names(plain))
-        return CELLS[features.derived(plain.name, None, zoned)]
+        return CELLS[features.derived(plain.name, None, None, zoned)]
 
     @property
     def plain(self) -> Cell:
