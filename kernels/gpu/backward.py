@@ -96,7 +96,7 @@ def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
     saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_hh, w_hr, b_ih, lengths, offsets, resets,
-    counters, gave_up, mask, noise,
+    counters, gave_up, mask, noise, moments,
     w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
@@ -104,7 +104,8 @@ def scan_backward(
     OUTPUT: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
-    BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    MEETINGS: tl.constexpr, SETS: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
     PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
@@ -123,7 +124,9 @@ def scan_backward(
     block, group = pid % BLOCKS, pid // BLOCKS
     head, of_rows = group % HEADS, group // HEADS
     d, first = (of_rows % D).to(tl.int64), first_row + (of_rows // D) * ROWS
-    counter = counters + group * 16
+    PROGRAMS: tl.constexpr = BLOCKS * HEADS if MEETINGS else BLOCKS  # that meet
+    EACH: tl.constexpr = 1 + PROJECTED + MEETINGS  # meetings of a step
+    counter = counters + (of_rows if MEETINGS else group) * 16
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
@@ -222,14 +225,22 @@ def scan_backward(
                 tl.store(at_dp, dh.to(dp.dtype.element_ty), mask=outputs_ok[:, None] & active[None, :])
             if SYNC and PROJECTED:
                 arrive(counter)
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
+                wait(counter, (EACH * (s - begin) + 1).to(tl.int64) * PROGRAMS, gave_up)
         if PHASE != "state":
             if PROJECTED:
                 dh = product(
                     (), r_rows, units_ok, dp_rows, active, R, H, R, R, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION
                 )
                 dh = released(dh)
-            grads = CELL(dh, *dc[:STATES], *values, *own_weights, *noises)
+            if MEETINGS:
+                own_moments = moments + of_rows * (SETS * 2 * PROGRAMS * ROWS)
+                own_units = tl.minimum(HEAD - block * UNITS, UNITS)
+                grads = CELL(
+                    dh, *dc[:STATES], *values, *own_weights, *noises, own_moments, counter, EACH * (s - begin) + PROJECTED,
+                    gave_up, head * BLOCKS + block, units_ok[:, None], own_units,
+                )  # fmt: skip
+            else:
+                grads = CELL(dh, *dc[:STATES], *values, *own_weights, *noises)
             store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
             if SYNC:
                 arrive(counter)
@@ -260,7 +271,7 @@ def scan_backward(
                 noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
             )
             own = row_index(at, rows, offsets, T, B, PACKED, False)
-            wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS, gave_up)
+            wait(counter, (s - begin + 1).to(tl.int64) * EACH * PROGRAMS, gave_up)
     if PHASE != "state":
         store_tiles(carry + state_at, dc, state_ok, 0, CARRIED, H)
 

@@ -21,13 +21,14 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     noise    for each row of x the D*NOISE*H numbers that the call brings for the cell; steps and rows of the batch are noise_t
              and noise_b numbers apart, 0 where all have the same; only where NOISE
     counters [groups, 16] int64, zero, and gave_up [1] int32: see barrier.py; only used where SYNC
+    moments  [groups, SETS, 2, programs of a group, ROWS] float32: see rows.py; only used where MEETINGS
 
 A program has UNITS units of every gate (and OUTPUTS outputs of the projection) and ROWS rows, of one head where there are
-several; programs of the same rows, direction and head are a group. Groups never wait for each other, and stop with the longest
+several; programs of the same rows, direction and head are a group; with MEETINGS those of all heads. Groups never wait for each other, and stop with the longest
 of their rows.
 
 What a cell is, both passes are told by GATES, HIDDEN, STATES, READS (cells.Cell.reads_hidden), WEIGHTS, KEPT and SLOTS, as in
-cells.py, and NOISE. PADDED is the power of two at GATES or above.
+cells.py, and NOISE; and by MEETINGS, how often in a step programs meet within the cell, to exchange SETS sets of moments. PADDED is the power of two at GATES or above.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def carried(new, active, p, KEPT: tl.constexpr, STATES: tl.constexpr, READS: tl.
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
     kept, y, out, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters, gave_up,
-    mask, fed, noise,
+    mask, fed, noise, moments,
     w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
@@ -105,7 +106,7 @@ def scan_forward(
     SLOTS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
-    ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
+    MEETINGS: tl.constexpr, SETS: tl.constexpr, ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +123,9 @@ def scan_forward(
     block, group = pid % BLOCKS, pid // BLOCKS
     head, of_rows = group % HEADS, group // HEADS
     d, first = (of_rows % D).to(tl.int64), first_row + (of_rows // D) * ROWS
-    counter = counters + group * 16
+    PROGRAMS: tl.constexpr = BLOCKS * HEADS if MEETINGS else BLOCKS  # that meet
+    EACH: tl.constexpr = 1 + PROJECTED + MEETINGS  # meetings of a step
+    counter = counters + (of_rows if MEETINGS else group) * 16
     backwards = (d == 1) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
@@ -198,7 +201,15 @@ def scan_forward(
                 chunks, a_rows, a_ok, h_rows, active, K, 1, K, K, PADDED * UNITS, ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION
             )
             a = preactivations(inputs, unstack(acc, PADDED, UNITS, ROWS), biases, GATES, HIDDEN)
-            new = CELL(*a, *p, *own, *noises)
+            if MEETINGS:
+                own_moments = moments + of_rows * (SETS * 2 * PROGRAMS * ROWS)
+                own_units = tl.minimum(HEAD - block * UNITS, UNITS)
+                new = CELL(
+                    *a, *p, *own, *noises, own_moments, counter, EACH * (s - begin), gave_up, head * BLOCKS + block,
+                    units_ok[:, None], own_units,
+                )  # fmt: skip
+            else:
+                new = CELL(*a, *p, *own, *noises)
             h = new[0].to(y.dtype.element_ty)
             if PROJECTED:
                 tl.store(out_rows[None, :] + units[:, None], h, mask=ok)
@@ -216,7 +227,7 @@ def scan_forward(
             if CARRIED:
                 p = carried(new, active[None, :], p, KEPT, STATES, READS)
             if SYNC and PROJECTED:
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
+                wait(counter, (EACH * (s - begin) + MEETINGS + 1).to(tl.int64) * PROGRAMS, gave_up)
         if PROJECTED and PHASE != "gates":
             proj = product(
                 (), r_rows, outputs_ok, out_rows, active, H, 1, H, H, OUTPUTS, ROWS, BK, SPLIT, False, STAGES, PRECISION
@@ -244,10 +255,7 @@ def scan_forward(
                 anew = begins_anew(resets, at, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
             y_before = fed_rows
             y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
-            if PROJECTED:
-                wait(counter, (2 * (s - begin) + 2).to(tl.int64) * BLOCKS, gave_up)
-            else:
-                wait(counter, (s - begin + 1).to(tl.int64) * BLOCKS, gave_up)
+            wait(counter, (EACH * (s - begin + 1)).to(tl.int64) * PROGRAMS, gave_up)
     if PHASE != "project":
         store_tiles(carry + state_at, p, tile_ok, 0, CARRIED, H)
 
