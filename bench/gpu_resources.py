@@ -26,8 +26,8 @@ import torch
 from fastrnn import cells as shipped
 from fastrnn import features
 from fastrnn.kernels.cells import CELLS, Cell
-from fastrnn.kernels.gpu import plan as plans
 from fastrnn.kernels.gpu import meetings_of, values_of
+from fastrnn.kernels.gpu import plan as plans
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 

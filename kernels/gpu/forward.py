@@ -24,11 +24,12 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     moments  [groups, SETS, 2, programs of a group, ROWS] float32: see rows.py; only used where MEETINGS
 
 A program has UNITS units of every gate (and OUTPUTS outputs of the projection) and ROWS rows, of one head where there are
-several; programs of the same rows, direction and head are a group; with MEETINGS those of all heads. Groups never wait for each other, and stop with the longest
-of their rows.
+several; programs of the same rows, direction and head are a group; with MEETINGS those of all heads. Groups never wait for
+each other, and stop with the longest of their rows.
 
 What a cell is, both passes are told by GATES, HIDDEN, STATES, READS (cells.Cell.reads_hidden), WEIGHTS, KEPT and SLOTS, as in
-cells.py, and NOISE; and by MEETINGS, how often in a step programs meet within the cell, to exchange SETS sets of moments. PADDED is the power of two at GATES or above.
+cells.py, and NOISE; and by MEETINGS, how often in a step programs meet within the cell, to exchange SETS sets of moments.
+PADDED is the power of two at GATES or above.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def scan_forward(
     SLOTS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
-    MEETINGS: tl.constexpr, SETS: tl.constexpr, ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
+    MEETINGS: tl.constexpr, SETS: tl.constexpr, ALIGNED: tl.constexpr, SAVE: tl.constexpr,
+    BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip

@@ -1,9 +1,9 @@
 """Reductions over the units of a row, as layer norm has them, in a cell that Triton compiles.
 
-In a single program they are sums over a tile's units. In a persistent launch each program knows some units: at each place where
-a cell needs reductions (derive.Stage) it writes the moments of its own, meets the others at the barrier, and merges everybody's,
-in a fixed order (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances").
-A step has one more meeting at least, so nobody writes moments of the next step before all have read those of this one.
+In a single program they are sums over a tile's units. In a persistent launch each program knows some units. At each place where
+a cell needs reductions (derive.Stage) it writes the moments of its own, meets the others at the barrier, and merges everybody's
+in a fixed order (Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"). A
+step has one more meeting at least, so nobody writes moments of the next step before all have read those of this one.
 
 Values are float32 [UNITS, ROWS], what they are reduced to [1, ROWS].
 """
@@ -159,8 +159,8 @@ def between_programs(
         by_index = {node.index: name for name, node in stage.code.parameters}
         found = _sets(stage)
         for k, each in enumerate(found, at):
-            values = f"({', '.join(by_index[index] for index in each)},)"
-            lines.append(f"    put({values}, {k}, {place}, {program}, {own}, {count}, {programs})")
+            named = ", ".join(by_index[index] for index in each)
+            lines.append(f"    put(({named},), {k}, {place}, {program}, {own}, {count}, {programs})")
         if found:
             meeting += 1
             lines.append(f"    meet({counter}, {met} + {meeting}, {gave_up}, {programs})")
@@ -169,8 +169,8 @@ def between_programs(
         for name, node in stage.reductions:
             values, numbers = split(node.operands)
             k = at + found.index(tuple(each.index for each in values))
-            of_all = head * heads * len(values)
-            lines.append(f"    {name} = " + (f"rstd(its__spread_{k}, {numbers[0]!r}, {of_all})" if numbers else f"its__mean_{k}"))
+            rstd = f"rstd(its__spread_{k}, {numbers[0]!r}, {head * heads * len(values)})" if numbers else ""
+            lines.append(f"    {name} = {rstd or f'its__mean_{k}'}")
         at += len(found)
         if stage.code.results:
             function = f"its__stage_{number}"
