@@ -22,7 +22,7 @@ from .cell import PLAIN, PTX, bound
 from .launch import Kernel, Launch, alarm
 from .plan import Device, Plan, choose, stacked
 from .precision import precision_of, products_in
-from .rows import sets
+from .rows import Reach, sets
 
 
 class Call:
@@ -202,9 +202,9 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
     layer, cell, functions = own.layer, CELLS[own.layer.cell], PTX if own.ptx else PLAIN
     schedule, units, outputs, rows, blocks, warps, registers, chunk, split, resident, stages, diagonal = tiles
     alone = schedule == "single"
-    reach = own.H // layer.heads, units, rows, 0 if alone else blocks
+    reach = Reach(own.H // layer.heads, layer.heads, units, rows, 0 if alone else blocks) if cell.reduces else None
     constants = {
-        "CELL": bound(cell, functions, own.forward, *((reach, layer.heads) if cell.reduces else ((0, 0, 0, 0), 1))),
+        "CELL": bound(cell, functions, own.forward, reach),
         "GATES": cell.gates,
         "PADDED": stacked(cell.gates),
         "HIDDEN": cell.hidden,
