@@ -72,6 +72,25 @@ def test_kernels(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
+def _stacks() -> Iterator[Layer]:
+    """Two to four layers at once, in every combination of two of these."""
+    factors = {name: FACTORS[name] for name in ("cell", "reverse", "layout", "bias", "save", "incoming", "dtype", "marks")}
+    sizes = (5, 3, 5, 19), (3, 18, 2, 7), (1, 4, 9, 33), (6, 5, 17, 40)
+
+    def possible(row: dict) -> bool:  # of lower layers nobody tells the reference on which side of relu half precision landed
+        return _possible(row) and (row.get("cell") != "rnn_relu" or row.get("dtype", torch.float32) is torch.float32)
+
+    for row in pairwise(factors | {"layers": (2, 3, 4), "sizes": sizes}, possible):
+        yield Layer(tiles="resident", **row)
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", list(_stacks()), ids=str)
+def test_layers_at_once(layer, interpreted):
+    """As `test_kernels`; each layer is two steps behind its neighbour."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
 OWN = ("slstm", "peephole_lstm", "odd", "mgu", "wide", "indrnn", "cifg", "leaky_rnn", "cfc", "every_function", "lstm", "gru")
 OF_OWN = {
     "tiles": FACTORS["tiles"],

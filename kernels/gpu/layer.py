@@ -288,6 +288,26 @@ def layer_backward(
         return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
 
 
+def layers_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None):
+    """`layer_forward` of layers of one direction that run at once: h0 and c0 have the states of each, and so do the results.
+
+    The last result is what `layers_backward` takes as `below`, the outputs of all layers but the highest.
+    """
+    alarm(x.device).check()
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
+    with _current(x.device):
+        below = call.below()
+        return *forward(call, save, *call.chosen(forward=True), below), below
+
+
+def layers_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, below, text, needs, resets=None, lengths=None):
+    """`layer_backward` of such layers."""
+    alarm(x.device).check()
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
+    with _current(x.device):
+        return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False), below)
+
+
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a device the current one, on which Triton launches; most often it is."""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:

@@ -177,10 +177,9 @@ def _wavefront(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     units, number = _units(sizes), sizes.bytes_
     for tiles in (*_resident(device, sizes, forward, units), *_resident(device, sizes, forward, 2 * units)):
         groups = min(_ceil(sizes.B, tiles.rows), device.multiprocessors // (tiles.blocks * sizes.layers))
-        for span, outputs, columns in itertools.product(SPANS, (64, 128), (64, 128)):
+        for span, columns in itertools.product(SPANS, (64, 128)):
             if groups and columns <= span * tiles.rows and span <= sizes.T:
-                fed = (outputs, columns, 128 // number, 3)
-                plan = replace(tiles, schedule="wavefront", groups=groups, span=span, fed=fed)
+                plan = replace(tiles, schedule="wavefront", groups=groups, span=span, fed=(64, columns, 128 // number, 3))
                 yield replace(plan, registers=_registers(device, plan))
 
 

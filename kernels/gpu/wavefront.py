@@ -1,19 +1,19 @@
-"""Layers of one direction at once: what brings a layer the numbers that its neighbour has computed.
+"""Layers of one direction at once: how a layer is brought what its neighbour has computed.
 
-A scan with LAYERS > 1 has a group of programs for each layer and block of rows. Forward, a layer adds W_ih times the outputs of the
-layer below where the lowest one finds its projected input; backward, W_ih^T of the layer above times that one's gate gradients is
-the gradient of its own outputs. It does so for SPAN steps at a time, as soon as the neighbour has computed these. So layers run a
-span of steps behind each other.
+A scan with LAYERS > 1 has a group of programs for each layer and block of rows. Forward, a layer multiplies the outputs of the
+one below with its W_ih, and puts the product where the lowest one finds its projected input. Backward, it multiplies the gate
+gradients of the one above with that one's W_ih^T: the gradients of its own outputs. It does so for SPAN steps at a time, as
+soon as the neighbour has computed these, so layers run a span of steps behind each other.
 
-The product of a span is shared out over the group's programs in tiles of FED[0] outputs and FED[1] columns, which are rows of the
-batch in the steps of the span. Both operands come through L2. A program then reads what others of its group have stored, so they
-meet once more, at a counter of their own.
+The product of a span is shared out over the group's programs in tiles of FED[0] outputs and FED[1] columns, which are rows of
+the batch in the steps of the span. Both operands come through L2. A program then reads what others of its group have stored, so
+they meet once more, at a counter of their own.
 
-Programs that wait for each other's steps, besides those of their own group:
+Why no program reads what is not there, or waits for ever:
     1. a neighbour's counter has counted a step of all its programs if it is at step * BLOCKS: none of them arrives for the next
-       step before all have arrived for this one;
+       step before all have arrived for this one. What they stored before can then be loaded, as in barrier.py;
     2. the lowest layer (in backward the highest) waits for its own group alone, and each other one for that below (above), so
-       nobody waits in a circle. All programs of the launch run at once, as in barrier.py, and whoever gives up lets both groups go;
+       nobody waits in a circle. All programs of the launch run at once; who gives up lets both groups go;
     3. outputs and gate gradients of a step are written once, and stay for the whole launch: a neighbour may be as far ahead
        as it likes.
 """
