@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton_layers
 from contract import CELLS, Case, Error, arguments, relative, run, same_bits, twins
-from test_triton import FLOAT32, LAYERS, OWN_LAYERS
+from test_triton import FLOAT32, LAYERS, OWN_LAYERS, STACKS
 from triton_layers import Layer
 
 import fastrnn
@@ -38,7 +38,7 @@ def _target():
     return gpu.device_of(torch.device("cuda", torch.cuda.current_device()))
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, *OWN_LAYERS], ids=str)
+@pytest.mark.parametrize("layer", [*LAYERS, *OWN_LAYERS, *STACKS], ids=str)
 def test_kernels(layer):
     assert triton_layers.faults(layer, "cuda", _target()) == []
 
@@ -167,6 +167,9 @@ LONG = [
     Layer("lstm", "split", 0, project=True, dtype=F32, sizes=(500, 20, 16, 300)),
     Layer("slstm", "resident", 0, heads=4, dtype=F16, sizes=(500, 16, 16, 192)),  # a barrier for each head
     Layer("peephole_lstm", "wide", 0, heads=2, directions=2, dtype=BF16, sizes=(500, 40, 16, 500)),
+    Layer("lstm", "resident", 0, layers=4, dtype=F16, sizes=(1000, 32, 16, 512)),
+    Layer("gru", "resident", 0, layers=3, layout="packed", dtype=BF16, sizes=(1000, 30, 16, 250)),
+    Layer("rnn_tanh", "resident", 0, layers=2, reverse=True, marks="both", dtype=F16, sizes=(1000, 60, 16, 640)),
 ]
 
 
@@ -175,7 +178,7 @@ def test_a_persistent_launch_has_the_bits_of_one_launch_a_step(layer, monkeypatc
     """The same arithmetic in the same order; what differs is how programs wait for each other. 50 runs."""
     target = _target()
     plan = Layer.plan
-    assert plan(layer, True, target, False).schedule == "persistent"
+    assert plan(layer, True, target, False).schedule == ("persistent" if layer.layers == 1 else "wavefront")
     kernels = triton_layers.kernels(layer, "cuda", target)
     persistent = kernels()
     for _ in range(50):

@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -411,3 +414,55 @@ def faults_of_module(name: str, heads: int) -> list[str]:
             wrong.append(explained)
     library._destroy()
     return wrong
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Have the interpreter run the programs of a launch in threads, all at once, so that they meet at barriers."""
+    from triton.runtime import interpreter
+
+    builder, own = interpreter.interpreter_builder, threading.local()
+
+    class Together(interpreter.GridExecutor):
+        def __call__(self, **given):
+            given = {name: value for name, value in given.items() if name in self.arg_names}
+            as_given = interpreter._patch_lang(self.fn)
+            arguments = {
+                name: value if name in self.constexprs else interpreter._implicit_cvt(value) for name, value in given.items()
+            }
+            builder.set_grid_dim(*self.grid, *(1,) * (3 - len(self.grid)))
+
+            def run(program: int) -> None:
+                own.at = program, 0, 0
+                with np.errstate(all="ignore"):
+                    self.fn(**arguments)
+
+            try:
+                with ThreadPoolExecutor(self.grid[0]) as threads:
+                    for done in [threads.submit(run, program) for program in range(self.grid[0])]:
+                        done.result()
+            finally:
+                as_given.restore()
+
+    before = sys.getswitchinterval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "GridExecutor", Together)
+        patch.setattr(type(builder), "grid_idx", property(lambda self: own.at, lambda self, at: None), raising=False)
+        sys.setswitchinterval(1e-4)
+        try:
+            yield
+        finally:
+            sys.setswitchinterval(before)
+
+
+def faults_together(schedule: str) -> str | None:
+    """What the self-test says of a schedule where programs run at once, and give up after some polls."""
+    from fastrnn.kernels.gpu import barrier, selftest
+
+    interpreted = barrier.wait.rewrite()
+    before, interpreted.__defaults__ = interpreted.__defaults__, (1 << 14,)
+    try:
+        with together():
+            return selftest.layer_fault(schedule, torch.device("cpu"), H100)
+    finally:
+        interpreted.__defaults__ = before

@@ -65,4 +65,4 @@ def feed(
         tl.store(target_rows[None, :] + outputs[:, None], values, mask=(outputs < M)[:, None] & ok[None, :])
     if SYNC:
         arrive(counter + 8)
-        wait(counter + 8, (s // SPAN + 1).to(tl.int64) * BLOCKS, gave_up)
+        wait(counter + 8, (tl.minimum(s, steps) // SPAN + 1).to(tl.int64) * BLOCKS, gave_up)
