@@ -3,8 +3,8 @@
     python -m bench.gpu_resources [--target sm_90] [--cell slstm] [--quick]
 
 A plan is compiled at the largest layer that chooses it, dense and with one direction, and again with all that costs registers:
-packed, two directions, a projection where the cell has one, and four heads where it is not torch.nn's; or two and four layers at
-once.
+packed, two directions, a projection where the cell has one, and four heads where it is not torch.nn's; or two and four layers
+at once.
 """
 
 from __future__ import annotations
