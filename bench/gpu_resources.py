@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from fastrnn import cells as shipped
+from fastrnn import features
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.gpu import plan as plans
 from fastrnn.kernels.gpu import values_of
@@ -77,10 +78,15 @@ class Case:
     heads: int = 1
     layers: int = 1  # at once
     marked: bool = False  # with resets and, where it is not packed, lengths
+    noisy: bool = False  # with a mask, and zoneout of all states that may have it
 
     @property
     def kind(self) -> Cell:
-        return CELLS[self.cell] if self.cell in CELLS else getattr(shipped, self.cell).definition
+        plain = CELLS[self.cell] if self.cell in CELLS else getattr(shipped, self.cell).definition
+        if not self.noisy:
+            return plain
+        zoned = tuple(name != "h" or self.R == self.H for name in features.state_names(plain))
+        return CELLS[features.derived(plain.name, None, None, zoned)]
 
     def __str__(self) -> str:
         plan = self.plan
@@ -89,8 +95,9 @@ class Case:
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
         number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2)
-        flags += [f"{self.layers} layers, span {plan.span}, {plan.fed[1]} columns"] * (self.layers > 1)
-        flags += ["packed"] * self.packed + ["marked"] * self.marked + [f"{self.heads} heads"] * (self.heads > 1)
+        flags += [f"{self.layers} layers, span {plan.span}, {plan.feed[1]} columns"] * (self.layers > 1)
+        flags += [name for name in ("packed", "marked", "noisy") if getattr(self, name)]
+        flags += [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
         return " ".join([self.target, which, self.cell, number, f"H{self.H}", tiles, f"{plan.warps} warps", *flags])
 
@@ -170,7 +177,9 @@ def launches(case: Case) -> list:
     started: list = []
     resets = torch.empty(leading, dtype=torch.bool, device="meta") if case.marked else None
     lengths = torch.empty(case.B, dtype=torch.int64, device="meta") if case.marked and not case.packed else None
-    inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths)
+    mask = empty(D, case.B, case.R) if case.noisy else None
+    noise = empty(*leading, D * cell.noise * case.H) if cell.noise else None
+    inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths, mask, noise)
     above = [empty(rows, case.R), *weights[1:]] * (case.layers - 1)
     call = layer.Call(own, inputs, weights * D + above, run=started.append)
     call.ptx = TARGETS[case.target][1].backend == "cuda"

@@ -137,11 +137,56 @@ def test_cells_of_ones_own(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
+WITH_NOISE = {
+    "noise": ("both", "mask", "zoneout", "evaluation"),
+    "cell": ("lstm", "gru", "rnn_tanh", "slstm", "peephole_lstm", "mgu"),
+    "tiles": FACTORS["tiles"],
+    "heads": (1, 2),
+    "project": (False, True),
+    "save": (True, False),
+    "reverse": (False, True),
+    **{name: OF_OWN[name] for name in ("directions", "layout", "dtype", "marks")},
+}
+NOISY = [
+    Layer(**row, sizes=(3, 4, 2, 19))
+    for row in pairwise(WITH_NOISE, lambda row: _quick(row) and not (row.get("project") and row.get("heads", 1) > 1))
+]
+
+
 @needs_triton
-@pytest.mark.parametrize(("cell", "heads"), [("slstm", 2), pytest.param("odd", 1, marks=pytest.mark.slow)])
-def test_modules_of_cells_of_ones_own(cell, heads, interpreted):
+@pytest.mark.parametrize("layer", NOISY, ids=str)
+def test_masks_and_noise(layer, interpreted):
+    """What recurrent dropout and zoneout bring to a call, with all else that a call may have."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
+@needs_triton
+def test_noise_goes_with_cells_that_ask_for_it():
+    """Others would read past an end."""
+    from fastrnn.kernels.gpu.layer import Call
+
+    layer = Layer(noise="zoneout")
+    made = layer.arguments()
+    *given, weights, own = made.values()
+    inputs = Inputs(*given)
+    with pytest.raises(RuntimeError, match=r"fastrnn: lstm_zoneout_.* needs noise"):
+        Call(own, inputs._replace(noise=None), weights)
+    with pytest.raises(RuntimeError, match="fastrnn: lstm takes no noise"):
+        Call(own._replace(cell="lstm"), inputs, weights)
+
+
+NOISE = {"recurrent_dropout": 0.3, "zoneout": 0.2}
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("cell", "heads", "settings"),
+    [("slstm", 2, {}), pytest.param("odd", 1, {}, marks=pytest.mark.slow), ("mgu", 1, NOISE)],
+    ids=str,
+)
+def test_modules_of_cells_of_ones_own(cell, heads, settings, interpreted):
     """First and second derivatives, mapped, compiled and recomputed, in two directions."""
-    assert interpreted(triton_layers.faults_of_module, cell, heads) == []
+    assert interpreted(triton_layers.faults_of_module, cell, heads, settings) == []
 
 
 @needs_triton
@@ -402,15 +447,17 @@ def test_resources_of_every_plan(target, compilers):
 
 
 @needs_triton
-def test_resources_with_resets_and_lengths(compilers):
-    """They take no more than the bounds by which plans are chosen."""
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("target", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TARGETS])
+def test_resources_with_resets_and_lengths(target, noisy, compilers):
+    """They, and masks and noise, take no more than the bounds by which plans are chosen."""
     sizes = ("lstm", 64), ("lstm", 768), ("gru", 768), ("rnn_tanh", 64)
     plain = [
-        gpu_resources.Case("sm_90", cell, forward, torch.float16, "ieee", 64, H, H, 1, False, None, marked=True)
+        gpu_resources.Case(target, cell, forward, torch.float16, "ieee", 64, H, H, 1, False, None, marked=True, noisy=noisy)
         for cell, H in sizes
         for forward in (True, False)
     ]
-    device = TARGETS["sm_90"][1]
+    device = TARGETS[target][1]
     _assert_resources(
         [replace(case, plan=choose(device, gpu_resources.sizes_of(case), case.forward)) for case in plain], compilers
     )

@@ -22,7 +22,7 @@ from conftest import _make_layer, weight_names
 from contract import FACTOR, SLACK, Error
 from torch import Tensor
 
-from fastrnn import cells
+from fastrnn import cells, features
 from fastrnn.cells import (
     Gate,
     Hidden,
@@ -68,6 +68,7 @@ class Layer:
     tiles: single, resident (weights kept), or streamed: split (its sums shared by warps) or wide.
     chunk: of the sums; small, so that a small layer has several. 0 for what the chooser takes.
     marks: resets, lengths (of dense input), both, or none.
+    noise: a mask, zoneout of all states, both of them, or zoneout in evaluation: one number for all rows and steps.
     sizes: T, B, I, and H of a head.
     layers: so many at once, two steps apart where they are interpreted.
     """
@@ -85,6 +86,7 @@ class Layer:
     incoming: str = "all"
     dtype: torch.dtype = torch.float32
     marks: str = "none"
+    noise: str = "none"
     precision: str = "ieee"
     sizes: tuple[int, int, int, int] = (4, 3, 5, 19)
     layers: int = 1
@@ -96,6 +98,15 @@ class Layer:
 
     @property
     def kind(self) -> Cell:
+        plain = self.plain
+        if self.noise in ("none", "mask"):
+            return plain
+        zoned = tuple(state != "h" or not self.project for state in features.state_names(plain))
+        return CELLS[features.derived(plain.name, None, None, zoned)]
+
+    @property
+    def plain(self) -> Cell:
+        """The cell without zoneout."""
         if self.cell in CELLS:
             return CELLS[self.cell]
         if self.cell == "every_function":
@@ -141,7 +152,17 @@ class Layer:
             made["x"][where.T if self.layout == "batch" else where] = torch.nan  # which nobody may read
         if self.marks in ("resets", "both"):
             made["resets"] = torch.rand(made["x"].shape[:-1]) < 0.4
-        names = ("x", "batch_sizes", "h0", "c0", "resets", "lengths", "weights", "layer")
+        if self.noise in ("mask", "both"):
+            made["mask"] = (torch.rand(made["h0"].shape, dtype=torch.float64) < 0.7) * 1.375
+        if count := self.kind.noise * H * self.heads:
+            width, leading = self.directions * count, made["x"].shape[:-1]
+            if self.noise == "evaluation":
+                made["noise"] = torch.linspace(0.25, 1, width, dtype=torch.float64).expand(*leading, -1)
+            else:  # drawn in [T, B, ...], whatever the layout
+                batch = self.layout == "batch"
+                drawn = (torch.rand(*leading[:: -1 if batch else 1], width) < 0.7).double()
+                made["noise"] = drawn.transpose(0, 1) if batch else drawn
+        names = (*Inputs._fields, "weights", "layer")
         return cast({name: made.get(name) for name in names}, self.dtype)
 
     def plan(self, forward: bool, device: Device, interpreted: bool) -> Plan:
@@ -154,7 +175,7 @@ class Layer:
             chosen = choose(device, known, forward, "wavefront")
             if not interpreted:
                 return chosen
-            return replace(chosen, schedule="stepwise", chunk=32, warps=8, stages=2, span=2, fed=(16, 16, 16, 2))
+            return replace(chosen, schedule="stepwise", chunk=32, warps=8, stages=2, span=2, feed=(16, 16, 16, 2))
         if self.tiles == "single":
             return choose(device, sizes, forward, "single")
         of_both = [replace(sizes, precision="tf32"), replace(sizes, precision="ieee", bytes_=4)]  # each has kinds of its own
@@ -182,7 +203,9 @@ def cast(arguments: dict, dtype: torch.dtype, device: str = "cpu") -> dict:
             return [one(each) for each in value]
         if not isinstance(value, Tensor) or name == "batch_sizes":
             return value
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+        shape = value.shape  # what is the same in all rows stays one number
+        value = value[tuple(slice(None if step else 1) for step in value.stride())]
+        return value.to(device, dtype if value.is_floating_point() else value.dtype).expand(shape)
 
     return {name: one(value, name) for name, value in arguments.items()}
 
@@ -341,8 +364,11 @@ def interpret() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-def faults_of_module(name: str, heads: int) -> list[str]:
-    """What goes wrong where a module of a cell runs on the engine, whose operators are then a CPU's too, in every way."""
+def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
+    """What goes wrong where a module of a cell runs on the engine, whose operators are then a CPU's too, in every way.
+
+    settings: of the module; noise comes from one seed.
+    """
     import test_cells
 
     import fastrnn
@@ -374,7 +400,7 @@ def faults_of_module(name: str, heads: int) -> list[str]:
         patch.setattr(gpu, "off", lambda device: {})
         patch.setitem(dispatch._WHY_NOT, "triton", lambda *call: None)
         torch.manual_seed(0)
-        truth = test_cells.layer_of(name, "plain", 3, 4 * heads, bidirectional=True, num_heads=heads)
+        truth = test_cells.layer_of(name, "plain", 3, 4 * heads, bidirectional=True, num_heads=heads, **settings)
         module = copy.deepcopy(truth).float()
         x, states = test_cells.sample(truth, 3, 2)
         given = module, x.float(), [state.float() for state in states]
@@ -385,7 +411,8 @@ def faults_of_module(name: str, heads: int) -> list[str]:
             return {"second": torch.autograd.grad(first.square().sum(), x)[0]}
 
         def mapped(module, x, states):
-            own = torch.func.vmap(lambda x: test_cells.run(module, x, states)[0])(torch.stack([x, 2 * x]))
+            each = torch.func.vmap(lambda x: test_cells.run(module, x, states)[0], randomness="same")
+            own = each(torch.stack([x, 2 * x]))
             return {"mapped": own.detach()}
 
         def compiled(module, x, states):
@@ -399,9 +426,11 @@ def faults_of_module(name: str, heads: int) -> list[str]:
         ways |= {"compiled": compiled, "recomputed": recomputed}
         for way, function in ways.items():
             patch.setattr(dispatch, "forced", "reference")
+            torch.manual_seed(1)
             expected = function(truth, x.detach(), states)
             patch.setattr(dispatch, "forced", "triton")
             started.clear()
+            torch.manual_seed(1)
             with np.errstate(all="ignore"):
                 found = function(*given)
             if not started or any(f"heads={heads}" not in text and heads > 1 for text in started):

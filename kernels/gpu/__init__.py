@@ -98,7 +98,7 @@ def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, p
 
 def values_of(cell: Cell) -> int:
     """plan.Sizes.values of a cell."""
-    loaded = cell.kept + 2 * cell.states + cell.derived.reads_output + cell.reads_hidden
+    loaded = cell.kept + 2 * cell.states + cell.derived.reads_output + cell.reads_hidden + cell.noise
     return loaded + cell.states + cell.reads_hidden + cell.weights
 
 

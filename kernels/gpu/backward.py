@@ -13,6 +13,7 @@ Letters and layouts as in forward.py; further
              a row's steps of those of the cell's own weights, zeros first; and in scans, where the cell reads h, what reached
              it past the gates
     b_ih     [D, ...], which has the cell's own weights behind the biases
+    h0       as it is, with a mask or without
     sums_h   [D, B, R] and sums_c [D, B, STATES*H], float32: what resets take of the gradients of the states before them
 
 Step s of a program first takes dh, the product of W_hh^T with `da` of the step before, then goes through the cell. So there
@@ -35,7 +36,9 @@ from .tile import (
     replaced,
     resident_weights,
     row_index,
+    scaled,
     stack,
+    step_noise,
     steps_of_rows,
     store_tiles,
     zeros,
@@ -94,24 +97,25 @@ def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
     saved, y, ys, dy, dys, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_ih, w_hh, w_hr, b_ih, lengths, offsets, resets,
-    counters, gave_up,
-    w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64,
+    counters, gave_up, mask, noise,
+    w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
-    READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
-    D: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
-    PROJECTED: tl.constexpr,
+    READS: tl.constexpr, WEIGHTS: tl.constexpr, NOISE: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
+    OUTPUT: tl.constexpr, D: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
+    BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
     BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
-    SPAN: tl.constexpr, FED: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
+    SPAN: tl.constexpr, FEED: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
     """Steps begin...end of T + 1. Grid: BLOCKS * HEADS * D * LAYERS * blocks of rows.
 
     OUTPUT:    the cell's backward reads its output.
     PHASE:     "state" or "cell", one half of a projected step, or as in forward.
     DIAGONAL:  the product is of every gate with every other, see tile.py.
-    SPAN, FED, SYNC: as in forward.
+    SPAN, FEED, SYNC: as in forward.
     """
     P: tl.constexpr = HIDDEN + GATES
     CARRIED: tl.constexpr = STATES + READS + WEIGHTS
@@ -131,8 +135,8 @@ def scan_backward(
         dy += d * R
     else:
         top = d == LAYERS - 1
-        fed = dys + d * N * R
-        y, dy = tl.where(top, y, ys + d * N * R), tl.where(top, dy, fed)
+        target = dys + d * N * R
+        y, dy = tl.where(top, y, ys + d * N * R), tl.where(top, dy, target)
         above = da + (d + 1) * N * (P * H)
         w_ih += d * w_ih_step
         if not SYNC:  # a layer is a span of steps behind the one above
@@ -173,6 +177,9 @@ def scan_backward(
     dc = ()
     if PHASE != "state":
         dc = load_tiles(carry + state_at, state_ok, CARRIED, H)
+    noise += d * NOISE * H
+    if MASKED:
+        factors = tl.load(mask + n_at, mask=n_ok, other=0.0).to(tl.float32)
 
     # what a step needs from memory, and does not wait for, is loaded in the step before
     t = tl.where(backwards, begin, steps - 1 - begin)
@@ -192,6 +199,7 @@ def scan_backward(
     dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
     if LAYERS == 1:
         outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+    noises = step_noise(noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED)
     own = row_index(at, rows, offsets, T, B, PACKED, False)  # [ROWS]
     before = tl.minimum(tl.maximum(tl.where(backwards, t - 1, t + 1), 0), steps - 1)
     state = da + HIDDEN * H + column_gate * H + head * HEAD  # [SIDE * ROWS]
@@ -207,9 +215,9 @@ def scan_backward(
         if LAYERS > 1:
             if (d < LAYERS - 1) & (s % SPAN == 0) & (s < steps) & (SYNC or PHASE == "feed"):
                 feed(
-                    fed, above, w_ih, counter, counter + 16, gave_up, s, steps, backwards == 0, block, first, lengths, offsets,
-                    T, B, R, GATES * H, 1, R, R, P * H, BATCH_FIRST, False, PACKED, RAGGED, ROWS, BLOCKS, SPAN, FED, PRECISION,
-                    SYNC,
+                    target, above, w_ih, counter, counter + 16, gave_up, s, steps, backwards == 0, block, first, lengths,
+                    offsets, T, B, R, GATES * H, 1, R, R, P * H, BATCH_FIRST, False, PACKED, RAGGED, ROWS, BLOCKS, SPAN, FEED,
+                    PRECISION, SYNC,
                 )  # fmt: skip
             outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & active[None, :], 1, 0, ".cg")
         if PHASE != "cell" and PHASE != "feed":
@@ -218,6 +226,8 @@ def scan_backward(
                 OUTPUTS * SIDE, SIDE * ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION,
             )  # fmt: skip
             dh = diagonal(dh, OUTPUTS, SIDE, ROWS) if DIAGONAL else released(dh)
+            if MASKED:
+                dh *= factors
             if READS:
                 dh += dc[STATES + WEIGHTS]
             dh = tl.where(came[None, :], dh, final)  # [OUTPUTS, ROWS]
@@ -242,7 +252,7 @@ def scan_backward(
                     (), r_rows, units_ok, dp_rows, active, R, H, R, R, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION
                 )
                 dh = released(dh)
-            grads = CELL(dh, *dc[:STATES], *values, *own_weights)
+            grads = CELL(dh, *dc[:STATES], *values, *own_weights, *noises)
             store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
             if SYNC:
                 arrive(counter)
@@ -270,6 +280,9 @@ def scan_backward(
             dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)
             if LAYERS == 1:
                 outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+            noises = step_noise(
+                noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
+            )
             own = row_index(at, rows, offsets, T, B, PACKED, False)
             wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS, gave_up)
     if PHASE != "state":
@@ -278,14 +291,14 @@ def scan_backward(
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, resets,
-    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64,
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, resets, mask, noise,
+    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
-    READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
-    D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
-    PROJECTED: tl.constexpr,
+    READS: tl.constexpr, WEIGHTS: tl.constexpr, NOISE: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
+    OUTPUT: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
+    BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
     UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All steps of ROWS rows in one program, which holds every unit of a head and the states' gradients.
@@ -329,6 +342,9 @@ def single_backward(
     n_ok = outputs_ok[:, None] & rows_ok[None, :]
     dh = tl.load(dh_n + n_at, mask=n_ok, other=0.0).to(tl.float32)
     dc = load_tiles(carry + state_at, state_ok, CARRIED, H)
+    noise += d * NOISE * H
+    if MASKED:
+        factors = tl.load(mask + n_at, mask=n_ok, other=0.0).to(tl.float32)
 
     # loaded a step ahead
     t = tl.where(backwards, 0, steps - 1)
@@ -343,11 +359,13 @@ def single_backward(
     )  # fmt: skip
     dy_rows = dy + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & (t < length)[None, :], 1, 0)
+    here_ok = units_ok[:, None] & (t < length)[None, :]  # [UNITS, ROWS]
+    noises = step_noise(noise, t, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
 
     for s in tl.range(0, steps, num_stages=1):
         t = tl.where(backwards, s, steps - 1 - s)
         active = t < length  # [ROWS]
-        now, d_out = values, dh + dys[0]
+        now, own_noises, d_out = values, noises, dh + dys[0]
         ahead = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
         here = (ahead < length) & (s + 1 < steps)
         stops = anew
@@ -359,6 +377,8 @@ def single_backward(
         )  # fmt: skip
         dy_rows = dy + row_index(ahead, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
         dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+        here_ok = units_ok[:, None] & here[None, :]
+        noises = step_noise(noise, ahead, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
 
         own = d * N + row_index(t, rows, offsets, T, B, PACKED, False)  # [ROWS]
         if PROJECTED:
@@ -366,13 +386,15 @@ def single_backward(
             d_proj = d_out.to(dp.dtype.element_ty)
             tl.store(dp_rows[None, :] + outputs[:, None], d_proj, mask=outputs_ok[:, None] & active[None, :])
             d_out = released(tl.dot(proj, d_proj, input_precision=PRECISION))  # [UNITS, ROWS]
-        grads = CELL(d_out, *dc[:STATES], *now, *own_weights)
+        grads = CELL(d_out, *dc[:STATES], *now, *own_weights, *own_noises)
         da_rows = da + own * (P * H)
         store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
         d_hidden = stack(grads, HIDDEN, GATES, PADDED, UNITS, ROWS).to(da.dtype.element_ty)
         if UNITS > HEAD:  # of no unit it may be NaN, which zeros among the weights do not take away
             d_hidden = tl.where((unit < HEAD)[:, None], d_hidden, 0.0)
         new = released(tl.dot(w, d_hidden, input_precision=PRECISION))  # [OUTPUTS, ROWS]
+        if MASKED:
+            new *= factors
         if READS:
             new += grads[P + STATES]
         if CARRIED:
@@ -392,11 +414,14 @@ def single_backward(
 
 @triton.jit(do_not_specialize=["T", "B", "blocks", "d"])
 def states_before(
-    before, y, h0, lengths, offsets, resets, T, B, blocks, d,
-    D: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr,
+    before, y, h0, lengths, offsets, resets, mask, T, B, blocks, d,
+    D: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     BATCH_FIRST: tl.constexpr, BACKWARDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """before [N, R], the state that each step of direction d began with. Grid: T * blocks of rows, blocks of columns."""
+    """before [N, R]: h as it entered the product of each step of direction d. h0 and mask: of the direction, [B, R].
+
+    Grid: T * blocks of rows, blocks of columns.
+    """
     pid = tl.program_id(0)
     t, rows = pid // blocks, (pid % blocks) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -410,5 +435,8 @@ def states_before(
     after = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     states = tl.where(joined, after, h0 + rows.to(tl.int64) * R)
     values = tl.load(states[:, None] + columns[None, :], mask=ok, other=0.0)
+    if MASKED:
+        at = mask + rows.to(tl.int64)[:, None] * R + columns[None, :]
+        values = scaled(values, tl.load(at, mask=ok, other=0.0).to(tl.float32))
     own = before + row_index(t, rows, offsets, T, B, PACKED, False) * R  # [ROWS]
     tl.store(own[:, None] + columns[None, :], values, mask=ok)

@@ -102,7 +102,7 @@ class Plan:
     registers:      that a thread may have, 0 for as many as the compiler likes.
     chunk, split, resident, stages, diagonal: how a product is taken, see tile.py; of a resident one, chunks of the state that
                     are on their way at once are its stages.
-    span, fed:      of a wavefront, see wavefront.py.
+    span, feed:     of a wavefront, see wavefront.py.
     microseconds:   estimate of a step, of all layers that run at once.
     """
 
@@ -120,7 +120,7 @@ class Plan:
     stages: int = 1
     diagonal: bool = False
     span: int = 0
-    fed: tuple[int, ...] = ()
+    feed: tuple[int, ...] = ()
     microseconds: float = 0.0
 
     @cached_property
@@ -179,7 +179,7 @@ def _wavefront(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
         groups = min(_ceil(sizes.B, tiles.rows), device.multiprocessors // (tiles.blocks * sizes.layers))
         for span, columns in itertools.product(SPANS, (64, 128)):
             if groups and columns <= span * tiles.rows and span <= sizes.T:
-                plan = replace(tiles, schedule="wavefront", groups=groups, span=span, fed=(64, columns, 128 // number, 3))
+                plan = replace(tiles, schedule="wavefront", groups=groups, span=span, feed=(64, columns, 128 // number, 3))
                 yield replace(plan, registers=_registers(device, plan))
 
 
@@ -262,8 +262,8 @@ def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int
         return matrices * plan.units * plan.outputs * sizes.held_bytes + SPARE_BYTES
     height, depth = _product(sizes, forward, plan)
     chunks = plan.stages * _chunk_bytes(sizes, forward, plan)
-    if plan.fed:  # both operands of the span's product, whose tile then changes its layout
-        outputs, columns, chunk, stages = plan.fed
+    if plan.feed:  # both operands of the span's product, whose tile then changes its layout
+        outputs, columns, chunk, stages = plan.feed
         chunks = max(chunks, stages * (outputs + columns) * chunk * sizes.held_bytes, outputs * columns * 4)
     if plan.resident:
         return height * _ceil(depth, plan.chunk) * plan.chunk * sizes.held_bytes + max(chunks, LAYOUT_BYTES) + 2048
@@ -307,14 +307,14 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
         inside += plan.units * sizes.gates * CELL  # its cells are all of a multiprocessor's, not a few
     between = BARRIER * len(products) if plan.schedule in COOPERATIVE else 0
     step = between + inside
-    if plan.fed:
+    if plan.feed:
         step = (step + _feeding(device, sizes, forward, plan, port)) * (1 + (sizes.layers - 1) * (plan.span + 1) / sizes.T)
     return rounds * (step + held / port / (1000 * GIGAHERTZ) / sizes.T) + launches * LAUNCH / sizes.T
 
 
 def _feeding(device: Device, sizes: Sizes, forward: bool, plan: Plan, port: float) -> float:
     """Microseconds of a step that a span's product takes, with its two barriers; port: bytes a clock."""
-    outputs, columns, *_ = plan.fed
+    outputs, columns, *_ = plan.feed
     wide, depth = (sizes.gates * sizes.H, sizes.R) if forward else (sizes.R, sizes.gates * sizes.H)
     tiles = _ceil(_ceil(wide, outputs) * (plan.span * plan.rows // columns), plan.blocks)
     work = 2 * outputs * columns * depth / device.operations(sizes.bytes_, sizes.precision, True)

@@ -5,7 +5,7 @@ one below with its W_ih, and puts the product where the lowest one finds its pro
 gradients of the one above with that one's W_ih^T: the gradients of its own outputs. It does so for SPAN steps at a time, as
 soon as the neighbour has computed these, so layers run a span of steps behind each other.
 
-The product of a span is shared out over the group's programs in tiles of FED[0] outputs and FED[1] columns, which are rows of
+The product of a span is shared out over the group's programs in tiles of FEED[0] outputs and FEED[1] columns, which are rows of
 the batch in the steps of the span. Both operands come through L2. A program then reads what others of its group have stored, so
 they meet once more, at a counter of their own.
 
@@ -32,17 +32,17 @@ def feed(
     target, source, weights, counter, neighbour, gave_up, s, steps, backwards, block, first, lengths, offsets, T, B,
     M: tl.constexpr, K: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, TARGET: tl.constexpr, SOURCE: tl.constexpr,
     TARGET_BATCH_FIRST: tl.constexpr, SOURCE_BATCH_FIRST: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, FED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, FEED: tl.constexpr, PRECISION: tl.constexpr,
     SYNC: tl.constexpr,
 ):  # fmt: skip
     """target [rows of SPAN steps, M] from step s on: weights [M, K] times source [the same rows, K]; all of the group's rows.
 
     Numbers of the weights are ROW and COLUMN apart, rows of target and source TARGET and SOURCE.
     counter, neighbour: of this group, and of that which stores the source.
-    FED: outputs and columns of a tile, chunk of K, and chunks on their way at once.
+    FEED: outputs and columns of a tile, chunk of K, and chunks on their way at once.
     """
-    OUTPUTS: tl.constexpr = FED[0]
-    COLUMNS: tl.constexpr = FED[1]
+    OUTPUTS: tl.constexpr = FEED[0]
+    COLUMNS: tl.constexpr = FEED[1]
     HIGH: tl.constexpr = (M + OUTPUTS - 1) // OUTPUTS
     TILES: tl.constexpr = HIGH * (SPAN * ROWS // COLUMNS)
     if SYNC:
@@ -57,8 +57,8 @@ def feed(
             ok = ok & (t < tl.load(lengths + rows, mask=ok, other=0))
         source_rows = source + row_index(t, rows, offsets, T, B, PACKED, SOURCE_BATCH_FIRST) * SOURCE
         acc = product(
-            (), weights + outputs.to(tl.int64) * ROW, outputs < M, source_rows, ok, K, COLUMN, K, K, OUTPUTS, COLUMNS, FED[2],
-            1, False, FED[3], PRECISION,
+            (), weights + outputs.to(tl.int64) * ROW, outputs < M, source_rows, ok, K, COLUMN, K, K, OUTPUTS, COLUMNS, FEED[2],
+            1, False, FEED[3], PRECISION,
         )  # fmt: skip
         target_rows = target + row_index(t, rows, offsets, T, B, PACKED, TARGET_BATCH_FIRST) * TARGET
         values = released(acc).to(target.dtype.element_ty)
