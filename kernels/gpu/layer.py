@@ -165,12 +165,11 @@ class Call:
         else:
             nobody = _nothing(torch.int64, self.device)
             arguments |= {"counters": nobody, "gave_up": nobody, "first_row": 0}
-            grid = (plan.blocks * sides * groups,)
-            launches = {phase: kernel.bind(grid, arguments, run) for phase, kernel in kernels.items()}
-            for step in range(steps + (self.layers - 1) * plan.span):  # by which the last of the layers is behind the first
-                for phase, launch in launches.items():
-                    if phase != "feed" or step % plan.span == 0:
-                        launch(step, step + 1)
+            steps += (self.layers - 1) * plan.span  # by which the last of them is behind the first
+            launches = [kernel.bind((plan.blocks * sides * groups,), arguments, run) for kernel in kernels.values()]
+            for step in range(steps):
+                for launch in launches:
+                    launch(step, step + 1)
 
 
 @cache
