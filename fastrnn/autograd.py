@@ -554,7 +554,7 @@ class LayersFunction(_Function):
 
 def _gradients_one_by_one(outer: Outer, inputs: Inputs, weights: Sequence[Tensor], text: str, needed: Sequence[bool]):
     """Gradients of the arguments of `LayersFunction`, where each layer runs again as a node of its own."""
-    arguments = [*inputs, text, 0, *weights]
+    arguments: list[Any] = [*inputs, text, 0, *weights]
     with torch.enable_grad():
         for index, need in enumerate(needed):
             if need:  # one may be a function of another
@@ -562,11 +562,11 @@ def _gradients_one_by_one(outer: Outer, inputs: Inputs, weights: Sequence[Tensor
         again, own, layers = Inputs(*arguments[:_OPTIONS]), arguments[_WEIGHTS:], len(inputs.h0)
         each, y, states = len(own) // layers, again.x, []
         for index in range(layers):
-            h0, c0 = (None if state is None else state[index : index + 1] for state in again[2:4])
-            of_layer = again._replace(x=y, h0=h0, c0=c0)
+            c0 = None if again.c0 is None else again.c0[index : index + 1]
+            of_layer = again._replace(x=y, h0=again.h0[index : index + 1], c0=c0)
             y, *after = run_layer(of_layer, own[index * each : (index + 1) * each], layer_of(text))
             states.append(after)
-        h_n, c_n = (None if None in of_all else torch.cat(of_all) for of_all in zip(*states, strict=True))
+        h_n, c_n = (None if of_all[0] is None else torch.cat(of_all) for of_all in zip(*states, strict=True))
         pairs = [(output, grad) for output, grad in zip((y, h_n, c_n), outer, strict=True) if grad is not None]
         wanted = [index for index, need in enumerate(needed) if need]
         outputs, grads = zip(*pairs, strict=True)

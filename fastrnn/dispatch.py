@@ -415,8 +415,10 @@ def _schedule(
     if getattr(x, gpu.HERE):
         dropped = module.training and module.dropout > 0
         alone = dropped or (getattr(module, "_fastrnn_features", False) and features.noise_of(module) is not None)
-        call = layer, x, batch_sizes, module._flat_weights[1], module.num_layers, training
-        parts = (1,) * module.num_layers if alone else layers_at_once(*call)
+        parts: tuple[int, ...] = (1,) * module.num_layers
+        if not alone:
+            w_hh: Any = module._flat_weights[1]
+            parts = layers_at_once(layer, x, batch_sizes, w_hh, module.num_layers, training)
         return tuple(describe(T, B, H, R, count) for count in parts for _ in range(count))
     # As far as that can be told from here: what the runtime's way from module to result takes, which has all layers at hand.
     plain = batch_sizes is None and x.dim() == 3 and x.dtype in cpu.DTYPES and not watched()

@@ -105,7 +105,8 @@ def layers_backward(outer: Outer, passes: list[tuple]) -> tuple[Tensor, Tensor, 
     dx, states, dws = outer.dy, [], []
     for index in reversed(range(len(passes))):
         dh_n, dc_n = (None if grad is None else grad.chunk(len(passes))[index] for grad in outer[1:])
-        dx, *of_states, dw = layer_backward(Outer(dx, dh_n, dc_n), *passes[index], Needs())
+        inputs, weights, y, saved, layer = passes[index]
+        dx, *of_states, dw = layer_backward(Outer(dx, dh_n, dc_n), inputs, weights, y, saved, layer, Needs())
         states.insert(0, of_states)
         dws = dw + dws
     return dx, *map(torch.cat, zip(*states, strict=True)), dws

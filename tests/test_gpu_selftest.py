@@ -82,6 +82,20 @@ def test_a_device_that_passes_is_on_and_tested_once(fake):
 
 
 @needs_triton
+def test_a_wavefront_that_fails_leaves_layers_to_run_one_after_another(fake):
+    call = Layer("lstm"), (500, 32, 512, 512), torch.float16, DEVICE, 4, True
+    assert gpu.layers_at_once(*call) == (4,)
+    another_process()
+    fake.found = {"wavefront": "dw_ih[2] differs by 1"}
+    selftest._path(selftest.identity(DEVICE)).unlink()
+    with pytest.warns(
+        RuntimeWarning, match=r"the wavefront schedule fails its self-test on Fake 1, and other schedules take its"
+    ):
+        assert gpu.layers_at_once(*call) == (1, 1, 1, 1)
+    assert schedule(*LARGE) == "persistent"
+
+
+@needs_triton
 @pytest.mark.parametrize("name", ["persistent", "single"])
 def test_a_schedule_that_fails_is_off(fake, name):
     fake.found = {name: "y differs by 1"}
@@ -188,7 +202,8 @@ def test_a_launch_that_gave_up_is_told_at_the_next_call(fake):
         ours.check()
     ours.check()
     assert schedule(*LARGE) == "stepwise"
-    assert "waited for each other in vain" in gpu.off(DEVICE)["persistent"]
+    off = gpu.off(DEVICE)
+    assert off.keys() == {"persistent", "wavefront"} and all("waited for each other in vain" in why for why in off.values())
 
 
 @needs_triton

@@ -127,7 +127,8 @@ def layers_at_once(
 
 @lru_cache(4096)
 def _layers_at_once(device, layer, sizes, dtype, layers, training, precision) -> tuple[int, ...]:
-    return plan.layers_at_once(device, sizes_of(layer, *sizes, dtype, precision), layers, training)
+    T, B, H, R = sizes
+    return plan.layers_at_once(device, sizes_of(layer, T, B, H, R, dtype, precision), layers, training)
 
 
 def describe(
