@@ -27,8 +27,8 @@ import torch
 from fastrnn import cells as shipped
 from fastrnn import features
 from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.gpu import meetings_of, values_of
 from fastrnn.kernels.gpu import plan as plans
-from fastrnn.kernels.gpu import values_of
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 
@@ -79,14 +79,13 @@ class Case:
     layers: int = 1  # at once
     marked: bool = False  # with resets and, where it is not packed, lengths
     noisy: bool = False  # with a mask, and zoneout of all states that may have it
+    normed: bool = False  # with layer norm
 
     @property
     def kind(self) -> Cell:
         plain = CELLS[self.cell] if self.cell in CELLS else getattr(shipped, self.cell).definition
-        if not self.noisy:
-            return plain
-        zoned = tuple(name != "h" or self.R == self.H for name in features.state_names(plain))
-        return CELLS[features.derived(plain.name, None, None, zoned)]
+        zoned = tuple(self.noisy and (name != "h" or self.R == self.H) for name in features.state_names(plain))
+        return CELLS[features.derived(plain.name, True if self.normed else None, None, zoned)]
 
     def __str__(self) -> str:
         plan = self.plan
@@ -96,7 +95,7 @@ class Case:
         number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2)
         flags += [f"{self.layers} layers, span {plan.span}, {plan.feed[1]} columns"] * (self.layers > 1)
-        flags += [name for name in ("packed", "marked", "noisy") if getattr(self, name)]
+        flags += [name for name in ("packed", "marked", "noisy", "normed") if getattr(self, name)]
         flags += [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
         return " ".join([self.target, which, self.cell, number, f"H{self.H}", tiles, f"{plan.warps} warps", *flags])
@@ -129,7 +128,8 @@ class Usage:
 def sizes_of(case: Case) -> Sizes:
     H, R, D = case.H // case.heads, case.R // case.heads, case.D * case.heads
     kind = case.kind
-    return Sizes(64, case.B, H, R, D, kind.gates, case.dtype.itemsize, case.precision, values_of(kind), case.layers)
+    sizes = Sizes(64, case.B, H, R, D, kind.gates, case.dtype.itemsize, case.precision, values_of(kind), layers=case.layers)
+    return replace(sizes, meetings=meetings_of(kind), heads=case.heads) if kind.reduces else sizes
 
 
 def cases(target: str, cells=BUILT_IN, formats=FORMATS, units=UNITS, rows=ROWS) -> Iterator[Case]:

@@ -133,7 +133,7 @@ def choose_own(cell: str, *call: Any) -> str:
 
 def why_not_own(engine: str, cell: str) -> str | None:
     """Say why an engine declines a cell, whatever the call; None where it does not."""
-    if engine in FUSED and CELLS[cell].reduces:
+    if engine == "cpu" and CELLS[cell].reduces:
         return "it has no layer norm"
     return cpu.why_not_cell(cell) if engine == "cpu" else None
 

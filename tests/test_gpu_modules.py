@@ -243,7 +243,7 @@ def test_cells_of_ones_own_under_autocast(gpu_process):
 
 @contextlib.contextmanager
 def _two_at_once() -> Iterator[list[int]]:
-    """Have the lower two layers of a stack run at once, in the interpreter a launch a step; how many do is counted."""
+    """Have the lower two layers of a stack run at once; how many do is counted."""
     from fastrnn.kernels.gpu import layer as engine
 
     started: list[int] = []
@@ -253,15 +253,15 @@ def _two_at_once() -> Iterator[list[int]]:
         started.append(len(h0))
         return run(x, batch_sizes, h0, *given)
 
-    def stepwise(device, sizes, forward):
+    def chosen(device, sizes, forward):
         if sizes.layers == 1:
             return choose(device, sizes, forward)
-        return replace(choose(triton_layers.H100, replace(sizes, T=9, bytes_=2), forward), schedule="stepwise")
+        return choose(triton_layers.H100, replace(sizes, T=9, bytes_=2), forward)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "layers_at_once", lambda *given: (2, *(1,) * (given[-2] - 2)))
         patch.setattr(engine, "layers_forward", counted)
-        patch.setattr(engine, "choose", stepwise)
+        patch.setattr(engine, "choose", chosen)
         yield started
 
 

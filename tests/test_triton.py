@@ -1,7 +1,7 @@
 """The Triton engine without a GPU: its kernels in Triton's interpreter, its plans, and what its kernels compile to.
 
-The interpreter runs programs one after another, so it runs the steps of a persistent launch one launch each: the barrier is
-test_gpu.py's.
+The interpreter runs programs one after another, so most layers run the steps of a persistent launch one launch each. Where
+programs have to meet within a step they take turns (triton_layers.Programs); a real barrier is test_gpu.py's.
 """
 
 from __future__ import annotations
@@ -90,15 +90,8 @@ STACKS = list(_stacks())
 @needs_triton
 @pytest.mark.parametrize("layer", STACKS, ids=str)
 def test_layers_at_once(layer, interpreted):
-    """As `test_kernels`; each layer is two steps behind its neighbour."""
+    """As `test_kernels`, in one launch whose programs wait for those of their layer and of the one below or above."""
     assert interpreted(triton_layers.faults, layer) == []
-
-
-@needs_triton
-@pytest.mark.parametrize("schedule", ["persistent", "wavefront"])
-def test_programs_that_run_at_once_meet(schedule, interpreted):
-    """Each in a thread of its own: what one of them waits for comes, and is there."""
-    assert interpreted(triton_layers.faults_together, schedule) is None
 
 
 OWN = ("slstm", "peephole_lstm", "odd", "mgu", "wide", "indrnn", "cifg", "leaky_rnn", "cfc", "every_function", "lstm", "gru")
@@ -160,6 +153,81 @@ def test_masks_and_noise(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
+NORMED = {
+    "cell": ("lstm", "gru", "rnn_tanh", "slstm", "mgu"),
+    "tiles": FACTORS["tiles"],
+    "noise": ("none", "both"),
+    "reverse": (False, True),
+    **{name: OF_OWN[name] for name in ("heads", "directions", "layout", "dtype", "marks")},
+}
+
+
+def _normed_layers() -> Iterator[Layer]:
+    def possible(row: dict) -> bool:
+        return _quick(row) and not (row.get("heads", 1) > 1 and row.get("tiles") == "single")  # which has all that is reduced
+
+    for row in pairwise(NORMED, possible):
+        yield Layer(**row, norm=True, sizes=(2, 3, 2, 7 if row["heads"] > 1 else 19))
+    for tiles, dtype in (("single", torch.bfloat16), ("split", torch.float32), ("resident", torch.float16)):
+        yield Layer(tiles=tiles, dtype=dtype, norm=True, project=True, sizes=(2, 3, 2, 19))
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", [*_normed_layers()], ids=str)
+def test_layer_norm(layer, interpreted):
+    """In a single program, and in several that exchange what they know of a row."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
+TOGETHER = [
+    Layer("lstm", "split", directions=2, project=True, marks="both", together=True),
+    Layer("gru", "resident", layout="packed", noise="both", dtype=torch.float16, together=True, sizes=(3, 18, 3, 35)),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", TOGETHER, ids=str)
+def test_programs_that_meet(layer, interpreted):
+    """A persistent launch, whose programs take turns: what one needs of others is there when they have met."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
+@needs_triton
+def test_a_missing_meeting_is_found(interpreted):
+    """The control of the tests above: without the first meeting of a step others' moments are those of the step before."""
+    assert interpreted(_faults_without_a_meeting)
+
+
+def _faults_without_a_meeting() -> list[str]:
+    from fastrnn.kernels.gpu import barrier, rows
+
+    right = rows.FUNCTIONS["meet"]
+    rows.FUNCTIONS["meet"] = lambda counter, met, gave_up, programs: barrier.arrive(counter)
+    try:
+        return triton_layers.faults(Layer("rnn_tanh", "split", norm=True, sizes=(2, 3, 2, 70)))
+    finally:
+        rows.FUNCTIONS["meet"] = right
+
+
+def test_where_no_schedule_has_layer_norm(monkeypatch):
+    """Stepwise launches have not, nor single programs of one head among several: the reference runs."""
+    monkeypatch.setattr(gpu, "device_of", lambda device: triton_layers.H100)
+    for H, words in (
+        (768, "forward: persistent, 16 units"),
+        (9000, "forward: the reference, operation by operation: no schedule"),
+    ):
+        own = Description(Layer(norm=True).kind.name, bias=True)
+        assert gpu.describe(own, 64, 16, H, H, torch.float16, torch.device("cuda"), True).startswith(words)
+    sizes = Sizes(64, 16, 64, 64, 2, 4, 2, "ieee", meetings=(2, 4), heads=2)
+    assert choose(triton_layers.H100, sizes, True).schedule == "persistent"
+    with pytest.raises(ValueError, match=r"schedule: expected one that .* has"):
+        choose(triton_layers.H100, sizes, True, "stepwise")
+    for lacking in (replace(sizes, H=5000, R=5000), replace(sizes, B=10)):
+        device = replace(triton_layers.H100, off=("persistent",)) if lacking.B == 10 else triton_layers.H100
+        with pytest.raises(ValueError, match=r"schedule: expected one that .* has"):
+            choose(device, lacking, False)
+
+
 @needs_triton
 def test_noise_goes_with_cells_that_ask_for_it():
     """Others would read past an end."""
@@ -181,7 +249,7 @@ NOISE = {"recurrent_dropout": 0.3, "zoneout": 0.2}
 @needs_triton
 @pytest.mark.parametrize(
     ("cell", "heads", "settings"),
-    [("slstm", 2, {}), pytest.param("odd", 1, {}, marks=pytest.mark.slow), ("mgu", 1, NOISE)],
+    [("slstm", 2, {}), pytest.param("odd", 1, {}, marks=pytest.mark.slow), ("mgu", 1, NOISE | {"layer_norm": True})],
     ids=str,
 )
 def test_modules_of_cells_of_ones_own(cell, heads, settings, interpreted):
@@ -447,13 +515,13 @@ def test_resources_of_every_plan(target, compilers):
 
 
 @needs_triton
-@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("more", [{}, {"noisy": True}, {"normed": True}], ids=lambda more: "".join(more) or "plain")
 @pytest.mark.parametrize("target", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TARGETS])
-def test_resources_with_resets_and_lengths(target, noisy, compilers):
-    """They, and masks and noise, take no more than the bounds by which plans are chosen."""
+def test_resources_with_resets_and_lengths(target, more, compilers):
+    """They, and masks and noise, or layer norm, take no more than the bounds by which plans are chosen."""
     sizes = ("lstm", 64), ("lstm", 768), ("gru", 768), ("rnn_tanh", 64)
     plain = [
-        gpu_resources.Case(target, cell, forward, torch.float16, "ieee", 64, H, H, 1, False, None, marked=True, noisy=noisy)
+        gpu_resources.Case(target, cell, forward, torch.float16, "ieee", 64, H, H, 1, False, None, marked=True, **more)
         for cell, H in sizes
         for forward in (True, False)
     ]

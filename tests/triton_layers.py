@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import math
 import os
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,6 +46,7 @@ from fastrnn.cells import (
 )
 from fastrnn.kernels import gradients
 from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.gpu import meetings_of
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes, choose, plans
 from fastrnn.kernels.layer import Inputs, Needs, Outer, Steps
 from fastrnn.kernels.layer import Layer as Description
@@ -69,8 +70,10 @@ class Layer:
     chunk: of the sums; small, so that a small layer has several. 0 for what the chooser takes.
     marks: resets, lengths (of dense input), both, or none.
     noise: a mask, zoneout of all states, both of them, or zoneout in evaluation: one number for all rows and steps.
+    norm:  with layer norm.
+    together: in the interpreter, one launch whose programs meet at barriers, and not a launch a step.
     sizes: T, B, I, and H of a head.
-    layers: so many at once, two steps apart where they are interpreted.
+    layers: so many at once, with spans of two steps where they are interpreted.
     """
 
     cell: str = "lstm"
@@ -87,6 +90,8 @@ class Layer:
     dtype: torch.dtype = torch.float32
     marks: str = "none"
     noise: str = "none"
+    norm: bool = False
+    together: bool = False
     precision: str = "ieee"
     sizes: tuple[int, int, int, int] = (4, 3, 5, 19)
     layers: int = 1
@@ -99,14 +104,13 @@ class Layer:
     @property
     def kind(self) -> Cell:
         plain = self.plain
-        if self.noise in ("none", "mask"):
-            return plain
-        zoned = tuple(state != "h" or not self.project for state in features.state_names(plain))
-        return CELLS[features.derived(plain.name, None, None, zoned)]
+        zoned = self.noise not in ("none", "mask")
+        states = [zoned and (state != "h" or not self.project) for state in features.state_names(plain)]
+        return CELLS[features.derived(plain.name, self.bias if self.norm else None, None, tuple(states))]
 
     @property
     def plain(self) -> Cell:
-        """The cell without zoneout."""
+        """The cell without layer norm and zoneout."""
         if self.cell in CELLS:
             return CELLS[self.cell]
         if self.cell == "every_function":
@@ -170,12 +174,14 @@ class Layer:
         R = 1 if self.project else H
         precision = "tf32" if device.backend == "cuda" and self.dtype is not torch.float32 else "ieee"
         sizes = Sizes(T, B, H, R, self.directions * self.heads, self.kind.gates, self.dtype.itemsize, precision)
+        if self.norm:
+            sizes = replace(sizes, meetings=meetings_of(self.kind), heads=self.heads)
         if self.layers > 1:
             known = replace(sizes, T=1000, bytes_=2, layers=self.layers)  # of which there is a plan whatever is to be tested
             chosen = choose(device, known, forward, "wavefront")
             if not interpreted:
                 return chosen
-            return replace(chosen, schedule="stepwise", chunk=32, warps=8, stages=2, span=2, feed=(16, 16, 16, 2))
+            return replace(chosen, chunk=32, stages=2, span=2, feed=(16, 16, 16, 2))
         if self.tiles == "single":
             return choose(device, sizes, forward, "single")
         of_both = [replace(sizes, precision="tf32"), replace(sizes, precision="ieee", bytes_=4)]  # each has kinds of its own
@@ -192,7 +198,8 @@ class Layer:
         if self.chunk:
             warps = 2 if chosen.split > 1 else 8
             chosen = replace(chosen, chunk=self.chunk, split=2 if chosen.split > 1 else 1, warps=warps, stages=2)
-        if not interpreted and device.backend == "cuda" and chosen.groups:
+        together = self.together or not interpreted or any(sizes.meetings)
+        if together and device.backend == "cuda" and chosen.groups:
             return replace(chosen, schedule="persistent")
         return replace(chosen, schedule="stepwise")
 
@@ -362,6 +369,85 @@ def interpret() -> None:
         return plain(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    plain_call, plain_rmw = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.create_atomic_rmw
+    running: list[Programs] = []
+
+    def call(self, *args, **kwargs):
+        if not kwargs.get("launch_cooperative_grid"):
+            return plain_call(self, *args, **kwargs)
+        alone, running[:] = self.fn, [Programs(self.fn, interpreter.interpreter_builder)]
+        self.fn = running[0]
+        try:
+            return plain_call(self, *args, **kwargs)
+        finally:
+            self.fn = alone
+            running.clear()
+
+    def create_atomic_rmw(self, operation, pointer, value, mask, sem, scope):
+        result = plain_rmw(self, operation, pointer, value, mask, sem, scope)
+        if running and sem is interpreter._ir.MEM_SEMANTIC.ACQUIRE:  # who waits
+            running[0].pause()
+        return result
+
+    interpreter.GridExecutor.__call__ = call
+    interpreter.InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
+
+
+class Programs:
+    """The programs of a cooperative launch in the interpreter: a thread each, of which one runs until it waits for others.
+
+    It stands in the place of the kernel's function, which the interpreter calls for one program after another.
+    """
+
+    def __init__(self, function: Callable, builder) -> None:
+        self.function, self.builder = function, builder
+        self.__name__, self.__globals__ = function.__name__, function.__globals__  # which the interpreter looks at
+        self.__signature__ = inspect.signature(function)
+        self.calls: list[tuple] = []
+        self.failures: list[Exception] = []
+        self.own = threading.local()
+
+    def __call__(self, **given) -> None:
+        self.calls.append((self.builder.grid_idx, given))
+        if len(self.calls) < math.prod(self.builder.grid_dim):
+            return
+        self.turns = [threading.Semaphore(0) for _ in self.calls]
+        self.left = [*range(len(self.calls))]
+        threads = [threading.Thread(target=self.run, args=(number,)) for number in self.left]
+        for thread in threads:
+            thread.start()
+        self.turns[0].release()
+        for thread in threads:
+            thread.join()
+        if self.failures:
+            raise self.failures[0]
+
+    def run(self, number: int) -> None:
+        self.own.number = number
+        self.take_turn(number)
+        try:
+            with np.errstate(all="ignore"):
+                self.function(**self.calls[number][1])
+        except Exception as error:
+            self.failures.append(error)
+        self.left.remove(number)
+        self.hand_on(number)
+
+    def pause(self) -> None:
+        """Let another program run, as the one that calls waits for it."""
+        number = self.own.number
+        self.hand_on(number)
+        self.take_turn(number)
+        if self.failures:
+            raise RuntimeError("another program failed")
+
+    def hand_on(self, number: int) -> None:
+        if self.left:
+            self.turns[next((other for other in self.left if other > number), self.left[0])].release()
+
+    def take_turn(self, number: int) -> None:
+        self.turns[number].acquire()
+        self.builder.grid_idx = self.calls[number][0]
 
 
 def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
@@ -443,55 +529,3 @@ def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
             wrong.append(explained)
     library._destroy()
     return wrong
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Have the interpreter run the programs of a launch in threads, all at once, so that they meet at barriers."""
-    from triton.runtime import interpreter
-
-    builder, own = interpreter.interpreter_builder, threading.local()
-
-    class Together(interpreter.GridExecutor):
-        def __call__(self, **given):
-            given = {name: value for name, value in given.items() if name in self.arg_names}
-            as_given = interpreter._patch_lang(self.fn)
-            arguments = {
-                name: value if name in self.constexprs else interpreter._implicit_cvt(value) for name, value in given.items()
-            }
-            builder.set_grid_dim(*self.grid, *(1,) * (3 - len(self.grid)))
-
-            def run(program: int) -> None:
-                own.at = program, 0, 0
-                with np.errstate(all="ignore"):
-                    self.fn(**arguments)
-
-            try:
-                with ThreadPoolExecutor(self.grid[0]) as threads:
-                    for done in [threads.submit(run, program) for program in range(self.grid[0])]:
-                        done.result()
-            finally:
-                as_given.restore()
-
-    before = sys.getswitchinterval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "GridExecutor", Together)
-        patch.setattr(type(builder), "grid_idx", property(lambda self: own.at, lambda self, at: None), raising=False)
-        sys.setswitchinterval(1e-4)
-        try:
-            yield
-        finally:
-            sys.setswitchinterval(before)
-
-
-def faults_together(schedule: str) -> str | None:
-    """What the self-test says of a schedule where programs run at once, and give up after some polls."""
-    from fastrnn.kernels.gpu import barrier, selftest
-
-    interpreted = barrier.wait.rewrite()
-    before, interpreted.__defaults__ = interpreted.__defaults__, (1 << 14,)
-    try:
-        with together():
-            return selftest.layer_fault(schedule, torch.device("cpu"), H100)
-    finally:
-        interpreted.__defaults__ = before

@@ -97,7 +97,7 @@ def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
     saved, y, ys, dy, dys, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_ih, w_hh, w_hr, b_ih, lengths, offsets, resets,
-    counters, gave_up, mask, noise,
+    counters, gave_up, mask, noise, moments,
     w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
@@ -106,14 +106,15 @@ def scan_backward(
     W: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
-    BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    MEETINGS: tl.constexpr, SETS: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
     SPAN: tl.constexpr, FEED: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
     """Steps begin...end of T + 1. Grid: BLOCKS * HEADS * D * LAYERS * blocks of rows.
 
     OUTPUT:    the cell's backward reads its output.
-    PHASE:     "state" or "cell", one half of a projected step, or as in forward.
+    PHASE:     "state" or "cell", one half of a projected step, or "both".
     DIAGONAL:  the product is of every gate with every other, see tile.py.
     SPAN, FEED, SYNC: as in forward.
     """
@@ -125,7 +126,9 @@ def scan_backward(
     block, group = pid % BLOCKS, pid // BLOCKS
     head, of_rows = group % HEADS, group // HEADS
     d, first = (of_rows % (D * LAYERS)).to(tl.int64), first_row + (of_rows // (D * LAYERS)) * ROWS
-    counter = counters + group * 16
+    PROGRAMS: tl.constexpr = BLOCKS * HEADS if MEETINGS else BLOCKS  # that meet
+    EACH: tl.constexpr = 1 + PROJECTED + MEETINGS  # meetings of a step
+    counter = counters + (of_rows if MEETINGS else group) * 16
     backwards = ((d == 1) & (D == 2)) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
@@ -139,9 +142,6 @@ def scan_backward(
         y, dy = tl.where(top, y, ys + d * N * R), tl.where(top, dy, target)
         above = da + (d + 1) * N * (P * H)
         w_ih += d * w_ih_step
-        if not SYNC:  # a layer is a span of steps behind the one above
-            behind = (LAYERS - 1 - d.to(tl.int32)) * SPAN
-            begin, end = tl.maximum(begin - behind, 0), end - behind
     stop = tl.minimum(end, steps + 1)
 
     units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
@@ -213,14 +213,14 @@ def scan_backward(
         da_rows = da + (d * N + own) * (P * H)  # [ROWS]
         dp_rows = dp + (d * N + own) * R  # [ROWS]
         if LAYERS > 1:
-            if (d < LAYERS - 1) & (s % SPAN == 0) & (s < steps) & (SYNC or PHASE == "feed"):
+            if (d < LAYERS - 1) & (s % SPAN == 0) & (s < steps):
                 feed(
                     target, above, w_ih, counter, counter + 16, gave_up, s, steps, backwards == 0, block, first, lengths,
                     offsets, T, B, R, GATES * H, 1, R, R, P * H, BATCH_FIRST, False, PACKED, RAGGED, ROWS, BLOCKS, SPAN, FEED,
-                    PRECISION, SYNC,
+                    PRECISION,
                 )  # fmt: skip
             outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & active[None, :], 1, 0, ".cg")
-        if PHASE != "cell" and PHASE != "feed":
+        if PHASE != "cell":
             dh = product(
                 chunks, a_rows, a_ok, da_before, (before < column_length) & (s > 0), K, WIDTH, HEAD, H,
                 OUTPUTS * SIDE, SIDE * ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION,
@@ -245,14 +245,22 @@ def scan_backward(
                 tl.store(at_dp, dh.to(dp.dtype.element_ty), mask=outputs_ok[:, None] & active[None, :])
             if SYNC and PROJECTED:
                 arrive(counter)
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
-        if PHASE != "state" and PHASE != "feed":
+                wait(counter, (EACH * (s - begin) + 1).to(tl.int64) * PROGRAMS, gave_up)
+        if PHASE != "state":
             if PROJECTED:
                 dh = product(
                     (), r_rows, units_ok, dp_rows, active, R, H, R, R, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION
                 )
                 dh = released(dh)
-            grads = CELL(dh, *dc[:STATES], *values, *own_weights, *noises)
+            if MEETINGS:
+                own_moments = moments + of_rows * (SETS * 2 * PROGRAMS * ROWS)
+                own_units = tl.minimum(HEAD - block * UNITS, UNITS)
+                grads = CELL(
+                    dh, *dc[:STATES], *values, *own_weights, *noises, own_moments, counter, EACH * (s - begin) + PROJECTED,
+                    gave_up, head * BLOCKS + block, units_ok[:, None], own_units,
+                )  # fmt: skip
+            else:
+                grads = CELL(dh, *dc[:STATES], *values, *own_weights, *noises)
             store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
             if SYNC:
                 arrive(counter)
@@ -284,7 +292,7 @@ def scan_backward(
                 noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
             )
             own = row_index(at, rows, offsets, T, B, PACKED, False)
-            wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS, gave_up)
+            wait(counter, (s - begin + 1).to(tl.int64) * EACH * PROGRAMS, gave_up)
     if PHASE != "state":
         store_tiles(carry + state_at, dc, state_ok, 0, CARRIED, H)
 

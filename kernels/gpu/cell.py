@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..cells import Cell, bind
+from . import rows
 
 
 @triton.jit
@@ -159,13 +160,22 @@ PTX, PLAIN = Functions(_exp2_ptx, _reciprocal_ptx), Functions(_exp2, _reciprocal
 
 
 @cache
-def bound(cell: Cell, functions: Functions, forward: bool) -> Any:
-    """A pass of a cell as a Triton function, with h behind the other states among parameters and results."""
+def bound(cell: Cell, functions: Functions, forward: bool, tiles: tuple[int, int, int, int], heads: int) -> Any:
+    """A pass of a cell as a Triton function, with h behind the other states among parameters and results.
+
+    tiles, heads: see rows.between_programs; they matter where units of a row are reduced, with no block of units in a program
+    that has them all.
+    """
     code = cell.derived.forward if forward else cell.derived.backward
     states = [name for name, _ in cell.derived.before]
     later = len(states) - 1 - states.index("h") if cell.reads_hidden else 0
     code = replace(code, parameters=_moved(code.parameters, "h", later), results=_moved(code.results, "d_h", later))
-    return triton.jit(code.bind(functions.by_name))
+    if not cell.reduces:
+        return triton.jit(code.bind(functions.by_name))
+    names = functions.by_name | rows.FUNCTIONS
+    if not tiles[-1]:
+        return triton.jit(code.bind(names, rows.printer_of(tiles[0])))
+    return rows.between_programs(cell, forward, code, names, tiles, heads)
 
 
 def _moved(named: Sequence[tuple[str, Any]], name: str, later: int) -> tuple[tuple[str, Any], ...]:

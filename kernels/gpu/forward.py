@@ -21,13 +21,15 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     noise    for each row of x the D*NOISE*H numbers that the call brings for the cell; steps and rows of the batch are noise_t
              and noise_b numbers apart, 0 where all have the same; only where NOISE
     counters [groups, 16] int64, zero, and gave_up [1] int32: see barrier.py; only used where SYNC
+    moments  [groups, SETS, 2, programs of a group, ROWS] float32: see rows.py; only used where MEETINGS
 
 A program has UNITS units of every gate (and OUTPUTS outputs of the projection) and ROWS rows, of one head where there are
-several; programs of the same rows, direction and head are a group. Groups never wait for each other, and stop with the longest
-of their rows.
+several; programs of the same rows, direction and head are a group; with MEETINGS those of all heads. Groups never wait for
+each other, and stop with the longest of their rows.
 
 What a cell is, both passes are told by GATES, HIDDEN, STATES, READS (cells.Cell.reads_hidden), WEIGHTS, KEPT and SLOTS, as in
-cells.py, and NOISE. PADDED is the power of two at GATES or above.
+cells.py, and NOISE; and by MEETINGS, how often in a step programs meet within the cell, to exchange SETS sets of moments.
+PADDED is the power of two at GATES or above.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def carried(new, active, p, KEPT: tl.constexpr, STATES: tl.constexpr, READS: tl.
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
     kept, y, ys, out, h0, start, carry, w_ih, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters, gave_up,
-    mask, fed, noise,
+    mask, fed, noise, moments,
     w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
     noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
@@ -108,16 +110,18 @@ def scan_forward(
     W: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
-    ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
+    MEETINGS: tl.constexpr, SETS: tl.constexpr, ALIGNED: tl.constexpr, SAVE: tl.constexpr,
+    BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, SPAN: tl.constexpr, FEED: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
     """Steps begin...end of the layer. Grid: BLOCKS * HEADS * D * LAYERS * blocks of rows.
 
     SPAN, FEED: of LAYERS that run at once, see wavefront.py.
-    PHASE:     "gates" or "project", one half of a projected step; "feed", what comes before a span; or "both", a whole step.
+    PHASE:     "gates" or "project", one half of a projected step, or "both".
     ALIGNED:   rows of y and h0, and heads in them, start at multiples of 16 bytes.
-    SYNC:      programs meet where one needs what others have stored; without, a launch has one step, and one phase of it.
+    SYNC:      programs meet where one needs what others have stored; without, a launch has one step of one layer, and one
+               phase if PROJECTED.
     """
     CARRIED: tl.constexpr = STATES + READS
     HEAD: tl.constexpr = H // HEADS  # units of a head
@@ -126,7 +130,9 @@ def scan_forward(
     block, group = pid % BLOCKS, pid // BLOCKS
     head, of_rows = group % HEADS, group // HEADS
     d, first = (of_rows % (D * LAYERS)).to(tl.int64), first_row + (of_rows // (D * LAYERS)) * ROWS
-    counter = counters + group * 16
+    PROGRAMS: tl.constexpr = BLOCKS * HEADS if MEETINGS else BLOCKS  # that meet
+    EACH: tl.constexpr = 1 + PROJECTED + MEETINGS  # meetings of a step
+    counter = counters + (of_rows if MEETINGS else group) * 16
     backwards = ((d == 1) & (D == 2)) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
@@ -140,9 +146,6 @@ def scan_forward(
             below, y = tl.multiple_of(below, 16), tl.multiple_of(y, 16)
         w_ih += (d - 1) * w_ih_step
         target = kept + d * N * W
-        if not SYNC:  # a layer is a span of steps behind the one below
-            behind = d.to(tl.int32) * SPAN
-            begin, end = tl.maximum(begin - behind, 0), end - behind
     stop = tl.minimum(end, steps)
 
     units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
@@ -201,14 +204,13 @@ def scan_forward(
         if MASKED:
             fed_rows = fed + (s % 2 * D * B + d * B + rows) * R
         if LAYERS > 1:
-            if (d > 0) & (s % SPAN == 0) & (SYNC or PHASE == "feed"):
+            if (d > 0) & (s % SPAN == 0):
                 feed(
                     target, below, w_ih, counter, counter - 16, gave_up, s, steps, backwards, block, first, lengths, offsets,
                     T, B, GATES * H, R, R, 1, W, R, False, BATCH_FIRST, PACKED, RAGGED, ROWS, BLOCKS, SPAN, FEED, PRECISION,
-                    SYNC,
                 )  # fmt: skip
             inputs = load_tiles(kept_rows[None, :] + units[:, None], ok, GATES, H, ".cg")  # which other programs have stored
-        if PHASE != "project" and PHASE != "feed":
+        if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
             if RESETS:
                 joined = joined & (anew == 0)
@@ -223,7 +225,15 @@ def scan_forward(
                 chunks, a_rows, a_ok, h_rows, active, K, 1, K, K, PADDED * UNITS, ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION
             )
             a = preactivations(inputs, unstack(acc, PADDED, UNITS, ROWS), biases, GATES, HIDDEN)
-            new = CELL(*a, *p, *own, *noises)
+            if MEETINGS:
+                own_moments = moments + of_rows * (SETS * 2 * PROGRAMS * ROWS)
+                own_units = tl.minimum(HEAD - block * UNITS, UNITS)
+                new = CELL(
+                    *a, *p, *own, *noises, own_moments, counter, EACH * (s - begin), gave_up, head * BLOCKS + block,
+                    units_ok[:, None], own_units,
+                )  # fmt: skip
+            else:
+                new = CELL(*a, *p, *own, *noises)
             h = new[0].to(y.dtype.element_ty)
             if PROJECTED:
                 tl.store(out_rows[None, :] + units[:, None], h, mask=ok)
@@ -241,7 +251,7 @@ def scan_forward(
             if CARRIED:
                 p = carried(new, active[None, :], p, KEPT, STATES, READS)
             if SYNC and PROJECTED:
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
+                wait(counter, (EACH * (s - begin) + MEETINGS + 1).to(tl.int64) * PROGRAMS, gave_up)
         if PROJECTED and PHASE != "gates":
             proj = product(
                 (), r_rows, outputs_ok, out_rows, active, H, 1, H, H, OUTPUTS, ROWS, BK, SPLIT, False, STAGES, PRECISION
@@ -270,10 +280,7 @@ def scan_forward(
                 anew = begins_anew(resets, at, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
             y_before = fed_rows
             y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)
-            if PROJECTED:
-                wait(counter, (2 * (s - begin) + 2).to(tl.int64) * BLOCKS, gave_up)
-            else:
-                wait(counter, (s - begin + 1).to(tl.int64) * BLOCKS, gave_up)
+            wait(counter, (EACH * (s - begin + 1)).to(tl.int64) * PROGRAMS, gave_up)
     if PHASE != "project":
         store_tiles(carry + state_at, p, tile_ok, 0, CARRIED, H)
 

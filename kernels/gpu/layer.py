@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ..cells import CELLS, Cell
 from ..layer import Inputs, Layer, Needs, Outer, Steps, layer_of
-from . import DTYPES, device_of, sizes_of
+from . import DTYPES, device_of, meetings_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .cell import PLAIN, PTX, bound
 from .launch import Kernel, Launch, alarm
 from .plan import COOPERATIVE, Device, Plan, choose, stacked
 from .precision import precision_of, products_in
+from .rows import sets
 
 
 class Call:
@@ -147,6 +148,13 @@ class Call:
         own = _Compiled(self.layer, *sizes, self.dtype, self.device, self.ptx, *marks, forward, save, aligned)
         return _kernels(own, plan.tiles, precision)
 
+    def _moments(self, plan: Plan, sets: int) -> Tensor:
+        """Where the programs of a persistent launch exchange the moments of so many sets of their units' values."""
+        if not sets:
+            return self.nothing
+        size = plan.groups * self.D * sets * 2 * plan.blocks * self.heads * plan.rows
+        return torch.empty(size, dtype=torch.float32, device=self.device)
+
     def start(self, plan: Plan, kernels: dict[str, Kernel], arguments: dict[str, Any], steps: int) -> None:
         """Launch a scan: once for all steps, once for each range of rows, or once for each step and phase."""
         arguments |= {"T": self.T, "B": self.B, "N": self.N}
@@ -157,6 +165,7 @@ class Call:
             waves = -(-groups // plan.groups)
             counters = torch.zeros((waves, plan.groups * sides, 16), dtype=torch.int64, device=self.device)
             arguments["gave_up"] = alarm(self.device).word
+            arguments["moments"] = self._moments(plan, kernels["both"].constants["SETS"])
             for wave in range(waves):
                 arguments["counters"] = counters[wave] if waves > 1 else counters
                 arguments["first_row"] = wave * plan.groups * plan.rows
@@ -164,8 +173,7 @@ class Call:
                 kernels["both"].bind(grid, arguments, run)(0, steps)
         else:
             nobody = _nothing(torch.int64, self.device)
-            arguments |= {"counters": nobody, "gave_up": nobody, "first_row": 0}
-            steps += (self.layers - 1) * plan.span  # by which the last of them is behind the first
+            arguments |= {"counters": nobody, "gave_up": nobody, "moments": self.nothing, "first_row": 0}
             launches = [kernel.bind((plan.blocks * sides * groups,), arguments, run) for kernel in kernels.values()]
             for step in range(steps):
                 for launch in launches:
@@ -218,8 +226,10 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
     """The kernels of a pass by phase, with all that they are compiled for."""
     layer, cell, functions = own.layer, CELLS[own.layer.cell], PTX if own.ptx else PLAIN
     schedule, units, outputs, rows, blocks, warps, registers, chunk, split, resident, stages, diagonal, span, feed = tiles
+    alone = schedule == "single"
+    reach = own.H // layer.heads, units, rows, 0 if alone else blocks
     constants = {
-        "CELL": bound(cell, functions, own.forward),
+        "CELL": bound(cell, functions, own.forward, *((reach, layer.heads) if cell.reduces else ((0, 0, 0, 0), 1))),
         "GATES": cell.gates,
         "PADDED": stacked(cell.gates),
         "HIDDEN": cell.hidden,
@@ -254,7 +264,7 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
     options: dict[str, Any] = {"num_warps": warps, "num_stages": 1}
     if registers:
         options["maxnreg"] = registers
-    if schedule == "single":
+    if alone:
         kernel = forward_kernels.single_forward if own.forward else backward_kernels.single_backward
         return {"both": Kernel(kernel, constants, options)}
     constants |= {
@@ -267,13 +277,13 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
         "LAYERS": own.layers,
         "SPAN": span,
         "FEED": feed,
+        "MEETINGS": meetings_of(cell)[not own.forward],
+        "SETS": sets(cell, own.forward),
     }
     constants |= {"ALIGNED": own.aligned} if own.forward else {"DIAGONAL": diagonal}
     phases: tuple[str, ...] = ("both",)
     if schedule in COOPERATIVE:
         options["launch_cooperative_grid"] = True
-    elif own.layers > 1:
-        phases = "feed", "both"
     elif layer.projected:
         phases = ("gates", "project") if own.forward else ("state", "cell")
     kernel = forward_kernels.scan_forward if own.forward else backward_kernels.scan_backward

@@ -67,6 +67,8 @@ class Sizes:
 
     precision: of products, see precision.py.
     values: what backward holds of a unit between two products: what it has loaded of a step, and what it carries.
+    meetings: in a step, forward and backward, how often the programs of a row exchange what the cell reduces over its units.
+    heads: so many of a layer's heads are reduced together; with meetings alone.
     layers: so many that run at once, of which all but the lowest have R inputs.
     """
 
@@ -79,6 +81,8 @@ class Sizes:
     bytes_: int
     precision: str
     values: int = 7
+    meetings: tuple[int, int] = (0, 0)
+    heads: int = 1
     layers: int = 1
 
     @property
@@ -160,7 +164,7 @@ def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
         yield replace(plan, registers=_registers(device, plan))
     for tiles in (*_resident(device, sizes, forward, _units(sizes)), *_streamed(device, sizes, forward)):
         plan = replace(tiles, registers=_registers(device, tiles))
-        if not plan.resident:
+        if not (plan.resident or any(sizes.meetings)):  # in a launch a step nobody meets
             yield replace(plan, schedule="stepwise")
         groups = min(_ceil(sizes.B, plan.rows), device.multiprocessors // (plan.blocks * sizes.D))
         if device.backend == "cuda" and groups:
@@ -172,7 +176,7 @@ def _wavefront(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
 
     Twice as many units need half as many programs, which is what lets more layers, or fewer rows a program, be there at once.
     """
-    if sizes.projected or sizes.D > 1 or sizes.precision == "tf32x3":
+    if sizes.projected or sizes.D > 1 or sizes.precision == "tf32x3" or any(sizes.meetings):
         return
     units, number = _units(sizes), sizes.bytes_
     for tiles in (*_resident(device, sizes, forward, units), *_resident(device, sizes, forward, 2 * units)):
@@ -191,18 +195,26 @@ def _registers(device: Device, plan: Plan) -> int:
 
 
 def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
-    """Four cells a thread, so that a product spreads over all warps and changes its layout once."""
+    """Four cells a thread, so that a product spreads over all warps and changes its layout once.
+
+    Two where a cell reduces over units: it keeps every pre-activation, and has a gain and a bias for each.
+    """
+    if sizes.heads > 1:
+        return  # no program has all units of a row
     units, outputs = _power(sizes.H), _power(sizes.R)
     most = 256
     if sizes.bytes_ == 4 and (device.backend == "hip" or sizes.precision != "tf32"):
         most = 32  # weights that no tensor core reads from shared memory are in registers, as parts of numbers are
     elif device.backend == "hip":
         most = 128
+    if any(sizes.meetings):
+        most = min(most, 32 if sizes.gates > 1 else 128)
     if sizes.projected:
         most = min(most, 64)
     room = {1: 8192, 2: 4096, 4: 4096}.get(stacked(sizes.gates), 16384 // stacked(sizes.gates))
     if units <= most and units * 16 * sizes.bytes_ <= room:
-        warps = max(4, min(units // 8, 16 if sizes.bytes_ == 2 else 8))
+        wide = units // 4 if any(sizes.meetings) else units // 8
+        warps = max(4, min(wide, 16 if sizes.bytes_ == 2 else 8))
         yield Plan("single", units, outputs, 16, blocks=1, groups=1, warps=warps)
 
 
@@ -213,7 +225,8 @@ def _resident(device: Device, sizes: Sizes, forward: bool, units: int) -> Iterat
     diagonal = not forward and sizes.gates > 1
     if sizes.precision == "tf32x3" and (device.capability >= 100 or (diagonal and device.capability < 90)):
         return  # a kilobyte of spill a thread and more
-    for rows in (16, 32):
+    few = any(sizes.meetings) and sizes.bytes_ == 4  # of whose many values more rows do not fit registers
+    for rows in (16,) if few else (16, 32):
         chunk = (256 if diagonal else 512) // sizes.bytes_
         plan = replace(_tiled(sizes, units, rows, chunk, split=1, stages=0), warps=4, resident=True, diagonal=diagonal)
         chunk_bytes = _chunk_bytes(sizes, forward, plan)
@@ -305,7 +318,7 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
         return len(products) * LAUNCH + rounds * inside
     if plan.schedule == "single":
         inside += plan.units * sizes.gates * CELL  # its cells are all of a multiprocessor's, not a few
-    between = BARRIER * len(products) if plan.schedule in COOPERATIVE else 0
+    between = BARRIER * (len(products) + sizes.meetings[not forward]) if plan.schedule in COOPERATIVE else 0
     step = between + inside
     if plan.feed:
         step = (step + _feeding(device, sizes, forward, plan, port)) * (1 + (sizes.layers - 1) * (plan.span + 1) / sizes.T)

@@ -33,7 +33,6 @@ def feed(
     M: tl.constexpr, K: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, TARGET: tl.constexpr, SOURCE: tl.constexpr,
     TARGET_BATCH_FIRST: tl.constexpr, SOURCE_BATCH_FIRST: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, SPAN: tl.constexpr, FEED: tl.constexpr, PRECISION: tl.constexpr,
-    SYNC: tl.constexpr,
 ):  # fmt: skip
     """target [rows of SPAN steps, M] from step s on: weights [M, K] times source [the same rows, K]; all of the group's rows.
 
@@ -45,8 +44,7 @@ def feed(
     COLUMNS: tl.constexpr = FEED[1]
     HIGH: tl.constexpr = (M + OUTPUTS - 1) // OUTPUTS
     TILES: tl.constexpr = HIGH * (SPAN * ROWS // COLUMNS)
-    if SYNC:
-        wait(neighbour, tl.minimum(s + SPAN, steps).to(tl.int64) * BLOCKS, gave_up)
+    wait(neighbour, tl.minimum(s + SPAN, steps).to(tl.int64) * BLOCKS, gave_up)
     for tile in tl.range(block, TILES, BLOCKS, num_stages=1):
         outputs = tile % HIGH * OUTPUTS + tl.arange(0, OUTPUTS)  # [OUTPUTS]
         column = tile // HIGH * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
@@ -63,6 +61,5 @@ def feed(
         target_rows = target + row_index(t, rows, offsets, T, B, PACKED, TARGET_BATCH_FIRST) * TARGET
         values = released(acc).to(target.dtype.element_ty)
         tl.store(target_rows[None, :] + outputs[:, None], values, mask=(outputs < M)[:, None] & ok[None, :])
-    if SYNC:
-        arrive(counter + 8)
-        wait(counter + 8, (tl.minimum(s, steps) // SPAN + 1).to(tl.int64) * BLOCKS, gave_up)
+    arrive(counter + 8)
+    wait(counter + 8, (tl.minimum(s, steps) // SPAN + 1).to(tl.int64) * BLOCKS, gave_up)
