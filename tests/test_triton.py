@@ -179,6 +179,21 @@ def test_layer_norm(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
+OF_STATES = [
+    Layer("lstm", "single", directions=2, layout="batch", marks="both", dc_steps=True),
+    Layer("lstm", "split", layout="packed", reverse=True, project=True, dc_steps=True),
+    Layer("slstm", "resident", heads=2, directions=2, marks="resets", dc_steps=True, sizes=(3, 3, 2, 7)),
+    Layer("lstm", "wide", norm=True, dtype=torch.bfloat16, marks="lengths", dc_steps=True, sizes=(3, 3, 2, 19)),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", OF_STATES, ids=str)
+def test_gradients_of_every_state(layer, interpreted):
+    """What a caller's gradient of each step's c adds to those that are carried back."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
 TOGETHER = [
     Layer("lstm", "split", directions=2, project=True, marks="both", together=True),
     Layer("gru", "resident", layout="packed", noise="both", dtype=torch.float16, together=True, sizes=(3, 18, 3, 35)),

@@ -71,6 +71,7 @@ class Layer:
     marks: resets, lengths (of dense input), both, or none.
     noise: a mask, zoneout of all states, both of them, or zoneout in evaluation: one number for all rows and steps.
     norm:  with layer norm.
+    dc_steps: gradients come in for the states but h after each step.
     together: in the interpreter, one launch whose programs meet at barriers, and not a launch a step.
     sizes: T, B, I, and H of a head.
     layers: so many at once, with spans of two steps where they are interpreted.
@@ -91,6 +92,7 @@ class Layer:
     marks: str = "none"
     noise: str = "none"
     norm: bool = False
+    dc_steps: bool = False
     together: bool = False
     precision: str = "ieee"
     sizes: tuple[int, int, int, int] = (4, 3, 5, 19)
@@ -242,9 +244,21 @@ def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0, sides: Tensor 
     if sides is not None and layer.cell in ("rnn_relu", "indrnn"):
         y = torch.where(sides > 0, y.clamp(min=torch.finfo(dtype).tiny), 0)
     *of_inputs, _, saved, _ = passes[-1]
-    grads = gradients.layers_backward(Outer(**given), [*passes[:-1], (*of_inputs, y, saved, own)])
+    if layer.layers == 1:
+        grads = gradients.layer_backward(Outer(**given), *of_inputs, y, saved, own, Needs(), of_steps(layer, saved))
+    else:
+        grads = gradients.layers_backward(Outer(**given), [*passes[:-1], (*of_inputs, y, saved, own)])
     results["saved"] = slots(layer, within(own, inputs, results["saved"]))
     return results | named(layer.layers, own, grads)
+
+
+def of_steps(layer: Layer, saved: Tensor) -> Tensor | None:
+    """Gradients of the states but h after each step, in the dtype and on the device of what is saved."""
+    if not layer.dc_steps:
+        return None
+    torch.manual_seed(2)
+    made = torch.randn(*saved.shape[:2], layer.kind.states * layer.heads * layer.sizes[3], dtype=torch.float64)
+    return made.to(saved.device, layer.dtype).to(saved.dtype)
 
 
 def slots(layer: Layer, saved: Tensor) -> Tensor:
@@ -286,6 +300,7 @@ def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int 
             return results
         if not given:
             given.update(cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device))
+        call.dc_steps = of_steps(layer, saved)
         grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, layer.precision, below)
         return results | {"saved": slots(layer, within(own, call.inputs, saved))} | named(layer.layers, own, grads)
 
@@ -463,11 +478,16 @@ def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
     from fastrnn.kernels.gpu import layer as engine
 
     started: list = []
-    forward = gpu.layer_forward
+    with_states: list = []
+    forward, backward = gpu.layer_forward, gpu.layer_backward
 
     def layer_forward(*args):
         started.append(args[5])
         return forward(*args)
+
+    def layer_backward(*args, dc_steps=None):
+        with_states.append(dc_steps is not None)
+        return backward(*args, dc_steps=dc_steps)
 
     library = torch.library.Library("fastrnn", "IMPL", "CPU")
     with warnings.catch_warnings():
@@ -482,6 +502,7 @@ def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
         patch.setattr(dispatch, "native", None)
         patch.setattr(gpu, "HERE", "is_cpu")
         patch.setattr(gpu, "layer_forward", layer_forward)
+        patch.setattr(gpu, "layer_backward", layer_backward)
         patch.setattr(gpu, "device_of", lambda device: H100)
         patch.setattr(gpu, "off", lambda device: {})
         patch.setitem(dispatch._WHY_NOT, "triton", lambda *call: None)
@@ -501,6 +522,13 @@ def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
             own = each(torch.stack([x, 2 * x]))
             return {"mapped": own.detach()}
 
+        def after_steps(module, x, states):
+            x = x.requires_grad_()
+            found = module(x, states[0] if len(states) == 1 else tuple(states), all_states=True)[2]
+            found = found if isinstance(found, tuple) else (found,)
+            weighted = sum((number + 2) * state.square().sum() for number, state in enumerate(found))
+            return {"of every state": torch.autograd.grad(weighted, x)[0]}
+
         def compiled(module, x, states):
             return {"compiled": torch.compile(module, fullgraph=True, backend="aot_eager")(x)[0].detach()}
 
@@ -509,7 +537,7 @@ def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
                 return test_cells.results(test_cells.run, module, x, states)
 
         ways = {"plain": lambda *args: test_cells.results(test_cells.run, *args), "second": second, "mapped": mapped}
-        ways |= {"compiled": compiled, "recomputed": recomputed}
+        ways |= {"compiled": compiled, "recomputed": recomputed, "after steps": after_steps}
         for way, function in ways.items():
             patch.setattr(dispatch, "forced", "reference")
             torch.manual_seed(1)
@@ -524,6 +552,8 @@ def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
             for key, value in expected.items():
                 if not torch.allclose(found[key].double(), value, rtol=1e-4, atol=1e-5):
                     wrong.append(f"{way}: {key}: {(found[key].double() - value).abs().max():.3g} off")
+        if with_states.count(True) != (module.cell.definition.states > 0):
+            wrong.append(f"gradients of every state were fused {with_states.count(True)} times")
         explained = str(fastrnn.explain(module, given[1]))
         if "engine: triton" not in explained or "layer 0: forward: single" not in explained:
             wrong.append(explained)

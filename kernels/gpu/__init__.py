@@ -189,11 +189,11 @@ def _by_reference(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, forwa
 def _without_autocast(op: Callable) -> Callable:
     """What is multiplied around the kernels has the dtypes that it should: autocast would change them."""
 
-    def run(*args):
+    def run(*args, **more):
         if not torch.is_autocast_enabled("cuda"):
-            return op(*args)
+            return op(*args, **more)
         with torch.autocast("cuda", enabled=False):
-            return op(*args)
+            return op(*args, **more)
 
     return run
 
@@ -210,15 +210,18 @@ def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
 
 
 @_without_autocast
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
-    """The raw op's implementation, likewise."""
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more, dc_steps=None):
+    """The raw op's implementation, likewise; and with dc_steps, gradients [D, N, S * H] of the states but h after each step."""
     inputs, own = Inputs(x, batch_sizes, h0, c0, *more), layer_of(text)
     if _by_reference(inputs, weights, own, False):
-        *of_inputs, dw = gradients.layer_backward(Outer(dy, dh_n, dc_n), inputs, weights, y, saved, own, Needs(*needs))
+        outer = Outer(dy, dh_n, dc_n)
+        *of_inputs, dw = gradients.layer_backward(outer, inputs, weights, y, saved, own, Needs(*needs), dc_steps)
         return *of_inputs, [grad.clone() if grad is before else grad for before, grad in zip((None, *dw), dw, strict=False)]
     from . import layer
 
-    return layer.layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more)
+    return layer.layer_backward(
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more, dc_steps=dc_steps
+    )
 
 
 @_without_autocast

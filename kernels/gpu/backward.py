@@ -14,6 +14,7 @@ Letters and layouts as in forward.py; further
              it past the gates
     b_ih     [D, ...], which has the cell's own weights behind the biases
     h0       as it is, with a mask or without
+    dc_steps [D, N, S*H], gradients of the states but h after each step, of callers who read these; only where DC_STEPS
     sums_h   [D, B, R] and sums_c [D, B, STATES*H], float32: what resets take of the gradients of the states before them
 
 Step s of a program first takes dh, the product of W_hh^T with `da` of the step before, then goes through the cell. So there
@@ -85,6 +86,15 @@ def kept_values(
 
 
 @triton.jit
+def step_gradients(dc_steps, own, units, ok, DC_STEPS: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr):
+    """Of the sequence's rows `own` [ROWS] what comes in for the states but h, float32 [UNITS, ROWS] each, if anything does."""
+    if DC_STEPS:
+        return load_tiles(dc_steps + (own * (STATES * H))[None, :] + units[:, None], ok, STATES, H)
+    else:
+        return ()
+
+
+@triton.jit
 def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr):
     """Of `carry` the gradients of states and the weights' sums after a step, where rows are active, else as before."""
     after = replaced(grads, P, STATES, active, dc)
@@ -97,7 +107,7 @@ def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
     saved, y, ys, dy, dys, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_ih, w_hh, w_hr, b_ih, lengths, offsets, resets,
-    counters, gave_up, mask, noise, moments,
+    counters, gave_up, mask, noise, moments, dc_steps,
     w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
@@ -105,7 +115,7 @@ def scan_backward(
     OUTPUT: tl.constexpr, D: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
     W: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
-    BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
+    DC_STEPS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
     MEETINGS: tl.constexpr, SETS: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -201,6 +211,7 @@ def scan_backward(
         outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
     noises = step_noise(noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED)
     own = row_index(at, rows, offsets, T, B, PACKED, False)  # [ROWS]
+    dcs = step_gradients(dc_steps, d * N + own, units, units_ok[:, None] & here[None, :], DC_STEPS, STATES, H)
     before = tl.minimum(tl.maximum(tl.where(backwards, t - 1, t + 1), 0), steps - 1)
     state = da + HIDDEN * H + column_gate * H + head * HEAD  # [SIDE * ROWS]
     da_before = state + (d * N + row_index(before, column_rows, offsets, T, B, PACKED, False)) * (P * H)
@@ -252,21 +263,22 @@ def scan_backward(
                     (), r_rows, units_ok, dp_rows, active, R, H, R, R, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION
                 )
                 dh = released(dh)
+            of_states = added(dc, dcs, STATES) if DC_STEPS else dc[:STATES]
             if MEETINGS:
                 own_moments = moments + of_rows * (SETS * 2 * PROGRAMS * ROWS)
                 own_units = tl.minimum(HEAD - block * UNITS, UNITS)
                 grads = CELL(
-                    dh, *dc[:STATES], *values, *own_weights, *noises, own_moments, counter, EACH * (s - begin) + PROJECTED,
+                    dh, *of_states, *values, *own_weights, *noises, own_moments, counter, EACH * (s - begin) + PROJECTED,
                     gave_up, head * BLOCKS + block, units_ok[:, None], own_units,
                 )  # fmt: skip
             else:
-                grads = CELL(dh, *dc[:STATES], *values, *own_weights, *noises)
+                grads = CELL(dh, *of_states, *values, *own_weights, *noises)
             store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
             if SYNC:
                 arrive(counter)
             if CARRIED:
-                of_states = carried(grads, active[None, :], dc, P, STATES, READS, WEIGHTS)
-                dc = of_states + replaced(grads, P + STATES, READS, active[None, :], dc[STATES + WEIGHTS :])
+                sums = carried(grads, active[None, :], dc, P, STATES, READS, WEIGHTS)
+                dc = sums + replaced(grads, P + STATES, READS, active[None, :], dc[STATES + WEIGHTS :])
             if RESETS and STATES:
                 sums_at, taken = sums_c + (d * B + rows)[None, :] * (STATES * H) + units[:, None], state_ok & anew[None, :]
                 sums = added(dc, load_tiles(sums_at, taken, STATES, H), STATES)
@@ -292,6 +304,7 @@ def scan_backward(
                 noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
             )
             own = row_index(at, rows, offsets, T, B, PACKED, False)
+            dcs = step_gradients(dc_steps, d * N + own, units, units_ok[:, None] & here[None, :], DC_STEPS, STATES, H)
             wait(counter, (s - begin + 1).to(tl.int64) * EACH * PROGRAMS, gave_up)
     if PHASE != "state":
         store_tiles(carry + state_at, dc, state_ok, 0, CARRIED, H)
@@ -299,14 +312,14 @@ def scan_backward(
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, resets, mask, noise,
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, resets, mask, noise, dc_steps,
     w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
     READS: tl.constexpr, WEIGHTS: tl.constexpr, NOISE: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
     OUTPUT: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
-    BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
+    DC_STEPS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
     UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All steps of ROWS rows in one program, which holds every unit of a head and the states' gradients.
@@ -369,6 +382,8 @@ def single_backward(
     dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & (t < length)[None, :], 1, 0)
     here_ok = units_ok[:, None] & (t < length)[None, :]  # [UNITS, ROWS]
     noises = step_noise(noise, t, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
+    own = d * N + row_index(t, rows, offsets, T, B, PACKED, False)  # [ROWS]
+    dcs = step_gradients(dc_steps, own, units, here_ok, DC_STEPS, STATES, H)
 
     for s in tl.range(0, steps, num_stages=1):
         t = tl.where(backwards, s, steps - 1 - s)
@@ -387,6 +402,10 @@ def single_backward(
         dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
         here_ok = units_ok[:, None] & here[None, :]
         noises = step_noise(noise, ahead, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
+        of_states = added(dc, dcs, STATES) if DC_STEPS else dc[:STATES]
+        if DC_STEPS:
+            own = d * N + row_index(ahead, rows, offsets, T, B, PACKED, False)
+            dcs = step_gradients(dc_steps, own, units, here_ok, DC_STEPS, STATES, H)
 
         own = d * N + row_index(t, rows, offsets, T, B, PACKED, False)  # [ROWS]
         if PROJECTED:
@@ -394,7 +413,7 @@ def single_backward(
             d_proj = d_out.to(dp.dtype.element_ty)
             tl.store(dp_rows[None, :] + outputs[:, None], d_proj, mask=outputs_ok[:, None] & active[None, :])
             d_out = released(tl.dot(proj, d_proj, input_precision=PRECISION))  # [UNITS, ROWS]
-        grads = CELL(d_out, *dc[:STATES], *now, *own_weights, *own_noises)
+        grads = CELL(d_out, *of_states, *now, *own_weights, *own_noises)
         da_rows = da + own * (P * H)
         store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
         d_hidden = stack(grads, HIDDEN, GATES, PADDED, UNITS, ROWS).to(da.dtype.element_ty)

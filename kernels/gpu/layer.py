@@ -24,7 +24,7 @@ from .cell import PLAIN, PTX, bound
 from .launch import Kernel, Launch, alarm
 from .plan import COOPERATIVE, Device, Plan, choose, stacked
 from .precision import precision_of, products_in
-from .rows import sets
+from .rows import Reach, sets
 
 
 class Call:
@@ -69,6 +69,7 @@ class Call:
         if inputs.mask is not None:
             self.mask = inputs.mask.to(self.dtype).contiguous()
         self.noise = self._noise_of_steps(inputs.noise)
+        self.dc_steps: Tensor | None = None  # of backward
 
     def chosen(self, forward: bool) -> tuple[Plan, str]:
         """Plan and precision of a pass."""
@@ -143,7 +144,7 @@ class Call:
 
     def kernels(self, forward: bool, save: bool, plan: Plan, precision: str, aligned: bool = False) -> dict[str, Kernel]:
         """The scan of a pass: its kernel, or that of each of its phases."""
-        marks = self.packed, self.ragged, self.inputs.resets is not None, self.masked
+        marks = self.packed, self.ragged, self.inputs.resets is not None, self.masked, self.dc_steps is not None
         sizes = self.layers, self.H, self.R
         own = _Compiled(self.layer, *sizes, self.dtype, self.device, self.ptx, *marks, forward, save, aligned)
         return _kernels(own, plan.tiles, precision)
@@ -216,6 +217,7 @@ class _Compiled(NamedTuple):
     ragged: bool
     resets: bool
     masked: bool
+    dc_steps: bool
     forward: bool
     save: bool
     aligned: bool
@@ -227,9 +229,9 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
     layer, cell, functions = own.layer, CELLS[own.layer.cell], PTX if own.ptx else PLAIN
     schedule, units, outputs, rows, blocks, warps, registers, chunk, split, resident, stages, diagonal, span, feed = tiles
     alone = schedule == "single"
-    reach = own.H // layer.heads, units, rows, 0 if alone else blocks
+    reach = Reach(own.H // layer.heads, layer.heads, units, rows, 0 if alone else blocks) if cell.reduces else None
     constants = {
-        "CELL": bound(cell, functions, own.forward, *((reach, layer.heads) if cell.reduces else ((0, 0, 0, 0), 1))),
+        "CELL": bound(cell, functions, own.forward, reach),
         "GATES": cell.gates,
         "PADDED": stacked(cell.gates),
         "HIDDEN": cell.hidden,
@@ -260,7 +262,7 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
         width = max(cell.gates * own.H, slots if own.save else 0)
         constants |= {"INPUT": cell.input, "W": width, "BIAS": layer.bias, "SAVE": own.save}
     else:
-        constants |= {"OUTPUT": cell.derived.reads_output, "W": slots}
+        constants |= {"OUTPUT": cell.derived.reads_output, "W": slots, "DC_STEPS": own.dc_steps}
     options: dict[str, Any] = {"num_warps": warps, "num_stages": 1}
     if registers:
         options["maxnreg"] = registers
@@ -298,10 +300,11 @@ def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
         return forward(call, save, *call.chosen(forward=True))
 
 
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
-    """The op's implementation, likewise."""
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more, dc_steps=None):
+    """The op's implementation, likewise; and with dc_steps, gradients [D, N, S * H] of the states but h after each step."""
     alarm(x.device).check()
     call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, *more), weights)
+    call.dc_steps = dc_steps
     with _current(x.device):
         return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
 
@@ -418,6 +421,7 @@ def backward(
         "offsets": call.offsets,
         "resets": call.resets,
         "mask": call.mask,
+        "dc_steps": call.nothing if call.dc_steps is None else call.dc_steps.contiguous(),
         **call.noise,
         **call.matrices,
         **call.own_weights(),
