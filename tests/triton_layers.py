@@ -465,6 +465,13 @@ class Programs:
         self.builder.grid_idx = self.calls[number][0]
 
 
+class Alone(Programs):
+    """The same, where none of them runs before the one ahead of it has ended: they wait for each other in vain."""
+
+    def pause(self) -> None:
+        pass
+
+
 def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
     """What goes wrong where a module of a cell runs on the engine, whose operators are then a CPU's too, in every way.
 

@@ -131,7 +131,8 @@ def layers_at_once(
     layer: Layer, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, layers: int, training: bool
 ) -> tuple[int, ...]:
     """So many of these layers as run at once, the lowest first. sizes: T, B, H and R."""
-    if dtype is torch.float64 or layer.directions > 1 or layer.heads > 1 or layers == 1:
+    never = layer.directions > 1 or layer.heads > 1 or CELLS[layer.cell].reduces
+    if never or layers == 1 or dtype is torch.float64:
         return (1,) * layers
     return _layers_at_once(device_of(device), layer, sizes, dtype, layers, training, precision_of(dtype))
 

@@ -176,7 +176,7 @@ def _wavefront(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
 
     Twice as many units need half as many programs, which is what lets more layers, or fewer rows a program, be there at once.
     """
-    if sizes.projected or sizes.D > 1 or sizes.precision == "tf32x3" or any(sizes.meetings):
+    if sizes.projected or sizes.D > 1 or sizes.precision == "tf32x3":
         return
     units, number = _units(sizes), sizes.bytes_
     for tiles in (*_resident(device, sizes, forward, units), *_resident(device, sizes, forward, 2 * units)):
