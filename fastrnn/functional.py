@@ -280,6 +280,8 @@ def run_marked(
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
     noisy = noise is not None or inputs.mask is not None
     engine = dispatch.choose_own(layer.cell, noisy, inputs.x, inputs.batch_sizes, states, weights, compressed)
+    if inputs.mask is not None and inputs.mask.dim() == 4:
+        engine = "reference"
     if engine == "cpu":
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
     if compressed and engine not in dispatch.FUSED:
