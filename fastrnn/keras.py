@@ -161,7 +161,7 @@ class _Cell:
         """
         cell, kind = self.keras_cell, self.kind
         variables = (cell.kernel, cell.recurrent_kernel, *(() if cell.bias is None else (cell.bias,)))
-        own = [variable.value if dtype is None else variable.value.to(dtype) for variable in variables]
+        own = [_value(variable) if dtype is None else _value(variable).to(dtype) for variable in variables]
         two = len(own) > 2 and own[2].dim() == 2
         given = own if two else own[:2]
         eager = not (torch.compiler.is_compiling() or dispatch.watched())
@@ -187,16 +187,32 @@ class _Cell:
         return _Dropout([] if of_x is None else [of_x], of_h)
 
 
+def _value(variable: Any) -> Tensor:
+    """Of a cell's weight: Keras' variable, or what somebody has put in its place."""
+    return variable.value if isinstance(variable, keras.Variable) else keras.ops.convert_to_tensor(variable)
+
+
+def _has_more(cell: Any) -> bool:
+    """Does a call of a cell do more than its class's `call`?"""
+    hooks = cell._forward_hooks, cell._forward_pre_hooks, cell._backward_hooks, cell._backward_pre_hooks
+    own = any(name in cell.__dict__ for name in ("call", "forward")) or type(cell).__call__ is not keras.layers.Layer.__call__
+    return own or any(hooks) or cell.activity_regularizer is not None
+
+
 def _cells(layer: Any, training: Any, x: Any = None) -> list[_Cell] | str:
     """The cells of a Keras recurrent layer, the lowest first; or why the engines do not run one, or not for an input x."""
     if x is not None and (len(x.shape) != 3 or 0 in x.shape):
         return f"input {tuple(x.shape)}, the engines have at least one row, step and feature"
     stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
+    if stacked and (type(layer.cell).call is not keras.layers.StackedRNNCells.call or _has_more(layer.cell)):
+        return f"{type(layer.cell).__name__} is not Keras' own stack, or there is a hook on it"
     found: list[_Cell] = []
     for cell in layer.cell.cells if stacked else (layer.cell,):
         kind = next((kind for kind in _KINDS if getattr(type(cell), "call", None) is kind.keras_cell.call), None)
         if kind is None:
             return f"{type(cell).__name__} is not one of Keras' own cells"
+        if _has_more(cell):
+            return f"a hook, an activity regularizer or a call of its own on {type(cell).__name__}"
         if training and 1 in (cell.dropout, cell.recurrent_dropout):
             return "a probability of 1, which Keras' loops take for different things"
         activations = {keras.activations.tanh: kind.torch_name.lower()}
@@ -660,7 +676,8 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
     if before is None:
         return None
     y, states = _layer(cells, steps.data(x), list(zip(before[:kinds], before[kinds:], strict=True)), steps)
-    y = steps.outputs(y, zero=True)
+    dtype = getattr(torch, self.compute_dtype)  # under torch.autocast the engines return another
+    y, states = steps.outputs(y, zero=True).to(dtype), [[state.to(dtype) for state in kind] for kind in states]
     one, other = (y[..., :H], y[..., H:]) if self.return_sequences else states[0]
     if self.merge_mode == "concat":
         output: Any = y if self.return_sequences else torch.cat((one, other), -1)

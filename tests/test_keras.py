@@ -593,3 +593,85 @@ def test_a_layers_own_dtype_policy(name):
     other = theirs(x)
     assert y.dtype == other.dtype
     torch.testing.assert_close(y, other, rtol=0.02, atol=0.02)  # bfloat16 has eight bits
+
+
+def _cells_of(layer):
+    parts = (layer.forward_layer, layer.backward_layer) if isinstance(layer, keras.layers.Bidirectional) else (layer,)
+    return [part.cell for part in parts]
+
+
+def _with_own_kernels(layer):
+    for cell in _cells_of(layer):
+        cell.kernel = torch.nn.Parameter(2 * cell.kernel.value.detach())
+        cell.recurrent_kernel._value = torch.nn.Parameter(2 * cell.recurrent_kernel.value.detach())
+    return layer
+
+
+def _with_hooks_on_cells(layer):
+    for cell in _cells_of(layer):
+        cell.register_forward_hook(lambda module, args, output: (2 * output[0], output[1]))
+    return layer
+
+
+def _with_hooks_before_cells(layer):
+    for cell in _cells_of(layer):
+        cell.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+    return layer
+
+
+def _with_cells_called_otherwise(layer):
+    for cell in _cells_of(layer):
+        call = cell.call
+        object.__setattr__(cell, "call", lambda x, *args, call=call, **kwargs: call(2 * x, *args, **kwargs))
+    return layer
+
+
+TINKERED = [_with_own_kernels, _with_hooks_on_cells, _with_hooks_before_cells, _with_cells_called_otherwise]
+
+
+@pytest.mark.parametrize("mask", ["none", "right-padded"])
+@pytest.mark.parametrize("bidirectional", [None, {}], ids=["one way", "two ways"])
+@pytest.mark.parametrize("tinker", [*TINKERED, torch.nn.Module.double], ids=lambda tinker: tinker.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_done_to_a_cell_does_what_it_does_in_keras(name, tinker, bidirectional, mask):
+    x, found = torch.randn(B, T, I), []
+    for layer in both(name, bidirectional=bidirectional, bias_initializer="random_normal", return_sequences=True):
+        layer(x)
+        y = tinker(layer)(x, mask=MASKS[mask])
+        y.square().sum().backward()
+        found.append([y, *(parameter.grad for parameter in layer.parameters() if parameter.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_regularizer_of_a_cell_and_a_stack_of_ones_own_run_in_keras():
+    class Stack(keras.layers.StackedRNNCells):
+        def call(self, inputs, states, **kwargs):
+            output, states = super().call(inputs, states, **kwargs)
+            return 2 * output, states
+
+    x = torch.randn(B, T, I)
+    cells = [keras.layers.LSTMCell(3), keras.layers.GRUCell(4)]
+    expected, found = (namespace.RNN(Stack(cells), return_sequences=True)(x) for namespace in (keras.layers, fastrnn.keras))
+    torch.testing.assert_close(found, expected)
+    regularized = keras.layers.SimpleRNNCell(3, activity_regularizer="l2")
+    layers = [namespace.RNN(regularized) for namespace in (keras.layers, fastrnn.keras)]
+    losses = []
+    for layer in layers:
+        layer(x)
+        losses.append(sum(layer.losses))
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+@pytest.mark.parametrize("mask", ["none", "with holes"])
+@pytest.mark.parametrize("bidirectional", [None, {}], ids=["one way", "two ways"])
+@pytest.mark.parametrize("name", NAMES)
+def test_dtypes_under_autocast_are_those_of_keras(name, bidirectional, mask):
+    x, found = torch.randn(B, T, I), []
+    options = {"bidirectional": bidirectional, "return_sequences": True, "return_state": True}
+    for layer in both(name, **options):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(layer(x, mask=MASKS[mask]))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype is other.dtype
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)  # bfloat16 has eight bits
