@@ -6,9 +6,9 @@
 Constructors, weights, initial values, masks, states, training and saved files are therefore Keras'. A configuration that
 the engines have no kernel for (another activation, `reset_after=False`, a cell of one's own) runs Keras' loop;
 `fastrnn.explain(layer, input)` says why. LSTM's and GRU's `recurrent_dropout` has a mask for each gate, which the engines
-have not: such a training step is a loop of few torch operations (kernels/reference.py). A call with nothing to do around the
-loop goes past what Keras does around every layer (`_shortcut`). `patch` gives the same loop to `keras.layers` itself, and `to_torch` and
-`from_torch` copy weights between Keras' layers and torch's.
+have not: such a training step is a loop of few torch operations (kernels/reference.py). A call with nothing to do around
+the loop goes past what Keras does around every layer (`_shortcut`). `patch` gives the same loop to `keras.layers` itself,
+and `to_torch` and `from_torch` copy weights between Keras' layers and torch's.
 
 Letters: B rows, T steps, I features, H units, G gates (SimpleRNN 1, GRU 3, LSTM 4), N valid steps of all rows.
 """
@@ -181,10 +181,11 @@ class _Cell:
         cell, per_gate = self.keras_cell, getattr(self.keras_cell, "dropout_mask_count", None) is not None
         of_x = cell.get_dropout_mask(like.new_empty(len(like), cell.kernel.shape[0]))
         of_h = cell.get_recurrent_dropout_mask(like)
-        if per_gate:
-            of_x, of_h = (each and [each[gate] for gate in self.kind.gates] for each in (of_x, of_h))
-            return _Dropout(of_x or [], of_h and torch.stack(of_h))
-        return _Dropout([] if of_x is None else [of_x], of_h)
+        if not per_gate:
+            return _Dropout([] if of_x is None else [of_x], of_h)
+        gates = self.kind.gates
+        inputs = [] if of_x is None else [of_x[gate] for gate in gates]
+        return _Dropout(inputs, None if of_h is None else torch.stack([of_h[gate] for gate in gates]))
 
 
 def _value(variable: Any) -> Tensor:

@@ -2,8 +2,8 @@
 
     from fastrnn.torchrl import LSTMModule  # was: from torchrl.modules import LSTMModule
 
-In recurrent mode TorchRL's modules cut a batch at the marks of `is_init`, pad the pieces, pack them, and put the results together
-again. These derive from them and hand the marks to the layer, as `resets`, in one call.
+In recurrent mode TorchRL's modules cut a batch at the marks of `is_init`, pad the pieces, pack them, and put the results
+together again. These derive from them and hand the marks to the layer, as `resets`, in one call.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from bench import (
     crowded_calls,
     gradient_penalty,
     half,
+    keras_dropout,
     keras_layers,
     memory,
     record,
@@ -150,6 +151,14 @@ def test_keras_layers_are_checked_and_told(cell, mode, keras_on_torch, monkeypat
     assert sum(figure not in ("", "-") for cells in row.split("|")[2:] for figure in cells.strip().split(", ")) == len(
         found["ratios"]
     )
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrent_dropout_of_keras_is_checked(cell, keras_on_torch, monkeypatch):
+    found = keras_dropout.measure(cell, (2, 8), 0.01, 2, steps=3)
+    assert not found["faults"] and found["ratios"]["torch"] > 0
+    monkeypatch.setattr(keras_dropout, "TOLERANCE", -1)
+    assert keras_dropout.measure(cell, (2, 8), 0.01, 2, steps=3)["faults"]
 
 
 def test_a_backend_of_keras_that_fails_says_how():

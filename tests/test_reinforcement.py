@@ -25,8 +25,9 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.fixture(scope="module")
 def rl():
     pytest.importorskip("torchrl", reason="needs torchrl")
-    import fastrnn.torchrl
     import torchrl.modules
+
+    import fastrnn.torchrl
 
     return torchrl.modules, fastrnn.torchrl
 
@@ -137,8 +138,9 @@ def test_a_given_layer_and_a_missing_mark(rl):
 @pytest.fixture(scope="module")
 def sb3():
     pytest.importorskip("sb3_contrib", reason="needs sb3-contrib")
-    import fastrnn.sb3
     from sb3_contrib.ppo_recurrent import policies
+
+    import fastrnn.sb3
 
     return policies, fastrnn.sb3
 
@@ -184,9 +186,7 @@ def trainers(sb3, name="MlpLstmPolicy", **options):
     return found
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"n_lstm_layers": 2}, {"shared_lstm": True, "enable_critic_lstm": False}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"n_lstm_layers": 2}, {"shared_lstm": True, "enable_critic_lstm": False}], ids=str)
 def test_values_and_likelihoods_of_a_rollout_are_those_of_sb3(sb3, options):
     theirs, own = trainers(sb3, **options)
     own.policy.load_state_dict(theirs.policy.state_dict())

@@ -15,6 +15,7 @@ The baseline is the same player, trained in the same way, whose memory is erased
 
 # sphinx_gallery_thumbnail_path = "results/hidden_velocity.png"
 from collections.abc import Iterable
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -35,14 +36,14 @@ SCALE = torch.tensor([1.0, 10.0], device=page.device)  # of the cart's position 
 class Policy(nn.Module):
     def __init__(self, hidden_size: int = 64) -> None:
         super().__init__()
-        self.gru = fastrnn.GRU(2, hidden_size)
+        self.gru: Any = fastrnn.GRU(2, hidden_size)  # torch.nn's in the comparison
         self.action, self.value = nn.Linear(hidden_size, 2), nn.Linear(hidden_size, 1)
 
     def heads(self, hidden: Tensor) -> tuple[Categorical, Tensor]:
         return Categorical(logits=self.action(hidden)), self.value(hidden).squeeze(-1)
 
     def forward(self, looks: Tensor, states: Tensor, begins: Tensor) -> tuple[Categorical, Tensor]:
-        """looks [T, B, 2], the states [1, B, H] that they begin with, where episodes begin [T, B] -> actions and values [T, B]"""
+        """looks [T, B, 2], the states [1, B, H] before them, where episodes begin [T, B] -> actions and values [T, B]"""
         if isinstance(self.gru, fastrnn.GRU):
             return self.heads(self.gru(looks, states, resets=begins)[0])
         hidden = []

@@ -19,6 +19,7 @@ shown on one rollout. The baseline is sb3-contrib's own policy. Data: simulated 
 
 # sphinx_gallery_thumbnail_path = "results/recurrent_ppo.png"
 import time
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -33,14 +34,15 @@ from fastrnn.sb3 import MlpLstmPolicy
 
 page = Page(__file__, __doc__)
 GAMES, STEPS, TURNS = 8, page.pick(128, 32), page.pick(30, 2)
-OPTIONS = {
+NETWORK: dict[str, Any] = {"lstm_hidden_size": 64, "net_arch": []}
+OPTIONS: dict[str, Any] = {
     "n_steps": STEPS,
     "batch_size": 512,
     "learning_rate": 1e-3,
     "n_epochs": page.pick(10, 2),
     "seed": page.seed,
     "device": page.device,
-    "policy_kwargs": {"lstm_hidden_size": 64, "net_arch": []},
+    "policy_kwargs": NETWORK,
 }
 
 
@@ -82,7 +84,7 @@ rates = {name: GAMES * STEPS / float(np.median(each)) for name, each in seconds.
 # fastrnn's with the same weights.
 
 stock = models["sb3-contrib"]
-converted = MlpLstmPolicy(stock.observation_space, stock.action_space, lambda _: 1e-3, **OPTIONS["policy_kwargs"])
+converted = MlpLstmPolicy(stock.observation_space, stock.action_space, lambda _: 1e-3, **NETWORK)
 converted.to(page.device).load_state_dict(stock.policy.state_dict())
 batch = next(stock.rollout_buffer.get())
 with torch.no_grad():
