@@ -18,7 +18,7 @@ from fastrnn.timing import difference
 
 SIZES = ((1, 64), (32, 64), (32, 256), (128, 512))  # rows and units
 STEPS, RATE = 50, 0.2
-DEFAULT_OUTPUT = record.result_file("keras-dropout")
+DEFAULT_OUTPUT = record.result_file("dropout")
 
 
 def measure(cell: str, size: tuple[int, int], seconds: float, most: int, steps: int = STEPS) -> dict[str, Any]:

@@ -157,6 +157,8 @@ def test_keras_layers_are_checked_and_told(cell, mode, keras_on_torch, monkeypat
 def test_recurrent_dropout_of_keras_is_checked(cell, keras_on_torch, monkeypatch):
     found = keras_dropout.measure(cell, (2, 8), 0.01, 2, steps=3)
     assert not found["faults"] and found["ratios"]["torch"] > 0
+    told = report.dropout({"cases": [found | {"cell": each} for each in ("lstm", "gru")]})
+    assert told.count(f" {found['ratios']['torch']:.2f} |") == 2
     monkeypatch.setattr(keras_dropout, "TOLERANCE", -1)
     assert keras_dropout.measure(cell, (2, 8), 0.01, 2, steps=3)["faults"]
 
