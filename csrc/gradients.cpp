@@ -142,7 +142,7 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     auto& made = results.made[0];
     std::vector<Owned> found(std::make_move_iterator(made.begin()), std::make_move_iterator(made.end()));
     found.push_back(std::move(results.unrounded));
-    return tuple_of(std::move(found));
+    return tuple_of(found);
   });
 }
 
@@ -187,7 +187,7 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     const Layer& layer = own.inputs.layer;
     for (size_t i = 0; i < own.inputs.weights.size(); ++i)
       found[own.FIRST_WEIGHT + i] = std::move(made[layer.direction(i)][gradient_of(layer.weight(i))]);
-    return tuple_of(std::move(found));
+    return tuple_of(found);
   });
 }
 

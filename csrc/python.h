@@ -10,6 +10,7 @@
 #include <forward_list>
 #include <iterator>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -75,8 +76,8 @@ bool look_strided(PyObject* object, View& seen, bool maybe_parameter = false, bo
 bool is_watched();
 bool wants_gradient(PyObject* tensor);  // false where there is none
 
-// None in the place of what is not there.
-Owned tuple_of(std::vector<Owned> items);
+// Takes the items; None in the place of what is not there.
+Owned tuple_of(std::span<Owned> items);
 
 // Tensors in bfloat16 as float32, and back.
 class Widened {
