@@ -136,7 +136,10 @@ def keras_on_torch():
 
 
 # Keras' variables do not know numpy 2's `copy` keyword.
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+without_copy = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+
+
+@without_copy
 @pytest.mark.parametrize("mode", ["infer", "train", "fit"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_keras_layers_are_checked_and_told(cell, mode, keras_on_torch, monkeypatch):
@@ -153,6 +156,7 @@ def test_keras_layers_are_checked_and_told(cell, mode, keras_on_torch, monkeypat
     )
 
 
+@without_copy
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_recurrent_dropout_of_keras_is_checked(cell, keras_on_torch, monkeypatch):
     found = keras_dropout.measure(cell, (2, 8), 0.01, 2, steps=3)
