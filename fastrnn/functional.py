@@ -278,9 +278,8 @@ def run_marked(
     if reason := misfit(layer, inputs, weights, num_layers):
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
-    noisy = noise is not None or inputs.mask is not None
-    engine = dispatch.choose_own(layer.cell, noisy, inputs.x, inputs.batch_sizes, states, weights, compressed)
-    if inputs.mask is not None and inputs.mask.dim() == 4:
+    engine = dispatch.choose_own(layer.cell, inputs.x, inputs.batch_sizes, states, weights, compressed)
+    if inputs.mask is not None and inputs.mask.dim() == 4:  # of each gate
         engine = "reference"
     if engine == "cpu":
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
@@ -310,7 +309,8 @@ def run_stack(
 
     def run(given: Inputs, weights: Sequence[Tensor], own: Layer, restart: States | None):
         if noise is not None:
-            given = noise.drawn(given, own, hidden)
+            half_on_cpu = engine == "cpu" and given.x.dtype in dispatch.HALF  # which that engine computes in float32
+            given = noise.drawn(given, own, hidden, torch.float32 if half_on_cpu else given.x.dtype)
 
         def once(given: Inputs):
             return (*_run(engine, given, weights, own), ()) if after_steps is None else _run_states(engine, given, weights, own)
