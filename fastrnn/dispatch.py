@@ -173,8 +173,8 @@ def layers_at_once(
 ) -> tuple[int, ...]:
     """So many layers as the Triton engine runs at once, as one node of autograd's, the lowest first: (2, 1), two of three.
 
-    Where somebody watches, each runs alone. (The CPU engine's fast path, which has all layers of a call at hand, decides for
-    itself.) x: as a module is given it.
+    Where somebody watches, each runs alone. Whatever runs a stack on that engine layer by layer asks this first. (The CPU
+    engine's fast path, which has all layers of a call at hand, decides for itself.) x: as a module is given it.
     """
     if torch.compiler.is_compiling() or checkpoint.is_on() or _watched_but_for_autocast():
         return (1,) * layers
