@@ -160,22 +160,21 @@ PTX, PLAIN = Functions(_exp2_ptx, _reciprocal_ptx), Functions(_exp2, _reciprocal
 
 
 @cache
-def bound(cell: Cell, functions: Functions, forward: bool, tiles: tuple[int, int, int, int], heads: int) -> Any:
+def bound(cell: Cell, functions: Functions, forward: bool, reach: rows.Reach | None = None) -> Any:
     """A pass of a cell as a Triton function, with h behind the other states among parameters and results.
 
-    tiles, heads: see rows.between_programs; they matter where units of a row are reduced, with no block of units in a program
-    that has them all.
+    reach: of a cell that reduces over the units of a row; then the function may have more parameters, see rows.py.
     """
     code = cell.derived.forward if forward else cell.derived.backward
     states = [name for name, _ in cell.derived.before]
     later = len(states) - 1 - states.index("h") if cell.reads_hidden else 0
     code = replace(code, parameters=_moved(code.parameters, "h", later), results=_moved(code.results, "d_h", later))
-    if not cell.reduces:
+    if reach is None:
         return triton.jit(code.bind(functions.by_name))
     names = functions.by_name | rows.FUNCTIONS
-    if not tiles[-1]:
-        return triton.jit(code.bind(names, rows.printer_of(tiles[0])))
-    return rows.between_programs(cell, forward, code, names, tiles, heads)
+    if not reach.blocks:
+        return triton.jit(code.bind(names, rows.printer_of(reach.head)))
+    return rows.between_programs(cell, forward, code, names, reach)
 
 
 def _moved(named: Sequence[tuple[str, Any]], name: str, later: int) -> tuple[tuple[str, Any], ...]:

@@ -11,7 +11,7 @@ Values are float32 [UNITS, ROWS], what they are reduced to [1, ROWS].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -136,18 +136,29 @@ def _sets(stage: Stage) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(each.index for each in split(node.operands)[0]) for _, node in stage.reductions))
 
 
-def between_programs(
-    cell: Cell, forward: bool, code: Code, names: dict[str, Any], tiles: tuple[int, int, int, int], heads: int
-) -> Any:
+class Reach(NamedTuple):
+    """Which of a row's units a program has.
+
+    head, heads: units of a head, and a layer's heads.
+    units, rows: of a program.
+    blocks:      programs that share the units of a head out; 0 where one has all units of the row.
+    """
+
+    head: int
+    heads: int
+    units: int
+    rows: int
+    blocks: int
+
+
+def between_programs(cell: Cell, forward: bool, code: Code, names: dict[str, Any], reach: Reach) -> Any:
     """A pass of a cell as a Triton function that meets other programs.
 
     Its parameters and results are those of `code`; more parameters come last: where moments are exchanged, the counter of the
     group's meetings, how many there were before this step, the word of programs that gave up, the number of the program in
     its group, which units of its tile [UNITS, 1] are its own, and how many.
-
-    tiles: units of a head, units and rows of a program, programs that share a head's units out.
     """
-    head, units, rows, blocks = tiles
+    head, heads, units, rows, blocks = reach
     programs = blocks * heads
     shape = f"{rows}, {programs}, {1 << (programs - 1).bit_length()}, {blocks}, {units}, {head}"
     # names that no argument of a cell has
