@@ -148,7 +148,7 @@ TEAMS = [
     {"steps": 12, "batch": 7, "hidden": 60},  # and rows
     {"steps": 30, "batch": 1, "hidden": 200, "num_heads": 2},  # each has a head, and meets all the same
     {"steps": 20, "batch": 1, "hidden": 200, "proj_size": 90},
-    {"steps": 600, "batch": 2, "hidden": 33, "bidirectional": True},  # in two blocks of time
+    {"steps": 270, "batch": 2, "hidden": 33, "bidirectional": True},  # in two blocks of time
     {"steps": 1, "batch": 5, "hidden": 33},
     {"steps": 9, "batch": 6, "hidden": 50, "marks": True, "bidirectional": True},
 ]
