@@ -339,7 +339,7 @@ def explain(
     call = x, batch_sizes, states, weights, getattr(module, "_fastrnn_compressed", False)
     engine, marked = choose(*call), resets is not None or lengths is not None
     own = getattr(module, "_fastrnn_features", False)
-    what = (features.cell_name(module), features.noise_of(module) is not None) if own else None
+    what = (features.cell_name(module), features.noise_of(module).within) if own else None
     if what:
         engine = choose_own(*what, *call)
     if left := engine == "triton" and not (marked or own) and _left_to_cudnn(module, x, batch_sizes, weights[1]):

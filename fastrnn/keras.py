@@ -304,7 +304,7 @@ def _layer(
         weights, by_time = cells[0].weights(data.dtype), steps.batch_sizes is not None
         given = Inputs(data, steps.batch_sizes, initial[0], None, mask=steps.initial(factors).unsqueeze(0))
         own = Layer(cells[0].name, bias=len(weights) > 2, batch_first=not by_time)
-        y, h_n, _ = functional.run_marked(given, weights, own, 1, 0.0)
+        y, h_n, *_ = functional.run_marked(given, functional.Stack(own, weights))
         done = y, h_n
     elif steps.batch_sizes is None:
         done = _natively(cells, data, initial[0] if len(initial) == 1 else tuple(initial))
