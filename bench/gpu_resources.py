@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 
 from fastrnn import cells as shipped
+from fastrnn import features
 from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.gpu import meetings_of, values_of
 from fastrnn.kernels.gpu import plan as plans
-from fastrnn.kernels.gpu import values_of
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 
@@ -75,10 +76,14 @@ class Case:
     plan: Plan
     heads: int = 1
     marked: bool = False  # with resets and, where it is not packed, lengths
+    noisy: bool = False  # with a mask, and zoneout of all states that may have it
+    normed: bool = False  # with layer norm
 
     @property
     def kind(self) -> Cell:
-        return CELLS[self.cell] if self.cell in CELLS else getattr(shipped, self.cell).definition
+        plain = CELLS[self.cell] if self.cell in CELLS else getattr(shipped, self.cell).definition
+        zoned = tuple(self.noisy and (name != "h" or self.R == self.H) for name in features.state_names(plain))
+        return CELLS[features.derived(plain.name, True if self.normed else None, None, zoned)]
 
     def __str__(self) -> str:
         plan = self.plan
@@ -87,7 +92,8 @@ class Case:
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
         number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2)
-        flags += ["packed"] * self.packed + ["marked"] * self.marked + [f"{self.heads} heads"] * (self.heads > 1)
+        flags += [name for name in ("packed", "marked", "noisy", "normed") if getattr(self, name)]
+        flags += [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
         return " ".join([self.target, which, self.cell, number, f"H{self.H}", tiles, f"{plan.warps} warps", *flags])
 
@@ -118,7 +124,9 @@ class Usage:
 
 def sizes_of(case: Case) -> Sizes:
     H, R, D = case.H // case.heads, case.R // case.heads, case.D * case.heads
-    return Sizes(64, case.B, H, R, D, case.kind.gates, case.dtype.itemsize, case.precision, values_of(case.kind))
+    kind = case.kind
+    sizes = Sizes(64, case.B, H, R, D, kind.gates, case.dtype.itemsize, case.precision, values_of(kind))
+    return replace(sizes, meetings=meetings_of(kind), heads=case.heads) if kind.reduces else sizes
 
 
 def cases(target: str, cells=BUILT_IN, formats=FORMATS, units=UNITS, rows=ROWS) -> Iterator[Case]:
@@ -163,7 +171,9 @@ def launches(case: Case) -> list:
     started: list = []
     resets = torch.empty(leading, dtype=torch.bool, device="meta") if case.marked else None
     lengths = torch.empty(case.B, dtype=torch.int64, device="meta") if case.marked and not case.packed else None
-    inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths)
+    mask = empty(D, case.B, case.R) if case.noisy else None
+    noise = empty(*leading, D * cell.noise * case.H) if cell.noise else None
+    inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths, mask, noise)
     call = layer.Call(own, inputs, weights * D, run=started.append)
     call.ptx = TARGETS[case.target][1].backend == "cuda"
     if case.forward:

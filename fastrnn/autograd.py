@@ -420,7 +420,7 @@ def _outer_levels() -> Iterator[None]:
 class StatesFunction(_Function):
     """`LayerFunction` of a cell with states but h, whose last output is these after every step; without recompute mode.
 
-    A gradient of that output is carried back by gradients.py, which takes longer.
+    A gradient of that output is carried back as `ops.backward_of_states` says.
     """
 
     @staticmethod
@@ -442,7 +442,7 @@ class StatesFunction(_Function):
             y, _, _, saved = reference.layer_forward(inputs, weights, layer, True)
         need_dx, _, *states = ctx.needs_input_grad[:4]
         needs = Needs(need_dx, any(states), any(ctx.needs_input_grad[_WEIGHTS:]))
-        dx, dh0, dc0, dw = gradients.layer_backward(outer, inputs, weights, y, saved, layer, needs, d_states)
+        dx, dh0, dc0, dw = ops.backward_of_states(outer, inputs, weights, y, saved, ctx.options[0], needs, d_states)
         of_states = (dh0, dc0) if needs.dh0 else (None, None)
         return dx if need_dx else None, None, *of_states, *[None] * (_WEIGHTS - 4), *(dw if needs.dw else [None] * len(weights))
 

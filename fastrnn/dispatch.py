@@ -118,20 +118,18 @@ def choose(
     return engine
 
 
-def choose_own(cell: str, noise: bool, *call: Any) -> str:
+def choose_own(cell: str, *call: Any) -> str:
     """Return the engine of a layer that torch.nn has not: of any cell, maybe with noise; the reference where no fused one can.
 
     call: the arguments of `choose`.
     """
     engine = choose(*call)
-    return "reference" if engine == "torch" or why_not_own(engine, cell, noise) else engine
+    return "reference" if engine == "torch" or why_not_own(engine, cell) else engine
 
 
-def why_not_own(engine: str, cell: str, noise: bool) -> str | None:
-    """Say why an engine declines a cell, or a layer with noise, whatever the call; None where it does not."""
-    if engine == "triton" and noise:
-        return "it has neither recurrent dropout nor zoneout"
-    if engine in FUSED and CELLS[cell].reduces:
+def why_not_own(engine: str, cell: str) -> str | None:
+    """Say why an engine declines a cell, whatever the call; None where it does not."""
+    if engine == "cpu" and CELLS[cell].reduces:
         return "it has no layer norm"
     return cpu.why_not_cell(cell) if engine == "cpu" else None
 
@@ -339,9 +337,9 @@ def explain(
     call = x, batch_sizes, states, weights, getattr(module, "_fastrnn_compressed", False)
     engine, marked = choose(*call), resets is not None or lengths is not None
     own = getattr(module, "_fastrnn_features", False)
-    what = (features.cell_name(module), features.noise_of(module).within) if own else None
-    if what:
-        engine = choose_own(*what, *call)
+    cell = features.cell_name(module) if own else None
+    if cell:
+        engine = choose_own(cell, *call)
     if left := engine == "triton" and not (marked or own) and _left_to_cudnn(module, x, batch_sizes, weights[1]):
         engine = "torch"
     elif marked and engine == "torch":
@@ -352,9 +350,9 @@ def explain(
         declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"
     if marked:
         declined["torch"] = "torch.nn has neither resets nor lengths"
-    if what:
+    if cell:
         for name in FUSED & declined.keys():
-            declined[name] = why_not(name, *call) or why_not_own(name, *what) or idle
+            declined[name] = why_not(name, *call) or why_not_own(name, cell) or idle
         declined["torch"] = f"torch.nn has no {features.described(module)[2:]}"
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"

@@ -279,14 +279,13 @@ def run_marked(inputs: Inputs, stack: Stack, restart: States | None = None, all_
         ValueError: what does not fit, by name.
         RuntimeError: there is no step, in torch's words.
     """
-    layer, weights, count, noise, compressed = stack
+    layer, weights, count, _, compressed = stack
     if inputs.batch_sizes is None and inputs.x.shape[layer.batch_first] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reason := misfit(layer, inputs, weights, count):
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
-    noisy = noise.within or inputs.mask is not None
-    engine = dispatch.choose_own(layer.cell, noisy, inputs.x, inputs.batch_sizes, states, weights, compressed)
+    engine = dispatch.choose_own(layer.cell, inputs.x, inputs.batch_sizes, states, weights, compressed)
     if engine == "cpu":
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
     return run_stack(engine, inputs, stack, restart, all_states)
@@ -307,7 +306,8 @@ def run_stack(
     hidden = weights[1].shape[0] // CELLS[layer.cell].gates
 
     def run(given: Inputs, weights: Sequence[Tensor], own: Layer, restart: States | None):
-        given = noise.drawn(given, own, hidden)
+        half_on_cpu = engine == "cpu" and given.x.dtype in dispatch.HALF  # which that engine computes in float32
+        given = noise.drawn(given, own, hidden, torch.float32 if half_on_cpu else given.x.dtype)
 
         def once(given: Inputs):
             return _run_states(engine, given, weights, own) if all_states else (*_run(engine, given, weights, own), ())

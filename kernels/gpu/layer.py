@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ..cells import CELLS, Cell
 from ..layer import Inputs, Layer, Needs, Outer, Steps, layer_of
-from . import DTYPES, device_of, sizes_of
+from . import DTYPES, device_of, meetings_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .cell import PLAIN, PTX, bound
 from .launch import Kernel, Launch, alarm
 from .plan import Device, Plan, choose, stacked
 from .precision import precision_of, products_in
+from .rows import Reach, sets
 
 
 class Call:
@@ -57,6 +58,11 @@ class Call:
         if inputs.lengths is not None:
             self.lengths = inputs.lengths.contiguous()
         self.resets = self.nothing if inputs.resets is None else inputs.resets.contiguous().view(torch.uint8)
+        self.masked, self.mask = inputs.mask is not None, self.nothing
+        if inputs.mask is not None:
+            self.mask = inputs.mask.to(self.dtype).contiguous()
+        self.noise = self._noise_of_steps(inputs.noise)
+        self.dc_steps: Tensor | None = None  # of backward
 
     def chosen(self, forward: bool) -> tuple[Plan, str]:
         """Plan and precision of a pass."""
@@ -77,6 +83,18 @@ class Call:
         if self.device.type == "cuda":
             both = both.pin_memory().to(self.device, non_blocking=True)
         return both[: self.B], both[self.B + self.B % 2 :]
+
+    def _noise_of_steps(self, noise: Tensor | None) -> dict[str, Any]:
+        """The cell's noise, and how many numbers its steps and its rows are apart."""
+        if (noise is not None) != (self.cell.noise > 0):
+            raise RuntimeError(f"fastrnn: {self.cell.name} {'needs' if self.cell.noise else 'takes no'} noise")
+        if noise is None:
+            return {"noise": self.nothing, "noise_t": 0, "noise_b": 0}
+        noise = noise.to(self.dtype)
+        if noise.stride(-1) != 1:
+            noise = noise.contiguous()
+        of_rows, of_steps = noise.stride(1 - self.steps.axis), noise.stride(self.steps.axis)
+        return {"noise": noise, "noise_t": of_steps, "noise_b": of_steps if self.packed else of_rows}
 
     def rows_made(self, *shape: int) -> Tensor:
         """Make a tensor of x's dtype with something for each row of x: zeros where rows past their lengths are not written."""
@@ -106,9 +124,16 @@ class Call:
 
     def kernels(self, forward: bool, save: bool, plan: Plan, precision: str, aligned: bool = False) -> dict[str, Kernel]:
         """The scan of a pass: its kernel, or that of each of its phases."""
-        marks = self.packed, self.ragged, self.inputs.resets is not None
+        marks = self.packed, self.ragged, self.inputs.resets is not None, self.masked, self.dc_steps is not None
         own = _Compiled(self.layer, self.D, self.H, self.R, self.dtype, self.device, self.ptx, *marks, forward, save, aligned)
         return _kernels(own, plan.tiles, precision)
+
+    def _moments(self, plan: Plan, sets: int) -> Tensor:
+        """Where the programs of a persistent launch exchange the moments of so many sets of their units' values."""
+        if not sets:
+            return self.nothing
+        size = plan.groups * self.D * sets * 2 * plan.blocks * self.heads * plan.rows
+        return torch.empty(size, dtype=torch.float32, device=self.device)
 
     def start(self, plan: Plan, kernels: dict[str, Kernel], arguments: dict[str, Any], steps: int) -> None:
         """Launch a scan: once for all steps, once for each range of rows, or once for each step and phase."""
@@ -120,6 +145,7 @@ class Call:
             waves = -(-groups // plan.groups)
             counters = torch.zeros((waves, plan.groups * sides, 16), dtype=torch.int64, device=self.device)
             arguments["gave_up"] = alarm(self.device).word
+            arguments["moments"] = self._moments(plan, kernels["both"].constants["SETS"])
             for wave in range(waves):
                 arguments["counters"] = counters[wave] if waves > 1 else counters
                 arguments["first_row"] = wave * plan.groups * plan.rows
@@ -127,7 +153,7 @@ class Call:
                 kernels["both"].bind(grid, arguments, run)(0, steps)
         else:
             nobody = _nothing(torch.int64, self.device)
-            arguments |= {"counters": nobody, "gave_up": nobody, "first_row": 0}
+            arguments |= {"counters": nobody, "gave_up": nobody, "moments": self.nothing, "first_row": 0}
             launches = [kernel.bind((plan.blocks * sides * groups,), arguments, run) for kernel in kernels.values()]
             for step in range(steps):
                 for launch in launches:
@@ -163,6 +189,8 @@ class _Compiled(NamedTuple):
     packed: bool
     ragged: bool
     resets: bool
+    masked: bool
+    dc_steps: bool
     forward: bool
     save: bool
     aligned: bool
@@ -173,14 +201,17 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
     """The kernels of a pass by phase, with all that they are compiled for."""
     layer, cell, functions = own.layer, CELLS[own.layer.cell], PTX if own.ptx else PLAIN
     schedule, units, outputs, rows, blocks, warps, registers, chunk, split, resident, stages, diagonal = tiles
+    alone = schedule == "single"
+    reach = Reach(own.H // layer.heads, layer.heads, units, rows, 0 if alone else blocks) if cell.reduces else None
     constants = {
-        "CELL": bound(cell, functions, own.forward),
+        "CELL": bound(cell, functions, own.forward, reach),
         "GATES": cell.gates,
         "PADDED": stacked(cell.gates),
         "HIDDEN": cell.hidden,
         "STATES": cell.states,
         "READS": int(cell.reads_hidden),
         "WEIGHTS": cell.weights,
+        "NOISE": cell.noise,
         "KEPT": cell.kept,
         "SLOTS": cell.slots,
         "D": own.D,
@@ -190,6 +221,7 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
         "PACKED": own.packed,
         "RAGGED": own.ragged,
         "RESETS": own.resets,
+        "MASKED": own.masked,
         "BATCH_FIRST": layer.batch_first and not own.packed,
         "REVERSE": layer.reverse,
         "PROJECTED": layer.projected,
@@ -203,11 +235,11 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
         width = max(cell.gates * own.H, slots if own.save else 0)
         constants |= {"INPUT": cell.input, "W": width, "BIAS": layer.bias, "SAVE": own.save}
     else:
-        constants |= {"OUTPUT": cell.derived.reads_output, "W": slots}
+        constants |= {"OUTPUT": cell.derived.reads_output, "W": slots, "DC_STEPS": own.dc_steps}
     options: dict[str, Any] = {"num_warps": warps, "num_stages": 1}
     if registers:
         options["maxnreg"] = registers
-    if schedule == "single":
+    if alone:
         kernel = forward_kernels.single_forward if own.forward else backward_kernels.single_backward
         return {"both": Kernel(kernel, constants, options)}
     constants |= {
@@ -217,6 +249,8 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
         "RESIDENT": resident,
         "STAGES": stages,
         "SYNC": schedule == "persistent",
+        "MEETINGS": meetings_of(cell)[not own.forward],
+        "SETS": sets(cell, own.forward),
     }
     constants |= {"ALIGNED": own.aligned} if own.forward else {"DIAGONAL": diagonal}
     phases: tuple[str, ...] = ("both",)
@@ -228,28 +262,19 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
     return {phase: Kernel(kernel, constants | {"PHASE": phase}, options) for phase in phases}
 
 
-def _refuse_noise(*given) -> None:
-    """Raise where a call brings a mask or noise; `dispatch.why_not_own` keeps such calls away."""
-    if any(each is not None for each in given):
-        raise RuntimeError("fastrnn: the Triton engine has neither recurrent dropout nor zoneout")
-
-
-def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None, mask=None, noise=None):
-    """The op's implementation, on x's device and its current stream."""
-    _refuse_noise(mask, noise)
+def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
+    """The op's implementation, on x's device and its current stream. more: the other fields of Inputs."""
     alarm(x.device).check()
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, *more), weights)
     with _current(x.device):
         return forward(call, save, *call.chosen(forward=True))
 
 
-def layer_backward(
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, resets=None, lengths=None, mask=None, noise=None
-):
-    """The op's implementation, on x's device and its current stream."""
-    _refuse_noise(mask, noise)
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more, dc_steps=None):
+    """The op's implementation, likewise; and with dc_steps, gradients [D, N, S * H] of the states but h after each step."""
     alarm(x.device).check()
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
+    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, *more), weights)
+    call.dc_steps = dc_steps
     with _current(x.device):
         return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
 
@@ -280,17 +305,21 @@ def forward(call: Call, save: bool, plan: Plan, precision: str):
     states = [state for state in (c0, h0 if call.cell.reads_hidden else None) if state is not None]
     carry = _side_by_side(states) if states else call.nothing
     out = x.new_empty(call.D, call.B, call.H) if call.layer.projected and not save else call.nothing
+    fed_by_scan = call.masked and plan.schedule != "single"
     arguments = {
         "kept": kept,
         "y": y,
         "out": out,
-        "h0": h0,
+        "h0": h0 * call.mask if fed_by_scan else h0,
         "start": call.nothing if call.inputs.resets is None else carry.clone(),
         "carry": carry,
         "h_n": h_n,
         "lengths": call.lengths,
         "offsets": call.offsets,
         "resets": call.resets,
+        "mask": call.mask,
+        "fed": x.new_empty(2, call.D, call.B, call.R) if fed_by_scan else call.nothing,
+        **call.noise,
         **call.matrices,
         **call.biases(),
     }
@@ -335,6 +364,9 @@ def backward(call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, p
         "lengths": call.lengths,
         "offsets": call.offsets,
         "resets": call.resets,
+        "mask": call.mask,
+        "dc_steps": call.nothing if call.dc_steps is None else call.dc_steps.contiguous(),
+        **call.noise,
         **call.matrices,
         **call.own_weights(),
     }
@@ -408,13 +440,13 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, y, h0, save
 
 
 def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tensor, dw: Tensor) -> None:
-    """dw [G*H, R / heads], out: the sum over steps of da^T [G*H, rows] with the state [rows, R] that each began with.
+    """dw [G*H, R / heads], out: the sum over steps of da^T [G*H, rows] with h [rows, R] as it entered the product of each.
 
     h0 [B, R], or [1, B, R].
     """
     B, N, R, resets = call.B, call.N, call.R, call.inputs.resets is not None
     backwards = call.layer.reverse != (d == 1)
-    if not (call.packed or call.batch_first or call.ragged or resets):  # those states are y, a step later
+    if not (call.packed or call.batch_first or call.ragged or resets or call.masked):  # that is y, a step later
         later = N - B
         _product_of_heads(call.heads, dw, da.narrow(0, later if backwards else 0, B), h0.view(B, R))
         if call.T > 1:
@@ -430,12 +462,14 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
         "lengths": call.lengths,
         "offsets": call.offsets,
         "resets": call.resets,
+        "mask": call.mask[d] if call.masked else call.mask,
         "T": call.T,
         "B": B,
         "blocks": blocks,
         "d": d,
     }
-    kernel = _states_before(call.device, call.dtype, call.layer, R, call.packed, call.ragged, resets, backwards)
+    marks = call.packed, call.ragged, resets, call.masked
+    kernel = _states_before(call.device, call.dtype, call.layer, R, marks, backwards)
     grid = call.T * blocks, -(-R // kernel.constants["COLUMNS"])
     kernel.bind(grid, arguments, call.run)(0, 0)
     _product_of_heads(call.heads, dw, da, before)
@@ -454,9 +488,10 @@ def _product_of_heads(heads: int, dw: Tensor, da: Tensor, states: Tensor, add: b
 
 @lru_cache(1024)
 def _states_before(
-    device: torch.device, dtype: torch.dtype, layer: Layer, R: int, packed: bool, ragged: bool, resets: bool, backwards: bool
+    device: torch.device, dtype: torch.dtype, layer: Layer, R: int, marks: tuple[bool, bool, bool, bool], backwards: bool
 ) -> Kernel:
-    """The kernel, on a device and of a dtype: it compiles another one for each."""
+    """The kernel, on a device and of a dtype: it compiles another one for each. marks: PACKED, RAGGED, RESETS, MASKED."""
+    packed, ragged, resets, masked = marks
     columns = min(128, max(16, 1 << (R - 1).bit_length()))
     constants = {
         "D": layer.directions,
@@ -464,6 +499,7 @@ def _states_before(
         "PACKED": packed,
         "RAGGED": ragged,
         "RESETS": resets,
+        "MASKED": masked,
         "BATCH_FIRST": layer.batch_first and not packed,
         "BACKWARDS": backwards,
         "ROWS": 16,

@@ -62,6 +62,8 @@ class Sizes:
 
     precision: of products, see precision.py.
     values: what backward holds of a unit between two products: what it has loaded of a step, and what it carries.
+    meetings: in a step, forward and backward, how often the programs of a row exchange what the cell reduces over its units.
+    heads: so many of a layer's heads are reduced together; with meetings alone.
     """
 
     T: int
@@ -73,6 +75,8 @@ class Sizes:
     bytes_: int
     precision: str
     values: int = 7
+    meetings: tuple[int, int] = (0, 0)
+    heads: int = 1
 
     @property
     def projected(self) -> bool:
@@ -147,7 +151,7 @@ def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
         yield replace(plan, registers=_registers(device, plan))
     for tiles in (*_resident(device, sizes, forward), *_streamed(device, sizes, forward)):
         plan = replace(tiles, registers=_registers(device, tiles))
-        if not plan.resident:
+        if not (plan.resident or any(sizes.meetings)):  # in a launch a step nobody meets
             yield replace(plan, schedule="stepwise")
         groups = min(_ceil(sizes.B, plan.rows), device.multiprocessors // (plan.blocks * sizes.D))
         if device.backend == "cuda" and groups:
@@ -162,18 +166,26 @@ def _registers(device: Device, plan: Plan) -> int:
 
 
 def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
-    """Four cells a thread, so that a product spreads over all warps and changes its layout once."""
+    """Four cells a thread, so that a product spreads over all warps and changes its layout once.
+
+    Two where a cell reduces over units: it keeps every pre-activation, and has a gain and a bias for each.
+    """
+    if sizes.heads > 1:
+        return  # no program has all units of a row
     units, outputs = _power(sizes.H), _power(sizes.R)
     most = 256
     if sizes.bytes_ == 4 and (device.backend == "hip" or sizes.precision != "tf32"):
         most = 32  # weights that no tensor core reads from shared memory are in registers, as parts of numbers are
     elif device.backend == "hip":
         most = 128
+    if any(sizes.meetings):
+        most = min(most, 32 if sizes.gates > 1 else 128)
     if sizes.projected:
         most = min(most, 64)
     room = {1: 8192, 2: 4096, 4: 4096}.get(stacked(sizes.gates), 16384 // stacked(sizes.gates))
     if units <= most and units * 16 * sizes.bytes_ <= room:
-        warps = max(4, min(units // 8, 16 if sizes.bytes_ == 2 else 8))
+        wide = units // 4 if any(sizes.meetings) else units // 8
+        warps = max(4, min(wide, 16 if sizes.bytes_ == 2 else 8))
         yield Plan("single", units, outputs, 16, blocks=1, groups=1, warps=warps)
 
 
@@ -185,7 +197,8 @@ def _resident(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     if sizes.precision == "tf32x3" and (device.capability >= 100 or (diagonal and device.capability < 90)):
         return  # a kilobyte of spill a thread and more
     units = _units(sizes)
-    for rows in (16, 32):
+    few = any(sizes.meetings) and sizes.bytes_ == 4  # of whose many values more rows do not fit registers
+    for rows in (16,) if few else (16, 32):
         chunk = (256 if diagonal else 512) // sizes.bytes_
         plan = replace(_tiled(sizes, units, rows, chunk, split=1, stages=0), warps=4, resident=True, diagonal=diagonal)
         chunk_bytes = _chunk_bytes(sizes, forward, plan)
@@ -272,7 +285,7 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
         return len(products) * LAUNCH + rounds * inside
     if plan.schedule == "single":
         inside += plan.units * sizes.gates * CELL  # its cells are all of a multiprocessor's, not a few
-    between = BARRIER * len(products) if plan.schedule == "persistent" else 0
+    between = BARRIER * (len(products) + sizes.meetings[not forward]) if plan.schedule == "persistent" else 0
     return rounds * (between + inside + held / port / (1000 * GIGAHERTZ) / sizes.T) + launches * LAUNCH / sizes.T
 
 
