@@ -80,7 +80,11 @@ def layer_of_module(module: Any) -> Layer:
 
 def watched() -> bool:
     """Might somebody look at a call from outside? Not under a compiler, whose every call may be traced."""
-    return forward_mode() or torch._C._is_any_autocast_enabled() or any(watches() for watches in _WATCHERS)
+    return torch._C._is_any_autocast_enabled() or _watched_but_for_autocast()
+
+
+def _watched_but_for_autocast() -> bool:
+    return forward_mode() or any(watches() for watches in _WATCHERS)
 
 
 def load() -> None:
@@ -162,6 +166,21 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
     T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
     H, R = w_hh.shape[0] // CELLS[layer.cell].gates, w_hh.shape[1]
     return gpu.cudnn_is_faster(gpu.device_of(x.device), layer, (T, B, H, R), dtype, layers, batch_sizes is not None)
+
+
+def layers_at_once(
+    layer: Layer, x: Tensor, batch_sizes: Tensor | None, w_hh: Tensor, layers: int, training: bool
+) -> tuple[int, ...]:
+    """So many layers as the Triton engine runs at once, as one node of autograd's, the lowest first: (2, 1), two of three.
+
+    Where somebody watches, each runs alone. Whatever runs a stack on that engine layer by layer asks this first. (The CPU
+    engine's fast path, which has all layers of a call at hand, decides for itself.) x: as a module is given it.
+    """
+    if torch.compiler.is_compiling() or checkpoint.is_on() or _watched_but_for_autocast():
+        return (1,) * layers
+    T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
+    sizes = T, B, w_hh.shape[0] // CELLS[layer.cell].gates, w_hh.shape[1] * layer.heads
+    return gpu.layers_at_once(layer, sizes, dtype_on_gpu(x), x.device, layers, training)
 
 
 def may_leave() -> bool:
@@ -385,7 +404,7 @@ def _schedule(
 
     def describe(T: int, B: int, I: int, R: int, layers: int = 1) -> str:
         if getattr(x, gpu.HERE):
-            return gpu.describe(layer, T, B, H, R, dtype_on_gpu(x), x.device, training)
+            return gpu.describe(layer, T, B, H, R, dtype_on_gpu(x), x.device, training, layers)
         return cpu.describe(layer, T, B, I, H, R, training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):
@@ -393,6 +412,14 @@ def _schedule(
     T, B = steps_and_rows(x, batch_sizes, module.batch_first)
     R = module.proj_size or H
     sizes = [I] + [layer.directions * R] * (module.num_layers - 1)
+    if getattr(x, gpu.HERE):
+        dropped = module.training and module.dropout > 0
+        alone = dropped or (getattr(module, "_fastrnn_features", False) and features.noise_of(module) is not None)
+        parts: tuple[int, ...] = (1,) * module.num_layers
+        if not alone:
+            w_hh: Any = module._flat_weights[1]
+            parts = layers_at_once(layer, x, batch_sizes, w_hh, module.num_layers, training)
+        return tuple(describe(T, B, H, R, count) for count in parts for _ in range(count))
     # As far as that can be told from here: what the runtime's way from module to result takes, which has all layers at hand.
     plain = batch_sizes is None and x.dim() == 3 and x.dtype in cpu.DTYPES and not watched()
     plain = plain and not (module.training and module.dropout > 0) and all(state.is_contiguous() for state in states)

@@ -286,6 +286,8 @@ def run_marked(inputs: Inputs, stack: Stack, restart: States | None = None, all_
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
     engine = dispatch.choose_own(layer.cell, inputs.x, inputs.batch_sizes, states, weights, compressed)
+    if inputs.mask is not None and inputs.mask.dim() == 4:  # of each gate
+        engine = "reference"
     if engine == "cpu":
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
     return run_stack(engine, inputs, stack, restart, all_states)
@@ -302,7 +304,7 @@ def run_stack(
         y, h_n, c_n; with all_states the pair of h and c after every step, as `layer` returns it, of all layers, else ().
     """
     inputs = inputs._replace(x=ops.unit_stride(inputs.x))
-    layer, weights, count, noise, _ = stack if engine in dispatch.FUSED else stack.wide(inputs.x)
+    layer, weights, layers, noise, _ = stack if engine in dispatch.FUSED else stack.wide(inputs.x)
     hidden = weights[1].shape[0] // CELLS[layer.cell].gates
 
     def run(given: Inputs, weights: Sequence[Tensor], own: Layer, restart: States | None):
@@ -317,23 +319,27 @@ def run_stack(
             states = tuple(None if each is None else each.transpose(1, 2) for each in states)
         return y, h, c, states
 
-    if count == 1:
+    if layers == 1:
         return run(inputs, weights, layer, restart)
 
     # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
-    time_major, D, each = noise.dropout > 0 and layer.batch_first, layer.directions, len(weights) // count
+    time_major, D, each = noise.dropout > 0 and layer.batch_first, layer.directions, len(weights) // layers
     by_time = layer._replace(batch_first=False)
     y, _, h0, c0, resets, *_ = inputs
-    found = []
-    for index in range(count):
-        own, last = slice(index * D, (index + 1) * D), index == count - 1
+    found, index = [], 0
+    parts: tuple[int, ...] = (1,) * layers
+    plain = noise.dropout == 0 and not noise.within and not all_states and restart is None and inputs.mask is None
+    if engine == "triton" and plain:
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, h0, *weights))
+        parts = dispatch.layers_at_once(layer, y, inputs.batch_sizes, weights[1], layers, training)
+    for count in parts:
+        own, last = slice(index * D, (index + count) * D), index + count == layers
         if time_major and (index == 0 or last):
             y, resets = y.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         given = inputs._replace(x=y, h0=h0[own], c0=None if c0 is None else c0[own], resets=resets)
         fresh = None if restart is None else (restart[0][own], None if restart[1] is None else restart[1][own])
-        y, *states, after_steps = run(
-            given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer, fresh
-        )
+        own_weights, index = weights[index * each : (index + count) * each], index + count
+        y, *states, after_steps = run(given, own_weights, by_time if time_major and not last else layer, fresh)
         found.append((*states, *after_steps))
         if noise.dropout > 0 and not last:
             y = F.dropout(y, noise.dropout, True)

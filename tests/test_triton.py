@@ -27,7 +27,7 @@ from bench import gpu_resources, record, report
 from bench.gpu_resources import TARGETS
 from fastrnn import cells, dispatch
 from fastrnn.kernels import gpu
-from fastrnn.kernels.gpu.plan import Device, Sizes, choose, shared_bytes
+from fastrnn.kernels.gpu.plan import Device, Sizes, choose, layers_at_once, shared_bytes
 from fastrnn.kernels.gpu.precision import precision_of, products_in
 from fastrnn.kernels.layer import Inputs
 from fastrnn.kernels.layer import Layer as Description
@@ -72,6 +72,28 @@ def test_kernels(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
+def _stacks() -> Iterator[Layer]:
+    """Two to four layers at once, in every combination of two of these."""
+    factors = {name: FACTORS[name] for name in ("cell", "reverse", "layout", "bias", "save", "incoming", "dtype", "marks")}
+    sizes = (5, 3, 5, 19), (3, 18, 2, 7), (1, 4, 9, 33), (6, 5, 17, 40)
+
+    def possible(row: dict) -> bool:  # of lower layers nobody tells the reference on which side of relu half precision landed
+        return _possible(row) and (row.get("cell") != "rnn_relu" or row.get("dtype", torch.float32) is torch.float32)
+
+    for row in pairwise(factors | {"layers": (2, 3, 4), "sizes": sizes}, possible):
+        yield Layer(tiles="resident", **row)
+
+
+STACKS = list(_stacks())
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", STACKS, ids=str)
+def test_layers_at_once(layer, interpreted):
+    """As `test_kernels`, in one launch whose programs wait for those of their layer and of the one below or above."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
 OWN = ("slstm", "peephole_lstm", "odd", "mgu", "wide", "indrnn", "cifg", "leaky_rnn", "cfc", "every_function", "lstm", "gru")
 OF_OWN = {
     "tiles": FACTORS["tiles"],
@@ -110,7 +132,7 @@ def test_cells_of_ones_own(layer, interpreted):
 
 WITH_NOISE = {
     "noise": ("both", "mask", "zoneout", "evaluation"),
-    "cell": ("lstm", "gru", "rnn_tanh", "slstm", "peephole_lstm", "mgu"),
+    "cell": ("lstm", "gru", "rnn_tanh", "slstm"),
     "tiles": FACTORS["tiles"],
     "heads": (1, 2),
     "project": (False, True),
@@ -132,11 +154,11 @@ def test_masks_and_noise(layer, interpreted):
 
 
 NORMED = {
-    "cell": ("lstm", "gru", "rnn_tanh", "slstm", "mgu"),
+    "cell": ("lstm", "gru", "rnn_tanh"),
     "tiles": FACTORS["tiles"],
     "noise": ("none", "both"),
-    "reverse": (False, True),
-    **{name: OF_OWN[name] for name in ("heads", "directions", "layout", "dtype", "marks")},
+    "heads": (1, 2),
+    **{name: OF_OWN[name] for name in ("directions", "layout", "dtype", "marks")},
 }
 
 
@@ -381,6 +403,31 @@ def test_what_an_h100_runs(sizes, forward, backward):
     assert words == [forward, backward]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "layers", "parts"),
+    [
+        (Sizes(256, 32, 512, 512, 1, 4, 2, "ieee"), 4, (4,)),
+        (Sizes(256, 32, 512, 512, 1, 4, 4, "tf32"), 4, (4,)),
+        (Sizes(256, 32, 512, 512, 1, 4, 4, "tf32"), 5, (3, 2)),
+        (Sizes(256, 16, 768, 768, 1, 4, 2, "ieee"), 3, (2, 1)),
+        (Sizes(256, 32, 1536, 1536, 1, 4, 2, "ieee"), 2, (1, 1)),  # one of them has the whole device
+        (Sizes(3, 32, 512, 512, 1, 4, 2, "ieee"), 4, (1, 1, 1, 1)),  # fewer steps than a span
+        (Sizes(256, 32, 512, 256, 1, 4, 2, "ieee"), 2, (1, 1)),  # projected
+        (Sizes(256, 32, 512, 512, 1, 4, 4, "tf32x3"), 2, (1, 1)),
+    ],
+    ids=str,
+)
+def test_which_layers_run_at_once(sizes, layers, parts):
+    """On an H100, as many as fit and as the estimate says are faster so, and in any other part none at all."""
+    assert layers_at_once(triton_layers.H100, sizes, layers, training=True) == parts
+    for forward in (True, False):
+        for count in set(parts) - {1}:
+            plan = choose(triton_layers.H100, replace(sizes, layers=count), forward)
+            assert plan.blocks * count * plan.groups <= triton_layers.H100.multiprocessors
+    without = replace(triton_layers.H100, off=("wavefront",))
+    assert layers_at_once(without, sizes, layers, training=True) == (1,) * layers
+
+
 @needs_triton
 @pytest.mark.parametrize("sizes", [[2, 1], [1, 2], [2, 2, 2], [5, 0], [6, -1]])
 def test_malformed_packed_sequences_are_refused(sizes):
@@ -434,11 +481,20 @@ def test_resources(target, compilers):
     _assert_resources(_chosen(target, ("lstm", "gru"), units=(64, 768), rows=(16,)), compilers)
 
 
-def _chosen(target: str, cells, **limits) -> list:
-    """Plans that are chosen for layers of one direction, and none that has to be named."""
-    found = [case for case in gpu_resources.cases(target, cells, **limits) if case.D == 1]
+def _chosen(target: str, cells, layers: int = 1, **limits) -> list:
+    """Plans that are chosen for layers of one direction, so many at once, and none that has to be named."""
+    found = [case for case in gpu_resources.cases(target, cells, **limits) if case.D == 1 and case.layers == layers]
     device = TARGETS[target][1]
     return [case for case in found if choose(device, gpu_resources.sizes_of(case), case.forward) == case.plan]
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(SLOW))])
+def test_resources_of_layers_at_once(target, compilers):
+    cells = ("lstm",) if target == "sm_90" else ("lstm", "gru", "rnn_tanh")
+    cases = _chosen(target, cells, layers=4, units=(512,), rows=(32,))
+    assert {case.plan.schedule for case in cases} == {"wavefront"}
+    _assert_resources(cases, compilers)
 
 
 @needs_triton
@@ -524,11 +580,12 @@ def test_no_program_waits_for_ever(forward):
 
 
 @needs_triton
-@pytest.mark.parametrize("schedule", ["single", "stepwise", "persistent"])
+@pytest.mark.parametrize("schedule", ["single", "stepwise", "persistent", "wavefront"])
 @pytest.mark.parametrize("forward", [True, False])
 def test_lengths_are_run_time_arguments(forward, schedule):
     """Another T, B, first row or range of steps is the same kernel, whether it is one or a multiple of 16 or not."""
     case = gpu_resources.Case("sm_90", "lstm", forward, torch.float16, "ieee", 32, 64, 64, 1, False, None)
+    case = replace(case, layers=2 if schedule == "wavefront" else 1)
     plan = choose(TARGETS["sm_90"][1], gpu_resources.sizes_of(case), forward, schedule)
     scans = [launch for launch in gpu_resources.launches(replace(case, plan=plan)) if "CELL" in launch.arguments]
     assert scans

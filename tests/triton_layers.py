@@ -44,7 +44,7 @@ from fastrnn.cells import (
     tanh,
     where,
 )
-from fastrnn.kernels import gradients, reference
+from fastrnn.kernels import gradients
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.gpu import meetings_of
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes, choose, plans
@@ -74,6 +74,7 @@ class Layer:
     dc_steps: gradients come in for the states but h after each step.
     together: in the interpreter, one launch whose programs meet at barriers, and not a launch a step.
     sizes: T, B, I, and H of a head.
+    layers: so many at once, with spans of two steps where they are interpreted.
     """
 
     cell: str = "lstm"
@@ -95,6 +96,7 @@ class Layer:
     together: bool = False
     precision: str = "ieee"
     sizes: tuple[int, int, int, int] = (4, 3, 5, 19)
+    layers: int = 1
 
     def __str__(self) -> str:
         default = Layer()
@@ -135,6 +137,10 @@ class Layer:
             (T, B, I, H * self.heads),
             heads=self.heads,
         )
+        for _ in range(self.layers - 1):
+            above = _make_layer(self.kind.name, 1, self.bias, sizes=(T, B, H, H))
+            made["weights"] = made["weights"] + above["weights"]
+            made |= {name: None if made[name] is None else torch.cat([made[name], above[name]]) for name in ("h0", "c0")}
         if not self.kind.mode:  # far from zero, which some divide by
             made |= {name: made[name].abs() + 0.5 for name in ("h0", "c0") if made[name] is not None}
         kinds = made["layer"].kinds()  # as torch.nn scales them: else the state is chaotic, and rounding decides
@@ -172,6 +178,12 @@ class Layer:
         sizes = Sizes(T, B, H, R, self.directions * self.heads, self.kind.gates, self.dtype.itemsize, precision)
         if self.norm:
             sizes = replace(sizes, meetings=meetings_of(self.kind), heads=self.heads)
+        if self.layers > 1:
+            known = replace(sizes, T=1000, bytes_=2, layers=self.layers)  # of which there is a plan whatever is to be tested
+            chosen = choose(device, known, forward, "wavefront")
+            if not interpreted:
+                return chosen
+            return replace(chosen, chunk=32, stages=2, span=2, feed=(16, 16, 16, 2))
         if self.tiles == "single":
             return choose(device, sizes, forward, "single")
         of_both = [replace(sizes, precision="tf32"), replace(sizes, precision="ieee", bytes_=4)]  # each has kinds of its own
@@ -225,15 +237,19 @@ def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0, sides: Tensor 
     made = cast(layer.arguments(seed), dtype)
     *tensors, weights, own = made.values()
     inputs = Inputs(*tensors)
-    results = dict(zip(("y", "h_n", "c_n", "saved"), reference.layer_forward(inputs, weights, own, True)))
+    outputs, passes = gradients.layers_forward(inputs, weights, own)
+    results = dict(zip(("y", "h_n", "c_n", "saved"), outputs))
     given = cast(incoming(layer, cast(results, torch.float64)), dtype)
     y = results["y"]
     if sides is not None and layer.cell in ("rnn_relu", "indrnn"):
         y = torch.where(sides > 0, y.clamp(min=torch.finfo(dtype).tiny), 0)
-    dc_steps = of_steps(layer, results["saved"])
-    grads = gradients.layer_backward(Outer(**given), inputs, weights, y, results["saved"], own, Needs(), dc_steps)
+    *of_inputs, _, saved, _ = passes[-1]
+    if layer.layers == 1:
+        grads = gradients.layer_backward(Outer(**given), *of_inputs, y, saved, own, Needs(), of_steps(layer, saved))
+    else:
+        grads = gradients.layers_backward(Outer(**given), [*passes[:-1], (*of_inputs, y, saved, own)])
     results["saved"] = slots(layer, within(own, inputs, results["saved"]))
-    return results | named(own, grads)
+    return results | named(layer.layers, own, grads)
 
 
 def of_steps(layer: Layer, saved: Tensor) -> Tensor | None:
@@ -258,10 +274,11 @@ def within(own: Description, inputs: Inputs, saved: Tensor) -> Tensor:
     return saved if rows is None else torch.where(rows, saved, 0.0)
 
 
-def named(layer: Description, grads: Sequence) -> dict[str, Tensor]:
+def named(layers: int, layer: Description, grads: Sequence) -> dict[str, Tensor]:
     """Gradients by name."""
     *of_inputs, dw = grads
-    return dict(zip(("dx", "dh0", "dc0"), of_inputs)) | {f"d{name}": grad for name, grad in zip(weight_names(layer), dw)}
+    names = [f"d{name}" + f" of layer {index}" * (layers > 1) for index in range(layers) for name in weight_names(layer)]
+    return dict(zip(("dx", "dh0", "dc0"), of_inputs)) | dict(zip(names, dw, strict=True))
 
 
 def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int = 0) -> Callable[[], dict[str, Tensor]]:
@@ -275,7 +292,8 @@ def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int 
 
     def run() -> dict[str, Tensor]:
         call = engine.Call(own, Inputs(*tensors), weights)
-        y, h_n, c_n, saved = engine.forward(call, layer.save, forward, layer.precision)
+        below = call.below()
+        y, h_n, c_n, saved = engine.forward(call, layer.save, forward, layer.precision, below)
         results = {"y": y, "h_n": h_n, "c_n": c_n}
         if not layer.save:
             assert saved.numel() == 0
@@ -283,8 +301,8 @@ def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int 
         if not given:
             given.update(cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device))
         call.dc_steps = of_steps(layer, saved)
-        grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, layer.precision)
-        return results | {"saved": slots(layer, within(own, call.inputs, saved))} | named(own, grads)
+        grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, layer.precision, below)
+        return results | {"saved": slots(layer, within(own, call.inputs, saved))} | named(layer.layers, own, grads)
 
     return run
 
@@ -445,6 +463,13 @@ class Programs:
     def take_turn(self, number: int) -> None:
         self.turns[number].acquire()
         self.builder.grid_idx = self.calls[number][0]
+
+
+class Alone(Programs):
+    """The same, where none of them runs before the one ahead of it has ended: they wait for each other in vain."""
+
+    def pause(self) -> None:
+        pass
 
 
 def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:

@@ -127,13 +127,42 @@ def _cudnn_is_faster(device, layer, sizes, dtype, layers, packed, precision) -> 
     return plan.cudnn_is_faster(device, sizes_of(layer, T, B, H, R, dtype, precision), layers, name, packed)
 
 
-def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
-    """How the engine would run a layer, in words. T steps, B rows, H units, R outputs (projection, or H)."""
+def layers_at_once(
+    layer: Layer, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, layers: int, training: bool
+) -> tuple[int, ...]:
+    """So many of these layers as run at once, the lowest first. sizes: T, B, H and R."""
+    never = layer.directions > 1 or layer.heads > 1 or CELLS[layer.cell].reduces
+    if never or layers == 1 or dtype is torch.float64:
+        return (1,) * layers
+    return _layers_at_once(device_of(device), layer, sizes, dtype, layers, training, precision_of(dtype))
+
+
+@lru_cache(4096)
+def _layers_at_once(device, layer, sizes, dtype, layers, training, precision) -> tuple[int, ...]:
+    T, B, H, R = sizes
+    return plan.layers_at_once(device, sizes_of(layer, T, B, H, R, dtype, precision), layers, training)
+
+
+def describe(
+    layer: Layer,
+    T: int,
+    B: int,
+    H: int,
+    R: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool,
+    layers: int = 1,
+) -> str:
+    """How the engine would run a layer, in words. T steps, B rows, H units, R outputs (projection, or H).
+
+    layers: so many that run at once.
+    """
     if dtype is torch.float64:
         return "the reference, operation by operation: the kernels have no float64"
-    target, sizes = device_of(device), sizes_of(layer, T, B, H, R, dtype)
+    target, sizes = device_of(device), replace(sizes_of(layer, T, B, H, R, dtype), layers=layers)
     passes = {"forward": True, "backward": False} if training else {"forward": True}
-    words = []
+    words = [f"{layers} layers at once"] * (layers > 1)
     for name, forward in passes.items():
         found = _plan(target, sizes, forward)
         words.append(f"{name}: {found or 'the reference, operation by operation: no schedule reduces so many units of a row'}")
@@ -194,6 +223,22 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, te
     return layer.layer_backward(
         dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more, dc_steps=dc_steps
     )
+
+
+@_without_autocast
+def layers_forward(*given):
+    """`layer_forward` of layers that run at once, see layer.py; not of float64."""
+    from . import layer
+
+    return layer.layers_forward(*given)
+
+
+@_without_autocast
+def layers_backward(*given):
+    """`layer_backward`, likewise."""
+    from . import layer
+
+    return layer.layers_backward(*given)
 
 
 @cache

@@ -44,6 +44,7 @@ from .tile import (
     store_tiles,
     zeros,
 )
+from .wavefront import feed
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def kept_values(
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr,
     PROJECTED: tl.constexpr, anew, RESETS: tl.constexpr,
 ):  # fmt: skip
-    """What is there of step t for the rows that are `here`, as the cell takes it, float32 [UNITS, ROWS] each.
+    """What is there of step t for the rows that are `here`, as the cell takes it, float32 [UNITS, ROWS] each. y: of the side.
 
     What was kept, the states after the step, the output if OUTPUT, the states before the step, h the last.
     """
@@ -71,14 +72,14 @@ def kept_values(
         if PROJECTED:
             at = slots + SLOTS * H
         else:
-            at = y + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H) + d * H
+            at = y + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H)
         values = values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
     if STATES:
         after = saved + (d * N + row_index(before, rows, offsets, T, B, PACKED, False)) * W + states
         at = tl.where(joined, after, c0 + (d * B + rows) * (STATES * H))
         values = values + load_tiles(at[None, :] + units[:, None], ok, STATES, H)
     if READS:
-        after = y + row_index(before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H) + d * H
+        after = y + row_index(before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H)
         at = tl.where(joined, after, h0 + (d * B + rows) * H)
         values = values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
     return values
@@ -105,26 +106,27 @@ def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_hh, w_hr, b_ih, lengths, offsets, resets,
+    saved, y, ys, dy, dys, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_ih, w_hh, w_hr, b_ih, lengths, offsets, resets,
     counters, gave_up, mask, noise, moments, dc_steps,
-    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
+    w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
     READS: tl.constexpr, WEIGHTS: tl.constexpr, NOISE: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
-    OUTPUT: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    OUTPUT: tl.constexpr, D: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     DC_STEPS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
     MEETINGS: tl.constexpr, SETS: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
-    PHASE: tl.constexpr, SYNC: tl.constexpr,
+    SPAN: tl.constexpr, FEED: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
-    """Steps begin...end of T + 1. Grid: BLOCKS * HEADS * D * blocks of rows.
+    """Steps begin...end of T + 1. Grid: BLOCKS * HEADS * D * LAYERS * blocks of rows.
 
-    OUTPUT:   the cell's backward reads its output.
-    PHASE:    "state" or "cell", one half of a projected step, or "both".
-    DIAGONAL: the product is of every gate with every other, see tile.py.
-    SYNC:     as in forward.
+    OUTPUT:    the cell's backward reads its output.
+    PHASE:     "state" or "cell", one half of a projected step, or "both".
+    DIAGONAL:  the product is of every gate with every other, see tile.py.
+    SPAN, FEED, SYNC: as in forward.
     """
     P: tl.constexpr = HIDDEN + GATES
     CARRIED: tl.constexpr = STATES + READS + WEIGHTS
@@ -133,14 +135,23 @@ def scan_backward(
     pid = tl.program_id(0)
     block, group = pid % BLOCKS, pid // BLOCKS
     head, of_rows = group % HEADS, group // HEADS
-    d, first = (of_rows % D).to(tl.int64), first_row + (of_rows // D) * ROWS
+    d, first = (of_rows % (D * LAYERS)).to(tl.int64), first_row + (of_rows // (D * LAYERS)) * ROWS
     PROGRAMS: tl.constexpr = BLOCKS * HEADS if MEETINGS else BLOCKS  # that meet
     EACH: tl.constexpr = 1 + PROJECTED + MEETINGS  # meetings of a step
     counter = counters + (of_rows if MEETINGS else group) * 16
-    backwards = (d == 1) != REVERSE
+    backwards = ((d == 1) & (D == 2)) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
     length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
+    if LAYERS == 1:
+        y += d * R
+        dy += d * R
+    else:
+        top = d == LAYERS - 1
+        target = dys + d * N * R
+        y, dy = tl.where(top, y, ys + d * N * R), tl.where(top, dy, target)
+        above = da + (d + 1) * N * (P * H)
+        w_ih += d * w_ih_step
     stop = tl.minimum(end, steps + 1)
 
     units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
@@ -195,8 +206,9 @@ def scan_backward(
         saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
         STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
     )  # fmt: skip
-    dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
-    dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+    dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
+    if LAYERS == 1:
+        outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
     noises = step_noise(noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED)
     own = row_index(at, rows, offsets, T, B, PACKED, False)  # [ROWS]
     dcs = step_gradients(dc_steps, d * N + own, units, units_ok[:, None] & here[None, :], DC_STEPS, STATES, H)
@@ -211,6 +223,14 @@ def scan_backward(
         active = (t < length) & (s < steps)  # [ROWS]
         da_rows = da + (d * N + own) * (P * H)  # [ROWS]
         dp_rows = dp + (d * N + own) * R  # [ROWS]
+        if LAYERS > 1:
+            if (d < LAYERS - 1) & (s % SPAN == 0) & (s < steps):
+                feed(
+                    target, above, w_ih, counter, counter + 16, gave_up, s, steps, backwards == 0, block, first, lengths,
+                    offsets, T, B, R, GATES * H, 1, R, R, P * H, BATCH_FIRST, False, PACKED, RAGGED, ROWS, BLOCKS, SPAN, FEED,
+                    PRECISION,
+                )  # fmt: skip
+            outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & active[None, :], 1, 0, ".cg")
         if PHASE != "cell":
             dh = product(
                 chunks, a_rows, a_ok, da_before, (before < column_length) & (s > 0), K, WIDTH, HEAD, H,
@@ -230,7 +250,7 @@ def scan_backward(
                 tl.store(sums_h + n_at, initial, mask=taken)
                 dh = tl.where(stopped[None, :], 0.0, dh)
             tl.store(dh0 + n_at, initial.to(dh0.dtype.element_ty), mask=n_ok & leaving[None, :])
-            dh += dys[0]
+            dh += outer[0]
             if PROJECTED:
                 at_dp = dp_rows[None, :] + outputs[:, None]
                 tl.store(at_dp, dh.to(dp.dtype.element_ty), mask=outputs_ok[:, None] & active[None, :])
@@ -277,8 +297,9 @@ def scan_backward(
                 saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
                 STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
             )  # fmt: skip
-            dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
-            dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+            dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)
+            if LAYERS == 1:
+                outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
             noises = step_noise(
                 noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
             )
@@ -316,6 +337,7 @@ def single_backward(
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
     length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
+    y += d * R
 
     units = tl.arange(0, UNITS)  # [UNITS]
     units_ok = units < HEAD

@@ -52,6 +52,7 @@ from .tile import (
     store_tiles,
     unstack,
 )
+from .wavefront import feed
 
 
 @triton.jit
@@ -98,25 +99,29 @@ def carried(new, active, p, KEPT: tl.constexpr, STATES: tl.constexpr, READS: tl.
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
-    kept, y, out, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters, gave_up,
+    kept, y, ys, out, h0, start, carry, w_ih, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters, gave_up,
     mask, fed, noise, moments,
-    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
+    w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
+    noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
     STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, NOISE: tl.constexpr, KEPT: tl.constexpr,
-    SLOTS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    SLOTS: tl.constexpr, D: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     MEETINGS: tl.constexpr, SETS: tl.constexpr, ALIGNED: tl.constexpr, SAVE: tl.constexpr,
     BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
+    PRECISION: tl.constexpr, SPAN: tl.constexpr, FEED: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
-    """Steps begin...end of the layer. Grid: BLOCKS * HEADS * D * blocks of rows.
+    """Steps begin...end of the layer. Grid: BLOCKS * HEADS * D * LAYERS * blocks of rows.
 
-    PHASE:   "gates" or "project", one half of a projected step, or "both".
-    ALIGNED: rows of y and h0, and heads in them, start at multiples of 16 bytes.
-    SYNC:    programs meet where one needs what others have stored; without, a launch has one step (and one phase if PROJECTED).
+    SPAN, FEED: of LAYERS that run at once, see wavefront.py.
+    PHASE:     "gates" or "project", one half of a projected step, or "both".
+    ALIGNED:   rows of y and h0, and heads in them, start at multiples of 16 bytes.
+    SYNC:      programs meet where one needs what others have stored; without, a launch has one step of one layer, and one
+               phase if PROJECTED.
     """
     CARRIED: tl.constexpr = STATES + READS
     HEAD: tl.constexpr = H // HEADS  # units of a head
@@ -124,14 +129,23 @@ def scan_forward(
     pid = tl.program_id(0)
     block, group = pid % BLOCKS, pid // BLOCKS
     head, of_rows = group % HEADS, group // HEADS
-    d, first = (of_rows % D).to(tl.int64), first_row + (of_rows // D) * ROWS
+    d, first = (of_rows % (D * LAYERS)).to(tl.int64), first_row + (of_rows // (D * LAYERS)) * ROWS
     PROGRAMS: tl.constexpr = BLOCKS * HEADS if MEETINGS else BLOCKS  # that meet
     EACH: tl.constexpr = 1 + PROJECTED + MEETINGS  # meetings of a step
     counter = counters + (of_rows if MEETINGS else group) * 16
-    backwards = (d == 1) != REVERSE
+    backwards = ((d == 1) & (D == 2)) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
     length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
+    if LAYERS == 1:
+        y += d * R
+    else:
+        below = ys + (d - 1) * N * R
+        y = tl.where(d == LAYERS - 1, y, ys + d * N * R)
+        if ALIGNED:
+            below, y = tl.multiple_of(below, 16), tl.multiple_of(y, 16)
+        w_ih += (d - 1) * w_ih_step
+        target = kept + d * N * W
     stop = tl.minimum(end, steps)
 
     units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
@@ -167,10 +181,11 @@ def scan_forward(
     at = tl.maximum(t, 0) if PACKED or RAGGED else t
     kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W  # [ROWS]
     active = (t < length) & (t >= 0)
-    inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & active[None, :], GATES, H)
-    y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
+    if LAYERS == 1:
+        inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & active[None, :], GATES, H)
+    y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
     t_before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
-    y_before = y + row_index(t_before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
+    y_before = y + row_index(t_before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
     if MASKED:
         y_before = fed + ((begin + 1) % 2 * D * B + d * B + rows) * R
     noises = step_noise(
@@ -188,6 +203,13 @@ def scan_forward(
         fed_rows = y_rows  # [ROWS], of what the next product reads
         if MASKED:
             fed_rows = fed + (s % 2 * D * B + d * B + rows) * R
+        if LAYERS > 1:
+            if (d > 0) & (s % SPAN == 0):
+                feed(
+                    target, below, w_ih, counter, counter - 16, gave_up, s, steps, backwards, block, first, lengths, offsets,
+                    T, B, GATES * H, R, R, 1, W, R, False, BATCH_FIRST, PACKED, RAGGED, ROWS, BLOCKS, SPAN, FEED, PRECISION,
+                )  # fmt: skip
+            inputs = load_tiles(kept_rows[None, :] + units[:, None], ok, GATES, H, ".cg")  # which other programs have stored
         if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
             if RESETS:
@@ -249,14 +271,15 @@ def scan_forward(
             at = tl.minimum(tl.maximum(t, 0), steps - 1)
             kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W
             here = (t < length) & (t >= 0)
-            inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
+            if LAYERS == 1:
+                inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
             noises = step_noise(
                 noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
             )
             if RESETS:
                 anew = begins_anew(resets, at, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
             y_before = fed_rows
-            y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
+            y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)
             wait(counter, (EACH * (s - begin + 1)).to(tl.int64) * PROGRAMS, gave_up)
     if PHASE != "project":
         store_tiles(carry + state_at, p, tile_ok, 0, CARRIED, H)

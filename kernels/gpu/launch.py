@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from . import selftest
+from .plan import COOPERATIVE
 
 ALIGNED = 16  # bytes of a pointer, and of the distances between weights: what Triton compiles another kernel for
 
@@ -140,7 +141,8 @@ class Alarm:
             RuntimeError: it did.
         """
         if self.rang():
-            selftest.switch_off(self.device, "persistent", "in an earlier call programs waited for each other in vain")
+            for schedule in COOPERATIVE:
+                selftest.switch_off(self.device, schedule, "in an earlier call programs waited for each other in vain")
             raise RuntimeError(
                 f"fastrnn: in an earlier call on {self.device}, programs of a persistent launch waited minutes for each other, "
                 "and gave up: what that call returned is wrong. This process uses no persistent launches from now on."

@@ -208,11 +208,11 @@ def stack(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, SIDE: tl.constexpr, U
 
 
 @triton.jit
-def load_tiles(at, ok, COUNT: tl.constexpr, STEP: tl.constexpr):
-    """COUNT float32 tiles, STEP numbers apart, from pointers `at` to the first."""
+def load_tiles(at, ok, COUNT: tl.constexpr, STEP: tl.constexpr, FROM: tl.constexpr = ""):
+    """COUNT float32 tiles, STEP numbers apart, from pointers `at` to the first. FROM: ".cg" for past L1, see barrier.py."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(at + i * STEP, mask=ok, other=0.0).to(tl.float32),)
+        tiles = tiles + (tl.load(at + i * STEP, mask=ok, other=0.0, cache_modifier=FROM).to(tl.float32),)
     return tiles
 
 
