@@ -279,6 +279,8 @@ def run_marked(
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
     engine = dispatch.choose_own(layer.cell, inputs.x, inputs.batch_sizes, states, weights, compressed)
+    if inputs.mask is not None and inputs.mask.dim() == 4:  # of each gate
+        engine = "reference"
     if engine == "cpu":
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
     if compressed and engine not in dispatch.FUSED:
