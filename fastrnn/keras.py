@@ -354,7 +354,7 @@ def _layer(
         mask = None if dropout.hidden is None else steps.initial(dropout.hidden).unsqueeze(0)
         given = Inputs(data, steps.batch_sizes, initial[0], initial[1] if len(initial) > 1 else None, mask=mask)
         own = Layer(cells[0].name, bias=len(weights) > 2, batch_first=steps.batch_sizes is None)
-        y, *last = functional.run_marked(given, weights, own, 1, 0.0)
+        y, *last, _ = functional.run_marked(given, functional.Stack(own, weights))
     else:
         if steps.batch_sizes is None:
             done = _natively(cells, data, initial[0] if len(initial) == 1 else tuple(initial))
