@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import statistics
 
 import pytest
 import torch
@@ -254,27 +255,35 @@ def each(daily: list[dict], slowly: list[dict]):
 @each(DAILY, SLOWLY)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_compiled_kernels_are_within_the_contract(settings, training, monkeypatch):
-    """Each number in float32 against the loop in float64, and what plain operations make of it."""
+    """Each number in float32 against the loop in float64, and what plain operations make of it.
+
+    With layer norm by the median of some draws: a row of little variance makes much of its roundings, whoever has rounded.
+    """
     for shape, hidden, steps, batch in zip(SHAPES, (33, 66, 18), (5, 6, 9), (7, 50, 1), strict=True):
-        own = {**settings, **shape}
-        packed = own.pop("packed", False)
-        if own.get("dropout") and own.get("num_layers", 1) == 1:
-            del own["dropout"]
-        torch.manual_seed(0)
-        module = make(own.pop("cell"), hidden=hidden, **own).train(training)
-        lengths = torch.arange(batch).flip(0) % steps + 1 if packed else None
-        lengths = None if lengths is None else lengths.sort(descending=True).values
-        x, states = sample(module, steps, batch)
-        truth = results(loop, module, x, states, lengths)
-        single = copy.deepcopy(module).float()
-        assert fastrnn.explain(single, x.float()).engine == "cpu"
-        found = results(run, single, x.float(), states, lengths)
-        monkeypatch.setattr(dispatch, "forced", "reference")
-        plain = results(run, single, x.float(), states, lengths)
-        monkeypatch.undo()
-        for key, value in truth.items():
-            own, allowed = relative(found[key], value), bound(torch.float32, relative(plain[key], value))
-            assert own <= allowed, f"{shape}: {key}: {own:.2g} > {allowed:.2g}"
+        errors: dict[str, list[tuple[float, float]]] = {}
+        for seed in range(5 if settings.get("layer_norm") else 1):
+            own = {**settings, **shape}
+            packed = own.pop("packed", False)
+            if own.get("dropout") and own.get("num_layers", 1) == 1:
+                del own["dropout"]
+            torch.manual_seed(seed)
+            module = make(own.pop("cell"), hidden=hidden, **own).train(training)
+            lengths = torch.arange(batch).flip(0) % steps + 1 if packed else None
+            lengths = None if lengths is None else lengths.sort(descending=True).values
+            x, states = sample(module, steps, batch)
+            truth = results(loop, module, x, states, lengths)
+            single = copy.deepcopy(module).float()
+            assert fastrnn.explain(single, x.float()).engine == "cpu"
+            found = results(run, single, x.float(), states, lengths)
+            monkeypatch.setattr(dispatch, "forced", "reference")
+            plain = results(run, single, x.float(), states, lengths)
+            monkeypatch.undo()
+            for key, value in truth.items():
+                errors.setdefault(key, []).append((relative(found[key], value), relative(plain[key], value)))
+        for key, pairs in errors.items():
+            own_error, of_plain = map(statistics.median, zip(*pairs, strict=True))
+            allowed = bound(torch.float32, of_plain)
+            assert own_error <= allowed, f"{shape}: {key}: {own_error:.2g} > {allowed:.2g}"
 
 
 @each(COMPILED[3:], [*COMPILED[:3], *NORMED])
