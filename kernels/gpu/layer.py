@@ -18,8 +18,9 @@ from ..layer import Inputs, Layer, Needs, Outer, Steps, layer_of
 from . import DTYPES, device_of, sizes_of
 from . import backward as backward_kernels
 from . import forward as forward_kernels
+from . import tape
 from .cell import PLAIN, PTX, bound
-from .launch import Kernel, Launch, alarm
+from .launch import Distance, Kernel, Launches, alarm
 from .plan import Device, Plan, choose, stacked
 from .precision import precision_of, products_in
 
@@ -31,7 +32,7 @@ class Call:
     """
 
     def __init__(
-        self, layer: Layer, inputs: Inputs, weights: Sequence[Tensor], run: Callable[[Launch], object] | None = None
+        self, layer: Layer, inputs: Inputs, weights: Sequence[Tensor], run: Callable[[Launches], object] | None = None
     ) -> None:
         self.layer, self.inputs, self.run, x = layer, inputs, run, inputs.x
         if x.dtype not in DTYPES:
@@ -48,7 +49,6 @@ class Call:
         self.nothing = _nothing(self.dtype, self.device)
         each = len(weights) // self.D
         self.w_ih = weights[::each]
-        self._alive: list[Tensor] = []  # what kernels reach by a distance from something else
         self.matrices = self._apart("w_hh", weights[1::each])
         self.matrices |= self._apart("w_hr", weights[each - 1 :: each] if layer.projected else ())
         self.b_ih, self.b_hh = (weights[2::each], weights[3::each]) if layer.bias else ((), ())
@@ -91,10 +91,7 @@ class Call:
         if len(own) < 2:
             return {name: own[0].contiguous() if own else self.nothing, f"{name}_step": 0}
         first, *second = [weight.contiguous() for weight in own]
-        if first.is_meta:
-            return {name: first, f"{name}_step": 0}
-        self._alive += second
-        return {name: first, f"{name}_step": (second[0].data_ptr() - first.data_ptr()) // first.element_size()}
+        return {name: first, f"{name}_step": 0 if first.is_meta else Distance(first, second[0])}
 
     def biases(self) -> dict[str, Any]:
         """Both, likewise."""
@@ -113,25 +110,28 @@ class Call:
     def start(self, plan: Plan, kernels: dict[str, Kernel], arguments: dict[str, Any], steps: int) -> None:
         """Launch a scan: once for all steps, once for each range of rows, or once for each step and phase."""
         arguments |= {"T": self.T, "B": self.B, "N": self.N}
-        groups, sides, run = -(-self.B // plan.rows), self.D * self.heads, self.run
+        groups, sides = -(-self.B // plan.rows), self.D * self.heads
         if plan.schedule == "single":
-            kernels["both"].bind((sides * groups,), arguments, run)(0, steps)
+            self.launch(Launches([kernels["both"]], (sides * groups,), arguments, steps))
         elif plan.schedule == "persistent":
             waves = -(-groups // plan.groups)
             counters = torch.zeros((waves, plan.groups * sides, 16), dtype=torch.int64, device=self.device)
             arguments["gave_up"] = alarm(self.device).word
             for wave in range(waves):
-                arguments["counters"] = counters[wave] if waves > 1 else counters
-                arguments["first_row"] = wave * plan.groups * plan.rows
+                of_wave = {"counters": counters[wave] if waves > 1 else counters, "first_row": wave * plan.groups * plan.rows}
                 grid = (plan.blocks * sides * min(plan.groups, groups - wave * plan.groups),)
-                kernels["both"].bind(grid, arguments, run)(0, steps)
+                self.launch(Launches([kernels["both"]], grid, arguments | of_wave, steps))
         else:
             nobody = _nothing(torch.int64, self.device)
             arguments |= {"counters": nobody, "gave_up": nobody, "first_row": 0}
-            launches = [kernel.bind((plan.blocks * sides * groups,), arguments, run) for kernel in kernels.values()]
-            for step in range(steps):
-                for launch in launches:
-                    launch(step, step + 1)
+            self.launch(Launches([*kernels.values()], (plan.blocks * sides * groups,), arguments, steps, each=True))
+
+    def launch(self, launches: Launches) -> None:
+        """Start kernels, or hand them to whoever wants them."""
+        if self.run is None:
+            launches.start()
+        else:
+            self.run(launches)
 
 
 @cache
@@ -237,10 +237,13 @@ def _refuse_noise(*given) -> None:
 def layer_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None, mask=None, noise=None):
     """The op's implementation, on x's device and its current stream."""
     _refuse_noise(mask, noise)
-    alarm(x.device).check()
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
-    with _current(x.device):
+    given = (x, batch_sizes, h0, c0, resets, lengths, mask, noise, *weights)
+
+    def run(call: Call) -> Sequence[Tensor]:
         return forward(call, save, *call.chosen(forward=True))
+
+    y, h_n, c_n, saved = _run(f"{text} forward{' saved' * save}", given, text, run)
+    return y, h_n, c_n, saved
 
 
 def layer_backward(
@@ -248,10 +251,31 @@ def layer_backward(
 ):
     """The op's implementation, on x's device and its current stream."""
     _refuse_noise(mask, noise)
-    alarm(x.device).check()
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
-    with _current(x.device):
-        return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
+    given = (x, batch_sizes, h0, c0, resets, lengths, mask, noise, *weights)
+
+    def run(call: Call, y: Tensor, saved: Tensor, *outer: Tensor | None) -> Sequence[Tensor]:
+        *of_inputs, dw = backward(call, Outer(*outer), y, saved, Needs(*needs), *call.chosen(forward=False))
+        return *of_inputs, *dw
+
+    name = f"{text} backward{''.join(str(int(need)) for need in needs)}"
+    dx, dh0, dc0, *dw = _run(name, given, text, run, (y, saved, dy, dh_n, dc_n))
+    return dx, dh0, dc0, dw
+
+
+def _run(
+    name: str, given: Sequence[Tensor | None], text: str, run: Callable[..., Sequence[Tensor]], more: Sequence[Tensor | None] = ()
+) -> Sequence[Tensor]:
+    """A pass of a layer, by a tape where there is one. given: its inputs and weights, and more tensors for `run`."""
+    device = given[0].device
+    alarm(device).check()
+
+    def by_python(tensors: Sequence[Any], launch: Callable[[Launches], object] | None) -> Sequence[Tensor]:
+        of_inputs = len(Inputs._fields)
+        call = Call(layer_of(text), Inputs(*tensors[:of_inputs]), tensors[of_inputs : len(given)], launch)
+        with _current(device):
+            return run(call, *tensors[len(given) :])
+
+    return tape.played(name, (*given, *more), by_python, alarm(device).address)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -437,7 +461,7 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
     }
     kernel = _states_before(call.device, call.dtype, call.layer, R, call.packed, call.ragged, resets, backwards)
     grid = call.T * blocks, -(-R // kernel.constants["COLUMNS"])
-    kernel.bind(grid, arguments, call.run)(0, 0)
+    call.launch(Launches([kernel], grid, arguments))
     _product_of_heads(call.heads, dw, da, before)
 
 

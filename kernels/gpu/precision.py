@@ -25,19 +25,29 @@ def precision_of(dtype: torch.dtype) -> str:
 
 def products_in(dtype: torch.dtype, precision: str) -> contextlib.AbstractContextManager[None]:
     """torch's products on a GPU, of float32 in this precision; the setting is the whole process's, and restored."""
+    wanted = products_wanted(dtype, precision)
+    return contextlib.nullcontext() if wanted is None else _float32_products_in(wanted)
+
+
+def products_wanted(dtype: torch.dtype, precision: str) -> str | None:
+    """What torch's products have to be set to for that; None where they may stay as they are."""
     if dtype is not torch.float32:
-        return _AS_THEY_ARE
-    wanted, before = "tf32" if precision == "tf32" else "ieee", _MATMUL.fp32_precision
-    return _AS_THEY_ARE if before == wanted else _float32_products_in(wanted, before)
+        return None
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    return None if _MATMUL.fp32_precision == wanted else wanted
 
 
-_AS_THEY_ARE = contextlib.nullcontext()
+def set_products(precision: str) -> str:
+    """Set torch's products, and return what they were set to."""
+    before = _MATMUL.fp32_precision
+    _MATMUL.fp32_precision = precision
+    return before
 
 
 @contextlib.contextmanager
-def _float32_products_in(precision: str, before: str) -> Iterator[None]:
-    _MATMUL.fp32_precision = precision
+def _float32_products_in(precision: str) -> Iterator[None]:
+    before = set_products(precision)
     try:
         yield
     finally:
-        _MATMUL.fp32_precision = before
+        set_products(before)
