@@ -76,9 +76,6 @@ class Arguments {
     return true;
   }
 
-  // Among the arguments of a Function, and among what it keeps, which has y and saved in the place of options.
-  static constexpr Py_ssize_t OPTIONS = 8, FIRST_WEIGHT = 10;
-
   Inputs inputs{};
   Dtype x{}, h{}, c{}, bias{};
   Widened wide;
@@ -146,7 +143,7 @@ std::vector<PyObject*> on_gpu(PyObject* tuple) {
   std::vector<PyObject*> tensors;
   if (PyTuple_GetItem(tuple, 1) != Py_None) throw Declined();
   for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i)
-    if (i < Arguments::OPTIONS || i >= Arguments::FIRST_WEIGHT) tensors.push_back(PyTuple_GetItem(tuple, i));
+    if (i < OPTIONS || i >= FIRST_WEIGHT) tensors.push_back(PyTuple_GetItem(tuple, i));
   return tensors;
 }
 
@@ -158,7 +155,7 @@ Owned there(Owned result) {
 }
 
 Owned forward_on_gpu(PyObject* arguments) {
-  const auto text = text_of(arguments, Arguments::OPTIONS);
+  const auto text = text_of(arguments, OPTIONS);
   if (!text) return nullptr;
   Found found = replay(*text + " forward saved", on_gpu(arguments));
   if (found.results.empty()) return nullptr;
@@ -172,8 +169,8 @@ Owned backward_on_gpu(PyObject* outer, PyObject* tensors, PyObject* options, PyO
   if (!text) return nullptr;
   std::vector<PyObject*> given = on_gpu(tensors);
   bool weights = false, any = false;
-  for (Py_ssize_t i = Arguments::FIRST_WEIGHT; i < PyTuple_Size(needs); ++i) weights |= needed(i);
-  for (const Py_ssize_t i : {0, 1}) given.push_back(PyTuple_GetItem(tensors, Arguments::OPTIONS + i));  // y, saved
+  for (Py_ssize_t i = FIRST_WEIGHT; i < PyTuple_Size(needs); ++i) weights |= needed(i);
+  for (const Py_ssize_t i : {0, 1}) given.push_back(PyTuple_GetItem(tensors, OPTIONS + i));  // y, saved
   for (const Py_ssize_t i : {0, 1, 2}) {
     given.push_back(PyTuple_GetItem(outer, i));
     any |= given.back() != Py_None;
@@ -187,7 +184,7 @@ Owned backward_on_gpu(PyObject* outer, PyObject* tensors, PyObject* options, PyO
   found[0] = there(std::move(made.results[DX]));
   found[2] = there(std::move(made.results[DH0]));
   found[3] = there(std::move(made.results[DC0]));
-  std::move(made.results.begin() + DC0 + 1, made.results.end(), found.begin() + Arguments::FIRST_WEIGHT);
+  std::move(made.results.begin() + DC0 + 1, made.results.end(), found.begin() + FIRST_WEIGHT);
   return tuple_of(std::move(found));
 }
 
@@ -198,9 +195,9 @@ Owned backward_on_gpu(PyObject* outer, PyObject* tensors, PyObject* options, PyO
 PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     Arguments own;
-    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < own.FIRST_WEIGHT) return nullptr;
+    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < FIRST_WEIGHT) return nullptr;
     if (is_on_gpu(PyTuple_GetItem(args[0], 0))) return forward_on_gpu(args[0]);
-    if (is_watched() || !own.options(args[0], own.OPTIONS) || !own.tensors(args[0], Reads())) return nullptr;
+    if (is_watched() || !own.options(args[0], OPTIONS) || !own.tensors(args[0], Reads())) return nullptr;
     MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Dtype::f32}, Y);
     results.run(forward_call(own.inputs, true, results.make()), true);
     auto& made = results.made[0];
@@ -218,7 +215,7 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Arguments own;
     const Py_ssize_t inputs = PyTuple_Size(needs);
     if (PyErr_Occurred()) throw PythonError();
-    if (aoti_torch_grad_mode_is_enabled() || inputs < own.FIRST_WEIGHT) return nullptr;
+    if (aoti_torch_grad_mode_is_enabled() || inputs < FIRST_WEIGHT) return nullptr;
     if (PyTuple_Size(outer) != 3 || PyTuple_Size(tensors) != inputs || PyTuple_Size(options) != 2) return nullptr;
     if (is_on_gpu(PyTuple_GetItem(tensors, 0))) return backward_on_gpu(outer, tensors, options, needs);
     if (is_watched()) return nullptr;
@@ -227,7 +224,7 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Gradients gradients{};
     gradients.need_dx = needed(0);
     gradients.need_dh0 = needed(2) || needed(3);
-    for (Py_ssize_t i = own.FIRST_WEIGHT; i < inputs; ++i) gradients.need_dw |= needed(i);
+    for (Py_ssize_t i = FIRST_WEIGHT; i < inputs; ++i) gradients.need_dw |= needed(i);
     View x, y, saved;
     if (!look(PyTuple_GetItem(tensors, 0), x, true, true)) return nullptr;
     if (!own.maybe(PyTuple_GetItem(tensors, 1), own.inputs.batch_sizes)) return nullptr;
@@ -252,7 +249,7 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     found[3] = std::move(made[0][DC0]);
     const Layer& layer = own.inputs.layer;
     for (size_t i = 0; i < own.inputs.weights.size(); ++i)
-      found[own.FIRST_WEIGHT + i] = std::move(made[layer.direction(i)][gradient_of(layer.weight(i))]);
+      found[FIRST_WEIGHT + i] = std::move(made[layer.direction(i)][gradient_of(layer.weight(i))]);
     return tuple_of(std::move(found));
   });
 }

@@ -203,7 +203,8 @@ std::pair<int32_t, void*> current() {
 // What `settings` says.
 class Settings {
  public:
-  Settings() : found_(owned(PyObject_CallNoArgs(engine.settings))) {
+  explicit Settings(bool float32)
+      : found_(owned(PyObject_CallFunctionObjArgs(engine.settings, float32 ? Py_True : Py_False, nullptr))) {
     if (!found_) throw PythonError();
   }
   explicit operator bool() const { return found_.get() != Py_None; }
@@ -219,24 +220,23 @@ class Settings {
   Owned found_;
 };
 
-// torch's float32 products as a tape wants them, if not as they are, while this lives.
+// torch's float32 products as a tape wants them, while this lives. change: what they are set to, and back to, or None.
 class Products {
  public:
-  explicit Products(PyObject* wanted) {
-    if (wanted != Py_None) set(wanted);
+  explicit Products(PyObject* change) : change_(change) {
+    if (!set(0)) throw PythonError();
   }
   ~Products() {
-    if (before_) set(before_.get());
+    if (!set(1)) PyErr_Clear();
   }
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
  private:
-  void set(PyObject* precision) {
-    before_ = owned(PyObject_CallFunctionObjArgs(engine.set_products, precision, nullptr));
-    if (!before_) PyErr_Clear();
+  bool set(Py_ssize_t which) const {
+    return change_ == Py_None || owned(PyObject_CallFunctionObjArgs(engine.set_products, PyTuple_GetItem(change_, which), nullptr));
   }
-  Owned before_;
+  PyObject* change_;
 };
 
 // Without Python's lock.
@@ -268,7 +268,7 @@ bool look_on_gpu(PyObject* object, View& seen, OnGpu& where) {
 bool is_taken(const std::string& text, const int64_t (&numbers)[7], PyObject* x, PyObject* w_hh) {
   std::string key = text;
   append(key, numbers, std::size(numbers));
-  const Settings settings;
+  const Settings settings(numbers[5] == aoti_torch_dtype_float32());
   if (!settings) return false;
   key += settings.precision();
   const auto known = taken.find(key);
@@ -284,7 +284,9 @@ Found replay(std::string name, const std::vector<PyObject*>& tensors) {
   Found found;
   if (engine.type < 0 || is_watched(true)) return found;
   std::string key = std::move(name);
+  key.reserve(1024);
   std::vector<int64_t> places;
+  places.reserve(32);
   std::optional<int32_t> device;
   bool float32 = false;
   for (PyObject* object : tensors) {
@@ -305,9 +307,9 @@ Found replay(std::string name, const std::vector<PyObject*>& tensors) {
   }
   const auto [index, stream] = current();
   if (!device || index != *device) return found;
-  const Settings settings;
+  const Settings settings(float32);
   if (!settings) return found;
-  if (float32) key += settings.precision();
+  key += settings.precision();
   key += static_cast<char>(index);
   const auto known = tapes.find(key);
   if (known == tapes.end()) {
@@ -324,7 +326,7 @@ Found replay(std::string name, const std::vector<PyObject*>& tensors) {
   const auto count = static_cast<size_t>(tape->words[0]);
   std::vector<int64_t> order;
   {
-    const Products products(float32 ? settings.products() : Py_None);
+    const Products products(settings.products());
     unlocked([&] {
       constexpr int64_t ONE[] = {1};
       std::optional<Tensor> workspace;

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .. import cpu
-from .precision import precision_of, products_wanted, set_products
+from .precision import precision_of, products_for, set_products
 
 WORKSPACE, RESULT = range(2)
 MM, ADDMM, BADDBMM, COPY, ZERO, SUM, CAT, LAUNCH = range(8)
@@ -185,7 +185,8 @@ class Recorder(TorchDispatchMode):
         else:
             self._steps += words
             self.alive += launches.kernels
-        launches.start()
+        with _disable_current_modes():
+            launches.start()
 
     def _array(self, tensor: Tensor) -> list[int]:
         if tensor.device != self._device:
@@ -329,15 +330,15 @@ def connect(device: str, driver: Any, products: Any, current_device: Callable, c
     cpu.runtime_module().connect(device, tuple(addresses), current_device, current_stream, settings, set_products, wrap)
 
 
-def settings() -> tuple[str, str | None] | None:
-    """The precision of float32 products in kernels, and what torch's have to be set to for it, or None.
+def settings(float32: bool) -> tuple[str, tuple[str, str] | None] | None:
+    """The precision of products in kernels, and what torch's have to be set to for that and be set back to, if not as they are.
 
     None in the place of both where Triton has to make the launches itself, because a profiler listens to it.
     """
     if watched():
         return None
-    precision = precision_of(torch.float32)
-    return precision, products_wanted(torch.float32, precision)
+    precision = precision_of(torch.float32) if float32 else "ieee"
+    return precision, products_for(precision) if float32 else None
 
 
 _HOOKS = triton.knobs.runtime

@@ -1,0 +1,174 @@
+"""Passes of the GPU engine that are recorded and run again, without a GPU: launches from C++ come back to Triton's interpreter."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton_layers
+from contract import relative
+
+import fastrnn
+from fastrnn import dispatch
+from fastrnn.kernels import cpu, gpu
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or dispatch.native is None, reason="needs triton and the compiled runtime"
+)
+
+
+@pytest.fixture(scope="module")
+def replaying() -> Iterator[Callable]:
+    """Calls a function in a process that takes CPU tensors for a GPU's. Memory of any content is full of large numbers there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_PERTURB_", "1")
+        with ProcessPoolExecutor(1, get_context("spawn"), initializer=_install) as worker:
+            yield lambda function, *args: worker.submit(function, *args).result(timeout=300)
+
+
+def _install() -> None:
+    triton_layers.interpret()
+    torch.set_num_threads(1)
+    from dataclasses import replace
+
+    from fastrnn.kernels.gpu import layer, tape
+    from fastrnn.kernels.gpu.launch import Entry, Kernel
+
+    target = replace(triton_layers.H100, off=("persistent",))
+    gpu.HERE, gpu.why_not, gpu.off = "is_cpu", lambda device: None, lambda device: {"persistent": "interpreted"}
+    gpu.device_of = layer.device_of = lambda device: target  # type: ignore[assignment]
+    gpu.plan.cudnn_is_faster = lambda *given: False
+    start = Kernel.start
+
+    def started(self: Kernel, grid: tuple, arguments: dict, begin: int, end: int) -> None:
+        start(self, grid, arguments, begin, end)
+        if self.entry is None:
+            own = [name for name in self.kernel.arg_names if name not in self.constants]
+            self.kernel.params = [_parameter(self.kernel, name) for name in self.kernel.arg_names]
+            self.entry = Entry(len(KNOWN), 1, 0, False, tuple(own), 0)
+            KNOWN.append((self, {name: getattr(arguments.get(name), "dtype", None) for name in own}))
+
+    Kernel.start = started  # type: ignore[method-assign]
+    tape.on_gpu = cpu.runtime_module
+    driver = SimpleNamespace(cuLaunchKernel=INTERPRET, cuLaunchCooperativeKernel=INTERPRET, cuCtxGetCurrent=None)
+    tape.connect("cpu", driver, ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), lambda: DEVICE[0], int)
+
+
+KNOWN: list[tuple[Any, dict]] = []  # kernels by their handles, with the dtypes of their arguments
+DEVICE = [-1]  # the current one
+PLAYED = [0]  # launches from C++
+
+
+def _parameter(kernel: Any, name: str) -> SimpleNamespace:
+    constant = "constexpr" in str(kernel.fn.__annotations__.get(name))
+    return SimpleNamespace(name=name, is_constexpr=constant, do_not_specialize=name in kernel.kwargs["do_not_specialize"])
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t, *[ctypes.c_uint] * 7, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
+def INTERPRET(handle, x, y, z, *rest):
+    """Start a kernel as the driver would, from the addresses of its arguments."""
+    PLAYED[0] += 1
+    kernel, dtypes = KNOWN[handle]
+    given: dict[str, Any] = {}
+    for at, (name, dtype) in zip(rest[-1], dtypes.items()):
+        value = ctypes.c_int64.from_address(at).value
+        if dtype is None:
+            given[name] = value
+        elif value:
+            given[name] = torch.frombuffer((ctypes.c_char * 16).from_address(value), dtype=dtype)
+        else:
+            given[name] = torch.empty(0, dtype=dtype)
+    kernel.kernel[(x, y, z)](**given, **kernel.constants, **kernel.options)
+    return 0
+
+
+def _results(module: Any, x: torch.Tensor, states: Any, marks: dict) -> dict[str, torch.Tensor]:
+    leaf = x.clone().requires_grad_()
+    initial = [state.clone().requires_grad_() for state in states]
+    lstm = isinstance(module, torch.nn.LSTM)
+    y, last = module(leaf, (tuple(initial) if lstm else initial[0]) if initial else None, **marks)
+    after = last if lstm else (last,)
+    loss = y.double().square().sum() + sum(each.double().sin().sum() for each in after)
+    module.zero_grad()
+    loss.backward()
+    found = {"y": y.detach(), "dx": leaf.grad, **{f"state {k}": each.detach() for k, each in enumerate(after)}}
+    found |= {f"dstate {k}": each.grad for k, each in enumerate(initial)}
+    return found | {f"d{name}": weight.grad.clone() for name, weight in module.named_parameters()}
+
+
+def _errors(cell: str, sizes: dict, dtype: torch.dtype, begun: bool, marked: bool) -> tuple[dict[str, float], list[int], list[int]]:
+    """The largest error by name over five calls, each of other numbers, and how many passes of each ran in Python and in C++."""
+    from fastrnn.kernels.gpu import layer as engine
+
+    torch.manual_seed(0)
+    T, B, I, H = 4, 3, 5, sizes.pop("H", 16)
+    ours = getattr(fastrnn, cell)(I, H, **sizes)
+    truth = getattr(torch.nn if not marked else fastrnn, cell)(I, H, **sizes).double()
+    worst: dict[str, float] = {}
+    in_python, in_cpp = [0] * 5, [0] * 5
+    passes = {name: getattr(engine, name) for name in ("forward", "backward")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, run in passes.items():
+
+            def counted(*given, run=run):
+                in_python[call] += 1
+                return run(*given)
+
+            patch.setattr(engine, name, counted)
+        for call in range(5):
+            weights = {name: torch.randn_like(weight) * H**-0.5 for name, weight in ours.state_dict().items()}
+            ours.float().load_state_dict(weights)
+            ours = ours.to(dtype)
+            truth.load_state_dict({name: weight.double() for name, weight in ours.state_dict().items()})
+            x = torch.randn(B, T, I) if sizes.get("batch_first") else torch.randn(T, B, I)
+            depth = sizes.get("num_layers", 1) * (1 + sizes.get("bidirectional", False))
+            states = [torch.randn(depth, B, H) for _ in range(1 + (cell == "LSTM"))] if begun else []
+            marks = {"resets": torch.rand(T, B) < 0.4, "lengths": torch.tensor([3, 0, 4])} if marked else {}
+            x, states = x.to(dtype), [state.to(dtype) for state in states]
+            before = PLAYED[0]
+            found = _results(ours, x, states, marks)
+            in_cpp[call] = PLAYED[0] - before
+            with pytest.MonkeyPatch.context() as alone:
+                alone.setattr(dispatch, "forced", "reference")
+                alone.setattr(dispatch, "native", None)
+                expected = _results(truth, x.double(), [state.double() for state in states], marks)
+            for name, right in expected.items():
+                worst[name] = max(worst.get(name, 0.0), relative(found[name].double(), right))
+    return worst, in_python, in_cpp
+
+
+CASES = {
+    "lstm": ("LSTM", {}, torch.float32, False, False),
+    "gru from a state": ("GRU", {}, torch.float32, True, False),
+    "rnn in half precision": ("RNN", {}, torch.float16, True, False),
+    "lstm in bfloat16": ("LSTM", {}, torch.bfloat16, True, False),
+    "two directions, batch first": ("LSTM", {"bidirectional": True, "batch_first": True}, torch.float32, True, False),
+    "three layers": ("GRU", {"num_layers": 3, "bidirectional": True, "bias": False}, torch.float32, True, False),
+    "projected": ("LSTM", {"proj_size": 7, "H": 20}, torch.float32, False, False),
+    "stepwise": ("GRU", {"H": 300}, torch.float32, False, False),
+    "resets and lengths": ("LSTM", {"bidirectional": True}, torch.float32, False, True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_that_is_run_again_computes_with_the_numbers_it_is_given(name, replaying):
+    """The first call of each pass runs in Python, the second is recorded, and those after it run in C++ alone."""
+    errors, in_python, in_cpp = replaying(_errors, *CASES[name])
+    bound = 3e-6 if CASES[name][2] is torch.float32 else 2e-2
+    assert {name: error for name, error in errors.items() if not error < bound} == {}
+    layers = CASES[name][1].get("num_layers", 1)
+    assert in_python[0] == 2 * layers and in_cpp[-1] >= 2 * layers
+    passes = [2, 2, 1, 1, 1] if name == "resets and lengths" else [2, 2, 0, 0, 0]  # whose backward asks where rows end
+    if layers == 1:  # else layers of one size share their tapes
+        assert in_python == passes
+    else:
+        assert in_python[-1] == 0
