@@ -105,6 +105,7 @@ def _noted(together: bool) -> Any:
     return _START(start)
 
 
+DEVICE = [-1]  # the current one, as torch numbers a CPU
 NOTED = _noted(False), _noted(True)  # the driver's functions, for plain launches and cooperative ones
 IDLE = (ctypes.CDLL(None).pthread_condattr_destroy,) * 2  # which does nothing and returns 0, in place of these
 
@@ -112,7 +113,7 @@ IDLE = (ctypes.CDLL(None).pthread_condattr_destroy,) * 2  # which does nothing a
 def use(functions: tuple[Any, Any]) -> None:
     """Have these functions make the launches that Triton does not."""
     driver = SimpleNamespace(cuLaunchKernel=functions[0], cuLaunchCooperativeKernel=functions[1], cuCtxGetCurrent=None)
-    tape.connect("cpu", driver, ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), lambda: -1, int)
+    tape.connect("cpu", driver, ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), lambda: DEVICE[0], int)
 
 
 class IdleDriver:

@@ -198,6 +198,7 @@ class Alarm:
         """
         if self.rang():
             selftest.switch_off(self.device, "persistent", "in an earlier call programs waited for each other in vain")
+            tape.forget()
             raise RuntimeError(
                 f"fastrnn: in an earlier call on {self.device}, programs of a persistent launch waited minutes for each other, "
                 "and gave up: what that call returned is wrong. This process uses no persistent launches from now on."
