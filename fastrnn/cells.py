@@ -103,8 +103,7 @@ class CellFunction:
 
     Attributes:
         definition: the cell as the engines know it.
-        parts: names of the arguments that have a row block in weight_ih, one in weight_hh, a weight of their own ("ih", "hh",
-            "own").
+        parts: those of the definition.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -118,8 +117,7 @@ class CellFunction:
         traced = self.definition.derived.definition
         # what gives constants the dtype of the arguments, where they have none: where(condition, 1, 0)
         self._typed = traced.bind(reference.NAMES) if "full_like" in traced.source() else None
-        kinds, of = self.definition.kinds, {"ih": ("Gate", "Input"), "hh": ("Gate", "Hidden"), "own": ("Weight",)}
-        self.parts = {part: [name for name in kinds if kinds[name] in own] for part, own in of.items()}
+        self.parts = self.definition.parts
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._typed is not None:

@@ -74,7 +74,8 @@ def layer_of_module(module: Any) -> Layer:
     if not getattr(module, "_fastrnn_features", False):
         return layer
     heads: Any = module.num_heads
-    return layer._replace(cell=features.cell_name(module), heads=heads)
+    norm: Any = module.layer_norm
+    return layer._replace(cell=features.cell_name(module), heads=heads, bias=module.bias or norm)
 
 
 def watched() -> bool:
@@ -130,6 +131,8 @@ def why_not_own(engine: str, cell: str, noise: bool) -> str | None:
     """Say why an engine declines a cell, or a layer with noise, whatever the call; None where it does not."""
     if engine == "triton" and noise:
         return "it has neither recurrent dropout nor zoneout"
+    if engine in FUSED and CELLS[cell].reduces:
+        return "it has no layer norm"
     return cpu.why_not_cell(cell) if engine == "cpu" else None
 
 

@@ -100,8 +100,8 @@ def module_sequence(
     """`module(input, hx)` with these keywords: torch.nn's checks, in its words, and our engines."""
     known = module._flat_weights, module._flat_weight_refs
     module._update_flat_weights()
-    weights = module._flat_weights
-    if torch.compiler.is_compiling() and weights is not known[0]:  # as in `run_compiled`
+    weights = features.weights_of(module) if module._fastrnn_features and module.layer_norm else module._flat_weights
+    if torch.compiler.is_compiling() and module._flat_weights is not known[0]:  # as in `run_compiled`
         module._flat_weights, module._flat_weight_refs = known
     lstm, packed = isinstance(module, nn.LSTM), isinstance(input, PackedSequence)
     x, batch_sizes, order, back = input if packed else (input, None, None, None)

@@ -1,7 +1,8 @@
 """What a layer can have that torch.nn's have not: its settings checked, its cell derived from the plain one, its noise drawn.
 
-A clipped cell state and zoneout change the cell's own function, which is traced again with them: a second definition of a cell
-there is not. Recurrent dropout is a mask on what enters the recurrent product, and the engines multiply with it.
+Layer norm (norms.py), a clipped cell state and zoneout change the cell's own function, which is traced again with them: a
+second definition of a cell there is not. Recurrent dropout is a mask on what enters the recurrent product, and the engines
+multiply with it.
 
 Noise comes from torch's generator before a layer runs, whatever the dtype. In training each layer draws, the lowest layer
 first::
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastrnn import norms
 from fastrnn.kernels import reference
 from fastrnn.kernels.cells import CELLS, Cell, define
 from fastrnn.kernels.derive import Code
@@ -33,13 +35,14 @@ from fastrnn.kernels.layer import Inputs, Layer
 from fastrnn.kernels.symbols import Symbol, ancestors, where
 
 DEFAULTS: dict[str, Any] = {
+    "layer_norm": False,
     "num_heads": 1,
     "cell_clip": None,
     "learn_initial_state": False,
     "recurrent_dropout": 0.0,
     "zoneout": 0.0,
 }
-_OF_PARAMETERS = "num_heads", "learn_initial_state"  # they say which parameters a module has
+_OF_PARAMETERS = "layer_norm", "num_heads", "learn_initial_state"  # they say which parameters a module has
 
 
 def construct(module: Any, settings: dict[str, Any]) -> None:
@@ -50,9 +53,7 @@ def construct(module: Any, settings: dict[str, Any]) -> None:
             if name.startswith("weight_hh"):  # drawn from within 1 / sqrt(H) as before
                 blocks = weight.detach()[:, : module.hidden_size // module.num_heads]
                 setattr(module, name, nn.Parameter(blocks.contiguous()))
-    if module.learn_initial_state:
-        like = module.weight_ih_l0
-        add_initial_states(module, like.device, like.dtype)
+    add_parameters(module, module.weight_ih_l0.device, module.weight_ih_l0.dtype)
 
 
 class Setting:
@@ -156,6 +157,7 @@ def _is_number(value: Any) -> bool:
 
 
 _CHECKS: dict[str, Callable[[str, Any, Any], Any]] = {
+    "layer_norm": _check_flag,
     "num_heads": _check_heads,
     "cell_clip": _check_clip,
     "learn_initial_state": _check_flag,
@@ -223,14 +225,15 @@ def noise_of(module: Any) -> Noise | None:
 
 
 def cell_name(module: Any) -> str:
-    """Return the name of the cell that a module's layers run: the plain one, or that with its clip and its zoneout."""
+    """Return the name of the cell that a module's layers run: the plain one, or that with norm, clip and zoneout."""
     zoneout = module.zoneout
     rates = zoneout if isinstance(zoneout, tuple) else (zoneout,)
-    return _derived(module._fastrnn_cell.name, module.cell_clip, tuple(rate > 0 for rate in rates))
+    norm = module.bias if module.layer_norm else None
+    return _derived(module._fastrnn_cell.name, norm, module.cell_clip, tuple(rate > 0 for rate in rates))
 
 
-def _derived(name: str, clip: float | None, zoned: tuple[bool, ...]) -> str:
-    return _derive(name, clip, zoned) if clip is not None or any(zoned) else name
+def _derived(name: str, norm: bool | None, clip: float | None, zoned: tuple[bool, ...]) -> str:
+    return _derive(name, norm, clip, zoned) if norm is not None or clip is not None or any(zoned) else name
 
 
 # What torch.compiler.assume_constant_result would do, but without importing Dynamo: it does not look into this function.
@@ -238,30 +241,45 @@ _derived._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undecla
 
 
 @cache
-def _derive(name: str, clip: float | None, zoned: tuple[bool, ...]) -> str:
-    """Derive a cell with these features from one, make it known, and return its name."""
+def _derive(name: str, norm: bool | None, clip: float | None, zoned: tuple[bool, ...]) -> str:
+    """Derive a cell with these features from one, make it known, and return its name.
+
+    norm: with layer norm, whether there are biases; else None.
+    """
     plain = CELLS[name]
-    code, kinds, states = plain.derived.definition, dict(plain.kinds), state_names(plain)
+    code, states = plain.derived.definition, state_names(plain)
+    normed = None if norm is None else norms.Normed(plain, norm)
+    kinds = dict(plain.kinds if normed is None else normed.kinds)
     noise: dict[str, str] = {}
-    change: dict[int, Callable] = {}
     for state, has_zones in zip(states, zoned, strict=False):
         if has_zones:
             noise[state] = f"zoneout_{state}"
             while noise[state] in kinds:
                 noise[state] += "_"
             kinds |= {state: "State", noise[state]: "Noise"}
-    if clip is not None:
-        node: Any = dict(code.results)["c_new"]
-        change[node.index] = lambda c: where(c > clip, clip, where(c < -clip, -clip, c))
+    results = dict(code.results)
+
+    def clipped(c: Any) -> Any:
+        return c if clip is None else where(c > clip, clip, where(c < -clip, -clip, c))
 
     def function(**given: Any) -> tuple:
-        new = _traced_again(code, given, change)
+        change: dict[int, Callable] = {}
+        if clip is not None:
+            change[results["c_new"].index] = clipped  # type: ignore[union-attr]  # no constant
+        arguments = given if normed is None else normed.arguments(given)
+        new = _traced_again(code, arguments, change)
+        if normed is not None and normed.of_state:
+            of_state = normed.state(given)
+            change[results["c_new"].index] = lambda c: of_state(clipped(c))  # type: ignore[union-attr]
+            new[0] = _traced_again(code, arguments, change)[0]
         return tuple(
             given[state] + given[noise[state]] * (value - given[state]) if state in noise else value
             for state, value in zip(states, new, strict=True)
         )
 
-    function.__name__ = plain.derived.name + "_clip" * (clip is not None) + "_zoneout" * any(zoned)
+    function.__name__ = (
+        plain.derived.name + "_norm" * (norm is not None) + "_clip" * (clip is not None) + "_zoneout" * any(zoned)
+    )
     cell = define(function, kinds)
     reference.register(cell)
     return cell.name
@@ -286,21 +304,41 @@ def _traced_again(code: Code, given: dict[str, Any], change: dict[int, Callable]
 INITIAL = "initial_"  # begins the names of the parameters for initial states
 
 
-def add_initial_states(module: Any, device: Any, dtype: Any) -> None:
-    """Register the parameters for the initial value of each state, zeros, of one layer and direction after another."""
-    of_h = module.proj_size or module.hidden_size
-    for names in zip(*_initial_names(module), strict=True):
-        for place, name in enumerate(names):
-            size = module.hidden_size if place else of_h
-            module.register_parameter(name, nn.Parameter(torch.zeros(size, device=device, dtype=dtype)))
+def add_parameters(module: Any, device: Any, dtype: Any) -> None:
+    """Register the parameters that settings want, for one layer and direction after another, and give them their values."""
+    shapes: dict[str, tuple[int]] = {}
+    if module.layer_norm:
+        shapes |= norms.shapes(module._fastrnn_cell, module.hidden_size)
+    if module.learn_initial_state:
+        of_h = module.proj_size or module.hidden_size
+        names = state_names(module._fastrnn_cell)
+        shapes |= {f"{INITIAL}{name}": (module.hidden_size if place else of_h,) for place, name in enumerate(names)}
+    for suffix in suffixes(module):
+        for name, shape in shapes.items():
+            module.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+    reset_parameters(module)
 
 
-def clear_initial_states(module: Any) -> None:
-    """Set the parameters for initial states to zeros, if they are there yet."""
-    for names in _initial_names(module):
-        for name in names:
-            if name in module._parameters:
-                nn.init.zeros_(module._parameters[name])
+def reset_parameters(module: Any) -> None:
+    """Set what `add_parameters` has registered to its first values: initial states to zeros, and see `norms.reset`."""
+    if module.layer_norm:
+        norms.reset(module, suffixes(module))
+    if module.learn_initial_state:
+        for names in _initial_names(module):
+            for name in names:
+                if name in module._parameters:  # torch.nn's constructor comes here before they are there
+                    nn.init.zeros_(module._parameters[name])
+
+
+def suffixes(module: Any) -> list[str]:
+    """Return how the names of parameters end, of one layer and direction after another."""
+    return [f"_l{k}{end}" for k in range(module.num_layers) for end in ("", "_reverse")[: 1 + module.bidirectional]]
+
+
+def weights_of(module: Any) -> list[Tensor]:
+    """Return the weights of all layers with layer norm as the engines take them."""
+    cells = module._fastrnn_cell.name, cell_name(module)
+    return [weight for suffix in suffixes(module) for weight in norms.weights(module, suffix, *cells)]
 
 
 def initial_states(module: Any, batch: int) -> list[Tensor]:
@@ -311,5 +349,4 @@ def initial_states(module: Any, batch: int) -> list[Tensor]:
 
 def _initial_names(module: Any) -> list[list[str]]:
     """Return the names of the parameters for the initial value of each state: one a layer and direction."""
-    suffixes = [f"_l{k}{end}" for k in range(module.num_layers) for end in ("", "_reverse")[: 1 + module.bidirectional]]
-    return [[f"{INITIAL}{state}{suffix}" for suffix in suffixes] for state in state_names(module._fastrnn_cell)]
+    return [[f"{INITIAL}{state}{suffix}" for suffix in suffixes(module)] for state in state_names(module._fastrnn_cell)]

@@ -84,10 +84,9 @@ def _init(torch_class: type[nn.RNNBase]) -> Any:
 
 
 def _reset_parameters(self: Any) -> None:
-    """Draw all parameters anew as torch.nn; initial states are zeros."""
+    """Draw all parameters anew as torch.nn; what it has not begins as ever."""
     nn.RNNBase.reset_parameters(self)
-    if self.learn_initial_state:
-        features.clear_initial_states(self)
+    features.reset_parameters(self)
 
 
 def _flatten_parameters(self: Any) -> None:
@@ -222,8 +221,8 @@ class _Layers(DropIn):
     """What RNN, LSTM and GRU have beyond torch.nn's."""
 
     recompute = False
-    num_heads, cell_clip, learn_initial_state = features.Setting(), features.Setting(), features.Setting()
-    recurrent_dropout, zoneout = features.Setting(), features.Setting()
+    layer_norm, num_heads, cell_clip = features.Setting(), features.Setting(), features.Setting()
+    learn_initial_state, recurrent_dropout, zoneout = features.Setting(), features.Setting(), features.Setting()
     _fastrnn_features = False  # whether any of these is not as by default
 
     @property
@@ -264,6 +263,7 @@ class RNN(nn.RNN, _Layers):
 
     Args:
         recompute: keyword only. It has no effect here, as an RNN keeps its output and nothing else.
+        layer_norm: keyword only. Normalise both products of a step over the row, see below.
         num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
         learn_initial_state: keyword only. Have parameters initial_h_l{k} for the state where hx is missing.
         recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
@@ -281,6 +281,13 @@ class RNN(nn.RNN, _Layers):
         output: as input, with D * H features.
         h_n: as h_0, the state after the last step.
 
+    With layer_norm (Ba, Kiros and Hinton 2016), where norm(v) = (v - mean(v)) / sqrt(var(v) + 1e-5) over a row v::
+
+        a   = norm(W_ih x) * norm_ih + b_ih + norm(W_hh h) * norm_hh + b_hh
+        h   = tanh(a)
+
+    The gains norm_ih_l{k} and norm_hh_l{k} [H] begin as ones.
+
     For T steps, B sequences, I input size, H hidden size, L layers, D directions. Without a batch, states have no
     B. The call raises what torch.nn.RNN raises, in its words, and ValueError for resets or lengths of another shape, dtype or
     device, and on a CPU for lengths out of range.
@@ -297,6 +304,8 @@ class LSTM(nn.LSTM, _Layers):
     Args:
         recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
             `fastrnn.recompute`. The attribute may be changed later.
+        layer_norm: keyword only. Normalise both products of a step over the row, and the cell state on its way to the output,
+            see below.
         num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
         cell_clip: keyword only. Keep the cell state within -cell_clip and cell_clip.
         learn_initial_state: keyword only. Have parameters initial_h_l{k} and initial_c_l{k} for the state where hx is missing.
@@ -316,6 +325,15 @@ class LSTM(nn.LSTM, _Layers):
         output: as input, with D * R features.
         h_n and c_n: as h_0 and c_0, the states after the last step.
 
+    With layer_norm (Ba, Kiros and Hinton 2016; Haste's LayerNormLSTM), where norm(v) = (v - mean(v)) / sqrt(var(v) + 1e-5) over
+    a row v, of all gates together, and of all heads::
+
+        i, f, g, o = norm(W_ih x) * norm_ih + b_ih + norm(W_hh h) * norm_hh + b_hh
+        c   = sigmoid(f) * c + sigmoid(i) * tanh(g)
+        h   = sigmoid(o) * tanh(norm(c) * norm_c + norm_c_bias)
+
+    The gains norm_ih_l{k} and norm_hh_l{k} [4 * H] and norm_c_l{k} [H] begin as ones, the shift norm_c_bias_l{k} [H] as zeros.
+
     For T steps, B sequences, I input size, H hidden size, R proj_size or H, L layers, D directions. Without a batch, states
     have no B. The call raises what torch.nn.LSTM raises, in its words, and ValueError for resets or lengths of another shape,
     dtype or device, and on a CPU for lengths out of range.
@@ -332,6 +350,7 @@ class GRU(nn.GRU, _Layers):
     Args:
         recompute: keyword only. True keeps less for the backward pass, which then takes longer, as in
             `fastrnn.recompute`. The attribute may be changed later.
+        layer_norm: keyword only. Normalise both products of a step over the row, see below.
         num_heads: keyword only. The recurrent matrix is block-diagonal, weight_hh_l{k} [G * H, H / num_heads].
         learn_initial_state: keyword only. Have parameters initial_h_l{k} for the state where hx is missing.
         recurrent_dropout: keyword only. Probability that a unit of h does not enter the recurrent product, in training.
@@ -348,6 +367,16 @@ class GRU(nn.GRU, _Layers):
             ones with an axis for the steps behind the first, [L * D, T, B, ...], as the input has it.
         output: as input, with D * H features.
         h_n: as h_0, the state after the last step.
+
+    With layer_norm (Ba, Kiros and Hinton 2016; Haste's LayerNormGRU), where norm(v) = (v - mean(v)) / sqrt(var(v) + 1e-5) over
+    a row v, of all gates together, and of all heads::
+
+        x_r, x_z, x_n = norm(W_ih x) * norm_ih + b_ih
+        h_r, h_z, h_n = norm(W_hh h) * norm_hh + b_hh
+        r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
+        h   = (1 - z) * tanh(x_n + r * h_n) + z * h
+
+    The gains norm_ih_l{k} and norm_hh_l{k} [3 * H] begin as ones.
 
     For T steps, B sequences, I input size, H hidden size, L layers, D directions. Without a batch, states have no
     B. The call raises what torch.nn.GRU raises, in its words, and ValueError for resets or lengths of another shape, dtype or

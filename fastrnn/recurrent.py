@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, fallback, features, functional
+from fastrnn import dispatch, fallback, features, functional, norms
 from fastrnn.cells import CellFunction
 from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels import cpu, gpu
@@ -55,9 +55,12 @@ class Recurrent(nn.Module):
         weight_hh_l{k} [blocks * H, H / num_heads], for each Gate and Hidden
         bias_ih_l{k}, bias_hh_l{k} [blocks * H], as many, unless bias is False
         weight_<name>_l{k} [H], for each Weight
+        norm_ih_l{k}, norm_hh_l{k} [blocks * H], with layer_norm, gains of the two products, and norm_c_l{k}, norm_c_bias_l{k}
+            [H], gain and shift of a state named c that is the only one but h
         initial_<name>_l{k} [H], with learn_initial_state, for each state, h first
 
-    They are drawn from the uniform distribution within 1 / sqrt(H), as torch.nn's, but for initial states, which are zeros.
+    They are drawn from the uniform distribution within 1 / sqrt(H), as torch.nn's, but for the last two: gains are ones, shifts
+    and initial states zeros.
 
     Args:
         input_size: I, features of the input.
@@ -68,6 +71,8 @@ class Recurrent(nn.Module):
         dropout: probability that a number between two layers is zero in training.
         bidirectional: run in both directions, D = 2.
         device, dtype: of the parameters.
+        layer_norm: keyword only. Normalise both products of a step, and the state c where the output is calculated from it,
+            over all units of a row, as in `fastrnn.LSTM`.
         num_heads: keyword only. Units see the hidden state of their own head alone: the recurrent matrix is block-diagonal.
         cell_clip: keyword only. Keep the state named c of the cell within -cell_clip and cell_clip, as in `fastrnn.LSTM`.
         learn_initial_state: keyword only. Have a parameter for the initial value of each state, used where hx is missing.
@@ -95,7 +100,7 @@ class Recurrent(nn.Module):
     """
 
     cell: ClassVar[CellFunction]
-    cell_clip, learn_initial_state = features.Setting(), features.Setting()
+    layer_norm, cell_clip, learn_initial_state = features.Setting(), features.Setting(), features.Setting()
     recurrent_dropout, zoneout = features.Setting(), features.Setting()
     # As whose layers the fast path takes those of this class: the cell's name in operators; None where it does not.
     _fastrnn_fast_path: ClassVar[str | None] = None
@@ -118,6 +123,7 @@ class Recurrent(nn.Module):
         device: Any = None,
         dtype: Any = None,
         *,
+        layer_norm: bool = False,
         num_heads: int = 1,
         cell_clip: float | None = None,
         learn_initial_state: bool = False,
@@ -134,7 +140,7 @@ class Recurrent(nn.Module):
         self.input_size, self.hidden_size, self.num_layers, self.bias = input_size, hidden_size, num_layers, bias
         self.batch_first, self.dropout, self.bidirectional = batch_first, float(dropout), bidirectional
         self.num_heads, self.recompute = features.checked("num_heads", num_heads, self), recompute
-        self.cell_clip, self.learn_initial_state = cell_clip, learn_initial_state
+        self.layer_norm, self.cell_clip, self.learn_initial_state = layer_norm, cell_clip, learn_initial_state
         self.recurrent_dropout, self.zoneout = recurrent_dropout, zoneout
         parts, H = self.cell.parts, hidden_size
         for layer in range(num_layers):
@@ -153,18 +159,16 @@ class Recurrent(nn.Module):
         # for csrc/modules.cpp, where the engines take the parameters as they are, but for the cell's own, which follow biases
         as_they_are = parts["ih"] == self.cell.definition.input_parts and parts["hh"] == self.cell.definition.hidden_parts
         self._flat_weights_names = [*self._parameters] if as_they_are and (bias or not parts["own"]) else None
-        if learn_initial_state:
-            features.add_initial_states(self, device, dtype)
         self.reset_parameters()
+        features.add_parameters(self, device, dtype)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew."""
         bound = 1 / math.sqrt(self.hidden_size)
         for name, parameter in self.named_parameters():
-            if name.startswith(features.INITIAL):
-                nn.init.zeros_(parameter)
-            else:
+            if name.startswith(("weight_", "bias_")):
                 nn.init.uniform_(parameter, -bound, bound)
+        features.reset_parameters(self)
 
     def flatten_parameters(self) -> None:
         """Do nothing, as torch.nn's modules on a CPU: the parameters stay as they are."""
@@ -321,11 +325,14 @@ class Recurrent(nn.Module):
 
     def _layer(self, batch_first: bool) -> Layer:
         """Describe each of the layers."""
-        bias = self.bias or self.cell.definition.weights > 0
+        bias = self.bias or self.cell.definition.weights > 0 or self.layer_norm
         return Layer(features.cell_name(self), 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
 
     def _weights(self, layer: int) -> list[Tensor]:
         """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
+        if self.layer_norm:
+            cells = self.cell.definition.name, features.cell_name(self)
+            return [each for suffix in self._suffixes(layer) for each in norms.weights(self, suffix, *cells)]
         definition, parts, H = self.cell.definition, self.cell.parts, self.hidden_size
         found: list[Tensor] = []
         for suffix in self._suffixes(layer):
@@ -334,15 +341,15 @@ class Recurrent(nn.Module):
             recurrent = getattr(self, f"weight_hh{suffix}", None)
             recurrent = matrix.new_zeros(0, H // self.num_heads) if recurrent is None else recurrent
             found += (
-                _blocks(matrix, parts["ih"], definition.input_parts, H),
-                _blocks(recurrent, parts["hh"], definition.hidden_parts, H),
+                norms.blocks(matrix, parts["ih"], definition.input_parts, H),
+                norms.blocks(recurrent, parts["hh"], definition.hidden_parts, H),
             )
             if self.bias or own:
                 biases = [getattr(self, f"bias_{kind}{suffix}", None) if self.bias else None for kind in ("ih", "hh")]
                 of_input, of_hidden = (matrix.new_zeros(0) if bias is None else bias for bias in biases)
-                of_input = _blocks(of_input, parts["ih"] if len(of_input) else [], definition.input_parts, H)
+                of_input = norms.blocks(of_input, parts["ih"] if len(of_input) else [], definition.input_parts, H)
                 found.append(torch.cat([of_input, *own]) if own else of_input)
-                found.append(_blocks(of_hidden, parts["hh"] if len(of_hidden) else [], definition.hidden_parts, H))
+                found.append(norms.blocks(of_hidden, parts["hh"] if len(of_hidden) else [], definition.hidden_parts, H))
         return found
 
     def _prepared(self) -> bool:
@@ -390,14 +397,6 @@ def _pair(states: Sequence[Tensor]) -> functional.States:
     """Return h and c as the engines take them: the states but h side by side."""
     h, *others = states
     return h, None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
-
-
-def _blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> Tensor:
-    """Return the row blocks of w, which have these names, in another order, with zeros for those that are not there."""
-    if list(names) == list(wanted):
-        return w
-    blocks = dict(zip(names, w.split(H) if len(w) else (), strict=True))
-    return torch.cat([blocks[name] if name in blocks else w.new_zeros(H, *w.shape[1:]) for name in wanted])
 
 
 def _scalar(tensor: Tensor) -> str:

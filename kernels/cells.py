@@ -83,6 +83,8 @@ class Cell:
     name:           the key under which ops and engines know the cell.
     mode:           torch.nn's name for it, or none.
     kinds:          of the function's arguments, names of KINDS.
+    parts:          names of the arguments that have a row block in weight_ih, one in weight_hh, a weight of their own ("ih",
+                    "hh", "own").
     derived:        what engines calculate: forward and backward.
     gates:          row blocks of each weight matrix, `hidden_size` rows each.
     hidden:         pre-activations of the input alone: so many come before the first that has a hidden part.
@@ -94,6 +96,7 @@ class Cell:
     noise:          numbers that a call brings for each row, unit and step, side by side in a row of `Inputs.noise`.
     kept, slots:    values that a step keeps for backward, of each unit. Of the slots the first `kept` are derived.kept, the
                     last are the states. There is room for the gates' pre-activations.
+    reduces:        whether there are reductions over the units of a row.
     stopped:        gradients of each unit that a reset stops: of the gates, of the states, and of h if it enters element by
                     element.
 
@@ -105,6 +108,8 @@ class Cell:
         alone, shared, hidden, states, weights, noise = (
             [each for each in kinds if kinds[each] == kind] for kind in ("Input", "Gate", "Hidden", "State", "Weight", "Noise")
         )
+        of = {"ih": ("Gate", "Input"), "hh": ("Gate", "Hidden"), "own": ("Weight",)}
+        self.parts = {part: [each for each in kinds if kinds[each] in own] for part, own in of.items()}
         pairs = min(len(alone), len(hidden))
         self.input_parts = [each for each in kinds if each in shared or each in alone or each in hidden[pairs:]]
         self.hidden_parts = [
@@ -117,7 +122,7 @@ class Cell:
         self.gates, self.hidden, self.preactivations = len(self.input_parts), pairs, len(shared) + 2 * pairs
         self.input = tuple(self.input_parts.index(each) for each in (*alone, *shared))
         self.states, self.reads_hidden, self.weights = len(self.derived.after), "h" in states, len(weights)
-        self.noise = len(noise)
+        self.noise, self.reduces = len(noise), self.derived.reduces
         self.stopped = self.gates + self.states + self.reads_hidden
         self.kept = len(self.derived.kept)
         self.slots = self.kept + self.states

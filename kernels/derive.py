@@ -14,8 +14,9 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
-from .symbols import COMPARISONS, CONDITIONS, COSTS, Graph, Refused, Symbol, Value, ancestors, changes, gradients
+from .symbols import COMPARISONS, CONDITIONS, COSTS, REDUCTIONS, Graph, Refused, Symbol, Value, ancestors, changes, gradients
 
+CARRY = 8  # operations that a value is worth which goes from one stage to the next, through memory that is near
 SLOT = 64  # operations that a slot is worth: it is written and read in each step, and takes memory for all of them
 NEVER = 1 << 30  # more than all costs together
 DEEPEST = 50  # expressions within each other in a line: Python's parser takes 200, and the printer calls itself for each
@@ -130,6 +131,68 @@ class Printer:
         return text if own >= binds else f"({text})"
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a pass does of each unit between two reductions over the units of a row.
+
+    reductions: names and nodes, of the row, that have to be there: their operands are numbers of `Pass.resident` or carried.
+    waits:      some of these operands are carried: what other units have calculated in the stage before.
+    code:       (the pass's parameters..., results of all reductions so far..., what stages before have carried...) ->
+                what this one carries, of the last stage the pass's results.
+    """
+
+    reductions: tuple[tuple[str, Symbol], ...]
+    waits: bool
+    code: Code
+
+
+def stages(code: Code, resident: Collection[str]) -> tuple[Stage, ...]:
+    """Divide a function of a unit where it needs a reduction: into as many stages as reductions follow on each other, and one.
+
+    A value that is calculated before a reduction and needed after it is carried, or calculated again where that is less.
+
+    resident: parameters that are in memory for all units, so that a reduction can read them.
+    """
+    results = [node for _, node in code.results]
+    given = {node.index for _, node in code.parameters}
+    readable = {node.index for name, node in code.parameters if name in resident}
+    nodes = [node for node in ancestors(results, given) if node.index not in given]
+    level = dict.fromkeys(given, 0)
+    for node in nodes:
+        before = max((level[each.index] for each in node.inputs), default=0)
+        level[node.index] = before + (node.operation in REDUCTIONS)
+    parameters, found, known, carried = list(code.parameters), [], set(given), set[int]()
+    last = max((level[node.index] for node in nodes), default=0)
+    for here in range(last + 1):
+        own = [node for node in nodes if node.operation in REDUCTIONS and level[node.index] == here]
+        reductions = tuple((f"{node.operation}_{node.index}", node) for node in own)
+        waits = any(each.index in carried for node in own for each in node.inputs)
+        parameters += reductions
+        known |= {node.index for node in own}
+        if here == last:
+            found.append(Stage(reductions, waits, Code(f"{code.name}_{here}", tuple(parameters), code.results)))
+            break
+        following = [node for node in nodes if level[node.index] > here]
+        reduced = {each.index: each for node in following if node.operation in REDUCTIONS for each in node.inputs}
+        needed = {each.index: each for node in following for each in node.inputs} | {
+            each.index: each for each in results if isinstance(each, Symbol)
+        }
+        to_carry = []
+        for index in sorted(needed):
+            node = needed[index]
+            if level[index] > here or index in carried or node.is_condition:
+                continue
+            again = sum(COSTS.get(each.operation, 1) for each in ancestors([node], known) if each.index not in known)
+            if again > CARRY or (index in reduced and index not in readable):
+                to_carry.append((f"carried_{index}", node))
+                known.add(index)
+                carried.add(index)
+        if to_carry or reductions:
+            found.append(Stage(reductions, waits, Code(f"{code.name}_{here}", tuple(parameters), tuple(to_carry))))
+        parameters += to_carry
+    return tuple(found)
+
+
 class Derivation:
     """What follows from a cell's function.
 
@@ -143,6 +206,8 @@ class Derivation:
     before, after, kept: names and nodes; before and after: the states, without h in after. kept: what the step keeps beside
                   those, a slot each.
     reads_output: whether backward reads the step's output.
+    reduces:      whether there are reductions over the units of a row. Then all pre-activations are kept, and nothing else:
+                  each is read anyway, for the derivative of what it has been reduced to.
     """
 
     def __init__(
@@ -190,7 +255,11 @@ class Derivation:
             if node.index not in forward:
                 raise Refused(f"{each} is not used: leave the argument out")
         at_hand = {node.index for _, node in (*self.before, *self.after, *self._weights, *self._noise, self._output)}
-        kept = choose_kept(found, seeds, forward, at_hand)
+        self.reduces = any(node.operation in REDUCTIONS for node in ancestors([output, *after]))
+        if self.reduces:
+            kept = [symbols[each] for each in (*alone, *shared, *hidden)]
+        else:
+            kept = choose_kept(found, seeds, forward, at_hand)
         places = {node.index: place for place, (_, node) in enumerate(self.inputs)}
         kept.sort(key=lambda node: min(places[each.index] for each in ancestors([node]) if each.index in places))
         self.kept = labelled(kept, {*order, "h_new", *(each for each, _ in self.after)})
@@ -214,6 +283,17 @@ class Derivation:
         output = (self._output,) if self.reads_output else ()
         parameters = *self._seeds, *self.kept, *self.after, *output, *self.before, *self._weights, *self._noise
         return Code(f"{self.name}_backward", parameters, self._gradients)
+
+    @cached_property
+    def forward_stages(self) -> tuple[Stage, ...]:
+        """Of `forward` without what is kept, where there are reductions: pre-activations are in memory."""
+        code = Code(self.forward.name, self.forward.parameters, (self._output, *self.after))
+        return stages(code, {name for name, _ in self.kept})
+
+    @cached_property
+    def backward_stages(self) -> tuple[Stage, ...]:
+        """Of `backward`, where there are reductions: what is kept is in memory, and so are the states after the step."""
+        return stages(self.backward, {name for name, _ in (*self.kept, *self.after)})
 
     @cached_property
     def bend(self) -> Code:

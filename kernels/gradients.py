@@ -5,6 +5,9 @@ Near those states each direction of a layer is linear, and what a step does to s
 carries gradients back. A step of either is one product and a few operations; all other products are of many rows at once.
 Steps come in blocks, so that the numbers of a block stay in the processor's cache from one operation to the next.
 
+Where a cell has reductions over the units of a row, each unit's change is in all units' results. Its derivatives are those that
+autograd finds of the reference (`_by_reference`).
+
 Nothing is done in place: autograd, forward mode and vmap pass through all of it, to any order.
 
 Letters as in layer.py, and: N rows of all steps, or of a block's, one below the other in time's order; P pre-activations of a
@@ -24,7 +27,18 @@ from torch import Tensor
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.derive import Printer
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, Steps, Weights
-from fastrnn.kernels.reference import NAMES, Product, apart, first, order_of, replace, states_before, taken_apart
+from fastrnn.kernels.reference import (
+    NAMES,
+    Product,
+    apart,
+    carried_states,
+    first,
+    layer_forward,
+    order_of,
+    replace,
+    states_before,
+    taken_apart,
+)
 from fastrnn.kernels.symbols import Symbol, is_number
 
 BLOCK = 16384  # units of a block's steps and rows: a few dozen tensors of so many numbers fit a core's cache
@@ -44,6 +58,8 @@ def layer_backward(
 
     dc [D, N, S * H]: gradients of the states but h after each step.
     """
+    if CELLS[layer.cell].reduces:
+        return _by_reference(outer, inputs, weights, layer, needs, dc)
     steps, empty = Steps(layer, inputs), inputs.x.new_empty(0)
     dxs, dh0s, dc0s, dws = [], [], [], []
     for d, own in enumerate(layer.by_direction(weights)):
@@ -79,6 +95,8 @@ def layer_double_backward(
     the change of the layer's outputs where the layer's inputs change by v. Hence the gradient of `outer` is that change, and
     the gradient of the layer's inputs is the change of layer_backward's results.
     """
+    if CELLS[layer.cell].reduces:
+        return _twice_by_reference(v, outer, inputs, weights, layer, needs)
     steps, (dy, dh_n, dc_n), c0 = Steps(layer, inputs), outer, inputs.c0
     vx, vh0, vc0, vw = v
     ys, h_ns, c_ns, dxs, dh0s, dc0s, dws = [], [], [], [], [], [], []
@@ -121,6 +139,75 @@ def layer_double_backward(
     )
     dx_all, dc0 = steps.join(total(*map(joined, dxs))) if needs.dx else None, None if c0 is None else torch.stack(dc0s)
     return changed, Inputs(dx_all, None, torch.stack(dh0s), dc0), dws
+
+
+def _by_reference(
+    outer: Outer, inputs: Inputs, weights: Sequence[Tensor], layer: Layer, needs: Needs, dc: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """`layer_backward`, by autograd through the reference."""
+    x, h0, c0 = inputs.x, inputs.h0, inputs.c0
+    empty, states = x.new_empty(0), (h0,) if c0 is None else (h0, c0)
+    asked = *(x,) * needs.dx, *states * needs.dh0, *tuple(weights) * needs.dw
+    if not asked:
+        return empty, empty, empty, []
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        left = iter(given)
+        own = inputs._replace(x=next(left) if needs.dx else x)
+        if needs.dh0:
+            own = own._replace(h0=next(left), c0=None if c0 is None else next(left))
+        y, h_n, c_n, saved = layer_forward(own, [*left] if needs.dw else weights, layer, True)
+        results = (y, h_n, c_n if c0 is not None else None, None if dc is None else carried_states(own, layer, saved))
+        return tuple(each for each, grad in zip(results, (*outer, dc), strict=True) if grad is not None and each is not None)
+
+    grads = [grad for grad in (outer.dy, outer.dh_n, outer.dc_n if c0 is not None else None, dc) if grad is not None]
+    left = iter(_pulled_back(run, asked, grads))
+    dx = next(left) if needs.dx else empty
+    dh0 = next(left) if needs.dh0 else empty
+    dc0 = next(left) if needs.dh0 and c0 is not None else empty
+    return dx, dh0, dc0, [*left]
+
+
+def _twice_by_reference(
+    v: Sequence, outer: Outer, inputs: Inputs, weights: Sequence[Tensor], layer: Layer, needs: Needs
+) -> tuple[Outer, Inputs, list[Tensor]]:
+    """`layer_double_backward`, by autograd through `_by_reference`."""
+    vx, vh0, vc0, vw = v
+    c0, of_outer = inputs.c0, [place for place, grad in enumerate(outer) if grad is not None]
+    asked = [outer[place] for place in of_outer] + [inputs.x, inputs.h0, *(() if c0 is None else (c0,)), *weights]
+    along = vx, vh0, None if c0 is None else vc0, *(vw or [None] * len(weights))
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        left = iter(given)
+        changed: list[Any] = [None] * len(outer)
+        for place in of_outer:
+            changed[place] = next(left)
+        own = inputs._replace(x=next(left), h0=next(left), c0=None if c0 is None else next(left))
+        every = Needs(vx is not None, vh0 is not None or vc0 is not None, vw is not None)
+        dx, dh0, dc0, dw = _by_reference(Outer(*changed), own, [*left], layer, every, None)
+        results = dx, dh0, dc0, *(dw if every.dw else weights)
+        return tuple(each for each, grad in zip(results, along, strict=True) if grad is not None)
+
+    left = iter(_pulled_back(run, asked, [grad for grad in along if grad is not None]))
+    found: list[Any] = [None] * len(outer)
+    for place in of_outer:
+        found[place] = next(left)
+    dx, dh0 = next(left), next(left)
+    dc0 = None if c0 is None else next(left)
+    return Outer(*found), Inputs(dx if needs.dx else None, None, dh0, dc0), [*left] if needs.dw else []
+
+
+def _pulled_back(run: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the gradients of what a function is given from those of its results, themselves differentiable where asked for."""
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.vjp(run, *given)[1](tuple(grads))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [each.view_as(each) if again and each.requires_grad else each.detach().requires_grad_() for each in given]
+        results = run(*leaves)
+        if not results:
+            return [torch.zeros_like(each) for each in given]
+        return torch.autograd.grad(results, leaves, grads, create_graph=again, materialize_grads=True)
 
 
 class State(NamedTuple):

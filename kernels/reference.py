@@ -28,6 +28,22 @@ def minimum(a: Tensor | float, b: Tensor | float) -> Tensor:
     return torch.minimum(*_tensors(a, b))
 
 
+def row_mean(*values: Tensor) -> Tensor:
+    """The mean of numbers [..., H] over the last axis and of all of them, [..., 1]."""
+    total = values[0].mean(-1, keepdim=True)
+    for each in values[1:]:
+        total = total + each.mean(-1, keepdim=True)
+    return total / len(values)
+
+
+def row_rstd(*operands: Any) -> Tensor:
+    """1 / sqrt(variance + eps) of the same numbers, eps the last operand; [..., 1]."""
+    *values, eps = operands
+    mean = row_mean(*values)
+    variance = row_mean(*((each - mean).square() for each in values))
+    return torch.rsqrt(variance + eps)
+
+
 def _tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
     a = a if isinstance(a, Tensor) else torch.scalar_tensor(a, dtype=b.dtype, device=b.device)
     return a, b if isinstance(b, Tensor) else torch.scalar_tensor(b, dtype=a.dtype, device=a.device)
@@ -37,7 +53,8 @@ def _tensors(a: Any, b: Any) -> tuple[Tensor, Tensor]:
 NAMES: dict[str, Any] = {"__name__": __name__} | {
     function.__name__: function
     for function in (
-        abs, erf, exp, expm1, full_like, log, log1p, maximum, minimum, relu, sigmoid, sqrt, tanh, where
+        abs, erf, exp, expm1, full_like, log, log1p, maximum, minimum, relu, row_mean, row_rstd, sigmoid, sqrt, tanh,
+        where
     )
 } | {"logsigmoid": logsigmoid}  # fmt: skip
 _FORWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {}

@@ -293,6 +293,23 @@ sigmoid, tanh, relu, exp, expm1, log, log1p, sqrt, erf, logsigmoid, minimum, max
 ))  # fmt: skip
 
 
+def _reduction(name: str) -> Callable[..., Any]:
+    """Make a reduction over all units of a row, of symbols or numbers."""
+
+    def function(*operands: Any) -> Any:
+        symbols = [each for each in operands if isinstance(each, Symbol)]
+        return symbols[0].graph.apply(name, *operands) if symbols else NUMBERS[name](*operands)
+
+    function.__name__ = function.__qualname__ = name
+    return function
+
+
+# Over a row, its units' values together: their mean, and 1 / sqrt(their variance + the last operand, a number). Each takes any
+# number of values of a unit, which count as those of so many units. The result is the same for all units.
+REDUCTIONS = "row_mean", "row_rstd"
+row_mean, row_rstd = map(_reduction, REDUCTIONS)
+
+
 def softplus(x: Any) -> Any:
     """log(1 + exp(x))."""
     return -logsigmoid(-x)
@@ -356,7 +373,24 @@ NUMBERS: dict[str, Callable[..., Any]] = {
     "logsigmoid": lambda a: min(a, 0.0) - math.log1p(math.exp(-abs(a))),
     "minimum": min,
     "maximum": max,
+    "row_mean": lambda *values: sum(values) / len(values),
+    "row_rstd": lambda *operands: 1 / math.sqrt(_variance(operands[:-1]) + operands[-1]),
 }
+
+
+def _variance(numbers: Sequence[float]) -> float:
+    mean = sum(numbers) / len(numbers)
+    return sum((each - mean) ** 2 for each in numbers) / len(numbers)
+
+
+def _of_mean(d: Any, y: Any, *values: Any) -> tuple:
+    return (row_mean(d) * (1 / len(values)),) * len(values)
+
+
+def _of_rstd(d: Any, y: Any, *operands: Any) -> tuple:
+    values = operands[:-1]
+    mean, factor = row_mean(*values), row_mean(d) * (y * y * y) * (1 / len(values))
+    return *((mean - each) * factor for each in values), None
 
 
 def _shared(d: Any, a: Any, b: Any, not_a: Any, not_b: Any) -> tuple:
@@ -365,7 +399,8 @@ def _shared(d: Any, a: Any, b: Any, not_a: Any, not_b: Any) -> tuple:
 
 
 # Of (d, y, operands...): the gradient of each operand from d, that of the result y; None where there is none. Each is linear in
-# d. What y gives is taken from y, which may be at hand where the operands are not.
+# d. What y gives is taken from y, which may be at hand where the operands are not. Those of reductions, where a unit's values
+# are in the results of all, are for reverse mode alone.
 DERIVATIVES: dict[str, Callable[..., tuple]] = {
     "add": lambda d, y, a, b: (d, d),
     "sub": lambda d, y, a, b: (d, -d),
@@ -389,6 +424,8 @@ DERIVATIVES: dict[str, Callable[..., tuple]] = {
     "minimum": lambda d, y, a, b: _shared(d, a, b, a > b, a < b),
     "maximum": lambda d, y, a, b: _shared(d, a, b, a < b, a > b),
     "relu": lambda d, y, a: (where(y <= 0, 0, d),),  # as in torch d passes where y is NaN
+    "row_mean": _of_mean,
+    "row_rstd": _of_rstd,
 }
 
 ARGUMENTS = {name: rule.__code__.co_argcount - 2 for name, rule in DERIVATIVES.items()}

@@ -1,4 +1,4 @@
-"""Heads, clipped cell states, learned initial states, recurrent dropout and zoneout, against plain loops from their papers."""
+"""Layer norm, heads, clipped cell states, learned initial states and noise, against plain loops from their papers."""
 
 from __future__ import annotations
 
@@ -69,6 +69,7 @@ def loop(module, input, hx=None) -> list[Tensor]:
             suffix = f"_l{k}" + "_reverse" * d
             w_ih, w_hh = getattr(module, "weight_ih" + suffix), getattr(module, "weight_hh" + suffix)
             b_ih, b_hh = getattr(module, "bias_ih" + suffix, None), getattr(module, "bias_hh" + suffix, None)
+            norms = [getattr(module, f"norm_{kind}{suffix}", None) for kind in ("ih", "hh", "c", "c_bias")]
             h, c = given[0][k * D + d], given[1][k * D + d] if lstm else None
             found: list = [None] * T
             for t in reversed(range(T)) if d else range(T):
@@ -77,17 +78,20 @@ def loop(module, input, hx=None) -> list[Tensor]:
                 if heads > 1:
                     blocks = w_hh.view(-1, heads, H // heads, H // heads)
                     of_h = torch.einsum("bki,gkoi->bgko", p.view(b, heads, -1), blocks).flatten(1)
-                    of_h = of_h if b_hh is None else of_h + b_hh
                 else:
-                    of_h = F.linear(p, w_hh, b_hh)
-                of_x = F.linear(rows[offsets[t] : offsets[t + 1]], w_ih, b_ih)
+                    of_h = F.linear(p, w_hh)
+                of_x = F.linear(rows[offsets[t] : offsets[t + 1]], w_ih)
+                if module.layer_norm:
+                    of_x, of_h = (F.layer_norm(v, v.shape[1:], g) for v, g in zip((of_x, of_h), norms[:2], strict=True))
+                of_x, of_h = of_x if b_ih is None else of_x + b_ih, of_h if b_hh is None else of_h + b_hh
                 noise = list(drawn[offsets[t] : offsets[t + 1], d].unbind(1)) if rates else []
                 if lstm:
                     i, f, g, o = (of_x + of_h).chunk(4, -1)
                     new_c = f.sigmoid() * old_c + i.sigmoid() * g.tanh()
                     if module.cell_clip is not None:
                         new_c = new_c.clamp(-module.cell_clip, module.cell_clip)
-                    new_h = o.sigmoid() * new_c.tanh()
+                    inner = F.layer_norm(new_c, (H,), *norms[2:]) if module.layer_norm else new_c
+                    new_h = o.sigmoid() * inner.tanh()
                 elif gru:
                     (r, z, n), (h_r, h_z, h_n) = of_x.chunk(3, -1), of_h.chunk(3, -1)
                     z = (z + h_z).sigmoid()
@@ -126,8 +130,10 @@ def make(cell: str, inputs: int = 5, hidden: int = 12, dtype=torch.float64, **se
     made, more = LAYERS[cell]
     module = made(inputs, hidden, dtype=dtype, **more, **settings)
     for name, parameter in module.named_parameters():
-        if name.startswith("initial"):
+        if name.startswith(("initial", "norm_c_bias")):
             nn.init.uniform_(parameter, -0.5, 0.5)
+        elif name.startswith("norm"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
     return module
 
 
@@ -164,6 +170,7 @@ def results(function, module, x, states, lengths=None, seed: int = 3) -> dict[st
 
 GRID = {
     "cell": tuple(LAYERS),
+    "layer_norm": (False, True),
     "num_heads": (1, 3),
     "cell_clip": (None, 0.1),
     "learn_initial_state": (False, True),

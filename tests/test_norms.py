@@ -1,0 +1,154 @@
+"""Layer norm: what is derived of a cell with reductions over a row, and what layers with it have. See test_features.py too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastrnn
+from fastrnn import cells, features
+from fastrnn.kernels import gradients, reference
+from fastrnn.kernels.cells import CELLS
+from fastrnn.kernels.derive import stages
+from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
+from fastrnn.kernels.symbols import REDUCTIONS
+
+MODULES = {
+    "rnn": lambda **more: fastrnn.RNN(4, 6, layer_norm=True, **more),
+    "lstm": lambda **more: fastrnn.LSTM(4, 6, layer_norm=True, **more),
+    "gru": lambda **more: fastrnn.GRU(4, 6, layer_norm=True, **more),
+    "peephole": lambda **more: fastrnn.recurrent(cells.peephole_lstm)(4, 6, layer_norm=True, **more),
+    "indrnn": lambda **more: fastrnn.recurrent(cells.indrnn)(4, 6, layer_norm=True, **more),
+    "slstm": lambda **more: fastrnn.recurrent(cells.slstm)(4, 6, layer_norm=True, **more),
+    "zoned": lambda **more: fastrnn.LSTM(4, 6, layer_norm=True, cell_clip=0.5, zoneout=(0.2, 0.3), **more),
+}
+
+
+@pytest.fixture(params=MODULES)
+def cell(request):
+    return CELLS[features.cell_name(MODULES[request.param]())]
+
+
+def numbers(code, given: dict[str, Tensor]) -> list[Tensor]:
+    return [given.setdefault(name, torch.randn(5, 7, dtype=torch.float64)) for name, _ in code.parameters]
+
+
+def test_gradients_are_those_of_autograd(cell):
+    derived, given = cell.derived, {}
+    inputs = [each.requires_grad_() for each in numbers(derived.forward, given)]
+    results = derived.forward.bind(reference.NAMES)(*inputs)
+    given |= {name: value for (name, _), value in zip(derived.forward.results, results, strict=True)}
+    own = derived.backward.bind(reference.NAMES)(*numbers(derived.backward, given))
+    outer = [given[name] for name in ("h_new", *(name for name, _ in derived.after))]
+    seeds = [given[f"d_{name}"] for name in ("h_new", *(name for name, _ in derived.after))]
+    learned = inputs[: len(own)]  # noise, which has no gradient, comes last
+    for (name, _), found, truth in zip(
+        derived.forward.parameters, own, torch.autograd.grad(outer, learned, seeds), strict=False
+    ):
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-13, msg=lambda text, name=name: f"d_{name}: {text}")
+
+
+def test_stages_in_turn_are_the_whole(cell):
+    """Each stage has only what was there before it, and reductions read what is in memory."""
+    derived = cell.derived
+    for whole, parts, resident in (
+        (derived.forward, derived.forward_stages, derived.kept),
+        (derived.backward, derived.backward_stages, (*derived.kept, *derived.after)),
+    ):
+        given: dict[str, Tensor] = {}
+        truth = dict(zip((n for n, _ in whole.results), whole.bind(reference.NAMES)(*numbers(whole, given)), strict=True))
+        known, readable = dict(given), {node.index: name for name, node in resident}
+        for stage in parts:
+            waits = False
+            for name, node in stage.reductions:
+                operands = [readable[each.index] for each in node.inputs]
+                waits = waits or any(operand.startswith("carried_") for operand in operands)
+                constants = [each for each in node.operands if isinstance(each, float)]
+                known[name] = reference.of_tensors(node.operation, *(known[each] for each in operands), *constants)
+            assert waits == stage.waits
+            found = stage.code.bind(reference.NAMES)(*(known[name] for name, _ in stage.code.parameters))
+            known |= dict(zip((name for name, _ in stage.code.results), found, strict=True))
+            readable |= {node.index: name for name, node in stage.code.results if name.startswith("carried_")}
+            assert not any(f"{operation}(" in stage.code.source() for operation in REDUCTIONS)
+        for name, _ in parts[-1].code.results:
+            torch.testing.assert_close(known[name].expand(5, 7), truth[name].expand(5, 7), rtol=1e-13, atol=1e-14)
+
+
+def test_an_lstm_reduces_as_seldom_as_its_equations_allow():
+    derived = CELLS[features.cell_name(MODULES["lstm"]())].derived
+    found = [[[node.operation for _, node in stage.reductions] for stage in parts] for parts in (
+        derived.forward_stages, derived.backward_stages
+    )]  # fmt: skip
+    both = ["row_mean", "row_rstd"]
+    assert found == [[both * 2, both], [both * 3, ["row_mean"] * 2, ["row_mean"] * 4]]
+    assert [len(stage.code.results) for stage in derived.forward_stages] == [2, 2]  # c and the output gate go on
+
+
+def test_a_cell_without_reductions_has_one_stage():
+    code = CELLS["lstm"].derived.forward
+    (stage,) = stages(code, set())
+    assert stage.code.results == code.results and not (stage.reductions or CELLS["lstm"].reduces)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_derivatives_of_a_layer_are_those_of_the_loop(name):
+    """gradients.py, which goes through the reference, for all inputs and weights, and twice."""
+    module = MODULES[name](dtype=torch.float64, bidirectional=True)
+    layer = Layer(features.cell_name(module), 2, True)
+    weights = [weight.detach().requires_grad_() for weight in features.weights_of(module)]
+    x, h0 = torch.randn(3, 2, 4, dtype=torch.float64), torch.randn(2, 2, 6, dtype=torch.float64)
+    given = [each.requires_grad_() for each in (x, h0, *([h0.detach() + 1] if name == "lstm" else []))]
+    c0 = given[2] if name == "lstm" else None
+    inputs = Inputs(x, None, h0, c0, torch.rand(3, 2) < 0.3)
+    y, h_n, c_n, saved = reference.layer_forward(inputs, weights, layer, True)
+    outer = Outer(
+        *(torch.randn_like(each).requires_grad_() for each in (y, h_n)), torch.randn_like(c_n) if c0 is not None else None
+    )
+    results = [each for each in (y, h_n, c_n) if each.numel()]
+    grads = [each for each in outer if each is not None]
+    truth = torch.autograd.grad(results, [*given, *weights], grads, create_graph=True)
+    dx, dh0, dc0, dw = gradients.layer_backward(outer, inputs, weights, y, saved, layer, Needs())
+    own = [dx, dh0, *([dc0] if c0 is not None else []), *dw]
+    for one, other in zip(own, truth, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+    v = [torch.randn_like(each) for each in truth]
+    of_v = (v[0], v[1], v[2] if c0 is not None else None, v[len(given) :])
+    leaves = [outer.dy, outer.dh_n, *given, *weights]
+    second = torch.autograd.grad(truth, leaves, v)
+    with torch.no_grad():
+        changed, of_inputs, of_weights = gradients.layer_double_backward(of_v, outer, inputs, weights, y, saved, layer, Needs())
+    states = [of_inputs.c0] if c0 is not None else []
+    for one, other in zip((changed.dy, changed.dh_n, of_inputs.x, of_inputs.h0, *states, *of_weights), second, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_constant_row_is_a_number_and_so_is_its_gradient(name, dtype):
+    """Products of zeros have no variance; gains and states go on, and shifts alone are left."""
+    module = MODULES[name](dtype=dtype)
+    x = torch.zeros(3, 2, 4, dtype=dtype, requires_grad=True)
+    y, _ = module(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+    assert module.bias_ih_l0.grad.any() and not module.norm_ih_l0.grad.any()
+
+
+def test_parameters():
+    module = fastrnn.LSTM(4, 6, 2, bidirectional=True, layer_norm=True, proj_size=3)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters() if name.startswith("norm")}
+    suffixes = ("_l0", "_l0_reverse", "_l1", "_l1_reverse")
+    kinds = {"norm_ih": (24,), "norm_hh": (24,), "norm_c": (6,), "norm_c_bias": (6,)}
+    assert shapes == {kind + suffix: shape for suffix in suffixes for kind, shape in kinds.items()}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(7)
+    module.reset_parameters()
+    assert (module.norm_ih_l1 == 1).all() and (module.norm_c_l0_reverse == 1).all() and not module.norm_c_bias_l1.any()
+    assert module.weight_ih_l0.abs().max() <= 6**-0.5
+    with pytest.raises(TypeError, match="layer_norm should be a bool, got 1"):
+        fastrnn.GRU(4, 6, layer_norm=1)
+    with pytest.raises(AttributeError, match="layer_norm: only the constructor sets it"):
+        module.layer_norm = False
