@@ -34,7 +34,6 @@ from triton.backends.compiler import GPUTarget
 
 import fastrnn
 from bench import record
-from fastrnn import dispatch
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.gpu import tape
 from fastrnn.kernels.gpu.plan import Device
@@ -49,7 +48,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LSTM, three layers": ("LSTM", {"num_layers": 3}),
 }
 H100 = Device("cuda", 90, 132, 227 * 1024)
-STEPS, ROWS, INPUTS, UNITS = 4, 2, 16, 64
+STEPS, ROWS, INPUTS, UNITS = 4, 2, 16, 16
 
 
 class Started(NamedTuple):
@@ -113,7 +112,9 @@ IDLE = (ctypes.CDLL(None).pthread_condattr_destroy,) * 2  # which does nothing a
 def use(functions: tuple[Any, Any]) -> None:
     """Have these functions make the launches that Triton does not."""
     driver = SimpleNamespace(cuLaunchKernel=functions[0], cuLaunchCooperativeKernel=functions[1], cuCtxGetCurrent=None)
-    tape.connect("cpu", driver, ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), lambda: DEVICE[0], int)
+    tape.connect(
+        "cpu", driver, ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), lambda: DEVICE[0], int
+    )
 
 
 class IdleDriver:
@@ -141,7 +142,7 @@ def install() -> None:
     triton.runtime.driver.set_active(IdleDriver())
     gpu.HERE, gpu.why_not, gpu.device_of = "is_cpu", lambda device: None, lambda device: H100
     use(NOTED)
-    tape.on_gpu = cpu.runtime_module
+    tape.on_gpu = cpu.runtime_module  # type: ignore[assignment]  # which has a cache
     take_all()
     # a function in the place of a class, for there is no device to make the current one
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc, return-value]

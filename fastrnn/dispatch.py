@@ -167,7 +167,7 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
 
 
 def takes_on_gpu(text: str, x: Tensor, w_hh: Tensor, layers: int) -> bool:
-    """Does the Triton engine take a call of a layer of this text, whose tensors are plain, on one device and of one dtype it has?"""
+    """Does the Triton engine take calls of a layer of this text, with plain tensors on one device and of one dtype it has?"""
     return not (forced or gpu.why_not(x.device) or leaves_to_cudnn(layer_of(text), x, None, w_hh, layers))
 
 

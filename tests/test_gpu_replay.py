@@ -1,10 +1,9 @@
-"""Passes of the GPU engine that are recorded and run again, without a GPU: launches from C++ come back to Triton's interpreter."""
+"""Passes of the GPU engine that are recorded and run again, without a GPU: launches from C++ come back to the interpreter."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def replaying() -> Iterator[Callable]:
-    """Calls a function in a process that takes CPU tensors for a GPU's. Memory of any content is full of large numbers there."""
+    """Calls a function in a process that takes CPU tensors for a GPU's. New memory is full of large numbers there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_PERTURB_", "1")
         with ProcessPoolExecutor(1, get_context("spawn"), initializer=_install) as worker:
@@ -60,7 +59,9 @@ def _install() -> None:
     Kernel.start = started  # type: ignore[method-assign]
     tape.on_gpu = cpu.runtime_module
     driver = SimpleNamespace(cuLaunchKernel=INTERPRET, cuLaunchCooperativeKernel=INTERPRET, cuCtxGetCurrent=None)
-    tape.connect("cpu", driver, ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), lambda: DEVICE[0], int)
+    tape.connect(
+        "cpu", driver, ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), lambda: DEVICE[0], int
+    )
 
 
 KNOWN: list[tuple[Any, dict]] = []  # kernels by their handles, with the dtypes of their arguments
@@ -105,8 +106,10 @@ def _results(module: Any, x: torch.Tensor, states: Any, marks: dict) -> dict[str
     return found | {f"d{name}": weight.grad.clone() for name, weight in module.named_parameters()}
 
 
-def _errors(cell: str, sizes: dict, dtype: torch.dtype, begun: bool, marked: bool) -> tuple[dict[str, float], list[int], list[int]]:
-    """The largest error by name over four calls, each of other numbers, and how many passes of each ran in Python and in C++."""
+def _errors(
+    cell: str, sizes: dict, dtype: torch.dtype, begun: bool, marked: bool
+) -> tuple[dict[str, float], list[int], list[int]]:
+    """The largest error by name over four calls of other numbers each, and how many passes of each ran in Python and in C++."""
     from fastrnn.kernels.gpu import layer as engine
 
     torch.manual_seed(0)
@@ -147,7 +150,7 @@ def _errors(cell: str, sizes: dict, dtype: torch.dtype, begun: bool, marked: boo
 
 
 def _odd_errors() -> dict[str, float]:
-    """Of calls whose tensors share memory, are to be read negated, or repeat a number, after calls with others of their sizes."""
+    """Of calls whose tensors share memory, are to be read negated, or repeat a number, in turns with others of their sizes."""
     torch.manual_seed(0)
     ours, errors = fastrnn.LSTM(16, 16), {}
     truth = torch.nn.LSTM(16, 16).double()

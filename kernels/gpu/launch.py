@@ -11,8 +11,7 @@ import ctypes
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
-from operator import or_
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +91,7 @@ class Kernel:
 
 
 def entry_of(compiled: Any) -> Entry | None:
-    """None where a kernel asks for more than the driver's plain launches give, or its parameters are not what we take them for."""
+    """None where a kernel asks for more than the driver's plain launches give, or has other parameters than we think."""
     known, parameters = compiled.metadata, []
     more = "launch_pdl", "global_scratch_size", "profile_scratch_size"
     if "ptx" not in compiled.asm or known.num_ctas != 1 or known.shared > SHARED or any(getattr(known, n, 0) for n in more):
@@ -155,7 +154,7 @@ class Launches(NamedTuple):
             words += [entry.function, *self.grid, *(1,) * (3 - len(self.grid)), entry.threads, entry.shared, entry.together]
             words += [len(entry.parameters) + entry.nulls]
             for name in entry.parameters:
-                value = self.arguments.get(name)
+                value: Any = self.arguments.get(name)
                 if isinstance(value, Tensor):
                     words += [tape.POINTER, *place(value)]
                 elif isinstance(value, Distance):

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..cells import CELLS, Cell
 from ..layer import Inputs, Layer, Needs, Outer, Steps, layer_of
-from . import DTYPES, device_of, sizes_of
+from . import DTYPES, device_of, sizes_of, tape
 from . import backward as backward_kernels
 from . import forward as forward_kernels
-from . import tape
 from .cell import PLAIN, PTX, bound
 from .launch import Distance, Kernel, Launches, alarm
 from .plan import Device, Plan, choose, stacked
@@ -263,10 +262,14 @@ def layer_backward(
 
 
 def _run(
-    name: str, given: Sequence[Tensor | None], text: str, run: Callable[..., Sequence[Tensor]], more: Sequence[Tensor | None] = ()
+    name: str,
+    given: Sequence[Tensor | None],
+    text: str,
+    run: Callable[..., Sequence[Tensor]],
+    more: Sequence[Tensor | None] = (),
 ) -> Sequence[Tensor]:
     """A pass of a layer, by a tape where there is one. given: its inputs and weights, and more tensors for `run`."""
-    device = given[0].device
+    device = given[0].device  # type: ignore[union-attr]  # x is there
     alarm(device).check()
 
     def by_python(tensors: Sequence[Any], launch: Callable[[Launches], object] | None) -> Sequence[Tensor]:

@@ -1,18 +1,19 @@
 """A pass of the engine as a tape: what it does with its tensors' memory, recorded once and run again by csrc/replay.cpp.
 
 Between a call and its launches lie a dozen operations of torch's and a hundred lines of Python, whose results depend on sizes
-alone. So a pass that is asked for again, of the same layer with tensors of the same dtypes, sizes and strides, is recorded while
-Python runs it: which memory it takes, and which of the operations below it does in which order. The runtime repeats that with
-other tensors. A pass that does anything else, or reads a number from a tensor, has no tape.
+alone. So a pass that is asked for again, with tensors of the same dtypes, sizes and strides, is recorded while Python runs it:
+which memory it takes, and which of the operations below it does in which order. The runtime repeats that with other tensors. A
+pass that does anything else, or that reads a number from a tensor, has no tape.
 
-A tape is a list of 64-bit numbers. Places are the arguments' memory, and then what the pass makes; a place of a negative number
-is an address.
+A tape is a list of 64-bit numbers. Places are the arguments' memory and then what the pass makes; a place of ADDRESS is none of
+these, and its offset is an address.
 
-    the number of arguments, bytes of the workspace, the address of the device's alarm, or 0
+    the number of arguments, bytes of the workspace, the address of the device's alarm or 0
     the number of places made, and of each WORKSPACE offset, or RESULT array
-    the number of results, and of each the number of its place, or -1 - k for the k-th of those that never change
-    steps: MM out a b; ADDMM beta out a b; BADDBMM beta out a b; COPY to from; ZERO array; SUM out array; CAT out axis count arrays
-           LAUNCH steps each kernels (function blocks[3] threads shared together count parameters) for each kernel
+    the number of results, and of each its place, or -1 - k for the k-th of those that never change
+    steps: MM out a b; ADDMM beta out a b; BADDBMM beta out a b; COPY to from; ZERO array; SUM out array
+           CAT out axis count arrays
+           LAUNCH steps each count, and of each kernel function blocks[3] threads shared together count parameters
     array: place offset dtype dimensions sizes strides, with the offset in bytes
     parameter: POINTER place offset; DISTANCE place offset place offset itemsize; NUMBER value; BEGIN; END
 """
@@ -60,9 +61,9 @@ _asked_for: set[bytes] = set()
 def played(
     name: str,
     tensors: Sequence[Tensor | None],
-    run: Callable[[Sequence[Any], Callable | None], list[Tensor]],
+    run: Callable[[Sequence[Any], Callable | None], Sequence[Tensor]],
     alarm: int,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """The results of a pass, from its tape where there is one.
 
     name: everything about it but these tensors, of which some may be absent.
@@ -195,7 +196,7 @@ class Recorder(TorchDispatchMode):
 
     def words(self, results: Sequence[Tensor], alarm: int) -> list[int] | None:
         """The tape of the pass, which returned these; None where it has none."""
-        first, constants, places = len(self.arguments), [], []
+        first, constants, places = len(self.arguments), list[Tensor](), list[int]()
         for result in results:
             _, place, _ = self._found(result)
             if place == ADDRESS:
@@ -233,7 +234,7 @@ class _Made:
 
 
 def _arrange(parts: list[_Made]) -> int:
-    """Give each part of a workspace its offset, so that those that are needed at one time have memory apart; return the size."""
+    """Give each part of a workspace an offset, so that those needed at one time have memory apart; return the size of all."""
     placed: list[_Made] = []
     for part in sorted(parts, key=lambda part: -part.bytes):
         part.offset = 0
@@ -243,8 +244,6 @@ def _arrange(parts: list[_Made]) -> int:
                 part.offset = other.offset + other.bytes
         placed.append(part)
     return max((part.offset + part.bytes for part in placed), default=0)
-
-
 
 
 def _note_copy(recorder: Recorder, found: Tensor, source: Tensor, **_: Any) -> None:
