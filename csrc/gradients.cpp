@@ -160,7 +160,7 @@ Owned forward_on_gpu(PyObject* arguments) {
   Found found = replay(*text + " forward saved", on_gpu(arguments));
   if (found.results.empty()) return nullptr;
   found.results[C_N] = there(std::move(found.results[C_N]));
-  return tuple_of(std::move(found.results));
+  return tuple_of(found.results);
 }
 
 Owned backward_on_gpu(PyObject* outer, PyObject* tensors, PyObject* options, PyObject* needs) {
@@ -185,7 +185,7 @@ Owned backward_on_gpu(PyObject* outer, PyObject* tensors, PyObject* options, PyO
   found[2] = there(std::move(made.results[DH0]));
   found[3] = there(std::move(made.results[DC0]));
   std::move(made.results.begin() + DC0 + 1, made.results.end(), found.begin() + FIRST_WEIGHT);
-  return tuple_of(std::move(found));
+  return tuple_of(found);
 }
 
 }  // namespace
@@ -203,7 +203,7 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     auto& made = results.made[0];
     std::vector<Owned> found(std::make_move_iterator(made.begin()), std::make_move_iterator(made.end()));
     found.push_back(std::move(results.unrounded));
-    return tuple_of(std::move(found));
+    return tuple_of(found);
   });
 }
 
@@ -250,7 +250,7 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     const Layer& layer = own.inputs.layer;
     for (size_t i = 0; i < own.inputs.weights.size(); ++i)
       found[FIRST_WEIGHT + i] = std::move(made[layer.direction(i)][gradient_of(layer.weight(i))]);
-    return tuple_of(std::move(found));
+    return tuple_of(found);
   });
 }
 

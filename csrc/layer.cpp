@@ -176,9 +176,11 @@ Call::Call(const LayerSizes& sizes, const View& x, Layout layout, const int64_t*
   r.l2_bytes = l2_bytes();
   r.wait = reinterpret_cast<int64_t>(&wait_at);
   r.reverse = layer.reverse;
-  records[1] = r;
-  records[1].direction = 1;
-  records[1].reverse = !layer.reverse;
+  if (layer.directions > 1) {
+    records[1] = r;
+    records[1].direction = 1;
+    records[1].reverse = !layer.reverse;
+  }
   rows(x, &Record::x, &Record::x_step, &Record::x_row, 0);
 }
 
@@ -306,11 +308,12 @@ void Call::run(const Unit& kernel, Record* records, int64_t count, std::chrono::
   const Running running;
   const auto at = reinterpret_cast<int64_t>(records);
   const auto each = [&](const auto& set) { std::for_each(records, records + count, set); };
-  const int64_t bytes = kernel.arrange(at, most);
-  STD_TORCH_CHECK(bytes > 0, "fastrnn: layers that were to run at once would rather not");
-  const Workspace workspace(bytes);
-  each([&](Record& r) { r.workspace = workspace.begin; });
-  kernel.arrange(at, most);
+  Workspace workspace;
+  int64_t bytes;
+  do {  // once, where a call is small
+    each([&](Record& r) { r.workspace = workspace.begin; });
+    bytes = kernel.arrange(at, most);
+  } while (workspace.reserve(bytes));
   const int64_t threads = records[0].threads;
   if (threads == 1) return kernel.run(at, 0);
 
@@ -332,9 +335,10 @@ int64_t Call::pack() {
   const Unit& kernel = unit(true);
   const auto at = reinterpret_cast<int64_t>(records.data());
   for (Record& r : records) r.pack_only = 1;
-  const Workspace workspace(kernel.arrange(at, 1));
-  for (Record& r : records) r.workspace = workspace.begin;
-  kernel.arrange(at, 1);
+  Workspace workspace;
+  do {
+    for (Record& r : records) r.workspace = workspace.begin;
+  } while (workspace.reserve(kernel.arrange(at, 1)));
   if (records[0].pack) kernel.run(at, 0);
   return records[0].pack_bytes;
 }

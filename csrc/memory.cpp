@@ -154,16 +154,21 @@ Tensor empty_kept(const std::vector<int64_t>& sizes, int32_t dtype) {
   return Tensor(handle);
 }
 
-Workspace::Workspace(int64_t bytes) : bytes_(bytes) {
+Workspace::Workspace() : bytes_(SMALL_BYTES) {
   alignas(64) static thread_local char small[SMALL_BYTES];
-  if (bytes <= SMALL_BYTES) {
-    begin = reinterpret_cast<int64_t>(small);
-  } else if (large_ = bytes < LARGE_BYTES ? workspaces.find(bytes) : workspaces.take(bytes); large_.bytes) {
+  begin = reinterpret_cast<int64_t>(small);
+}
+
+bool Workspace::reserve(int64_t bytes) {
+  if (bytes <= bytes_) return false;
+  bytes_ = bytes;
+  if (large_ = bytes < LARGE_BYTES ? workspaces.find(bytes) : workspaces.take(bytes); large_.bytes) {
     begin = large_.begin;
   } else {
     medium_ = empty_tensor({bytes + 64}, aoti_torch_dtype_uint8());
     begin = (reinterpret_cast<int64_t>(medium_->data_ptr()) + 63) / 64 * 64;
   }
+  return true;
 }
 
 Workspace::~Workspace() {

@@ -30,10 +30,13 @@ struct Block {
 // Memory of a call's own, its first byte at the begin of a cache line.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes);
+  Workspace();  // what each thread has for small calls
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
+
+  // Make it so large, if it is not. Does it begin elsewhere now?
+  bool reserve(int64_t bytes);
 
   int64_t begin;
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <forward_list>
 #include <iterator>
+#include <memory_resource>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -79,14 +80,22 @@ struct States {
   View h, c;
   const View* h_or_none = nullptr;
   const View* c_or_none = nullptr;
-  std::vector<Owned> objects;  // looking at them, others may run and drop theirs
-  Views seen;
+
+ private:
+  // A cell has few: space for them without an allocation, which would take a part of a small step's time that can be measured.
+  std::array<std::byte, 512> room_;
+  std::pmr::monotonic_buffer_resource memory_{room_.data(), room_.size()};
+
+ public:
+  std::pmr::vector<Owned> objects{&memory_};  // looking at them, others may run and drop theirs
+  std::pmr::vector<View> seen{&memory_};
 
   // False where they are not what the cell has, h and so many others. look_at(object, view): whether a tensor is seen.
   template <class Look>
   bool read(PyObject* given, int64_t others, const Look& look_at) {
     if (given == Py_None) return true;
     const Py_ssize_t count = 1 + others;
+    objects.reserve(static_cast<size_t>(count));
     if (!others)
       objects.push_back(kept(given));
     else if (PyTuple_CheckExact(given) && PyTuple_Size(given) == count)
@@ -103,7 +112,10 @@ struct States {
   }
   // New ones: h of these sizes, the others as wide as the cell.
   void make(Results& results, std::vector<int64_t> sizes, const LayerSizes& of, Dtype dtype) {
-    for (int64_t i = 0; i < 1 + of.layer.cell->states; ++i) {
+    const int64_t count = 1 + of.layer.cell->states;
+    objects.reserve(static_cast<size_t>(count));
+    seen.reserve(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) {
       objects.push_back(results.make(sizes, dtype, seen.emplace_back()));
       sizes.back() = of.hidden_size;
     }
@@ -227,7 +239,6 @@ class Stack {
     View input = x;
     std::vector<Call> calls;                     // those that wait for others to run at once
     std::vector<torch::stable::Tensor> between;  // and what goes from layer to layer
-    std::vector<int64_t> shape(x.sizes, x.sizes + x.dims);
     std::unique_ptr<char[]> many_zeros;
     int64_t at_once = 0;  // threads of those
     for (int64_t layer = 0; layer < layers; ++layer) {
@@ -248,6 +259,7 @@ class Stack {
       View output = y;
       torch::stable::Tensor made;
       if (layer < layers - 1) {
+        std::vector<int64_t> shape(x.sizes, x.sizes + x.dims);
         shape.back() = sizes.layer.directions * sizes.output_size;
         made = empty_tensor(shape, sizes.dtype == Dtype::f32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64());
         output = {reinterpret_cast<int64_t>(made.data_ptr()), x.dims, made.sizes().data(), made.strides().data(), sizes.dtype};
@@ -308,6 +320,7 @@ class Stack {
   std::vector<Owned> weights_of(int64_t layer) const {
     const size_t own = static_cast<size_t>(sizes.layer.cell->weights), each = sizes.layer.weights() + own;
     std::vector<Owned> found;
+    found.reserve(sizes.layer.weights() * static_cast<size_t>(sizes.layer.directions));
     for (int64_t d = 0; d < sizes.layer.directions; ++d) {
       const Owned* first = &objects[static_cast<size_t>(layer * sizes.layer.directions + d) * each];
       for (size_t i = 0; i < sizes.layer.weights(); ++i) {
@@ -316,7 +329,7 @@ class Stack {
         std::vector<Owned> parts;
         parts.push_back(std::move(found.back()));
         for (size_t k = 0; k < own; ++k) parts.push_back(kept(first[sizes.layer.weights() + k].get()));
-        found.back() = owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(std::move(parts)).get(), nullptr));
+        found.back() = owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(parts).get(), nullptr));
         if (!found.back()) throw PythonError();
       }
     }
@@ -571,8 +584,8 @@ bool mixes(const View& x, const States& before, const View& y, const States& aft
 }
 
 // (y, h), or (y, (h, c)), or with more states.
-Owned with_state(const Owned& y, std::vector<Owned> states) {
-  const Owned state = states.size() == 1 ? std::move(states[0]) : tuple_of(std::move(states));
+Owned with_state(const Owned& y, std::span<Owned> states) {
+  const Owned state = states.size() == 1 ? std::move(states[0]) : tuple_of(states);
   return owned(PyTuple_Pack(2, y.get(), state.get()));
 }
 
@@ -582,18 +595,19 @@ bool recompute_is_on() {
   return mode.get() == Py_True;
 }
 
-// One layer of a call on a GPU that is not differentiated, where that needs no Python; else nothing. arguments: as of LayerFunction.
+// One layer of a call on a GPU that is not differentiated, where that needs no Python. arguments: as of LayerFunction.
 Owned replayed(const std::string& text, const std::vector<Owned>& arguments) {
   std::vector<PyObject*> given;
   for (Py_ssize_t i = 0; i < std::ssize(arguments); ++i)
     if (i < OPTIONS || i >= FIRST_WEIGHT) given.push_back(arguments[i] ? arguments[i].get() : Py_None);
   Found found = replay(text + " forward", given);
-  return found.results.empty() ? nullptr : tuple_of(std::move(found.results));
+  return found.results.empty() ? nullptr : tuple_of(found.results);
 }
 
 // One layer of a call, by a function that takes what LayerFunction does. states: h, and c or nothing.
 Owned layer_by(PyObject* function, const Stack& stack, int64_t layer, PyObject* x, std::array<Owned, 2> states) {
-  std::vector<Owned> arguments;  // of fastrnn.autograd.LayerFunction
+  std::vector<Owned> weights = stack.weights_of(layer), arguments;  // of fastrnn.autograd.LayerFunction
+  arguments.reserve(FIRST_WEIGHT + weights.size());
   arguments.push_back(kept(x));
   arguments.push_back(nullptr);
   arguments.push_back(std::move(states[0]));
@@ -602,10 +616,10 @@ Owned layer_by(PyObject* function, const Stack& stack, int64_t layer, PyObject* 
   const std::string text = stack.sizes.layer.text();
   arguments.push_back(owned(PyUnicode_FromString(text.c_str())));
   arguments.push_back(owned(PyLong_FromLong(0)));
-  for (Owned& weight : stack.weights_of(layer)) arguments.push_back(std::move(weight));
+  for (Owned& weight : weights) arguments.push_back(std::move(weight));
   if (function == imported.without_gradients)
     if (Owned found = replayed(text, arguments)) return found;
-  Owned results = owned(PyObject_CallObject(function, tuple_of(std::move(arguments)).get()));
+  Owned results = owned(PyObject_CallObject(function, tuple_of(arguments).get()));
   if (!results) throw PythonError();
   return results;
 }
@@ -646,7 +660,7 @@ std::array<Owned, 2> together(const States& states) {
   if (others.size() == 1) found[1] = std::move(others.front());
   if (others.size() > 1) {
     const Owned axis = owned(PyLong_FromLong(-1));
-    found[1] = owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(std::move(others)).get(), axis.get(), nullptr));
+    found[1] = owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(others).get(), axis.get(), nullptr));
     if (!found[1]) throw PythonError();
   }
   return found;
@@ -682,7 +696,7 @@ Owned layers_by(PyObject* function, const Stack& stack, PyObject* x_object, cons
     if (stack.layers == 1)
       joined.push_back(std::move(last[i][0]));
     else
-      joined.push_back(owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(std::move(last[i])).get(), nullptr)));
+      joined.push_back(owned(PyObject_CallFunctionObjArgs(imported.cat, tuple_of(last[i]).get(), nullptr)));
     if (!joined[i]) throw PythonError();
   }
   if (const int64_t others = stack.sizes.layer.cell->states; others > 1) {
@@ -691,7 +705,7 @@ Owned layers_by(PyObject* function, const Stack& stack, PyObject* x_object, cons
     joined.pop_back();
     for (Py_ssize_t i = 0; i < others; ++i) joined.push_back(kept(PyTuple_GetItem(parts.get(), i)));
   }
-  return with_state(y, std::move(joined));
+  return with_state(y, joined);
 }
 
 // The same on a GPU, where Python says once of each kind of call whether the engine takes it.
@@ -706,7 +720,8 @@ Owned forward_on_gpu(PyObject* const* args) {
   if (!before.read(args[3], stack.sizes.layer.cell->states, look_at)) return nullptr;
   if (!stack.takes(x, stack.sequence_layout(), before, 3)) return nullptr;
   const LayerSizes& own = stack.sizes;
-  const int64_t numbers[] = {stack.layers, x.size(0), x.size(1), own.hidden_size, own.output_size, stack.place->dtype, stack.place->index};
+  const auto [index, dtype] = *stack.place;
+  const int64_t numbers[] = {stack.layers, x.size(0), x.size(1), own.hidden_size, own.output_size, dtype, index};
   const std::string text = own.layer.text();
   if (!is_taken(text, numbers, x_object, stack.objects[Layer::W_HH].get())) return nullptr;
   const bool training = differentiates(stack, x_object, before);
@@ -743,7 +758,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     after.make(results, {stack.layers * D, B, R}, stack.sizes, x.dtype);
     Owned y_object = results.make({x.size(0), x.size(1), D * R}, x.dtype, y);
     run(stack, x, before, y, after);
-    return with_state(y_object, std::move(after.objects));
+    return with_state(y_object, after.objects);
   });
 }
 
@@ -768,7 +783,7 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
       std::vector<Owned> places;
       places.push_back(kept(PyTuple_GetItem(out, 0)));
       for (const Owned& state : after.objects) places.push_back(kept(state.get()));
-      const Owned written = tuple_of(std::move(places));
+      const Owned written = tuple_of(places);
       run(stack, x, before, y, after);
       // So that autograd notices if one of them was kept for a backward pass.
       if (!owned(PyObject_CallFunctionObjArgs(imported.increment_version, written.get(), nullptr))) throw PythonError();
@@ -778,7 +793,7 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     after.make(results, {stack.layers, B, R}, stack.sizes, x.dtype);
     Owned y_object = results.make({B, R}, x.dtype, y);
     run(stack, x, before, y, after);
-    return with_state(y_object, std::move(after.objects));
+    return with_state(y_object, after.objects);
   });
 }
 
@@ -807,7 +822,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     Results results = like(x_object, x, before);
     after.make(results, {stack.batch, stack.sizes.output_size}, stack.sizes, x.dtype);
     run(stack, x, before, after.h, after);  // the output is the state
-    return pair ? tuple_of(std::move(after.objects)) : std::move(after.objects[0]);
+    return pair ? tuple_of(after.objects) : std::move(after.objects[0]);
   });
 }
 

@@ -161,7 +161,7 @@ bool wants_gradient(PyObject* tensor) {
   return answer.get() == Py_True;
 }
 
-Owned tuple_of(std::vector<Owned> items) {
+Owned tuple_of(std::span<Owned> items) {
   Owned tuple = owned(PyTuple_New(static_cast<Py_ssize_t>(items.size())));
   if (!tuple || PyErr_Occurred()) throw PythonError();
   Py_ssize_t at = 0;

@@ -10,6 +10,7 @@
 #include <forward_list>
 #include <iterator>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -86,8 +87,8 @@ bool look_on_gpu(PyObject* object, View& seen, OnGpu& where, int32_t device_type
 
 bool wants_gradient(PyObject* tensor);  // false where there is none
 
-// None in the place of what is not there.
-Owned tuple_of(std::vector<Owned> items);
+// Takes the items; None in the place of what is not there.
+Owned tuple_of(std::span<Owned> items);
 
 // Sizes as Python has them.
 Owned shape_of(const std::vector<int64_t>& sizes);

@@ -67,12 +67,13 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         """The same of a layer, whose part of the workspace begins at `start`; returns where that ends."""
         p = record_at(records)
         H, R, I, B, heads = p.hidden_size, p.output_size, p.input_size, p.batch, p.heads
-        panel_units, seen = lanes * per_panel if forward else wide, R // heads
-        head_units = H // heads if forward else seen
+        panel_units = lanes * per_panel if forward else wide
+        seen, own_units = (R // heads, H // heads) if heads > 1 else (R, H)
+        head_units = own_units if forward else seen
         head_panels = ceil_div(head_units, panel_units)
         panels = heads * head_panels
         units = panels * panel_units
-        input_depth, depth = (I, seen) if forward else (gates * H, gates * H // heads)
+        input_depth, depth = (I, seen) if forward else (gates * H, gates * own_units)
         half_panels, tiles, way = way_of_weights(forward, p.half, with_tiles, p.steps, B, vector, heads)
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
@@ -101,7 +102,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
                 panel_bytes = lanes * DOT_PART * size if p.half and B > 2 else 0
         else:
             block = backward_block(p.steps, B, hh_depth * R // (values * H) if in_gradient else 0)
-            tables = 3 * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
+            tables = (3 + plan.PLACES) * B + 2 * block * B + max(gates * H, R) + plan.UNIT_BLOCK
             ih_once = not (tiles and p.need_dx)
             buffered = ih_once and (p.need_dx or one_step)
             panel_bytes = align(plan.GROUP_BYTES * min(input_depth, plan.PANEL_DEPTH)) if buffered else 0

@@ -20,6 +20,7 @@ from .plan import (
     LINE,
     OPERAND_BYTES,
     PANEL_DEPTH,
+    PLACES,
     ROW_BLOCK,
     TILE_BYTES,
     TILE_DEPTH,
@@ -45,10 +46,12 @@ from .team import (
     RECORD_BYTES,
     active_rows,
     begins_anew,
-    end_unit,
+    fill_step,
     first_row,
     first_unit,
-    kept_row,
+    head_depth,
+    head_of,
+    kept_base,
     record_at,
     row_at,
     share,
@@ -76,6 +79,9 @@ from .vector import VectorLibrary, load_int, prefetch, prefetch_far, store_int
 
 ROWS_AHEAD = 8  # of the one that is copied: no processor expects so long strides
 BIAS_CHAIN = 64  # rows summed into one register before the next sum begins
+# Tables that a step looks up: for each row the addresses of dy, of what forward kept, of the output, of h and the other states
+# before the step, of its noise, and of the gradients of these states that are carried past the gates.
+OF_DY, OF_KEPT, OF_OUTPUT, OF_HIDDEN, OF_CARRIED, OF_NOISE, OF_D_HIDDEN, OF_D_CARRIED = range(PLACES)
 
 
 @cache
@@ -192,7 +198,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     @njit(**options)
     def fill_hidden_rows(p, head, table):
         """Addresses of these rows."""
-        (parts, length), row_bytes = parts_of_head(p), p.output_size // p.heads * weight_size(p)
+        (parts, length), row_bytes = parts_of_head(p), head_depth(p) * weight_size(p)
         for part in range(parts):
             row = p.w_hh + (part * p.hidden_size + head * p.head_units) * row_bytes
             fill_rows(table + 8 * part * length, length, row, row_bytes)
@@ -205,10 +211,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """
         depth = gates * p.hidden_size
         if not p.one_step:
-            panels, width = p.heads * p.head_panels, p.output_size // p.heads
+            panels, width = p.heads * p.head_panels, head_depth(p)
             first, last = share(panels, members, member), share(panels, members, member + 1)
             for panel in range(first, last):
-                head, own = panel // p.head_panels, panel % p.head_panels
+                head = head_of(p, panel)
+                own = panel - head * p.head_panels
                 if panel == first or own == 0:
                     fill_hidden_rows(p, head, table)
                 out = p.hh_panels + panel * p.hh_depth * panel_row
@@ -230,44 +237,49 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 pack_weight(p, table, p.output_size, p.hidden_size, panel, out)
 
     @njit(**options)
-    def earlier(p, t, b):
-        """The step that came before step t of row b, or -1 where the initial state did."""
-        if begins_anew(p, t, b):
-            return -1
-        if p.reverse:
-            return t + 1 if t + 1 < p.steps and b < active_rows(p, t + 1) else -1
-        return t - 1
+    def earlier(p, t, r0, count):
+        """(step, rows): which step came before step t, and how many of `count` rows from r0 on have it. It is any where none
+        has: the others' states before step t were the initial ones."""
+        step = t + 1 if p.reverse else t - 1
+        if step < 0 or step == p.steps:
+            return t, 0
+        return step, max(0, min(count, active_rows(p, step) - r0))
 
     @njit(**options)
-    def hidden_before(p, t, b):
-        """Address of the hidden state that step t of row b read."""
-        before = earlier(p, t, b)
-        if before < 0:
-            return p.h0 + row_at(p, b) * p.output_size * size
-        return p.y + step_base(p, before) * p.y_step + row_at(p, b) * p.y_row
+    def fill_before(p, t, r0, count, table, first, stride, initial, initial_stride):
+        """Addresses of a state of rows r0 .. r0+count-1 before step t: the batch's rows have it `stride` apart from `first` on
+        in the step before, and initial_stride apart from `initial` on where none came before."""
+        _, going_on = earlier(p, t, r0, count)
+        fill_step(p, table, r0, going_on, first, stride)
+        fill_step(p, table + 8 * going_on, r0 + going_on, count - going_on, initial, initial_stride)
+        for i in range(count if p.resets else 0):
+            if begins_anew(p, t, r0 + i):
+                store_int(table + 8 * i, initial + row_at(p, r0 + i) * initial_stride)
 
     @njit(**options)
-    def kept_at(p, t, b, saved_row):
-        """Address of what forward has kept of step t of row b."""
-        return p.saved + kept_row(p, t, b) * saved_row
+    def fill_hidden_before(p, t, r0, count, table):
+        """Addresses of the hidden states that step t of these rows read."""
+        before, _ = earlier(p, t, r0, count)
+        first = p.y + step_base(p, before) * p.y_step
+        fill_before(p, t, r0, count, table, first, p.y_row, p.h0, p.output_size * size)
 
     @njit(**options)
-    def output_at(p, t, b):
-        """Address of the output of step t of row b."""
-        return p.y + step_base(p, t) * p.y_step + row_at(p, b) * p.y_row
-
-    @njit(**options)
-    def carried_at(p, t, b, saved_row):
-        """Address of the states but h that step t of row b read element by element."""
-        before = earlier(p, t, b)
-        if before < 0:
-            return p.c0 + row_at(p, b) * states * p.hidden_size * size
-        return kept_at(p, before, b, saved_row) + (slots - states) * p.hidden_size * size
-
-    @njit(**options)
-    def noise_at(p, t, b):
-        """Address of the noise of step t of row b."""
-        return p.noise + step_base(p, t) * p.noise_step + row_at(p, b) * p.noise_row
+    def fill_places(p, t, r0, count, saved_row, places):
+        """The tables of what step t of rows r0 .. r0+count-1 reads, as far as the cell has it."""
+        table, base, unit_bytes = 8 * p.batch, step_base(p, t), p.hidden_size * size
+        fill_step(p, places + OF_DY * table, r0, count, p.dy + base * p.dy_step, p.dy_row)
+        if kept_values + states > 0:
+            fill_step(p, places + OF_KEPT * table, r0, count, p.saved + kept_base(p, t) * saved_row, saved_row)
+        if reads_output:
+            fill_step(p, places + OF_OUTPUT * table, r0, count, p.y + base * p.y_step, p.y_row)
+        if reads_hidden:
+            fill_hidden_before(p, t, r0, count, places + OF_HIDDEN * table)
+        if states > 0:
+            before, _ = earlier(p, t, r0, count)
+            first = p.saved + kept_base(p, before) * saved_row + (slots - states) * unit_bytes
+            fill_before(p, t, r0, count, places + OF_CARRIED * table, first, saved_row, p.c0, states * unit_bytes)
+        if noise:
+            fill_step(p, places + OF_NOISE * table, r0, count, p.noise + base * p.noise_step, p.noise_row)
 
     @njit(**options)
     def mask_at(p, b):
@@ -284,13 +296,13 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return through + load(dy + at, n) + load(more + at, n)
 
     @njit(**options)
-    def places_of(p, t, b, saved_row):
-        """Addresses of what step t of row b reads of forward's, and of the gradients that are carried past the gates."""
-        kept, output = kept_at(p, t, b, saved_row), output_at(p, t, b)
-        h, c = hidden_before(p, t, b), carried_at(p, t, b, saved_row)
-        unit_bytes = p.hidden_size * size
-        dc, dh = p.dc0 + row_at(p, b) * states * unit_bytes, p.dh0 + row_at(p, b) * unit_bytes
-        return kept, output, h, c, noise_at(p, t, b), dc, dh
+    def places_of(p, i, places):
+        """The addresses in the tables of row i, but for that of dy."""
+        row, table = places + 8 * i, 8 * p.batch
+        kept, output = load_int(row + OF_KEPT * table), load_int(row + OF_OUTPUT * table)
+        h, c = load_int(row + OF_HIDDEN * table), load_int(row + OF_CARRIED * table)
+        dc, dh = load_int(row + OF_D_CARRIED * table), load_int(row + OF_D_HIDDEN * table)
+        return kept, output, h, c, load_int(row + OF_NOISE * table), dc, dh
 
     @njit(**options)
     def arguments(q, context):
@@ -320,25 +332,24 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             store(dh_row + at, result[of_hidden], n)
 
     @njit(**options)
-    def expect(p, t, first, rows, unit, vectors, saved_row):
-        """Prefetch what the gates of units from `unit` on read of `rows` rows from `first` on: it comes while their product is
-        computed."""
+    def expect(p, first, rows, unit, vectors, places):
+        """Prefetch what the gates of units from `unit` on read of `rows` rows from row `first` of the tables on: it comes while
+        their product is computed."""
         gate_stride, at = p.hidden_size * size, unit * size
-        for b in range(first, first + rows):
-            dy = p.dy + step_base(p, t) * p.dy_step + row_at(p, b) * p.dy_row + at
-            kept, carried = kept_at(p, t, b, saved_row) + at, carried_at(p, t, b, saved_row) + at
-            for j in range(0, vectors * vector, vector):
+        for i in range(first, first + rows):
+            dy, (kept, output, h, carried, noise_row, _, _) = load_int(places + 8 * i), places_of(p, i, places)
+            for j in range(at, at + vectors * vector, vector):
                 prefetch_far(dy + j)
                 for s in range(kept_values):  # states after this step are those before the step that was done last
                     prefetch_far(kept + s * gate_stride + j)
                 if reads_output:
-                    prefetch_far(output_at(p, t, b) + at + j)
+                    prefetch_far(output + j)
                 for s in range(states):
                     prefetch_far(carried + s * gate_stride + j)
                 if reads_hidden:
-                    prefetch_far(hidden_before(p, t, b) + at + j)
+                    prefetch_far(h + j)
                 for s in range(noise):
-                    prefetch_far(noise_at(p, t, b) + s * gate_stride + at + j)
+                    prefetch_far(noise_row + s * gate_stride + j)
 
     @njit(**options)
     def gate_gradients(vectors, context):
@@ -354,17 +365,19 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def step(
-        p, turn, t, base, r0, count, live, later, extra, gradients, projected_gradients, first, last, scratch, own_block,
-        saved_row
+        p, turn, base, r0, count, live, later, extra, gradients, projected_gradients, head, first, last, scratch, own_block,
+        places
     ):  # fmt: skip
-        """Step t of rows r0 .. r0+count-1, of which `live` have a later step, in one head: later * W_hh + dy + extra is dh.
+        """A step of rows r0 .. r0+count-1, of which `live` have a later step, in panels first .. last-1 of a head's own:
+        later * W_hh + dy + extra is dh.
 
-        turn: from the first panel to the last if even, or back.
+        turn: from the first panel to the last if even, or back. places: see `fill_places`.
         Without a projection the cell takes it from the tile.
         """
         parts, depth = parts_of_head(p)
         row_bytes, panel_bytes, blocks = pitch(p), p.hh_depth * panel_row, tile_blocks(depth)
-        end = end_unit(p, first)
+        head_unit, own_panels = head * p.head_units, p.hh_panels + head * p.head_panels * panel_bytes
+        end = head_unit + p.head_units
         together = group if count > most else alone if count == 1 else 1
         if p.tiles:
             split(min(count, max(0, live)), later, depth, PARTS, own_block)
@@ -373,30 +386,31 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             panel = first + there_and_back(turn, 0, groups, index) * together
             next_panel = first + there_and_back(turn, 0, groups, min(index + 1, groups - 1)) * together
             panels = min(together, last - panel)
-            unit0 = first_unit(p, panel, wide)
+            unit0 = head_unit + panel * wide
             vectors = min(panels * columns, ceil_div(end - unit0, lanes))
             wanted = vectors - (panels - 1) * columns
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
-                going_on, weights = min(rows, max(0, live - i)), p.hh_panels + panel * panel_bytes
+                going_on, weights = min(rows, max(0, live - i)), own_panels + panel * panel_bytes
                 if rows > most and not p.projected:
-                    expect(p, t, r0 + i, rows, unit0, panels * columns, saved_row)
+                    expect(p, i, rows, unit0, panels * columns, places)
                 if p.tiles:
                     tile_product(going_on, rows_at(own_block, i, blocks, PARTS), weights, blocks, scratch)
                 for part in range(0 if p.tiles else parts):
-                    own, following = weights + part * depth * panel_row, p.hh_panels + next_panel * panel_bytes
+                    own, following = weights + part * depth * panel_row, own_panels + next_panel * panel_bytes
                     if part + 1 < parts:
                         following = own + depth * panel_row
                     product(
                         going_on, later + 8 * i, size, own, panel_bytes, panels, wanted, panel_row, depth, scratch, following,
                         part,
                     )  # fmt: skip
-                    shift_rows(later + 8 * i, going_on, (p.hidden_size if part + 1 < parts else -part * p.hidden_size) * size)
+                    if parts > 1:
+                        by = p.hidden_size if part + 1 < parts else -part * p.hidden_size
+                        shift_rows(later + 8 * i, going_on, by * size)
                 for m in range(rows):
                     b = r0 + i + m
-                    dy = p.dy + step_base(p, t) * p.dy_step + row_at(p, b) * p.dy_row
-                    more = load_int(extra + 8 * (i + m))
+                    dy, more = load_int(places + 8 * (i + m)), load_int(extra + 8 * (i + m))
                     sums, panel_sums, mask = scratch + m * columns * vector, going_on * columns * vector, mask_at(p, b)
                     if m >= going_on:
                         sums, panel_sums = p.zeros, columns * vector
@@ -407,13 +421,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                             dp = state_gradient(q, unit, end - unit, sums, panel_sums, mask, dy, more)
                             store(row + unit * size, dp, end - unit)
                     else:
-                        row = gradients + (base + b) * row_bytes
-                        places = places_of(p, t, b, saved_row)
-                        gate_gradients(vectors, (p, unit0, end, sums, panel_sums, mask, dy, more, row, places))
+                        row, own_places = gradients + (base + b) * row_bytes, places_of(p, i + m, places)
+                        gate_gradients(vectors, (p, unit0, end, sums, panel_sums, mask, dy, more, row, own_places))
                 i += rows
 
     @njit(**options)
-    def unproject(p, t, base, r0, count, out_rows, gradients, first, last, scratch, saved_row):
+    def unproject(p, base, r0, count, out_rows, gradients, first, last, scratch, places):
         """The rest of a projected step: gradients of the output, their addresses in out_rows, through W_hr to the cell."""
         row_bytes = pitch(p)
         depth = p.output_size
@@ -426,12 +439,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 rows = min(count - i, ROW_BLOCK)
                 product(rows, out_rows + 8 * i, size, weights, 0, 1, wanted, panel_row, depth, scratch, following, 0)
                 for m in range(rows):
-                    b = r0 + i + m
-                    unit, row = panel * wide, gradients + (base + b) * row_bytes
+                    unit, row = panel * wide, gradients + (base + r0 + i + m) * row_bytes
                     vectors = min(columns, ceil_div(p.hidden_size - unit, lanes))
                     sums = scratch + m * columns * vector
-                    places = places_of(p, t, b, saved_row)
-                    gate_gradients(vectors, (p, unit, p.hidden_size, sums, 0, 0, p.zeros, p.zeros, row, places))
+                    own_places = places_of(p, i + m, places)
+                    gate_gradients(vectors, (p, unit, p.hidden_size, sums, 0, 0, p.zeros, p.zeros, row, own_places))
                 i += rows
 
     @njit(**options)
@@ -488,18 +500,22 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             store(total + at, load(total + at, n) + load(source + at, n) * load(mask + at, n), n)
 
     @njit(**options)
-    def mask_hidden(p, member, members, t_low, t_high, rows):
-        """This member's share of a block's rows of h before their steps, times the mask, as they entered the product."""
+    def mask_hidden(p, member, members, t_low, t_high, rows, h_rows):
+        """This member's share of a block's rows of h before their steps times the mask, as they entered the product.
+
+        h_rows: addresses of the former, which become those of the latter.
+        """
         row_bytes, i = p.output_size * size, 0
         begin, end = share(rows, members, member), share(rows, members, member + 1)
         for t in range(t_low, t_high + 1):
             for b in range(active_rows(p, t)):
                 if begin <= i < end:
-                    source, mask, row = hidden_before(p, t, b), mask_at(p, b), p.masked + i * row_bytes
+                    source, mask, row = load_int(h_rows + 8 * i), mask_at(p, b), p.masked + i * row_bytes
                     for unit in range(0, p.output_size, lanes):
                         n, at = p.output_size - unit, unit * size
                         store(row + at, load(source + at, n) * load(mask + at, n), n)
                 i += 1
+        fill_rows(h_rows, rows, p.masked, row_bytes)
         wait_crew(p, member)
 
     @njit(**options)
@@ -586,9 +602,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     store_int(table + 8 * (i - from_row), p.masked + row_at(p, r0 + i) * row_bytes)
             if p.resets:
                 finish_resets(p, member, r0, from_row, to_row, later)
-            rows, weight_rows, width = later + 8 * from_row, table + 8 * count, p.output_size // p.heads
+            rows, weight_rows, width = later + 8 * from_row, table + 8 * count, head_depth(p)
             parts, length = parts_of_head(p)
-            for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
+            for head in range(head_of(p, first), head_of(p, last - 1) + 1):
                 low, high = max(0, first - head * p.head_panels), min(last - head * p.head_panels, p.head_panels)
                 own, at = p.hh_panels + head * p.head_panels * p.hh_depth * panel_row, head * p.head_units * size
                 shift_rows(table, count, at)
@@ -780,7 +796,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """The weights' gradients to where they are wanted in bfloat16."""
         depth = gates * p.hidden_size
         round_gradient(p.dw_ih, depth * p.input_size, p.dw_ih_half, members, member)
-        round_gradient(p.dw_hh, depth * (p.output_size // p.heads), p.dw_hh_half, members, member)
+        round_gradient(p.dw_hh, depth * head_depth(p), p.dw_hh_half, members, member)
         if p.projected:
             round_gradient(p.dw_hr, p.output_size * p.hidden_size, p.dw_hr_half, members, member)
 
@@ -794,21 +810,20 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         x_rows, h_rows = tables, tables + 8 * rows
         out_rows = h_rows + 8 * rows
         columns_of_a = out_rows + 8 * max(depth, p.output_size)
-        if p.mask:
-            mask_hidden(p, member, members, t_low, t_high, rows)
         i = 0
         for t in range(t_low, t_high + 1):
-            for b in range(active_rows(p, t)):
-                store_int(x_rows + 8 * i, p.x + step_base(p, t) * p.x_step + row_at(p, b) * p.x_row)
-                h = p.masked + i * p.output_size * size if p.mask else hidden_before(p, t, b)
-                store_int(h_rows + 8 * i, h)
-                i += 1
+            count = active_rows(p, t)
+            fill_step(p, x_rows + 8 * i, 0, count, p.x + step_base(p, t) * p.x_step, p.x_row)
+            fill_hidden_before(p, t, 0, count, h_rows + 8 * i)
+            i += count
+        if p.mask:
+            mask_hidden(p, member, members, t_low, t_high, rows, h_rows)
         fill_gate_rows(p, out_rows, input_order, p.dw_ih, p.input_size)
         weight_gradient(
             p, member, gradients, row_bytes, 1, depth, x_rows, rows, p.input_size, out_rows, add, columns_of_a, scratch,
             own_block,
         )  # fmt: skip
-        (parts, length), width = parts_of_head(p), p.output_size // p.heads
+        (parts, length), width = parts_of_head(p), head_depth(p)
         fill_gate_rows(p, out_rows, hidden_order, p.dw_hh, width)
         for head in range(p.heads):
             weight_gradient(
@@ -820,9 +835,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             saved_row = (slots + 1) * units * size
             i = 0
             for t in range(t_low, t_high + 1):
-                for b in range(active_rows(p, t)):
-                    store_int(x_rows + 8 * i, kept_at(p, t, b, saved_row) + slots * units * size)
-                    i += 1
+                first = p.saved + kept_base(p, t) * saved_row + slots * units * size
+                fill_step(p, x_rows + 8 * i, 0, active_rows(p, t), first, saved_row)
+                i += active_rows(p, t)
             fill_rows(out_rows, p.output_size, p.dw_hr, units * (2 if p.rounded_at_once else size))
             weight_gradient(
                 p, member, out_gradients, p.output_size * size, 1, p.output_size, x_rows, rows, units, out_rows, add,
@@ -863,10 +878,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         fill_rows(gradient_rows, last - first, gradients + first * pitch(p), pitch(p))
         i = 0
         for t in range(t_low, t_high + 1):
-            for b in range(active_rows(p, t)):
-                if first <= i < last:
-                    store_int(out_rows + 8 * (i - first), p.dx + step_base(p, t) * p.dx_step + row_at(p, b) * p.dx_row)
-                i += 1
+            fill_step(p, out_rows + 8 * i, 0, active_rows(p, t), p.dx + step_base(p, t) * p.dx_step, p.dx_row)
+            i += active_rows(p, t)
+        out_rows += 8 * first
         if p.tiles:
             multiply_in_tiles(
                 p, last - first, gradient_rows, p.ih_panels, p.input_size, 0, panels, out_rows, 0, scratch, own_block
@@ -895,6 +909,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         hidden_bytes, output_bytes = p.hidden_size * size, p.output_size * size
         panels = p.heads * p.head_panels
         first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
+        heads = head_of(p, first), head_of(p, last - 1) + 1
         cell_panels = ceil_div(p.hidden_size, wide)
         first_cell = share(cell_panels, p.unit_groups, unit_group)
         last_cell = share(cell_panels, p.unit_groups, unit_group + 1)
@@ -909,7 +924,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         later = own_block + p.own_block
         extra = later + 8 * p.batch
         out_rows = extra + 8 * p.batch
-        tables = out_rows + 8 * p.batch
+        places = out_rows + 8 * p.batch
+        tables = places + 8 * PLACES * p.batch
         gradients = p.shared  # of the pre-activations, a block of steps
         out_gradients = p.tails  # of the projected output, a block of steps
         carried = p.shared + p.block_steps * p.batch * row_bytes  # the last step of the block before
@@ -921,10 +937,12 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             for unit in range(0, widest, lanes):
                 store(p.zeros + unit * size, zero(), widest - unit)
         pack_weights(p, member, members, tables)
+        fill_step(p, places + 8 * OF_D_CARRIED * p.batch, r0, r1 - r0, p.dc0, states * hidden_bytes)
+        fill_step(p, places + 8 * OF_D_HIDDEN * p.batch, r0, r1 - r0, p.dh0, hidden_bytes)
+        fill_step(p, extra, r0, r1 - r0, p.dh0, output_bytes)
+        fill_rows(later, r1 - r0, p.zeros, 0)
         for b in range(r0, r1):
-            store_int(later + 8 * (b - r0), p.zeros)
             own = row_at(p, b)
-            store_int(extra + 8 * (b - r0), p.dh0 + own * output_bytes)
             if p.resets and p.need_dh0:
                 for s in range(stopped):
                     clear_units(reset_row(p, b) + s * hidden_bytes, unit0, unit1, p.hidden_size)
@@ -957,25 +975,34 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                     p, member, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block
                 )  # fmt: skip
                 base = first_row(p, t) - first_row(p, t_low)
-                for i in range(0, count, p.split_rows):
-                    n = min(count - i, p.split_rows)
-                    for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
-                        low, high = max(first, head * p.head_panels), min(last, (head + 1) * p.head_panels)
-                        live = previous_count - i
-                        shift_rows(later + 8 * i, min(n, live), head * p.head_units * size)
+                fill_places(p, t, r0, count, saved_row, places)
+                i, turn = 0, k
+                while i < count:
+                    n, live, at = min(count - i, p.split_rows), previous_count - i, 8 * i
+                    for head in range(*heads):
+                        head_bytes = head * p.head_units * size
+                        if head > 0:
+                            shift_rows(later + at, min(n, live), head_bytes)
+                        low, high = max(0, first - head * p.head_panels), min(last - head * p.head_panels, p.head_panels)
                         step(
-                            p, k + i // p.split_rows, t, base, r0 + i, n, live, later + 8 * i, extra + 8 * i, gradients,
-                            out_gradients, low, high, scratch, own_block, saved_row,
+                            p, turn, base, r0 + i, n, live, later + at, extra + at, gradients, out_gradients, head, low, high,
+                            scratch, own_block, places + at,
                         )  # fmt: skip
-                        shift_rows(later + 8 * i, min(n, live), -head * p.head_units * size)
+                        if head > 0:
+                            shift_rows(later + at, min(n, live), -head_bytes)
+                    i += n
+                    turn += 1
                 if p.projected:
                     wait_group(p, member)
                     fill_rows(out_rows, count, out_gradients + (base + r0) * output_bytes, output_bytes)
-                    unproject(p, t, base, r0, count, out_rows, gradients, first_cell, last_cell, scratch, saved_row)
+                    unproject(p, base, r0, count, out_rows, gradients, first_cell, last_cell, scratch, places)
                 wait_group(p, member)
-                for i in range(count):
-                    store_int(later + 8 * i, gradients + (base + r0 + i) * row_bytes + hidden * hidden_bytes)
-                    store_int(extra + 8 * i, p.dh0 + row_at(p, r0 + i) * output_bytes if reads_hidden else p.zeros)
+                fill_rows(later, count, gradients + (base + r0) * row_bytes + hidden * hidden_bytes, row_bytes)
+                if reads_hidden:
+                    fill_step(p, extra, r0, count, p.dh0, output_bytes)
+                else:
+                    fill_rows(extra, count, p.zeros, 0)
+                for i in range(count if p.resets else 0):
                     if begins_anew(p, t, r0 + i):
                         stop_at_reset(p, r0 + i, i, later, extra, unit0, unit1)
                 previous_count = count

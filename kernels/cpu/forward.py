@@ -22,6 +22,7 @@ from .plan import (
 from .processor import Target
 from .product import (
     ceil_div,
+    fill_rows,
     make_dot_rows,
     make_multiply,
     make_pack_columns,
@@ -35,8 +36,11 @@ from .team import (
     active_rows,
     begins_anew,
     end_unit,
+    fill_step,
     first_unit,
-    kept_row,
+    head_depth,
+    head_of,
+    kept_base,
     record_at,
     row_at,
     share,
@@ -175,11 +179,12 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                     pack_rows_of(p, source, units, depth, column, columns * vector)
 
     @njit(**options)
-    def dot_gates(p, count, a_rows, w, depth, order, panel, sums, buffer):
-        """What the product with a panel of pack_gates gives, but for rounding, from the matrix where it lies."""
-        w_size, end = 2 if p.half else size, end_unit(p, panel)
+    def dot_gates(p, count, a_rows, w, depth, order, unit0, end, sums, buffer):
+        """What the product with a panel of pack_gates gives, but for rounding, from the matrix where it lies: of units from
+        unit0 on, in a head that ends at `end`."""
+        w_size = 2 if p.half else size
         for j in range(per_panel):
-            unit = first_unit(p, panel, panel_units) + j * lanes
+            unit = unit0 + j * lanes
             for g in range(gates):
                 rows = w + (order[g] * p.hidden_size + unit) * depth * w_size
                 out = sums + (g * per_panel + j) * vector
@@ -216,7 +221,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 pack_gates(p, p.w_ih, p.input_size, input_order, panel, 0, out)
             if not p.one_step:
                 out = p.hh_panels + panel * p.hh_depth * columns * vector
-                pack_gates(p, p.w_hh, p.output_size // p.heads, hidden_order, panel, p.half_panels, out)
+                pack_gates(p, p.w_hh, head_depth(p), hidden_order, panel, p.half_panels, out)
             sum_biases(p, panel, bias_gate)
         if p.projected:
             outputs = ceil_div(p.output_size, lanes * wide)
@@ -233,19 +238,19 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         pack_weights(p, 0, 1, p.heads * p.head_panels * per_panel * vector)
 
     @njit(**options)
-    def bring_near(p, count, rows, parts, part_bytes, panel):
-        """Prefetch the units of a panel in each part of `count` rows, whose addresses are at `rows`."""
+    def bring_near(count, rows, parts, part_bytes, unit):
+        """Prefetch a panel's units, from `unit` on, in each part of `count` rows, whose addresses are at `rows`."""
         for m in range(count):
-            row = load_int(rows + 8 * m) + first_unit(p, panel, panel_units) * size
+            row = load_int(rows + 8 * m) + unit * size
             for part in range(parts):
                 for j in range(per_panel):
                     prefetch(row + part * part_bytes + j * vector)
 
     @njit(**options)
-    def wanted_columns(p, panel):
-        """Count the columns of a panel that stand for units: of a cell of one gate, the last panel may have others."""
-        left = end_unit(p, panel) - first_unit(p, panel, panel_units)
-        return min(columns, ceil_div(left, lanes)) if gates == 1 else columns
+    def wanted_columns(units):
+        """Count the columns of a panel that stand for units, of which so many are left: of a cell of one gate, a head's last
+        panel may have others."""
+        return min(columns, ceil_div(units, lanes)) if gates == 1 else columns
 
     @njit(**options)
     def project(p, count, x_rows, z_rows, z_gate, first, last, bias_gate, scratch, own_panel):
@@ -256,6 +261,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             parts = parts_of(count, x_rows, p.input_size)  # of a layer in bfloat16, one: its input is exact
             split(count, x_rows, p.input_size, parts, own_rows)
         for panel in range(first, last):
+            unit0, end = first_unit(p, panel, panel_units), end_unit(p, panel)
             weights, following = p.ih_panels + panel * panel_bytes, p.ih_panels + min(panel + 1, last - 1) * panel_bytes
             if p.ih_once and not p.one_step:
                 weights = following = own_panel
@@ -263,19 +269,18 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
-                bring_near(p, rows, z_rows + 8 * i, gates, z_gate, panel)  # what is written would else be waited for
+                bring_near(rows, z_rows + 8 * i, gates, z_gate, unit0)  # what is written would else be waited for
                 if p.one_step:
-                    dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, panel, scratch, own_panel)
+                    dot_gates(p, rows, x_rows + 8 * i, p.w_ih, p.input_size, input_order, unit0, end, scratch, own_panel)
                 elif p.tiles and parts == 1:
                     exact_product(rows, rows_at(own_rows, i, blocks, 1), weights, blocks, scratch)
                 elif p.tiles:
                     tile_product(rows, rows_at(own_rows, i, blocks, PARTS), weights, blocks, scratch)
                 else:
                     product(
-                        rows, x_rows + 8 * i, size, weights, 0, 1, wanted_columns(p, panel), columns * vector, p.input_size,
+                        rows, x_rows + 8 * i, size, weights, 0, 1, wanted_columns(end - unit0), columns * vector, p.input_size,
                         scratch, following, 0,
                     )  # fmt: skip
-                unit0, end = first_unit(p, panel, panel_units), end_unit(p, panel)
                 for m in range(rows):
                     z = load_int(z_rows + 8 * (i + m))
                     for j in range(per_panel):
@@ -306,9 +311,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         return a + before + given
 
     @njit(**options)
-    def keep(p, m, unit, head, result, z_rows, h_rows, c_rows):
-        """The new states, and what backward needs, of a vector of units of row m."""
-        n, at, gate_stride = head + p.head_units - unit, unit * size, p.hidden_size * size
+    def keep(p, m, unit, end, result, z_rows, h_rows, c_rows):
+        """The new states, and what backward needs, of a vector of units of row m, in a head that ends at `end`."""
+        n, at, gate_stride = end - unit, unit * size, p.hidden_size * size
         write_states(load_int(c_rows + 8 * m) + at, gate_stride, result, n)
         if p.save:
             write_slots(load_int(z_rows + 8 * m) + at, gate_stride, result, n)
@@ -316,16 +321,17 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def step(
-        p, turn, count, previous, entering, z_rows, z_gate, h_rows, c_rows, noise_rows, first, last, bias_gate, scratch,
+        p, turn, count, previous, entering, z_rows, z_gate, h_rows, c_rows, noise_rows, head, first, last, bias_gate, scratch,
         own_panel
     ):  # fmt: skip
-        """A step of `count` rows, for the units of panels first .. last-1 of one head: product, gate maths, new state.
+        """A step of `count` rows, for the units of a head's own panels first .. last-1: product, gate maths, new state.
 
         turn: from the first panel to the last if even, or back. previous: addresses of the head's states. entering: of these as
         they enter the product, which is the same but for a mask.
         """
-        head, depth = first // p.head_panels * p.head_units, p.output_size // p.heads
+        head_unit, depth = head * p.head_units, head_depth(p)
         panel_bytes, blocks = p.hh_depth * columns * vector, tile_blocks(depth)
+        end, own_panels = head_unit + p.head_units, p.hh_panels + head * p.head_panels * panel_bytes
         own_rows = own_panel + p.panel_bytes
         if p.tiles:
             split(count, entering, depth, PARTS, own_rows)
@@ -335,17 +341,19 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             panel = first + there_and_back(turn, 0, groups, index) * together
             next_panel = first + there_and_back(turn, 0, groups, min(index + 1, groups - 1)) * together
             panels = min(together, last - panel)
-            weights, following = p.hh_panels + panel * panel_bytes, p.hh_panels + next_panel * panel_bytes
+            weights, following = own_panels + panel * panel_bytes, own_panels + next_panel * panel_bytes
+            unit0 = head_unit + panel * panel_units
+            wanted = wanted_columns(end - unit0 - (panels - 1) * panel_units)
             i = 0
             while i < count:
                 rows = min(count - i, 2 * TILE_ROWS if p.tiles else ROW_BLOCK)
                 for q in range(panels):
-                    bring_near(p, rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, panel + q)
-                    bring_near(p, rows, h_rows + 8 * i, 1, 0, panel + q)
+                    bring_near(rows, z_rows + 8 * i, max(gates, slots * p.save), z_gate, unit0 + q * panel_units)
+                    bring_near(rows, h_rows + 8 * i, 1, 0, unit0 + q * panel_units)
                 if p.one_step:
                     for q in range(panels):
-                        sums = scratch + q * columns * vector
-                        dot_gates(p, rows, entering + 8 * i, p.w_hh, depth, hidden_order, panel + q, sums, own_panel)
+                        sums, unit = scratch + q * columns * vector, unit0 + q * panel_units
+                        dot_gates(p, rows, entering + 8 * i, p.w_hh, depth, hidden_order, unit, end, sums, own_panel)
                 elif p.tiles:
                     for q in range(panels):
                         sums = scratch + q * columns * vector
@@ -353,29 +361,38 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                         tile_product(rows, own, weights + q * panel_bytes, blocks, sums)
                 elif p.half_panels:
                     product_half(
-                        rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
+                        rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted,
                         columns * vector, depth, scratch, following, 0,
                     )  # fmt: skip
                 else:
                     product(
-                        rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted_columns(p, panel + panels - 1),
+                        rows, entering + 8 * i, size, weights, panel_bytes, panels, wanted,
                         columns * vector, depth, scratch, following, 0,
                     )  # fmt: skip
-                vectors, unit0 = panels * rows * per_panel, first_unit(p, panel, panel_units)
+                vectors = panels * rows * per_panel
                 for q in range(0, vectors, 2):
                     m, unit, sums = vector_at(q, i, count, unit0, scratch)
-                    if unit >= head + p.head_units:
+                    if unit >= end:
                         continue
-                    a = arguments(p, m, unit, head, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
+                    a = arguments(p, m, unit, head_unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
                     if q + 1 < vectors:
                         other, unit_too, sums = vector_at(q + 1, i, count, unit0, scratch)
-                        b = arguments(p, other, unit_too, head, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate)
+                        b = arguments(
+                            p, other, unit_too, head_unit, sums, previous, z_rows, z_gate, c_rows, noise_rows, bias_gate
+                        )  # fmt: skip
                         result, b_result = apply_twice(a, b)
-                        keep(p, other, unit_too, head, b_result, z_rows, h_rows, c_rows)
+                        keep(p, other, unit_too, end, b_result, z_rows, h_rows, c_rows)
                     else:
                         result = apply(a)
-                    keep(p, m, unit, head, result, z_rows, h_rows, c_rows)
+                    keep(p, m, unit, end, result, z_rows, h_rows, c_rows)
                 i += rows
+
+    @njit(**options)
+    def shift_heads(p, count, previous, entering, heads):
+        """Move `count` addresses of states at `previous`, and at `entering` where these are others, so many heads on."""
+        shift_rows(previous, count, heads * p.head_units * size)
+        if p.mask:
+            shift_rows(entering, count, heads * p.head_units * size)
 
     @njit(**options)
     def copy_units(source, destination, first, last, n):
@@ -416,6 +433,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         panels = p.heads * p.head_panels
         first, last = share(panels, p.unit_groups, unit_group), share(panels, p.unit_groups, unit_group + 1)
         bias_gate = panels * per_panel * vector
+        heads = head_of(p, first), head_of(p, last - 1) + 1
         outputs = ceil_div(p.output_size, lanes * wide)
         first_out, last_out = share(outputs, p.unit_groups, unit_group), share(outputs, p.unit_groups, unit_group + 1)
         unit0, unit1 = first_unit(p, first, panel_units), first_unit(p, last, panel_units)
@@ -424,9 +442,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         scratch = p.own + member * p.own_bytes
         own_panel = scratch + sums_bytes
         previous = own_panel + p.panel_bytes + p.own_block
-        h_rows = previous + 8 * p.batch
-        y_rows = h_rows + 8 * p.batch
-        c_rows = y_rows + 8 * p.batch
+        y_rows = previous + 8 * p.batch
+        h_rows = y_rows + 8 * p.batch if p.projected else y_rows
+        c_rows = h_rows + 8 * p.batch
         x_rows = c_rows + 8 * p.batch
         z_rows = x_rows + 8 * p.block_steps * p.batch
         own_rows = z_rows + 8 * p.block_steps * p.batch  # this thread's
@@ -441,9 +459,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             store_int(own_rows + 8, r1)
             if not p.pack:
                 pack_weights(p, member, p.row_groups * p.unit_groups, bias_gate)
+            fill_step(p, previous, r0, r1 - r0, p.h0, output_bytes)
+            fill_step(p, c_rows, r0, r1 - r0, p.c_n, states * hidden_bytes)
             for b in range(r0, r1):
-                store_int(previous + 8 * (b - r0), p.h0 + row_at(p, b) * output_bytes)
-                store_int(c_rows + 8 * (b - r0), p.c_n + row_at(p, b) * states * hidden_bytes)
                 begin_states(p, b, unit0, unit1)
             for t in range(p.steps, p.padded_steps):
                 clear_outputs(p, t, r0, r1, own, owns)
@@ -460,16 +478,16 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         n = 0
         for k in range(s, end):
             t = p.steps - 1 - k if p.reverse else k
-            for b in range(r0, min(r1, active_rows(p, t))):
-                store_int(x_rows + 8 * n, p.x + step_base(p, t) * p.x_step + row_at(p, b) * p.x_row)
-                if slots == 0:
-                    z = p.y + step_base(p, t) * p.y_step + row_at(p, b) * p.y_row
-                elif in_saved:
-                    z = p.saved + kept_row(p, t, b) * saved_row
-                else:
-                    z = p.shared + ((k - s) * p.batch + b) * gates * hidden_bytes
-                store_int(z_rows + 8 * n, z)
-                n += 1
+            count, z = max(0, min(r1, active_rows(p, t)) - r0), z_rows + 8 * n
+            fill_step(p, x_rows + 8 * n, r0, count, p.x + step_base(p, t) * p.x_step, p.x_row)
+            if slots == 0:
+                fill_step(p, z, r0, count, p.y + step_base(p, t) * p.y_step, p.y_row)
+            elif in_saved:
+                fill_step(p, z, r0, count, p.saved + kept_base(p, t) * saved_row, saved_row)
+            else:
+                row_bytes = gates * hidden_bytes
+                fill_rows(z, count, p.shared + ((k - s) * p.batch + r0) * row_bytes, row_bytes)
+            n += count
         for i in range(0, n, p.split_rows):
             rows, x, z = min(n - i, p.split_rows), x_rows + 8 * i, z_rows + 8 * i
             project(p, rows, x, z, hidden_bytes, first, last, bias_gate, scratch, own_panel)
@@ -478,48 +496,41 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         for k in range(s, end):
             t = p.steps - 1 - k if p.reverse else k
             count = max(0, min(r1, active_rows(p, t)) - r0)
-            for i in range(count):
-                y = p.y + step_base(p, t) * p.y_step + row_at(p, r0 + i) * p.y_row
-                store_int(y_rows + 8 * i, y)
-                if not p.projected:
-                    h = y
-                elif p.save:
-                    h = p.saved + kept_row(p, t, r0 + i) * saved_row + slots * hidden_bytes
-                else:
-                    h = p.tails + (r0 + i) * hidden_bytes
-                store_int(h_rows + 8 * i, h)
+            fill_step(p, y_rows, r0, count, p.y + step_base(p, t) * p.y_step, p.y_row)
+            if p.projected and p.save:
+                fill_step(p, h_rows, r0, count, p.saved + kept_base(p, t) * saved_row + slots * hidden_bytes, saved_row)
+            elif p.projected:
+                fill_rows(h_rows, count, p.tails + r0 * hidden_bytes, hidden_bytes)
+            for i in range(count if p.resets else 0):
                 if begins_anew(p, t, r0 + i):
                     store_int(previous + 8 * i, p.h0 + row_at(p, r0 + i) * output_bytes)
                     begin_states(p, r0 + i, unit0, unit1)
-                if noise:
-                    at = step_base(p, t) * p.noise_step + row_at(p, r0 + i) * p.noise_row
-                    store_int(noise_rows + 8 * i, p.noise + at)
+            if noise:
+                fill_step(p, noise_rows, r0, count, p.noise + step_base(p, t) * p.noise_step, p.noise_row)
             if p.order:  # here memory has time to take it
                 clear_outputs(p, t, r0, r1, own, owns)
             entering = previous
             if p.mask:
                 # of the heads whose units are this thread's: nobody waits for those of others
-                low, high = first // p.head_panels, ceil_div(last, p.head_panels)
-                low, high = (low * p.head_units, high * p.head_units) if p.heads > 1 else (0, p.output_size)
+                low, high = (heads[0] * p.head_units, heads[1] * p.head_units) if p.heads > 1 else (0, p.output_size)
                 enter(p, count, r0, previous, masked_rows, masked, low, high)
                 entering = masked_rows
-            for i in range(0, count, p.split_rows):
+            i, turn = 0, k  # each block of rows begins with the panels that the one before ended with
+            while i < count:
                 rows, at, z = min(count - i, p.split_rows), 8 * i, z_rows + 8 * (n + i)
-                turn = k + i // p.split_rows  # each block of rows begins with the panels that the one before ended with
                 before, inside = previous + at, entering + at
-                for head in range(first // p.head_panels, ceil_div(last, p.head_panels)):
-                    low, high = max(first, head * p.head_panels), min(last, (head + 1) * p.head_panels)
-                    head_bytes = head * p.head_units * size
-                    shift_rows(before, rows, head_bytes)
-                    if p.mask:
-                        shift_rows(inside, rows, head_bytes)
+                for head in range(*heads):
+                    if head > 0:
+                        shift_heads(p, rows, before, inside, head)
+                    low, high = max(0, first - head * p.head_panels), min(last - head * p.head_panels, p.head_panels)
                     step(
-                        p, turn, rows, before, inside, z, hidden_bytes, h_rows + at, c_rows + at, noise_rows + at, low, high,
-                        bias_gate, scratch, own_panel,
+                        p, turn, rows, before, inside, z, hidden_bytes, h_rows + at, c_rows + at, noise_rows + at, head, low,
+                        high, bias_gate, scratch, own_panel,
                     )  # fmt: skip
-                    shift_rows(before, rows, -head_bytes)
-                    if p.mask:
-                        shift_rows(inside, rows, -head_bytes)
+                    if head > 0:
+                        shift_heads(p, rows, before, inside, -head)
+                i += rows
+                turn += 1
             if p.projected:
                 wait_group(p, member)
                 panel_row = wide * vector

@@ -85,6 +85,7 @@ BACKWARD_BLOCK_ROWS = 512  # rows whose gate gradients are held at once; the sam
 OPERAND_BYTES = 2048  # width of the panels of an operand of the weights' gradients that are packed at a time,
 OPERAND_ROWS = 512  # of so many rows
 UNIT_BLOCK = 48  # units whose columns of gate gradients are read together, for all those panels
+PLACES = 8  # tables of addresses that a step of backward has, see backward.py
 FEW_ROWS = 8  # rows whose share of the weights' gradients is summed without packing them
 LAYER_BLOCKS = 16  # of steps, where layers run at once: a layer is a block behind the one below. Fewer where they would have
 LAYER_ROWS = 4  # less than so many rows

@@ -7,8 +7,8 @@ from numba import from_dtype, njit, types
 from numba.extending import intrinsic
 
 from .plan import ARRIVALS_BYTES, FIELDS
-from .product import options
-from .vector import call, load_byte, load_int
+from .product import fill_rows, options
+from .vector import call, load_byte, load_int, store_int
 
 RECORD = np.dtype([(name, np.int64) for name in FIELDS])
 RECORD_BYTES = RECORD.itemsize
@@ -57,16 +57,28 @@ def share(count, parts, index):
 
 
 @njit(**options)
+def head_of(p, panel):
+    """The head that a panel is of. Steps ask, and few layers have several: the others do without the division."""
+    return panel // p.head_panels if p.heads > 1 else 0
+
+
+@njit(**options)
+def head_depth(p):
+    """Numbers of h that a head's product reads."""
+    return p.head_units if p.heads > 1 else p.output_size
+
+
+@njit(**options)
 def first_unit(p, panel, panel_units):
     """First unit of a panel, each of panel_units but for the last one of a head."""
-    head = panel // p.head_panels
+    head = head_of(p, panel)
     return head * p.head_units + (panel - head * p.head_panels) * panel_units
 
 
 @njit(**options)
 def end_unit(p, panel):
     """First unit past the head that a panel is of."""
-    return (panel // p.head_panels + 1) * p.head_units
+    return (head_of(p, panel) + 1) * p.head_units
 
 
 @njit(**options)
@@ -100,9 +112,20 @@ def row_at(p, b):
 
 
 @njit(**options)
-def kept_row(p, t, b):
-    """The row of `saved` that step t of row b has."""
-    return t * p.batch + load_int(p.order + 8 * b) if p.order else first_row(p, t) + b
+def fill_step(p, table, r0, count, first, stride):
+    """Write the addresses of rows r0 .. r0+count-1 of a step to `table`: the rows of the batch lie `stride` apart from `first`
+    on."""
+    if p.order:
+        for i in range(count):
+            store_int(table + 8 * i, first + load_int(p.order + 8 * (r0 + i)) * stride)
+    else:
+        fill_rows(table, count, first + r0 * stride, stride)
+
+
+@njit(**options)
+def kept_base(p, t):
+    """The row of `saved` that step t of the batch's first row has."""
+    return t * p.batch if p.order else first_row(p, t)
 
 
 @njit(**options)
