@@ -8,6 +8,7 @@
 #   selftest   which schedules prove themselves, and how long that takes with and without compilation
 #   host       from a call to its launches
 #   worst      where cuDNN was farthest ahead, on an H200
+#   stacks     layers at once, beside which bench/results/gpu.json has the times of one after another
 #   threads    the CPU engine with 1 to 16 threads: results and speed of larger teams
 #   grid       every point; a whole one becomes bench/results/gpu.json
 #   sanitizer  memcheck over one layer of each schedule, where compute-sanitizer is installed; only if named
@@ -17,7 +18,7 @@ python=${PYTHON:-python3}
 results=build/gpu
 end=$((SECONDS + 60 * ${MINUTES:-10}))
 stages=("$@")
-[ $# -gt 0 ] || stages=(tests selftest host worst threads grid)
+[ $# -gt 0 ] || stages=(tests selftest host worst stacks threads grid)
 failed=()
 
 # limited SECONDS COMMAND...: for so long at most, and not beyond the visit's end
@@ -51,6 +52,8 @@ worst() {
     limited 150 "$python" -m bench.gpu --only "$points" --seconds 0.3 --output "$results/worst.json"
 }
 
+stacks() { limited 90 "$python" -m bench.gpu --only ' L[2-9]$' --seconds 0.3 --output "$results/stacks.json"; }
+
 threads() {
     limited 120 "$python" -m bench.run --threads 1,2,4,8,16 --peers torch --seconds 0.5 --output "$results/threads.json" \
         --only 'lstm (train|infer) B(32|128) T(100|25) H(256|1024)$'
@@ -67,8 +70,8 @@ sanitizer() {
 
 for stage in "${stages[@]}"; do
     case $stage in
-    tests | selftest | host | worst | threads | grid | sanitizer) ;;
-    *) echo "gpu.sh: stage: expected tests, selftest, host, worst, threads, grid or sanitizer, got $stage" >&2; exit 2 ;;
+    tests | selftest | host | worst | stacks | threads | grid | sanitizer) ;;
+    *) echo "gpu.sh: stage: expected tests, selftest, host, worst, stacks, threads, grid or sanitizer, got $stage" >&2; exit 2 ;;
     esac
 done
 mkdir -p "$results"

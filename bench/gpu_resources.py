@@ -3,7 +3,8 @@
     python -m bench.gpu_resources [--target sm_90] [--cell slstm] [--quick]
 
 A plan is compiled at the largest layer that chooses it, dense and with one direction, and again with all that costs registers:
-packed, two directions, a projection where the cell has one, and four heads where it is not torch.nn's.
+packed, two directions, a projection where the cell has one, and four heads where it is not torch.nn's; or two and four layers
+at once.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from pathlib import Path
 import torch
 
 from fastrnn import cells as shipped
+from fastrnn import features
 from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.gpu import meetings_of, values_of
 from fastrnn.kernels.gpu import plan as plans
-from fastrnn.kernels.gpu import values_of
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer
 
@@ -74,11 +76,16 @@ class Case:
     packed: bool
     plan: Plan
     heads: int = 1
+    layers: int = 1  # at once
     marked: bool = False  # with resets and, where it is not packed, lengths
+    noisy: bool = False  # with a mask, and zoneout of all states that may have it
+    normed: bool = False  # with layer norm
 
     @property
     def kind(self) -> Cell:
-        return CELLS[self.cell] if self.cell in CELLS else getattr(shipped, self.cell).definition
+        plain = CELLS[self.cell] if self.cell in CELLS else getattr(shipped, self.cell).definition
+        zoned = tuple(self.noisy and (name != "h" or self.R == self.H) for name in features.state_names(plain))
+        return CELLS[features.derived(plain.name, True if self.normed else None, None, zoned)]
 
     def __str__(self) -> str:
         plan = self.plan
@@ -87,7 +94,9 @@ class Case:
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
         number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2)
-        flags += ["packed"] * self.packed + ["marked"] * self.marked + [f"{self.heads} heads"] * (self.heads > 1)
+        flags += [f"{self.layers} layers, span {plan.span}, {plan.feed[1]} columns"] * (self.layers > 1)
+        flags += [name for name in ("packed", "marked", "noisy", "normed") if getattr(self, name)]
+        flags += [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
         return " ".join([self.target, which, self.cell, number, f"H{self.H}", tiles, f"{plan.warps} warps", *flags])
 
@@ -118,7 +127,9 @@ class Usage:
 
 def sizes_of(case: Case) -> Sizes:
     H, R, D = case.H // case.heads, case.R // case.heads, case.D * case.heads
-    return Sizes(64, case.B, H, R, D, case.kind.gates, case.dtype.itemsize, case.precision, values_of(case.kind))
+    kind = case.kind
+    sizes = Sizes(64, case.B, H, R, D, kind.gates, case.dtype.itemsize, case.precision, values_of(kind), layers=case.layers)
+    return replace(sizes, meetings=meetings_of(kind), heads=case.heads) if kind.reduces else sizes
 
 
 def cases(target: str, cells=BUILT_IN, formats=FORMATS, units=UNITS, rows=ROWS) -> Iterator[Case]:
@@ -133,14 +144,16 @@ def cases(target: str, cells=BUILT_IN, formats=FORMATS, units=UNITS, rows=ROWS) 
         if not plain.kind.mode:  # heads in the place of a projection
             flags = replace(flags, H=4 * H, R=4 * H, heads=4)
         wide = [replace(plain, R=H * 7 // 8)] * (cell == "lstm" and H >= 64)  # a projection to hardly less
-        for case in (plain, flags, *wide):
+        stacks = [replace(plain, layers=layers) for layers in (2, 4)]
+        for case in (plain, flags, *wide, *stacks):
             for schedule in (None, "single", "persistent", "stepwise"):
                 try:
                     plan = plans.choose(device, sizes_of(case), forward, schedule)
                 except ValueError:
                     continue
                 tiles = replace(plan, blocks=0, groups=0, microseconds=0, outputs=0)
-                found[cell, dtype, precision, forward, case.D, case.R == case.H, tiles] = replace(case, plan=plan)
+                key = cell, dtype, precision, forward, case.D, case.R == case.H, case.layers > 1, tiles
+                found[key] = replace(case, plan=plan)
     yield from found.values()
 
 
@@ -156,21 +169,26 @@ def launches(case: Case) -> list:
 
     batch_sizes = torch.full((T,), case.B) if case.packed else None
     leading = (T * case.B,) if case.packed else (T, case.B)
-    h0, c0 = empty(D, case.B, case.R), empty(D, case.B, cell.states * case.H) if cell.states else None
+    sides = D * case.layers
+    h0, c0 = empty(sides, case.B, case.R), empty(sides, case.B, cell.states * case.H) if cell.states else None
     rows = cell.gates * case.H
     weights = [empty(rows, 128), empty(rows, case.R // case.heads), empty(rows + cell.weights * case.H), empty(rows)]
     weights += [empty(case.R, case.H)] * own.projected
     started: list = []
     resets = torch.empty(leading, dtype=torch.bool, device="meta") if case.marked else None
     lengths = torch.empty(case.B, dtype=torch.int64, device="meta") if case.marked and not case.packed else None
-    inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths)
-    call = layer.Call(own, inputs, weights * D, run=started.append)
+    mask = empty(D, case.B, case.R) if case.noisy else None
+    noise = empty(*leading, D * cell.noise * case.H) if cell.noise else None
+    inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths, mask, noise)
+    above = [empty(rows, case.R), *weights[1:]] * (case.layers - 1)
+    call = layer.Call(own, inputs, weights * D + above, run=lambda each: started.extend(each.by_triton()))
     call.ptx = TARGETS[case.target][1].backend == "cuda"
+    below = call.below()
     if case.forward:
-        layer.forward(call, True, case.plan, case.precision)
+        layer.forward(call, True, case.plan, case.precision, below)
     else:
-        y, saved = empty(*leading, D * case.R), empty(D, T * case.B, call.slots)
-        layer.backward(call, Outer(y, h0, c0), y, saved, Needs(), case.plan, case.precision)
+        y, saved = empty(*leading, D * case.R), empty(sides, T * case.B, call.slots)
+        layer.backward(call, Outer(y, h0, c0), y, saved, Needs(), case.plan, case.precision, below)
     return started
 
 

@@ -37,8 +37,9 @@ _OPTIONS, _WEIGHTS = 8, 10  # the places of the layer's text and of the first we
 def run_layer(
     inputs: Inputs, weights: Sequence[Tensor], layer: Layer, of_cell: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One layer, differentiable: y, h_n, and c_n for lstm, None otherwise.
+    """One layer, differentiable: y, h_n, and c_n for lstm, None otherwise; or several that run at once.
 
+    The states say how many, of which `dispatch.layers_at_once` has said so. The results then have the states of each.
     of_cell: it is an LSTMCell's step and the like, whose results have dtypes of their own under autocast.
     """
     if getattr(inputs.x, gpu.HERE):
@@ -48,6 +49,12 @@ def run_layer(
     elif _is_mixed(inputs, weights):
         return _in_float32(inputs, weights, layer, of_cell)
     wanted, text = torch.is_grad_enabled() and _requires_grad(*inputs, *weights), layer.text()
+    if len(inputs.h0) > layer.directions:
+        if wanted:
+            y, h_n, *c_n = LayersFunction.apply(*inputs, text, 0, *weights)
+            return y, h_n, c_n[0] if c_n else None
+        y, h_n, c_n, *_ = gpu.layers_forward(*inputs[:4], weights, text, False, *inputs[4:6])
+        return y, h_n, None if inputs.c0 is None else c_n
     segments = 0
     if wanted and not torch._C._are_functorch_transforms_active():
         segments = checkpoint.segments_wanted(layer, inputs)
@@ -426,7 +433,7 @@ def _outer_levels() -> Iterator[None]:
 class StatesFunction(_Function):
     """`LayerFunction` of a cell with states but h, whose last output is these after every step; without recompute mode.
 
-    A gradient of that output is carried back by gradients.py, which takes longer.
+    A gradient of that output is carried back as `ops.backward_of_states` says.
     """
 
     @staticmethod
@@ -448,7 +455,7 @@ class StatesFunction(_Function):
             y, _, _, saved = reference.layer_forward(inputs, weights, layer, True)
         need_dx, _, *states = ctx.needs_input_grad[:4]
         needs = Needs(need_dx, any(states), any(ctx.needs_input_grad[_WEIGHTS:]))
-        dx, dh0, dc0, dw = gradients.layer_backward(outer, inputs, weights, y, saved, layer, needs, d_states)
+        dx, dh0, dc0, dw = ops.backward_of_states(outer, inputs, weights, y, saved, ctx.options[0], needs, d_states)
         of_states = (dh0, dc0) if needs.dh0 else (None, None)
         return dx if need_dx else None, None, *of_states, *[None] * (_WEIGHTS - 4), *(dw if needs.dw else [None] * len(weights))
 
@@ -513,6 +520,69 @@ class CellFunction(_Function):
             found = LayerFunction.gradients(ctx, outer, (*map(_unsqueezed, kept[: y + 1]), *kept[y + 1 :]))
             found = *(None if grad is None else grad.squeeze(0) for grad in found[:4]), *found[4:]
         return found
+
+
+class LayersFunction(_Function):
+    """`LayerFunction` of layers that run at once, on a GPU: y, h_n, and c_n for lstm. It keeps what each of them would.
+
+    What autograd differentiates again, or maps over gradients, runs them one after another.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        given, text, weights = inputs[:_OPTIONS], inputs[_OPTIONS], inputs[_WEIGHTS:]
+        y, h_n, c_n, saved, below = gpu.layers_forward(*given[:4], weights, text, True, *given[4:6])
+        ctx.options = text
+        ctx.save_for_backward(*given, y, saved, below, *weights)
+        ctx.set_materialize_grads(False)
+        return (y, h_n) if given[3] is None else (y, h_n, c_n)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        outer, needed = Outer(*grads, *[None] * (3 - len(grads))), ctx.needs_input_grad
+        found: list[Tensor | None] = [None] * len(needed)
+        if all(grad is None for grad in outer):
+            return tuple(found)
+        *tensors, y, saved, below = ctx.saved_tensors[: _OPTIONS + 3]
+        inputs, weights = Inputs(*tensors), ctx.saved_tensors[_OPTIONS + 3 :]
+        if torch.is_grad_enabled() or dispatch.forward_mode() or mapped_by_old_vmap(outer):
+            return _gradients_one_by_one(outer, inputs, weights, ctx.options, needed)
+        need_dx, _, *states = needed[:4]
+        needs = [need_dx, any(states), any(needed[_WEIGHTS:])]
+        call = *inputs[:4], weights, y, saved, below, ctx.options, needs, *inputs[4:6]
+        dx, dh0, dc0, dw = gpu.layers_backward(*outer, *call)
+        found[0] = dx if need_dx else None
+        if any(states):
+            found[2:4] = dh0, None if inputs.c0 is None else dc0
+        found[_WEIGHTS:] = dw or found[_WEIGHTS:]
+        return tuple(found)
+
+
+def _gradients_one_by_one(outer: Outer, inputs: Inputs, weights: Sequence[Tensor], text: str, needed: Sequence[bool]):
+    """Gradients of the arguments of `LayersFunction`, where each layer runs again as a node of its own."""
+    arguments: list[Any] = [*inputs, text, 0, *weights]
+    with torch.enable_grad():
+        for index, need in enumerate(needed):
+            if need:  # one may be a function of another
+                arguments[index] = arguments[index].view_as(arguments[index])
+        again, own, layers = Inputs(*arguments[:_OPTIONS]), arguments[_WEIGHTS:], len(inputs.h0)
+        each, y, states = len(own) // layers, again.x, []
+        for index in range(layers):
+            c0 = None if again.c0 is None else again.c0[index : index + 1]
+            of_layer = again._replace(x=y, h0=again.h0[index : index + 1], c0=c0)
+            y, *after = run_layer(of_layer, own[index * each : (index + 1) * each], layer_of(text))
+            states.append(after)
+        h_n, c_n = (None if of_all[0] is None else torch.cat(of_all) for of_all in zip(*states, strict=True))
+        pairs = [(output, grad) for output, grad in zip((y, h_n, c_n), outer, strict=True) if grad is not None]
+        wanted = [index for index, need in enumerate(needed) if need]
+        outputs, grads = zip(*pairs, strict=True)
+    of_wanted = torch.autograd.grad(
+        outputs, [arguments[index] for index in wanted], grads, create_graph=torch.is_grad_enabled(), allow_unused=True
+    )
+    found: list[Tensor | None] = [None] * len(needed)
+    for index, grad in zip(wanted, of_wanted, strict=True):
+        found[index] = grad
+    return tuple(found)
 
 
 class BackwardFunction(_Function):

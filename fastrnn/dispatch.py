@@ -80,7 +80,11 @@ def layer_of_module(module: Any) -> Layer:
 
 def watched() -> bool:
     """Might somebody look at a call from outside? Not under a compiler, whose every call may be traced."""
-    return forward_mode() or torch._C._is_any_autocast_enabled() or any(watches() for watches in _WATCHERS)
+    return torch._C._is_any_autocast_enabled() or _watched_but_for_autocast()
+
+
+def _watched_but_for_autocast() -> bool:
+    return forward_mode() or any(watches() for watches in _WATCHERS)
 
 
 def load() -> None:
@@ -118,20 +122,18 @@ def choose(
     return engine
 
 
-def choose_own(cell: str, noise: bool, *call: Any) -> str:
+def choose_own(cell: str, *call: Any) -> str:
     """Return the engine of a layer that torch.nn has not: of any cell, maybe with noise; the reference where no fused one can.
 
     call: the arguments of `choose`.
     """
     engine = choose(*call)
-    return "reference" if engine == "torch" or why_not_own(engine, cell, noise) else engine
+    return "reference" if engine == "torch" or why_not_own(engine, cell) else engine
 
 
-def why_not_own(engine: str, cell: str, noise: bool) -> str | None:
-    """Say why an engine declines a cell, or a layer with noise, whatever the call; None where it does not."""
-    if engine == "triton" and noise:
-        return "it has neither recurrent dropout nor zoneout"
-    if engine in FUSED and CELLS[cell].reduces:
+def why_not_own(engine: str, cell: str) -> str | None:
+    """Say why an engine declines a cell, whatever the call; None where it does not."""
+    if engine == "cpu" and CELLS[cell].reduces:
         return "it has no layer norm"
     return cpu.why_not_cell(cell) if engine == "cpu" else None
 
@@ -167,8 +169,26 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
 
 
 def takes_on_gpu(text: str, x: Tensor, w_hh: Tensor, layers: int) -> bool:
-    """Does the Triton engine take calls of a layer of this text, with plain tensors on one device and of one dtype it has?"""
-    return not (forced or gpu.why_not(x.device) or leaves_to_cudnn(layer_of(text), x, None, w_hh, layers))
+    """Does the Triton engine run layers of this text one by one? The tensors are plain, on one device and of one dtype it has."""
+    layer = layer_of(text)
+    if forced or gpu.why_not(x.device) or leaves_to_cudnn(layer, x, None, w_hh, layers):
+        return False
+    return all(set(layers_at_once(layer, x, None, w_hh, layers, training)) == {1} for training in (False, True))
+
+
+def layers_at_once(
+    layer: Layer, x: Tensor, batch_sizes: Tensor | None, w_hh: Tensor, layers: int, training: bool
+) -> tuple[int, ...]:
+    """So many layers as the Triton engine runs at once, as one node of autograd's, the lowest first: (2, 1), two of three.
+
+    Where somebody watches, each runs alone. Whatever runs a stack on that engine layer by layer asks this first. (The CPU
+    engine's fast path, which has all layers of a call at hand, decides for itself.) x: as a module is given it.
+    """
+    if torch.compiler.is_compiling() or checkpoint.is_on() or _watched_but_for_autocast():
+        return (1,) * layers
+    T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
+    sizes = T, B, w_hh.shape[0] // CELLS[layer.cell].gates, w_hh.shape[1] * layer.heads
+    return gpu.layers_at_once(layer, sizes, dtype_on_gpu(x), x.device, layers, training)
 
 
 def may_leave() -> bool:
@@ -344,9 +364,9 @@ def explain(
     call = x, batch_sizes, states, weights, getattr(module, "_fastrnn_compressed", False)
     engine, marked = choose(*call), resets is not None or lengths is not None
     own = getattr(module, "_fastrnn_features", False)
-    what = (features.cell_name(module), features.noise_of(module) is not None) if own else None
-    if what:
-        engine = choose_own(*what, *call)
+    cell = features.cell_name(module) if own else None
+    if cell:
+        engine = choose_own(cell, *call)
     if left := engine == "triton" and not (marked or own) and _left_to_cudnn(module, x, batch_sizes, weights[1]):
         engine = "torch"
     elif marked and engine == "torch":
@@ -357,9 +377,9 @@ def explain(
         declined["triton"] = "cuDNN is faster for such a call; FASTRNN_BACKEND=triton has it all the same"
     if marked:
         declined["torch"] = "torch.nn has neither resets nor lengths"
-    if what:
+    if cell:
         for name in FUSED & declined.keys():
-            declined[name] = why_not(name, *call) or why_not_own(name, *what) or idle
+            declined[name] = why_not(name, *call) or why_not_own(name, cell) or idle
         declined["torch"] = f"torch.nn has no {features.described(module)[2:]}"
     if engine != "reference":
         declined["reference"] = "the definition, slow: it runs only where FASTRNN_BACKEND=reference"
@@ -392,7 +412,7 @@ def _schedule(
 
     def describe(T: int, B: int, I: int, R: int, layers: int = 1) -> str:
         if getattr(x, gpu.HERE):
-            return gpu.describe(layer, T, B, H, R, dtype_on_gpu(x), x.device, training)
+            return gpu.describe(layer, T, B, H, R, dtype_on_gpu(x), x.device, training, layers)
         return cpu.describe(layer, T, B, I, H, R, training, half, layers, module.input_size, size)
 
     if not isinstance(module, nn.RNNBase):
@@ -400,6 +420,14 @@ def _schedule(
     T, B = steps_and_rows(x, batch_sizes, module.batch_first)
     R = module.proj_size or H
     sizes = [I] + [layer.directions * R] * (module.num_layers - 1)
+    if getattr(x, gpu.HERE):
+        dropped = module.training and module.dropout > 0
+        alone = dropped or (getattr(module, "_fastrnn_features", False) and features.noise_of(module) is not None)
+        parts: tuple[int, ...] = (1,) * module.num_layers
+        if not alone:
+            w_hh: Any = module._flat_weights[1]
+            parts = layers_at_once(layer, x, batch_sizes, w_hh, module.num_layers, training)
+        return tuple(describe(T, B, H, R, count) for count in parts for _ in range(count))
     # As far as that can be told from here: what the runtime's way from module to result takes, which has all layers at hand.
     plain = batch_sizes is None and x.dim() == 3 and x.dtype in cpu.DTYPES and not watched()
     plain = plain and not (module.training and module.dropout > 0) and all(state.is_contiguous() for state in states)

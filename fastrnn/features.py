@@ -183,14 +183,13 @@ class Noise(NamedTuple):
     zoneout: tuple[float, ...]
     training: bool
 
-    def drawn(self, inputs: Inputs, layer: Layer, hidden: int) -> Inputs:
-        """Return what a layer is given, with its mask and its noise."""
+    def drawn(self, inputs: Inputs, layer: Layer, hidden: int, dtype: torch.dtype) -> Inputs:
+        """Return what a layer is given, with its mask and its noise, in the dtype that it computes in."""
         x, (D, B, R) = inputs.x, inputs.h0.shape
-        like: dict[str, Any] = {"device": x.device, "dtype": torch.float64 if x.dtype is torch.float64 else torch.float32}
         mask = noise = None
         if self.recurrent_dropout:
             kept = torch.rand(D, B, R, device=x.device, dtype=torch.float32) >= self.recurrent_dropout
-            mask = kept.to(like["dtype"]) * (1 / (1 - self.recurrent_dropout))
+            mask = kept.to(dtype) * (1 / (1 - self.recurrent_dropout))
         if rates := [rate for rate in self.zoneout if rate]:
             if self.training:
                 batch_first = layer.batch_first and inputs.batch_sizes is None
@@ -201,10 +200,10 @@ class Noise(NamedTuple):
                     new = bits >= levels[0]
                 else:
                     new = torch.stack([part >= level for part, level in zip(bits.unbind(-2), levels, strict=True)], -2)
-                noise = new.flatten(-3).to(like["dtype"])
+                noise = new.flatten(-3).to(dtype)
                 noise = noise.transpose(0, 1) if batch_first else noise
             else:
-                kept = torch.cat([torch.full((hidden,), 1 - rate, **like) for rate in rates])
+                kept = torch.cat([torch.full((hidden,), 1 - rate, device=x.device, dtype=dtype) for rate in rates])
                 noise = kept.repeat(D).expand(*x.shape[:-1], -1)
         return inputs._replace(mask=mask, noise=noise)
 
@@ -212,7 +211,11 @@ class Noise(NamedTuple):
 def random_bits(*shape: int, device: Any = None) -> Tensor:
     """Draw whole numbers of 16 bits, int16 of any value: four of each number of 64 bits that torch's generator gives."""
     count = math.prod(shape)
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    size, least = (count + 3) // 4, -(2**63)
+    if torch.compiler.is_compiling():  # Dynamo knows no random_ without an end; of all numbers this one draws the last never
+        words = torch.randint(least, -least - 1, (size,), device=device).bitwise_xor(least)
+    else:
+        words = torch.empty(size, dtype=torch.int64, device=device).random_(least, None)
     return words.view(torch.int16)[:count].view(shape)
 
 
@@ -229,15 +232,19 @@ def cell_name(module: Any) -> str:
     zoneout = module.zoneout
     rates = zoneout if isinstance(zoneout, tuple) else (zoneout,)
     norm = module.bias if module.layer_norm else None
-    return _derived(module._fastrnn_cell.name, norm, module.cell_clip, tuple(rate > 0 for rate in rates))
+    return derived(module._fastrnn_cell.name, norm, module.cell_clip, tuple(rate > 0 for rate in rates))
 
 
-def _derived(name: str, norm: bool | None, clip: float | None, zoned: tuple[bool, ...]) -> str:
+def derived(name: str, norm: bool | None, clip: float | None, zoned: tuple[bool, ...]) -> str:
+    """Return the name of a cell with these features, of a cell's name.
+
+    norm: with layer norm, and whether with shifts, or None. zoned: which states have zoneout, h first.
+    """
     return _derive(name, norm, clip, zoned) if norm is not None or clip is not None or any(zoned) else name
 
 
 # What torch.compiler.assume_constant_result would do, but without importing Dynamo: it does not look into this function.
-_derived._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undeclared
+derived._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undeclared
 
 
 @cache

@@ -278,8 +278,7 @@ def run_marked(
     if reason := misfit(layer, inputs, weights, num_layers):
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
-    noisy = noise is not None or inputs.mask is not None
-    engine = dispatch.choose_own(layer.cell, noisy, inputs.x, inputs.batch_sizes, states, weights, compressed)
+    engine = dispatch.choose_own(layer.cell, inputs.x, inputs.batch_sizes, states, weights, compressed)
     if engine == "cpu":
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
     if compressed and engine not in dispatch.FUSED:
@@ -308,7 +307,8 @@ def run_stack(
 
     def run(given: Inputs, weights: Sequence[Tensor], own: Layer, restart: States | None):
         if noise is not None:
-            given = noise.drawn(given, own, hidden)
+            half_on_cpu = engine == "cpu" and given.x.dtype in dispatch.HALF  # which that engine computes in float32
+            given = noise.drawn(given, own, hidden, torch.float32 if half_on_cpu else given.x.dtype)
 
         def once(given: Inputs):
             return (*_run(engine, given, weights, own), ()) if after_steps is None else _run_states(engine, given, weights, own)
@@ -327,14 +327,19 @@ def run_stack(
     time_major, D, each = dropout > 0 and layer.batch_first, layer.directions, len(weights) // num_layers
     by_time = layer._replace(batch_first=False)
     y, _, h0, c0, resets, *_ = inputs
-    hs, cs = [], []
-    for index in range(num_layers):
-        own, last = slice(index * D, (index + 1) * D), index == num_layers - 1
+    hs, cs, index = [], [], 0
+    parts: tuple[int, ...] = (1,) * num_layers
+    if engine == "triton" and dropout == 0 and noise is after_steps is restart is None and inputs.mask is None:
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, h0, *weights))
+        parts = dispatch.layers_at_once(layer, y, inputs.batch_sizes, weights[1], num_layers, training)
+    for count in parts:
+        own, last = slice(index * D, (index + count) * D), index + count == num_layers
         if time_major and (index == 0 or last):
             y, resets = y.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         given = inputs._replace(x=y, h0=h0[own], c0=None if c0 is None else c0[own], resets=resets)
         fresh = None if restart is None else (restart[0][own], None if restart[1] is None else restart[1][own])
-        y, h, c = run(given, weights[index * each : (index + 1) * each], by_time if time_major and not last else layer, fresh)
+        own_weights, index = weights[index * each : (index + count) * each], index + count
+        y, h, c = run(given, own_weights, by_time if time_major and not last else layer, fresh)
         hs.append(h)
         cs += [] if c is None else [c]
         if dropout > 0 and not last:

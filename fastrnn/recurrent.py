@@ -366,10 +366,10 @@ class Recurrent(nn.Module):
         states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         weights = list(module.parameters())
         call = x, batch_sizes, states, weights, False
-        what = features.cell_name(module), features.noise_of(module) is not None
-        engine = dispatch.choose_own(*what, *call)
+        cell = features.cell_name(module)
+        engine = dispatch.choose_own(cell, *call)
         idle = f"{dispatch.forced} is forced" if dispatch.forced else f"{engine} takes the call"
-        fused = {name: dispatch.why_not(name, *call) or dispatch.why_not_own(name, *what) or idle for name in ("cpu", "triton")}
+        fused = {name: dispatch.why_not(name, *call) or dispatch.why_not_own(name, cell) or idle for name in ("cpu", "triton")}
         declined = fused | {"torch": "torch.nn has no such cell", "reference": "the definition, slow"}
         del declined[engine]
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *states, *weights))

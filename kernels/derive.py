@@ -43,13 +43,17 @@ class Code:
 
     def bind(self, names: dict[str, Any], printer: type[Printer] | None = None) -> Callable:
         """Make the function, with the elementary functions, and `full_like` for constants, by name."""
-        source = self.source(printer)
-        # a name of its own, under which debuggers and Triton find the source
-        file = next(file for n in count() if (file := f"<fastrnn {self.name} {n}>") not in linecache.cache)
-        linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
-        space = dict(names)
-        exec(compile(source, file, "exec"), space)
-        return space[self.name]
+        return made(self.name, self.source(printer), names)
+
+
+def made(name: str, source: str, names: dict[str, Any]) -> Callable:
+    """Make the function of this name from its source, with others by name."""
+    # a name of its own, under which debuggers and Triton find the source
+    file = next(file for n in count() if (file := f"<fastrnn {name} {n}>") not in linecache.cache)
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    space = dict(names)
+    exec(compile(source, file, "exec"), space)
+    return space[name]
 
 
 class Printer:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrnn.kernels import reference
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.derive import Printer
 from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, Steps, Weights
@@ -84,6 +85,31 @@ def layer_backward(
         torch.stack(dc0s) if needs.dh0 and inputs.c0 is not None else empty,
         dws,
     )
+
+
+def layers_forward(inputs: Inputs, weights: Sequence[Tensor], layer: Layer) -> tuple[tuple[Tensor, ...], list[tuple]]:
+    """Run layers on top of each other, as many as there are states of: y, h_n, c_n and saved; and what backward takes."""
+    count, passes, results, y = len(inputs.h0) // layer.directions, [], [], inputs.x
+    each = len(weights) // count
+    for index in range(count):
+        h0, c0 = (None if state is None else state.chunk(count)[index] for state in inputs[2:4])
+        own = inputs._replace(x=y, h0=h0, c0=c0), weights[index * each : (index + 1) * each]
+        y, *after = reference.layer_forward(*own, layer, True)
+        passes.append((*own, y, after[-1], layer))
+        results.append(after)
+    return (y, *map(torch.cat, zip(*results, strict=True))), passes
+
+
+def layers_backward(outer: Outer, passes: list[tuple]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return the gradients of such layers as `layer_backward` does."""
+    dx, states, dws = outer.dy, [], []
+    for index in reversed(range(len(passes))):
+        dh_n, dc_n = (None if grad is None else grad.chunk(len(passes))[index] for grad in outer[1:])
+        inputs, weights, y, saved, layer = passes[index]
+        dx, *of_states, dw = layer_backward(Outer(dx, dh_n, dc_n), inputs, weights, y, saved, layer, Needs())
+        states.insert(0, of_states)
+        dws = dw + dws
+    return dx, *map(torch.cat, zip(*states, strict=True)), dws
 
 
 def layer_double_backward(

@@ -144,7 +144,7 @@ class Steps:
         self.batch = h0.shape[1]
         self.rows = x.shape[0] if self.packed else self.steps * self.batch
 
-    @cached_property
+    @property  # not a cached one, which takes a lock in Python 3.11, and Dynamo does not know
     def sizes(self) -> list[int]:
         """Rows of each step [T]."""
         return [self.batch] * self.steps if self.batch_sizes is None else self.batch_sizes.tolist()

@@ -451,8 +451,9 @@ def test_a_learned_state_is_where_hx_is_missing(monkeypatch):
         same_bits(module.step(x[0])[0], module.step(x[0], hx)[0])
 
 
-def test_compiles_exports_and_recomputes():
-    module = make("lstm", dtype=torch.float32, num_heads=3, recurrent_dropout=0.4, learn_initial_state=True, num_layers=2)
+@pytest.mark.parametrize("settings", [{"learn_initial_state": True}, {"zoneout": (0.1, 0.3), "bidirectional": True}], ids=str)
+def test_compiles_exports_and_recomputes(settings):
+    module = make("lstm", dtype=torch.float32, num_heads=3, recurrent_dropout=0.4, num_layers=2, **settings)
     x = torch.randn(6, 4, 5)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     found = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton_layers
 from contract import CELLS, Case, Error, arguments, relative, run, same_bits, twins
-from test_triton import FLOAT32, LAYERS, OWN_LAYERS
+from test_triton import FLOAT32, LAYERS, OWN_LAYERS, STACKS
 from triton_layers import Layer
 
 import fastrnn
@@ -38,7 +38,7 @@ def _target():
     return gpu.device_of(torch.device("cuda", torch.cuda.current_device()))
 
 
-@pytest.mark.parametrize("layer", [*LAYERS, *OWN_LAYERS], ids=str)
+@pytest.mark.parametrize("layer", [*LAYERS, *OWN_LAYERS, *STACKS], ids=str)
 def test_kernels(layer):
     assert triton_layers.faults(layer, "cuda", _target()) == []
 
@@ -182,6 +182,23 @@ def test_a_persistent_launch_has_the_bits_of_one_launch_a_step(layer, monkeypatc
         same_bits(kernels(), persistent, "run to run")
     monkeypatch.setattr(Layer, "plan", lambda self, *given: replace(plan(self, *given), schedule="stepwise"))
     same_bits(triton_layers.kernels(layer, "cuda", target)(), persistent, "stepwise")
+
+
+DEEP = [
+    Layer("lstm", "resident", 0, layers=4, dtype=F16, sizes=(1000, 32, 16, 512)),
+    Layer("gru", "resident", 0, layers=3, layout="packed", dtype=BF16, sizes=(1000, 30, 16, 250)),
+    Layer("rnn_tanh", "resident", 0, layers=2, reverse=True, marks="both", dtype=F16, sizes=(1000, 60, 16, 640)),
+]
+
+
+@pytest.mark.parametrize("layer", DEEP, ids=str)
+def test_a_wavefront_has_the_same_bits_from_run_to_run(layer):
+    """Whichever layer is ahead of which. 50 runs; the first is right."""
+    assert triton_layers.faults(layer, "cuda", _target()) == []
+    kernels = triton_layers.kernels(layer, "cuda", _target())
+    expected = kernels()
+    for _ in range(50):
+        same_bits(kernels(), expected, "run to run")
 
 
 def test_other_work_on_the_device():

@@ -17,18 +17,20 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fastrnn
 from fastrnn import cells, dispatch
 from fastrnn.kernels import gpu
+from fastrnn.kernels.gpu.plan import COOPERATIVE, choose
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def _as_on_a_gpu(function: Callable, *args):
     """Call a function where CPU tensors are taken for a GPU's, in a process that interprets kernels."""
-    target = replace(triton_layers.H100, off=("persistent",))
+    off = dict.fromkeys(COOPERATIVE, "programs are interpreted one after another")
+    target = replace(triton_layers.H100, off=tuple(off))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "HERE", "is_cpu")
         patch.setattr(gpu, "why_not", lambda device: None)
         patch.setattr(gpu, "device_of", lambda device: target)
-        patch.setattr(gpu, "off", lambda device: {"persistent": "programs are interpreted one after another"})
+        patch.setattr(gpu, "off", lambda device: off)
         patch.setattr("fastrnn.kernels.gpu.layer.device_of", lambda device: target)
         patch.setattr(dispatch, "native", None)
         patch.setattr(dispatch, "forced", "triton")
@@ -234,3 +236,107 @@ def test_cells_of_ones_own_under_autocast(gpu_process):
     dtypes, errors = gpu_process(_errors_of_own, False, torch.float16)
     assert dtypes == {torch.float16}
     assert {name: error for name, error in errors.items() if not 1e-5 < error < 1e-2} == {}
+
+
+# --- layers at once
+
+
+@contextlib.contextmanager
+def _two_at_once() -> Iterator[list[int]]:
+    """Have the lower two layers of a stack run at once; how many do is counted."""
+    from fastrnn.kernels.gpu import layer as engine
+
+    started: list[int] = []
+    run = engine.layers_forward
+
+    def counted(x, batch_sizes, h0, *given):
+        started.append(len(h0))
+        return run(x, batch_sizes, h0, *given)
+
+    def chosen(device, sizes, forward):
+        if sizes.layers == 1:
+            return choose(device, sizes, forward)
+        return choose(triton_layers.H100, replace(sizes, T=9, bytes_=2), forward)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "layers_at_once", lambda *given: (2, *(1,) * (given[-2] - 2)))
+        patch.setattr(engine, "layers_forward", counted)
+        patch.setattr(engine, "choose", chosen)
+        yield started
+
+
+def _errors_at_once(cell: str, sizes: dict, mixed: torch.dtype | None) -> tuple[dict, dict, list[int]]:
+    with _two_at_once() as started:
+        return *_errors(cell, sizes, mixed, torch.float32), started
+
+
+@pytest.mark.parametrize("sizes", [{"num_layers": 2, "batch_first": True}, {"num_layers": 3, "bias": False}], ids=str)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_layers_at_once(cell, sizes, gpu_process):
+    """Results and every gradient; of three layers the highest runs alone."""
+    _, errors, started = gpu_process(_errors_at_once, cell, sizes, None)
+    assert started == [2] and {name: error for name, error in errors.items() if not error < 2e-6} == {}
+
+
+def test_layers_at_once_under_autocast(gpu_process):
+    dtypes, errors, started = gpu_process(_errors_at_once, "LSTM", {"num_layers": 2}, torch.bfloat16)
+    assert started == [2] and {dtypes["y"], dtypes["dx"], dtypes["dweight_hh_l1"]} == {torch.float16, torch.float32}
+    assert {name: error for name, error in errors.items() if not 1e-5 < error < 1e-2} == {}
+
+
+def _derivatives_at_once(cell: str) -> tuple[dict[str, float], list[int]]:
+    """Relative errors of second derivatives, and of gradients that are mapped over, against torch.nn in float64."""
+    torch.manual_seed(0)
+    ours, stock = (getattr(library, cell)(5, 16, 2) for library in (fastrnn, torch.nn))
+    stock.load_state_dict(ours.state_dict())
+    x, found = torch.randn(4, 3, 5), []
+    with _two_at_once() as started:
+        for module, given in ((ours, x), (stock.double(), x.double())):
+            given = given.clone().requires_grad_()
+            y, *_ = module(given)
+            wanted = given, *module.parameters()
+            firsts = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+            seconds = torch.autograd.grad(sum(first.square().sum() for first in firsts), wanted)
+            y, state = module(given)
+            both = torch.stack([y, 2 * y]).detach()
+            mapped = torch.autograd.grad(y, wanted, both, retain_graph=True, is_grads_batched=True)
+            last = state[1] if cell == "LSTM" else state
+            partly = torch.autograd.grad(last[0].sum(), (given, module.weight_hh_l0))  # nothing of y, nothing of layer 1
+            found.append({f"{k} {name}": each for k, of_kind in enumerate((firsts, seconds, mapped, partly))
+                          for name, each in enumerate(of_kind)})  # fmt: skip
+    ours, theirs = found
+    return {name: relative(ours[name].detach().double(), theirs[name].detach()) for name in theirs}, started
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_derivatives_of_layers_at_once(cell, gpu_process):
+    errors, started = gpu_process(_derivatives_at_once, cell)
+    assert started == [2, 2] and {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
+def _those_that_run_alone() -> dict[str, list[int]]:
+    """What runs at once where somebody looks at each layer, or asks for what a stack has not."""
+    found, x = {}, torch.randn(4, 3, 5)
+    calls = {
+        "evaluation": lambda: fastrnn.LSTM(5, 16, 2, dropout=0.5).eval()(x),
+        "dropout": lambda: fastrnn.LSTM(5, 16, 2, dropout=0.5)(x),
+        "zoneout": lambda: fastrnn.LSTM(5, 16, 2, zoneout=0.1)(x),
+        "profiler": lambda: _profiled(fastrnn.LSTM(5, 16, 2), x),
+        "transform": lambda: torch.func.grad(lambda x: fastrnn.LSTM(5, 16, 2)(x)[0].sum())(x),
+        "recompute": lambda: fastrnn.LSTM(5, 16, 2, recompute=True)(x),
+    }
+    for name, call in calls.items():
+        with _two_at_once() as started:
+            call()
+        found[name] = started
+    return found
+
+
+def _profiled(module, x: torch.Tensor) -> None:
+    with torch.autograd.profiler.profile():
+        module(x)
+
+
+def test_where_layers_run_one_after_another(gpu_process):
+    found = gpu_process(_those_that_run_alone)
+    assert {name for name, started in found.items() if started} == {"evaluation"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from fastrnn.__main__ import info
 from fastrnn.kernels import gpu
 from fastrnn.kernels.gpu import selftest
 from fastrnn.kernels.gpu.launch import Alarm, alarm
-from fastrnn.kernels.gpu.plan import Sizes, choose
+from fastrnn.kernels.gpu.plan import COOPERATIVE, Sizes, choose
 from fastrnn.kernels.layer import Layer
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -79,6 +79,20 @@ def test_a_device_that_passes_is_on_and_tested_once(fake):
         another_process()
         assert gpu.why_not(DEVICE) is None and schedule(*LARGE) == "persistent"
     assert fake.tests == 1
+
+
+@needs_triton
+def test_a_wavefront_that_fails_leaves_layers_to_run_one_after_another(fake):
+    call = Layer("lstm"), (500, 32, 512, 512), torch.float16, DEVICE, 4, True
+    assert gpu.layers_at_once(*call) == (4,)
+    another_process()
+    fake.found = {"wavefront": "dw_ih[2] differs by 1"}
+    selftest._path(selftest.identity(DEVICE)).unlink()
+    with pytest.warns(
+        RuntimeWarning, match=r"the wavefront schedule fails its self-test on Fake 1, and other schedules take its"
+    ):
+        assert gpu.layers_at_once(*call) == (1, 1, 1, 1)
+    assert schedule(*LARGE) == "persistent"
 
 
 @needs_triton
@@ -188,7 +202,8 @@ def test_a_launch_that_gave_up_is_told_at_the_next_call(fake):
         ours.check()
     ours.check()
     assert schedule(*LARGE) == "stepwise"
-    assert "waited for each other in vain" in gpu.off(DEVICE)["persistent"]
+    off = gpu.off(DEVICE)
+    assert off.keys() == {"persistent", "wavefront"} and all("waited for each other in vain" in why for why in off.values())
 
 
 @needs_triton
@@ -231,30 +246,34 @@ def _layer_faults(schedule: str, wrong: bool) -> str | None:
 
 
 @needs_triton
-@pytest.mark.parametrize("schedule", ["single", "stepwise"])
+@pytest.mark.parametrize("schedule", ["single", "stepwise", "persistent", "wavefront"])
 def test_the_layer_of_each_schedule(schedule, interpreted):
     assert interpreted(_layer_faults, schedule, False) is None
     assert interpreted(_layer_faults, schedule, True) == "of a small layer dw_hh[1] differs by 0.5"
 
 
-@needs_triton
-def test_the_barrier(interpreted):
-    """The interpreter runs one program after the other, so that two of them do not meet: the first gives up, and says so."""
-    assert interpreted(selftest.barrier_fault, torch.device("cpu"), 1) is None
-    assert interpreted(selftest.barrier_fault, torch.device("cpu"), 2, 8) == "2 programs of a cooperative launch do not meet"
-
-
-def _persistent_without_others() -> str | None:
+def _alone(function: Callable, *args) -> str | None:
+    """Call it where no program of a launch runs before the one ahead has ended, nor waits for more than 8 polls."""
     from fastrnn.kernels.gpu import barrier
 
     interpreted = barrier.wait.rewrite()
-    before, interpreted.__defaults__ = interpreted.__defaults__, (8,)
-    try:
-        return selftest.layer_fault("persistent", torch.device("cpu"), triton_layers.H100)
-    finally:
-        interpreted.__defaults__ = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_layers, "Programs", triton_layers.Alone)
+        patch.setattr(interpreted, "__defaults__", (8,))
+        return function(*args)
 
 
 @needs_triton
-def test_a_persistent_launch_whose_programs_do_not_meet_ends(interpreted):
-    assert interpreted(_persistent_without_others) == "programs of a layer waited for each other in vain"
+def test_the_barrier(interpreted):
+    """Where programs do not run at once, two of them do not meet: the first gives up, and says so."""
+    fault = "2 programs of a cooperative launch do not meet"
+    for programs in (1, 2):
+        assert interpreted(selftest.barrier_fault, torch.device("cpu"), programs) is None
+    assert interpreted(_alone, selftest.barrier_fault, torch.device("cpu"), 2, 8) == fault
+
+
+@needs_triton
+@pytest.mark.parametrize("schedule", COOPERATIVE)
+def test_a_launch_whose_programs_do_not_meet_ends(schedule, interpreted):
+    found = interpreted(_alone, selftest.layer_fault, schedule, torch.device("cpu"), triton_layers.H100)
+    assert found == "programs of a layer waited for each other in vain"

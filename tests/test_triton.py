@@ -1,7 +1,7 @@
 """The Triton engine without a GPU: its kernels in Triton's interpreter, its plans, and what its kernels compile to.
 
-The interpreter runs programs one after another, so it runs the steps of a persistent launch one launch each: the barrier is
-test_gpu.py's.
+The interpreter runs programs one after another, so most layers run the steps of a persistent launch one launch each. Where
+programs have to meet within a step they take turns (triton_layers.Programs); a real barrier is test_gpu.py's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench import gpu_resources, record, report
 from bench.gpu_resources import TARGETS
 from fastrnn import cells, dispatch
 from fastrnn.kernels import gpu
-from fastrnn.kernels.gpu.plan import Device, Sizes, choose, shared_bytes
+from fastrnn.kernels.gpu.plan import Device, Sizes, choose, layers_at_once, shared_bytes
 from fastrnn.kernels.gpu.precision import precision_of, products_in
 from fastrnn.kernels.layer import Inputs
 from fastrnn.kernels.layer import Layer as Description
@@ -72,6 +72,28 @@ def test_kernels(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
+def _stacks() -> Iterator[Layer]:
+    """Two to four layers at once, in every combination of two of these."""
+    factors = {name: FACTORS[name] for name in ("cell", "reverse", "layout", "bias", "save", "incoming", "dtype", "marks")}
+    sizes = (5, 3, 5, 19), (3, 18, 2, 7), (1, 4, 9, 33), (6, 5, 17, 40)
+
+    def possible(row: dict) -> bool:  # of lower layers nobody tells the reference on which side of relu half precision landed
+        return _possible(row) and (row.get("cell") != "rnn_relu" or row.get("dtype", torch.float32) is torch.float32)
+
+    for row in pairwise(factors | {"layers": (2, 3, 4), "sizes": sizes}, possible):
+        yield Layer(tiles="resident", **row)
+
+
+STACKS = list(_stacks())
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", STACKS, ids=str)
+def test_layers_at_once(layer, interpreted):
+    """As `test_kernels`, in one launch whose programs wait for those of their layer and of the one below or above."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
 OWN = ("slstm", "peephole_lstm", "odd", "mgu", "wide", "indrnn", "cifg", "leaky_rnn", "cfc", "every_function", "lstm", "gru")
 OF_OWN = {
     "tiles": FACTORS["tiles"],
@@ -108,11 +130,146 @@ def test_cells_of_ones_own(layer, interpreted):
     assert interpreted(triton_layers.faults, layer) == []
 
 
+WITH_NOISE = {
+    "noise": ("both", "mask", "zoneout", "evaluation"),
+    "cell": ("lstm", "gru", "rnn_tanh", "slstm", "peephole_lstm", "mgu"),
+    "tiles": FACTORS["tiles"],
+    "heads": (1, 2),
+    "project": (False, True),
+    "save": (True, False),
+    "reverse": (False, True),
+    **{name: OF_OWN[name] for name in ("directions", "layout", "dtype", "marks")},
+}
+NOISY = [
+    Layer(**row, sizes=(3, 4, 2, 19))
+    for row in pairwise(WITH_NOISE, lambda row: _quick(row) and not (row.get("project") and row.get("heads", 1) > 1))
+]
+
+
 @needs_triton
-@pytest.mark.parametrize(("cell", "heads"), [("slstm", 2), pytest.param("odd", 1, marks=pytest.mark.slow)])
-def test_modules_of_cells_of_ones_own(cell, heads, interpreted):
+@pytest.mark.parametrize("layer", NOISY, ids=str)
+def test_masks_and_noise(layer, interpreted):
+    """What recurrent dropout and zoneout bring to a call, with all else that a call may have."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
+NORMED = {
+    "cell": ("lstm", "gru", "rnn_tanh", "slstm", "mgu"),
+    "tiles": FACTORS["tiles"],
+    "noise": ("none", "both"),
+    "reverse": (False, True),
+    **{name: OF_OWN[name] for name in ("heads", "directions", "layout", "dtype", "marks")},
+}
+
+
+def _normed_layers() -> Iterator[Layer]:
+    def possible(row: dict) -> bool:
+        return _quick(row) and not (row.get("heads", 1) > 1 and row.get("tiles") == "single")  # which has all that is reduced
+
+    for row in pairwise(NORMED, possible):
+        yield Layer(**row, norm=True, sizes=(2, 3, 2, 7 if row["heads"] > 1 else 19))
+    for tiles, dtype in (("single", torch.bfloat16), ("split", torch.float32), ("resident", torch.float16)):
+        yield Layer(tiles=tiles, dtype=dtype, norm=True, project=True, sizes=(2, 3, 2, 19))
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", [*_normed_layers()], ids=str)
+def test_layer_norm(layer, interpreted):
+    """In a single program, and in several that exchange what they know of a row."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
+OF_STATES = [
+    Layer("lstm", "single", directions=2, layout="batch", marks="both", dc_steps=True),
+    Layer("lstm", "split", layout="packed", reverse=True, project=True, dc_steps=True),
+    Layer("slstm", "resident", heads=2, directions=2, marks="resets", dc_steps=True, sizes=(3, 3, 2, 7)),
+    Layer("lstm", "wide", norm=True, dtype=torch.bfloat16, marks="lengths", dc_steps=True, sizes=(3, 3, 2, 19)),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", OF_STATES, ids=str)
+def test_gradients_of_every_state(layer, interpreted):
+    """What a caller's gradient of each step's c adds to those that are carried back."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
+TOGETHER = [
+    Layer("lstm", "split", directions=2, project=True, marks="both", together=True),
+    Layer("gru", "resident", layout="packed", noise="both", dtype=torch.float16, together=True, sizes=(3, 18, 3, 35)),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("layer", TOGETHER, ids=str)
+def test_programs_that_meet(layer, interpreted):
+    """A persistent launch, whose programs take turns: what one needs of others is there when they have met."""
+    assert interpreted(triton_layers.faults, layer) == []
+
+
+@needs_triton
+def test_a_missing_meeting_is_found(interpreted):
+    """The control of the tests above: without the first meeting of a step others' moments are those of the step before."""
+    assert interpreted(_faults_without_a_meeting)
+
+
+def _faults_without_a_meeting() -> list[str]:
+    from fastrnn.kernels.gpu import barrier, rows
+
+    right = rows.FUNCTIONS["meet"]
+    rows.FUNCTIONS["meet"] = lambda counter, met, gave_up, programs: barrier.arrive(counter)
+    try:
+        return triton_layers.faults(Layer("rnn_tanh", "split", norm=True, sizes=(2, 3, 2, 70)))
+    finally:
+        rows.FUNCTIONS["meet"] = right
+
+
+def test_where_no_schedule_has_layer_norm(monkeypatch):
+    """Stepwise launches have not, nor single programs of one head among several: the reference runs."""
+    monkeypatch.setattr(gpu, "device_of", lambda device: triton_layers.H100)
+    for H, words in (
+        (768, "forward: persistent, 16 units"),
+        (9000, "forward: the reference, operation by operation: no schedule"),
+    ):
+        own = Description(Layer(norm=True).kind.name, bias=True)
+        assert gpu.describe(own, 64, 16, H, H, torch.float16, torch.device("cuda"), True).startswith(words)
+    sizes = Sizes(64, 16, 64, 64, 2, 4, 2, "ieee", meetings=(2, 4), heads=2)
+    assert choose(triton_layers.H100, sizes, True).schedule == "persistent"
+    with pytest.raises(ValueError, match=r"schedule: expected one that .* has"):
+        choose(triton_layers.H100, sizes, True, "stepwise")
+    for lacking in (replace(sizes, H=5000, R=5000), replace(sizes, B=10)):
+        device = replace(triton_layers.H100, off=("persistent",)) if lacking.B == 10 else triton_layers.H100
+        with pytest.raises(ValueError, match=r"schedule: expected one that .* has"):
+            choose(device, lacking, False)
+
+
+@needs_triton
+def test_noise_goes_with_cells_that_ask_for_it():
+    """Others would read past an end."""
+    from fastrnn.kernels.gpu.layer import Call
+
+    layer = Layer(noise="zoneout")
+    made = layer.arguments()
+    *given, weights, own = made.values()
+    inputs = Inputs(*given)
+    with pytest.raises(RuntimeError, match=r"fastrnn: lstm_zoneout_.* needs noise"):
+        Call(own, inputs._replace(noise=None), weights)
+    with pytest.raises(RuntimeError, match="fastrnn: lstm takes no noise"):
+        Call(own._replace(cell="lstm"), inputs, weights)
+
+
+NOISE = {"recurrent_dropout": 0.3, "zoneout": 0.2}
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("cell", "heads", "settings"),
+    [("slstm", 2, {}), pytest.param("odd", 1, {}, marks=pytest.mark.slow), ("mgu", 1, NOISE | {"layer_norm": True})],
+    ids=str,
+)
+def test_modules_of_cells_of_ones_own(cell, heads, settings, interpreted):
     """First and second derivatives, mapped, compiled and recomputed, in two directions."""
-    assert interpreted(triton_layers.faults_of_module, cell, heads) == []
+    assert interpreted(triton_layers.faults_of_module, cell, heads, settings) == []
 
 
 @needs_triton
@@ -246,6 +403,31 @@ def test_what_an_h100_runs(sizes, forward, backward):
     assert words == [forward, backward]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "layers", "parts"),
+    [
+        (Sizes(256, 32, 512, 512, 1, 4, 2, "ieee"), 4, (4,)),
+        (Sizes(256, 32, 512, 512, 1, 4, 4, "tf32"), 4, (4,)),
+        (Sizes(256, 32, 512, 512, 1, 4, 4, "tf32"), 5, (3, 2)),
+        (Sizes(256, 16, 768, 768, 1, 4, 2, "ieee"), 3, (2, 1)),
+        (Sizes(256, 32, 1536, 1536, 1, 4, 2, "ieee"), 2, (1, 1)),  # one of them has the whole device
+        (Sizes(3, 32, 512, 512, 1, 4, 2, "ieee"), 4, (1, 1, 1, 1)),  # fewer steps than a span
+        (Sizes(256, 32, 512, 256, 1, 4, 2, "ieee"), 2, (1, 1)),  # projected
+        (Sizes(256, 32, 512, 512, 1, 4, 4, "tf32x3"), 2, (1, 1)),
+    ],
+    ids=str,
+)
+def test_which_layers_run_at_once(sizes, layers, parts):
+    """On an H100, as many as fit and as the estimate says are faster so, and in any other part none at all."""
+    assert layers_at_once(triton_layers.H100, sizes, layers, training=True) == parts
+    for forward in (True, False):
+        for count in set(parts) - {1}:
+            plan = choose(triton_layers.H100, replace(sizes, layers=count), forward)
+            assert plan.blocks * count * plan.groups <= triton_layers.H100.multiprocessors
+    without = replace(triton_layers.H100, off=("wavefront",))
+    assert layers_at_once(without, sizes, layers, training=True) == (1,) * layers
+
+
 @needs_triton
 @pytest.mark.parametrize("sizes", [[2, 1], [1, 2], [2, 2, 2], [5, 0], [6, -1]])
 def test_malformed_packed_sequences_are_refused(sizes):
@@ -299,11 +481,20 @@ def test_resources(target, compilers):
     _assert_resources(_chosen(target, ("lstm", "gru"), units=(64, 768), rows=(16,)), compilers)
 
 
-def _chosen(target: str, cells, **limits) -> list:
-    """Plans that are chosen for layers of one direction, and none that has to be named."""
-    found = [case for case in gpu_resources.cases(target, cells, **limits) if case.D == 1]
+def _chosen(target: str, cells, layers: int = 1, **limits) -> list:
+    """Plans that are chosen for layers of one direction, so many at once, and none that has to be named."""
+    found = [case for case in gpu_resources.cases(target, cells, **limits) if case.D == 1 and case.layers == layers]
     device = TARGETS[target][1]
     return [case for case in found if choose(device, gpu_resources.sizes_of(case), case.forward) == case.plan]
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(SLOW))])
+def test_resources_of_layers_at_once(target, compilers):
+    cells = ("lstm",) if target == "sm_90" else ("lstm", "gru", "rnn_tanh")
+    cases = _chosen(target, cells, layers=4, units=(512,), rows=(32,))
+    assert {case.plan.schedule for case in cases} == {"wavefront"}
+    _assert_resources(cases, compilers)
 
 
 @needs_triton
@@ -339,15 +530,17 @@ def test_resources_of_every_plan(target, compilers):
 
 
 @needs_triton
-def test_resources_with_resets_and_lengths(compilers):
-    """They take no more than the bounds by which plans are chosen."""
+@pytest.mark.parametrize("more", [{}, {"noisy": True}, {"normed": True}], ids=lambda more: "".join(more) or "plain")
+@pytest.mark.parametrize("target", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in TARGETS])
+def test_resources_with_resets_and_lengths(target, more, compilers):
+    """They, and masks and noise, or layer norm, take no more than the bounds by which plans are chosen."""
     sizes = ("lstm", 64), ("lstm", 768), ("gru", 768), ("rnn_tanh", 64)
     plain = [
-        gpu_resources.Case("sm_90", cell, forward, torch.float16, "ieee", 64, H, H, 1, False, None, marked=True)
+        gpu_resources.Case(target, cell, forward, torch.float16, "ieee", 64, H, H, 1, False, None, marked=True, **more)
         for cell, H in sizes
         for forward in (True, False)
     ]
-    device = TARGETS["sm_90"][1]
+    device = TARGETS[target][1]
     _assert_resources(
         [replace(case, plan=choose(device, gpu_resources.sizes_of(case), case.forward)) for case in plain], compilers
     )
@@ -387,11 +580,12 @@ def test_no_program_waits_for_ever(forward):
 
 
 @needs_triton
-@pytest.mark.parametrize("schedule", ["single", "stepwise", "persistent"])
+@pytest.mark.parametrize("schedule", ["single", "stepwise", "persistent", "wavefront"])
 @pytest.mark.parametrize("forward", [True, False])
 def test_lengths_are_run_time_arguments(forward, schedule):
     """Another T, B, first row or range of steps is the same kernel, whether it is one or a multiple of 16 or not."""
     case = gpu_resources.Case("sm_90", "lstm", forward, torch.float16, "ieee", 32, 64, 64, 1, False, None)
+    case = replace(case, layers=2 if schedule == "wavefront" else 1)
     plan = choose(TARGETS["sm_90"][1], gpu_resources.sizes_of(case), forward, schedule)
     scans = [launch for launch in gpu_resources.launches(replace(case, plan=plan)) if "CELL" in launch.arguments]
     assert scans

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +22,7 @@ from conftest import _make_layer, weight_names
 from contract import FACTOR, SLACK, Error
 from torch import Tensor
 
-from fastrnn import cells
+from fastrnn import cells, features
 from fastrnn.cells import (
     Gate,
     Hidden,
@@ -41,8 +44,9 @@ from fastrnn.cells import (
     tanh,
     where,
 )
-from fastrnn.kernels import gradients, reference
+from fastrnn.kernels import gradients
 from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.gpu import meetings_of
 from fastrnn.kernels.gpu.plan import Device, Plan, Sizes, choose, plans
 from fastrnn.kernels.layer import Inputs, Needs, Outer, Steps
 from fastrnn.kernels.layer import Layer as Description
@@ -65,7 +69,12 @@ class Layer:
     tiles: single, resident (weights kept), or streamed: split (its sums shared by warps) or wide.
     chunk: of the sums; small, so that a small layer has several. 0 for what the chooser takes.
     marks: resets, lengths (of dense input), both, or none.
+    noise: a mask, zoneout of all states, both of them, or zoneout in evaluation: one number for all rows and steps.
+    norm:  with layer norm.
+    dc_steps: gradients come in for the states but h after each step.
+    together: in the interpreter, one launch whose programs meet at barriers, and not a launch a step.
     sizes: T, B, I, and H of a head.
+    layers: so many at once, with spans of two steps where they are interpreted.
     """
 
     cell: str = "lstm"
@@ -81,8 +90,13 @@ class Layer:
     incoming: str = "all"
     dtype: torch.dtype = torch.float32
     marks: str = "none"
+    noise: str = "none"
+    norm: bool = False
+    dc_steps: bool = False
+    together: bool = False
     precision: str = "ieee"
     sizes: tuple[int, int, int, int] = (4, 3, 5, 19)
+    layers: int = 1
 
     def __str__(self) -> str:
         default = Layer()
@@ -91,6 +105,14 @@ class Layer:
 
     @property
     def kind(self) -> Cell:
+        plain = self.plain
+        zoned = self.noise not in ("none", "mask")
+        states = [zoned and (state != "h" or not self.project) for state in features.state_names(plain)]
+        return CELLS[features.derived(plain.name, self.bias if self.norm else None, None, tuple(states))]
+
+    @property
+    def plain(self) -> Cell:
+        """The cell without layer norm and zoneout."""
         if self.cell in CELLS:
             return CELLS[self.cell]
         if self.cell == "every_function":
@@ -115,6 +137,10 @@ class Layer:
             (T, B, I, H * self.heads),
             heads=self.heads,
         )
+        for _ in range(self.layers - 1):
+            above = _make_layer(self.kind.name, 1, self.bias, sizes=(T, B, H, H))
+            made["weights"] = made["weights"] + above["weights"]
+            made |= {name: None if made[name] is None else torch.cat([made[name], above[name]]) for name in ("h0", "c0")}
         if not self.kind.mode:  # far from zero, which some divide by
             made |= {name: made[name].abs() + 0.5 for name in ("h0", "c0") if made[name] is not None}
         kinds = made["layer"].kinds()  # as torch.nn scales them: else the state is chaotic, and rounding decides
@@ -132,7 +158,17 @@ class Layer:
             made["x"][where.T if self.layout == "batch" else where] = torch.nan  # which nobody may read
         if self.marks in ("resets", "both"):
             made["resets"] = torch.rand(made["x"].shape[:-1]) < 0.4
-        names = ("x", "batch_sizes", "h0", "c0", "resets", "lengths", "weights", "layer")
+        if self.noise in ("mask", "both"):
+            made["mask"] = (torch.rand(made["h0"].shape, dtype=torch.float64) < 0.7) * 1.375
+        if count := self.kind.noise * H * self.heads:
+            width, leading = self.directions * count, made["x"].shape[:-1]
+            if self.noise == "evaluation":
+                made["noise"] = torch.linspace(0.25, 1, width, dtype=torch.float64).expand(*leading, -1)
+            else:  # drawn in [T, B, ...], whatever the layout
+                batch = self.layout == "batch"
+                drawn = (torch.rand(*leading[:: -1 if batch else 1], width) < 0.7).double()
+                made["noise"] = drawn.transpose(0, 1) if batch else drawn
+        names = (*Inputs._fields, "weights", "layer")
         return cast({name: made.get(name) for name in names}, self.dtype)
 
     def plan(self, forward: bool, device: Device, interpreted: bool) -> Plan:
@@ -140,6 +176,14 @@ class Layer:
         R = 1 if self.project else H
         precision = "tf32" if device.backend == "cuda" and self.dtype is not torch.float32 else "ieee"
         sizes = Sizes(T, B, H, R, self.directions * self.heads, self.kind.gates, self.dtype.itemsize, precision)
+        if self.norm:
+            sizes = replace(sizes, meetings=meetings_of(self.kind), heads=self.heads)
+        if self.layers > 1:
+            known = replace(sizes, T=1000, bytes_=2, layers=self.layers)  # of which there is a plan whatever is to be tested
+            chosen = choose(device, known, forward, "wavefront")
+            if not interpreted:
+                return chosen
+            return replace(chosen, chunk=32, stages=2, span=2, feed=(16, 16, 16, 2))
         if self.tiles == "single":
             return choose(device, sizes, forward, "single")
         of_both = [replace(sizes, precision="tf32"), replace(sizes, precision="ieee", bytes_=4)]  # each has kinds of its own
@@ -156,7 +200,8 @@ class Layer:
         if self.chunk:
             warps = 2 if chosen.split > 1 else 8
             chosen = replace(chosen, chunk=self.chunk, split=2 if chosen.split > 1 else 1, warps=warps, stages=2)
-        if not interpreted and device.backend == "cuda" and chosen.groups:
+        together = self.together or not interpreted or any(sizes.meetings)
+        if together and device.backend == "cuda" and chosen.groups:
             return replace(chosen, schedule="persistent")
         return replace(chosen, schedule="stepwise")
 
@@ -167,7 +212,9 @@ def cast(arguments: dict, dtype: torch.dtype, device: str = "cpu") -> dict:
             return [one(each) for each in value]
         if not isinstance(value, Tensor) or name == "batch_sizes":
             return value
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+        shape = value.shape  # what is the same in all rows stays one number
+        value = value[tuple(slice(None if step else 1) for step in value.stride())]
+        return value.to(device, dtype if value.is_floating_point() else value.dtype).expand(shape)
 
     return {name: one(value, name) for name, value in arguments.items()}
 
@@ -190,14 +237,28 @@ def by_reference(layer: Layer, dtype: torch.dtype, seed: int = 0, sides: Tensor 
     made = cast(layer.arguments(seed), dtype)
     *tensors, weights, own = made.values()
     inputs = Inputs(*tensors)
-    results = dict(zip(("y", "h_n", "c_n", "saved"), reference.layer_forward(inputs, weights, own, True)))
+    outputs, passes = gradients.layers_forward(inputs, weights, own)
+    results = dict(zip(("y", "h_n", "c_n", "saved"), outputs))
     given = cast(incoming(layer, cast(results, torch.float64)), dtype)
     y = results["y"]
     if sides is not None and layer.cell in ("rnn_relu", "indrnn"):
         y = torch.where(sides > 0, y.clamp(min=torch.finfo(dtype).tiny), 0)
-    grads = gradients.layer_backward(Outer(**given), inputs, weights, y, results["saved"], own, Needs())
+    *of_inputs, _, saved, _ = passes[-1]
+    if layer.layers == 1:
+        grads = gradients.layer_backward(Outer(**given), *of_inputs, y, saved, own, Needs(), of_steps(layer, saved))
+    else:
+        grads = gradients.layers_backward(Outer(**given), [*passes[:-1], (*of_inputs, y, saved, own)])
     results["saved"] = slots(layer, within(own, inputs, results["saved"]))
-    return results | named(own, grads)
+    return results | named(layer.layers, own, grads)
+
+
+def of_steps(layer: Layer, saved: Tensor) -> Tensor | None:
+    """Gradients of the states but h after each step, in the dtype and on the device of what is saved."""
+    if not layer.dc_steps:
+        return None
+    torch.manual_seed(2)
+    made = torch.randn(*saved.shape[:2], layer.kind.states * layer.heads * layer.sizes[3], dtype=torch.float64)
+    return made.to(saved.device, layer.dtype).to(saved.dtype)
 
 
 def slots(layer: Layer, saved: Tensor) -> Tensor:
@@ -213,10 +274,11 @@ def within(own: Description, inputs: Inputs, saved: Tensor) -> Tensor:
     return saved if rows is None else torch.where(rows, saved, 0.0)
 
 
-def named(layer: Description, grads: Sequence) -> dict[str, Tensor]:
+def named(layers: int, layer: Description, grads: Sequence) -> dict[str, Tensor]:
     """Gradients by name."""
     *of_inputs, dw = grads
-    return dict(zip(("dx", "dh0", "dc0"), of_inputs)) | {f"d{name}": grad for name, grad in zip(weight_names(layer), dw)}
+    names = [f"d{name}" + f" of layer {index}" * (layers > 1) for index in range(layers) for name in weight_names(layer)]
+    return dict(zip(("dx", "dh0", "dc0"), of_inputs)) | dict(zip(names, dw, strict=True))
 
 
 def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int = 0) -> Callable[[], dict[str, Tensor]]:
@@ -230,15 +292,17 @@ def kernels(layer: Layer, device: str = "cpu", target: Device = H100, seed: int 
 
     def run() -> dict[str, Tensor]:
         call = engine.Call(own, Inputs(*tensors), weights)
-        y, h_n, c_n, saved = engine.forward(call, layer.save, forward, layer.precision)
+        below = call.below()
+        y, h_n, c_n, saved = engine.forward(call, layer.save, forward, layer.precision, below)
         results = {"y": y, "h_n": h_n, "c_n": c_n}
         if not layer.save:
             assert saved.numel() == 0
             return results
         if not given:
             given.update(cast(incoming(layer, cast(results, torch.float64, "cpu")), layer.dtype, device))
-        grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, layer.precision)
-        return results | {"saved": slots(layer, within(own, call.inputs, saved))} | named(own, grads)
+        call.dc_steps = of_steps(layer, saved)
+        grads = engine.backward(call, Outer(**given), y, saved, Needs(), backward, layer.precision, below)
+        return results | {"saved": slots(layer, within(own, call.inputs, saved))} | named(layer.layers, own, grads)
 
     return run
 
@@ -320,10 +384,99 @@ def interpret() -> None:
         return plain(self, widened(a), widened(b), d, input_precision, max_num_imprecise_acc)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    plain_call, plain_rmw = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder.create_atomic_rmw
+    running: list[Programs] = []
+
+    def call(self, *args, **kwargs):
+        if not kwargs.get("launch_cooperative_grid"):
+            return plain_call(self, *args, **kwargs)
+        alone, running[:] = self.fn, [Programs(self.fn, interpreter.interpreter_builder)]
+        self.fn = running[0]
+        try:
+            return plain_call(self, *args, **kwargs)
+        finally:
+            self.fn = alone
+            running.clear()
+
+    def create_atomic_rmw(self, operation, pointer, value, mask, sem, scope):
+        result = plain_rmw(self, operation, pointer, value, mask, sem, scope)
+        if running and sem is interpreter._ir.MEM_SEMANTIC.ACQUIRE:  # who waits
+            running[0].pause()
+        return result
+
+    interpreter.GridExecutor.__call__ = call
+    interpreter.InterpreterBuilder.create_atomic_rmw = create_atomic_rmw
 
 
-def faults_of_module(name: str, heads: int) -> list[str]:
-    """What goes wrong where a module of a cell runs on the engine, whose operators are then a CPU's too, in every way."""
+class Programs:
+    """The programs of a cooperative launch in the interpreter: a thread each, of which one runs until it waits for others.
+
+    It stands in the place of the kernel's function, which the interpreter calls for one program after another.
+    """
+
+    def __init__(self, function: Callable, builder) -> None:
+        self.function, self.builder = function, builder
+        self.__name__, self.__globals__ = function.__name__, function.__globals__  # which the interpreter looks at
+        self.__signature__ = inspect.signature(function)
+        self.calls: list[tuple] = []
+        self.failures: list[Exception] = []
+        self.own = threading.local()
+
+    def __call__(self, **given) -> None:
+        self.calls.append((self.builder.grid_idx, given))
+        if len(self.calls) < math.prod(self.builder.grid_dim):
+            return
+        self.turns = [threading.Semaphore(0) for _ in self.calls]
+        self.left = [*range(len(self.calls))]
+        threads = [threading.Thread(target=self.run, args=(number,)) for number in self.left]
+        for thread in threads:
+            thread.start()
+        self.turns[0].release()
+        for thread in threads:
+            thread.join()
+        if self.failures:
+            raise self.failures[0]
+
+    def run(self, number: int) -> None:
+        self.own.number = number
+        self.take_turn(number)
+        try:
+            with np.errstate(all="ignore"):
+                self.function(**self.calls[number][1])
+        except Exception as error:
+            self.failures.append(error)
+        self.left.remove(number)
+        self.hand_on(number)
+
+    def pause(self) -> None:
+        """Let another program run, as the one that calls waits for it."""
+        number = self.own.number
+        self.hand_on(number)
+        self.take_turn(number)
+        if self.failures:
+            raise RuntimeError("another program failed")
+
+    def hand_on(self, number: int) -> None:
+        if self.left:
+            self.turns[next((other for other in self.left if other > number), self.left[0])].release()
+
+    def take_turn(self, number: int) -> None:
+        self.turns[number].acquire()
+        self.builder.grid_idx = self.calls[number][0]
+
+
+class Alone(Programs):
+    """The same, where none of them runs before the one ahead of it has ended: they wait for each other in vain."""
+
+    def pause(self) -> None:
+        pass
+
+
+def faults_of_module(name: str, heads: int, settings: dict) -> list[str]:
+    """What goes wrong where a module of a cell runs on the engine, whose operators are then a CPU's too, in every way.
+
+    settings: of the module; noise comes from one seed.
+    """
     import test_cells
 
     import fastrnn
@@ -332,11 +485,16 @@ def faults_of_module(name: str, heads: int) -> list[str]:
     from fastrnn.kernels.gpu import layer as engine
 
     started: list = []
-    forward = gpu.layer_forward
+    with_states: list = []
+    forward, backward = gpu.layer_forward, gpu.layer_backward
 
     def layer_forward(*args):
         started.append(args[5])
         return forward(*args)
+
+    def layer_backward(*args, dc_steps=None):
+        with_states.append(dc_steps is not None)
+        return backward(*args, dc_steps=dc_steps)
 
     library = torch.library.Library("fastrnn", "IMPL", "CPU")
     with warnings.catch_warnings():
@@ -351,11 +509,12 @@ def faults_of_module(name: str, heads: int) -> list[str]:
         patch.setattr(dispatch, "native", None)
         patch.setattr(gpu, "HERE", "is_cpu")
         patch.setattr(gpu, "layer_forward", layer_forward)
+        patch.setattr(gpu, "layer_backward", layer_backward)
         patch.setattr(gpu, "device_of", lambda device: H100)
         patch.setattr(gpu, "off", lambda device: {})
         patch.setitem(dispatch._WHY_NOT, "triton", lambda *call: None)
         torch.manual_seed(0)
-        truth = test_cells.layer_of(name, "plain", 3, 4 * heads, bidirectional=True, num_heads=heads)
+        truth = test_cells.layer_of(name, "plain", 3, 4 * heads, bidirectional=True, num_heads=heads, **settings)
         module = copy.deepcopy(truth).float()
         x, states = test_cells.sample(truth, 3, 2)
         given = module, x.float(), [state.float() for state in states]
@@ -366,8 +525,16 @@ def faults_of_module(name: str, heads: int) -> list[str]:
             return {"second": torch.autograd.grad(first.square().sum(), x)[0]}
 
         def mapped(module, x, states):
-            own = torch.func.vmap(lambda x: test_cells.run(module, x, states)[0])(torch.stack([x, 2 * x]))
+            each = torch.func.vmap(lambda x: test_cells.run(module, x, states)[0], randomness="same")
+            own = each(torch.stack([x, 2 * x]))
             return {"mapped": own.detach()}
+
+        def after_steps(module, x, states):
+            x = x.requires_grad_()
+            found = module(x, states[0] if len(states) == 1 else tuple(states), all_states=True)[2]
+            found = found if isinstance(found, tuple) else (found,)
+            weighted = sum((number + 2) * state.square().sum() for number, state in enumerate(found))
+            return {"of every state": torch.autograd.grad(weighted, x)[0]}
 
         def compiled(module, x, states):
             return {"compiled": torch.compile(module, fullgraph=True, backend="aot_eager")(x)[0].detach()}
@@ -377,12 +544,14 @@ def faults_of_module(name: str, heads: int) -> list[str]:
                 return test_cells.results(test_cells.run, module, x, states)
 
         ways = {"plain": lambda *args: test_cells.results(test_cells.run, *args), "second": second, "mapped": mapped}
-        ways |= {"compiled": compiled, "recomputed": recomputed}
+        ways |= {"compiled": compiled, "recomputed": recomputed, "after steps": after_steps}
         for way, function in ways.items():
             patch.setattr(dispatch, "forced", "reference")
+            torch.manual_seed(1)
             expected = function(truth, x.detach(), states)
             patch.setattr(dispatch, "forced", "triton")
             started.clear()
+            torch.manual_seed(1)
             with np.errstate(all="ignore"):
                 found = function(*given)
             if not started or any(f"heads={heads}" not in text and heads > 1 for text in started):
@@ -390,6 +559,8 @@ def faults_of_module(name: str, heads: int) -> list[str]:
             for key, value in expected.items():
                 if not torch.allclose(found[key].double(), value, rtol=1e-4, atol=1e-5):
                     wrong.append(f"{way}: {key}: {(found[key].double() - value).abs().max():.3g} off")
+        if with_states.count(True) != (module.cell.definition.states > 0):
+            wrong.append(f"gradients of every state were fused {with_states.count(True)} times")
         explained = str(fastrnn.explain(module, given[1]))
         if "engine: triton" not in explained or "layer 0: forward: single" not in explained:
             wrong.append(explained)

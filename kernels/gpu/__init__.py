@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 
 import torch
+from torch import Tensor
 
 from .. import gradients, reference
 from ..cells import CELLS, Cell
-from ..layer import Inputs, Layer, Needs, Outer, layer_of
+from ..layer import Inputs, Layer, Needs, Outer, Steps, layer_of
 from . import plan, selftest
 from .precision import precision_of
 
@@ -93,12 +94,22 @@ def sizes_of(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, p
     """
     cell, heads, precision = CELLS[layer.cell], layer.heads, precision or precision_of(dtype)
     directions = layer.directions * heads
-    return plan.Sizes(T, B, H // heads, R // heads, directions, cell.gates, dtype.itemsize, precision, values_of(cell))
+    one = T, B, H // heads, R // heads, directions, cell.gates, dtype.itemsize, precision, values_of(cell)
+    return plan.Sizes(*one, meetings_of(cell), heads) if cell.reduces else plan.Sizes(*one)
+
+
+@cache
+def meetings_of(cell: Cell) -> tuple[int, int]:
+    """plan.Sizes.meetings of a cell."""
+    if not cell.reduces:
+        return 0, 0
+    forward, backward = cell.derived.forward_stages, cell.derived.backward_stages
+    return sum(bool(stage.reductions) for stage in forward), sum(bool(stage.reductions) for stage in backward)
 
 
 def values_of(cell: Cell) -> int:
     """plan.Sizes.values of a cell."""
-    loaded = cell.kept + 2 * cell.states + cell.derived.reads_output + cell.reads_hidden
+    loaded = cell.kept + 2 * cell.states + cell.derived.reads_output + cell.reads_hidden + cell.noise
     return loaded + cell.states + cell.reads_hidden + cell.weights
 
 
@@ -116,51 +127,118 @@ def _cudnn_is_faster(device, layer, sizes, dtype, layers, packed, precision) -> 
     return plan.cudnn_is_faster(device, sizes_of(layer, T, B, H, R, dtype, precision), layers, name, packed)
 
 
-def describe(layer: Layer, T: int, B: int, H: int, R: int, dtype: torch.dtype, device: torch.device, training: bool) -> str:
-    """How the engine would run a layer, in words. T steps, B rows, H units, R outputs (projection, or H)."""
+def layers_at_once(
+    layer: Layer, sizes: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, layers: int, training: bool
+) -> tuple[int, ...]:
+    """So many of these layers as run at once, the lowest first. sizes: T, B, H and R."""
+    never = layer.directions > 1 or layer.heads > 1 or CELLS[layer.cell].reduces
+    if never or layers == 1 or dtype is torch.float64:
+        return (1,) * layers
+    return _layers_at_once(device_of(device), layer, sizes, dtype, layers, training, precision_of(dtype))
+
+
+@lru_cache(4096)
+def _layers_at_once(device, layer, sizes, dtype, layers, training, precision) -> tuple[int, ...]:
+    T, B, H, R = sizes
+    return plan.layers_at_once(device, sizes_of(layer, T, B, H, R, dtype, precision), layers, training)
+
+
+def describe(
+    layer: Layer,
+    T: int,
+    B: int,
+    H: int,
+    R: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool,
+    layers: int = 1,
+) -> str:
+    """How the engine would run a layer, in words. T steps, B rows, H units, R outputs (projection, or H).
+
+    layers: so many that run at once.
+    """
     if dtype is torch.float64:
         return "the reference, operation by operation: the kernels have no float64"
-    target, sizes = device_of(device), sizes_of(layer, T, B, H, R, dtype)
+    target, sizes = device_of(device), replace(sizes_of(layer, T, B, H, R, dtype), layers=layers)
     passes = {"forward": True, "backward": False} if training else {"forward": True}
-    words = [f"{name}: {plan.choose(target, sizes, forward)}" for name, forward in passes.items()]
+    words = [f"{layers} layers at once"] * (layers > 1)
+    for name, forward in passes.items():
+        found = _plan(target, sizes, forward)
+        words.append(f"{name}: {found or 'the reference, operation by operation: no schedule reduces so many units of a row'}")
     return "; ".join(words + [f"no {schedule} schedule: {off(device)[schedule]}" for schedule in target.off])
+
+
+def _plan(target: plan.Device, sizes: plan.Sizes, forward: bool) -> plan.Plan | None:
+    """The plan of a pass; None where the device has none, as may be with reductions over the units of a row."""
+    try:
+        return plan.choose(target, sizes, forward)
+    except ValueError:
+        return None
+
+
+def _by_reference(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, forward: bool) -> bool:
+    """Does the reference run a pass: of float64, in which the kernels do not multiply, or one that has no plan?"""
+    x, cell = inputs.x, CELLS[layer.cell]
+    if x.dtype is torch.float64 or not cell.reduces:
+        return x.dtype is torch.float64
+    _, B, R = inputs.h0.shape
+    sizes = sizes_of(layer, Steps(layer, inputs).steps, B, weights[0].shape[0] // cell.gates, R, x.dtype)
+    return _plan(device_of(x.device), sizes, forward) is None
 
 
 def _without_autocast(op: Callable) -> Callable:
     """What is multiplied around the kernels has the dtypes that it should: autocast would change them."""
 
-    def run(*args):
+    def run(*args, **more):
         if not torch.is_autocast_enabled("cuda"):
-            return op(*args)
+            return op(*args, **more)
         with torch.autocast("cuda", enabled=False):
-            return op(*args)
+            return op(*args, **more)
 
     return run
 
 
 @_without_autocast
 def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
-    """The raw op's implementation: the kernels, or of float64, which they do not multiply in, the reference.
-
-    more: the other fields of Inputs.
-    """
-    if x.dtype is torch.float64:
-        return reference.layer_forward(Inputs(x, batch_sizes, h0, c0, *more), weights, layer_of(text), save)
+    """The raw op's implementation: the kernels, or the reference. more: the other fields of Inputs."""
+    inputs, own = Inputs(x, batch_sizes, h0, c0, *more), layer_of(text)
+    if _by_reference(inputs, weights, own, True):
+        return reference.layer_forward(inputs, weights, own, save)
     from . import layer
 
     return layer.layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more)
 
 
 @_without_autocast
-def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more):
-    """The raw op's implementation, likewise."""
-    if x.dtype is torch.float64:
-        inputs, own = Inputs(x, batch_sizes, h0, c0, *more), layer_of(text)
-        *of_inputs, dw = gradients.layer_backward(Outer(dy, dh_n, dc_n), inputs, weights, y, saved, own, Needs(*needs))
+def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more, dc_steps=None):
+    """The raw op's implementation, likewise; and with dc_steps, gradients [D, N, S * H] of the states but h after each step."""
+    inputs, own = Inputs(x, batch_sizes, h0, c0, *more), layer_of(text)
+    if _by_reference(inputs, weights, own, False):
+        outer = Outer(dy, dh_n, dc_n)
+        *of_inputs, dw = gradients.layer_backward(outer, inputs, weights, y, saved, own, Needs(*needs), dc_steps)
         return *of_inputs, [grad.clone() if grad is before else grad for before, grad in zip((None, *dw), dw, strict=False)]
     from . import layer
 
-    return layer.layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more)
+    return layer.layer_backward(
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more, dc_steps=dc_steps
+    )
+
+
+@_without_autocast
+def layers_forward(*given):
+    """`layer_forward` of layers that run at once, see layer.py; not of float64."""
+    from . import layer
+
+    return layer.layers_forward(*given)
+
+
+@_without_autocast
+def layers_backward(*given):
+    """`layer_backward`, likewise."""
+    from . import layer
+
+    return layer.layers_backward(*given)
 
 
 @cache

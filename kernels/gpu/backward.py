@@ -13,6 +13,8 @@ Letters and layouts as in forward.py; further
              a row's steps of those of the cell's own weights, zeros first; and in scans, where the cell reads h, what reached
              it past the gates
     b_ih     [D, ...], which has the cell's own weights behind the biases
+    h0       as it is, with a mask or without
+    dc_steps [D, N, S*H], gradients of the states but h after each step, of callers who read these; only where DC_STEPS
     sums_h   [D, B, R] and sums_c [D, B, STATES*H], float32: what resets take of the gradients of the states before them
 
 Step s of a program first takes dh, the product of W_hh^T with `da` of the step before, then goes through the cell. So there
@@ -35,11 +37,14 @@ from .tile import (
     replaced,
     resident_weights,
     row_index,
+    scaled,
     stack,
+    step_noise,
     steps_of_rows,
     store_tiles,
     zeros,
 )
+from .wavefront import feed
 
 
 @triton.jit
@@ -49,7 +54,7 @@ def kept_values(
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr,
     PROJECTED: tl.constexpr, anew, RESETS: tl.constexpr,
 ):  # fmt: skip
-    """What is there of step t for the rows that are `here`, as the cell takes it, float32 [UNITS, ROWS] each.
+    """What is there of step t for the rows that are `here`, as the cell takes it, float32 [UNITS, ROWS] each. y: of the side.
 
     What was kept, the states after the step, the output if OUTPUT, the states before the step, h the last.
     """
@@ -67,17 +72,26 @@ def kept_values(
         if PROJECTED:
             at = slots + SLOTS * H
         else:
-            at = y + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H) + d * H
+            at = y + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H)
         values = values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
     if STATES:
         after = saved + (d * N + row_index(before, rows, offsets, T, B, PACKED, False)) * W + states
         at = tl.where(joined, after, c0 + (d * B + rows) * (STATES * H))
         values = values + load_tiles(at[None, :] + units[:, None], ok, STATES, H)
     if READS:
-        after = y + row_index(before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H) + d * H
+        after = y + row_index(before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H)
         at = tl.where(joined, after, h0 + (d * B + rows) * H)
         values = values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
     return values
+
+
+@triton.jit
+def step_gradients(dc_steps, own, units, ok, DC_STEPS: tl.constexpr, STATES: tl.constexpr, H: tl.constexpr):
+    """Of the sequence's rows `own` [ROWS] what comes in for the states but h, float32 [UNITS, ROWS] each, if anything does."""
+    if DC_STEPS:
+        return load_tiles(dc_steps + (own * (STATES * H))[None, :] + units[:, None], ok, STATES, H)
+    else:
+        return ()
 
 
 @triton.jit
@@ -92,25 +106,27 @@ def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_hh, w_hr, b_ih, lengths, offsets, resets,
-    counters, gave_up,
-    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64,
+    saved, y, ys, dy, dys, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_ih, w_hh, w_hr, b_ih, lengths, offsets, resets,
+    counters, gave_up, mask, noise, moments, dc_steps,
+    w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
-    READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
-    D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+    READS: tl.constexpr, WEIGHTS: tl.constexpr, NOISE: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
+    OUTPUT: tl.constexpr, D: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
+    DC_STEPS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
+    MEETINGS: tl.constexpr, SETS: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
+    ROWS: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
-    PHASE: tl.constexpr, SYNC: tl.constexpr,
+    SPAN: tl.constexpr, FEED: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
-    """Steps begin...end of T + 1. Grid: BLOCKS * HEADS * D * blocks of rows.
+    """Steps begin...end of T + 1. Grid: BLOCKS * HEADS * D * LAYERS * blocks of rows.
 
-    OUTPUT:   the cell's backward reads its output.
-    PHASE:    "state" or "cell", one half of a projected step, or "both".
-    DIAGONAL: the product is of every gate with every other, see tile.py.
-    SYNC:     as in forward.
+    OUTPUT:    the cell's backward reads its output.
+    PHASE:     "state" or "cell", one half of a projected step, or "both".
+    DIAGONAL:  the product is of every gate with every other, see tile.py.
+    SPAN, FEED, SYNC: as in forward.
     """
     P: tl.constexpr = HIDDEN + GATES
     CARRIED: tl.constexpr = STATES + READS + WEIGHTS
@@ -119,12 +135,23 @@ def scan_backward(
     pid = tl.program_id(0)
     block, group = pid % BLOCKS, pid // BLOCKS
     head, of_rows = group % HEADS, group // HEADS
-    d, first = (of_rows % D).to(tl.int64), first_row + (of_rows // D) * ROWS
-    counter = counters + group * 16
-    backwards = (d == 1) != REVERSE
+    d, first = (of_rows % (D * LAYERS)).to(tl.int64), first_row + (of_rows // (D * LAYERS)) * ROWS
+    PROGRAMS: tl.constexpr = BLOCKS * HEADS if MEETINGS else BLOCKS  # that meet
+    EACH: tl.constexpr = 1 + PROJECTED + MEETINGS  # meetings of a step
+    counter = counters + (of_rows if MEETINGS else group) * 16
+    backwards = ((d == 1) & (D == 2)) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
     length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
+    if LAYERS == 1:
+        y += d * R
+        dy += d * R
+    else:
+        top = d == LAYERS - 1
+        target = dys + d * N * R
+        y, dy = tl.where(top, y, ys + d * N * R), tl.where(top, dy, target)
+        above = da + (d + 1) * N * (P * H)
+        w_ih += d * w_ih_step
     stop = tl.minimum(end, steps + 1)
 
     units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
@@ -160,6 +187,9 @@ def scan_backward(
     dc = ()
     if PHASE != "state":
         dc = load_tiles(carry + state_at, state_ok, CARRIED, H)
+    noise += d * NOISE * H
+    if MASKED:
+        factors = tl.load(mask + n_at, mask=n_ok, other=0.0).to(tl.float32)
 
     # what a step needs from memory, and does not wait for, is loaded in the step before
     t = tl.where(backwards, begin, steps - 1 - begin)
@@ -176,9 +206,12 @@ def scan_backward(
         saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
         STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
     )  # fmt: skip
-    dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
-    dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+    dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
+    if LAYERS == 1:
+        outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+    noises = step_noise(noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED)
     own = row_index(at, rows, offsets, T, B, PACKED, False)  # [ROWS]
+    dcs = step_gradients(dc_steps, d * N + own, units, units_ok[:, None] & here[None, :], DC_STEPS, STATES, H)
     before = tl.minimum(tl.maximum(tl.where(backwards, t - 1, t + 1), 0), steps - 1)
     state = da + HIDDEN * H + column_gate * H + head * HEAD  # [SIDE * ROWS]
     da_before = state + (d * N + row_index(before, column_rows, offsets, T, B, PACKED, False)) * (P * H)
@@ -190,12 +223,22 @@ def scan_backward(
         active = (t < length) & (s < steps)  # [ROWS]
         da_rows = da + (d * N + own) * (P * H)  # [ROWS]
         dp_rows = dp + (d * N + own) * R  # [ROWS]
+        if LAYERS > 1:
+            if (d < LAYERS - 1) & (s % SPAN == 0) & (s < steps):
+                feed(
+                    target, above, w_ih, counter, counter + 16, gave_up, s, steps, backwards == 0, block, first, lengths,
+                    offsets, T, B, R, GATES * H, 1, R, R, P * H, BATCH_FIRST, False, PACKED, RAGGED, ROWS, BLOCKS, SPAN, FEED,
+                    PRECISION,
+                )  # fmt: skip
+            outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & active[None, :], 1, 0, ".cg")
         if PHASE != "cell":
             dh = product(
                 chunks, a_rows, a_ok, da_before, (before < column_length) & (s > 0), K, WIDTH, HEAD, H,
                 OUTPUTS * SIDE, SIDE * ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION,
             )  # fmt: skip
             dh = diagonal(dh, OUTPUTS, SIDE, ROWS) if DIAGONAL else released(dh)
+            if MASKED:
+                dh *= factors
             if READS:
                 dh += dc[STATES + WEIGHTS]
             dh = tl.where(came[None, :], dh, final)  # [OUTPUTS, ROWS]
@@ -207,26 +250,35 @@ def scan_backward(
                 tl.store(sums_h + n_at, initial, mask=taken)
                 dh = tl.where(stopped[None, :], 0.0, dh)
             tl.store(dh0 + n_at, initial.to(dh0.dtype.element_ty), mask=n_ok & leaving[None, :])
-            dh += dys[0]
+            dh += outer[0]
             if PROJECTED:
                 at_dp = dp_rows[None, :] + outputs[:, None]
                 tl.store(at_dp, dh.to(dp.dtype.element_ty), mask=outputs_ok[:, None] & active[None, :])
             if SYNC and PROJECTED:
                 arrive(counter)
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
+                wait(counter, (EACH * (s - begin) + 1).to(tl.int64) * PROGRAMS, gave_up)
         if PHASE != "state":
             if PROJECTED:
                 dh = product(
                     (), r_rows, units_ok, dp_rows, active, R, H, R, R, UNITS, ROWS, BK, SPLIT, False, STAGES, PRECISION
                 )
                 dh = released(dh)
-            grads = CELL(dh, *dc[:STATES], *values, *own_weights)
+            of_states = added(dc, dcs, STATES) if DC_STEPS else dc[:STATES]
+            if MEETINGS:
+                own_moments = moments + of_rows * (SETS * 2 * PROGRAMS * ROWS)
+                own_units = tl.minimum(HEAD - block * UNITS, UNITS)
+                grads = CELL(
+                    dh, *of_states, *values, *own_weights, *noises, own_moments, counter, EACH * (s - begin) + PROJECTED,
+                    gave_up, head * BLOCKS + block, units_ok[:, None], own_units,
+                )  # fmt: skip
+            else:
+                grads = CELL(dh, *of_states, *values, *own_weights, *noises)
             store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
             if SYNC:
                 arrive(counter)
             if CARRIED:
-                of_states = carried(grads, active[None, :], dc, P, STATES, READS, WEIGHTS)
-                dc = of_states + replaced(grads, P + STATES, READS, active[None, :], dc[STATES + WEIGHTS :])
+                sums = carried(grads, active[None, :], dc, P, STATES, READS, WEIGHTS)
+                dc = sums + replaced(grads, P + STATES, READS, active[None, :], dc[STATES + WEIGHTS :])
             if RESETS and STATES:
                 sums_at, taken = sums_c + (d * B + rows)[None, :] * (STATES * H) + units[:, None], state_ok & anew[None, :]
                 sums = added(dc, load_tiles(sums_at, taken, STATES, H), STATES)
@@ -245,24 +297,29 @@ def scan_backward(
                 saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
                 STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
             )  # fmt: skip
-            dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
-            dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+            dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)
+            if LAYERS == 1:
+                outer = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+            noises = step_noise(
+                noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
+            )
             own = row_index(at, rows, offsets, T, B, PACKED, False)
-            wait(counter, (s - begin + 1).to(tl.int64) * (1 + PROJECTED) * BLOCKS, gave_up)
+            dcs = step_gradients(dc_steps, d * N + own, units, units_ok[:, None] & here[None, :], DC_STEPS, STATES, H)
+            wait(counter, (s - begin + 1).to(tl.int64) * EACH * PROGRAMS, gave_up)
     if PHASE != "state":
         store_tiles(carry + state_at, dc, state_ok, 0, CARRIED, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, resets,
-    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64,
+    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, resets, mask, noise, dc_steps,
+    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
-    READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
-    D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
-    PROJECTED: tl.constexpr,
+    READS: tl.constexpr, WEIGHTS: tl.constexpr, NOISE: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
+    OUTPUT: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
+    DC_STEPS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, PROJECTED: tl.constexpr,
     UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All steps of ROWS rows in one program, which holds every unit of a head and the states' gradients.
@@ -280,6 +337,7 @@ def single_backward(
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
     length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
+    y += d * R
 
     units = tl.arange(0, UNITS)  # [UNITS]
     units_ok = units < HEAD
@@ -305,6 +363,9 @@ def single_backward(
     n_ok = outputs_ok[:, None] & rows_ok[None, :]
     dh = tl.load(dh_n + n_at, mask=n_ok, other=0.0).to(tl.float32)
     dc = load_tiles(carry + state_at, state_ok, CARRIED, H)
+    noise += d * NOISE * H
+    if MASKED:
+        factors = tl.load(mask + n_at, mask=n_ok, other=0.0).to(tl.float32)
 
     # loaded a step ahead
     t = tl.where(backwards, 0, steps - 1)
@@ -319,11 +380,15 @@ def single_backward(
     )  # fmt: skip
     dy_rows = dy + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & (t < length)[None, :], 1, 0)
+    here_ok = units_ok[:, None] & (t < length)[None, :]  # [UNITS, ROWS]
+    noises = step_noise(noise, t, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
+    own = d * N + row_index(t, rows, offsets, T, B, PACKED, False)  # [ROWS]
+    dcs = step_gradients(dc_steps, own, units, here_ok, DC_STEPS, STATES, H)
 
     for s in tl.range(0, steps, num_stages=1):
         t = tl.where(backwards, s, steps - 1 - s)
         active = t < length  # [ROWS]
-        now, d_out = values, dh + dys[0]
+        now, own_noises, d_out = values, noises, dh + dys[0]
         ahead = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
         here = (ahead < length) & (s + 1 < steps)
         stops = anew
@@ -335,6 +400,12 @@ def single_backward(
         )  # fmt: skip
         dy_rows = dy + row_index(ahead, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
         dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
+        here_ok = units_ok[:, None] & here[None, :]
+        noises = step_noise(noise, ahead, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
+        of_states = added(dc, dcs, STATES) if DC_STEPS else dc[:STATES]
+        if DC_STEPS:
+            own = d * N + row_index(ahead, rows, offsets, T, B, PACKED, False)
+            dcs = step_gradients(dc_steps, own, units, here_ok, DC_STEPS, STATES, H)
 
         own = d * N + row_index(t, rows, offsets, T, B, PACKED, False)  # [ROWS]
         if PROJECTED:
@@ -342,13 +413,15 @@ def single_backward(
             d_proj = d_out.to(dp.dtype.element_ty)
             tl.store(dp_rows[None, :] + outputs[:, None], d_proj, mask=outputs_ok[:, None] & active[None, :])
             d_out = released(tl.dot(proj, d_proj, input_precision=PRECISION))  # [UNITS, ROWS]
-        grads = CELL(d_out, *dc[:STATES], *now, *own_weights)
+        grads = CELL(d_out, *of_states, *now, *own_weights, *own_noises)
         da_rows = da + own * (P * H)
         store_tiles(da_rows[None, :] + units[:, None], grads, units_ok[:, None] & active[None, :], 0, P, H)
         d_hidden = stack(grads, HIDDEN, GATES, PADDED, UNITS, ROWS).to(da.dtype.element_ty)
         if UNITS > HEAD:  # of no unit it may be NaN, which zeros among the weights do not take away
             d_hidden = tl.where((unit < HEAD)[:, None], d_hidden, 0.0)
         new = released(tl.dot(w, d_hidden, input_precision=PRECISION))  # [OUTPUTS, ROWS]
+        if MASKED:
+            new *= factors
         if READS:
             new += grads[P + STATES]
         if CARRIED:
@@ -368,11 +441,14 @@ def single_backward(
 
 @triton.jit(do_not_specialize=["T", "B", "blocks", "d"])
 def states_before(
-    before, y, h0, lengths, offsets, resets, T, B, blocks, d,
-    D: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr,
+    before, y, h0, lengths, offsets, resets, mask, T, B, blocks, d,
+    D: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     BATCH_FIRST: tl.constexpr, BACKWARDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """before [N, R], the state that each step of direction d began with. Grid: T * blocks of rows, blocks of columns."""
+    """before [N, R]: h as it entered the product of each step of direction d. h0 and mask: of the direction, [B, R].
+
+    Grid: T * blocks of rows, blocks of columns.
+    """
     pid = tl.program_id(0)
     t, rows = pid // blocks, (pid % blocks) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -386,5 +462,8 @@ def states_before(
     after = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     states = tl.where(joined, after, h0 + rows.to(tl.int64) * R)
     values = tl.load(states[:, None] + columns[None, :], mask=ok, other=0.0)
+    if MASKED:
+        at = mask + rows.to(tl.int64)[:, None] * R + columns[None, :]
+        values = scaled(values, tl.load(at, mask=ok, other=0.0).to(tl.float32))
     own = before + row_index(t, rows, offsets, T, B, PACKED, False) * R  # [ROWS]
     tl.store(own[:, None] + columns[None, :], values, mask=ok)

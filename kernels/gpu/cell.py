@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..cells import Cell, bind
+from . import rows
 
 
 @triton.jit
@@ -159,13 +160,21 @@ PTX, PLAIN = Functions(_exp2_ptx, _reciprocal_ptx), Functions(_exp2, _reciprocal
 
 
 @cache
-def bound(cell: Cell, functions: Functions, forward: bool) -> Any:
-    """A pass of a cell as a Triton function, with h behind the other states among parameters and results."""
+def bound(cell: Cell, functions: Functions, forward: bool, reach: rows.Reach | None = None) -> Any:
+    """A pass of a cell as a Triton function, with h behind the other states among parameters and results.
+
+    reach: of a cell that reduces over the units of a row; then the function may have more parameters, see rows.py.
+    """
     code = cell.derived.forward if forward else cell.derived.backward
     states = [name for name, _ in cell.derived.before]
     later = len(states) - 1 - states.index("h") if cell.reads_hidden else 0
     code = replace(code, parameters=_moved(code.parameters, "h", later), results=_moved(code.results, "d_h", later))
-    return triton.jit(code.bind(functions.by_name))
+    if reach is None:
+        return triton.jit(code.bind(functions.by_name))
+    names = functions.by_name | rows.FUNCTIONS
+    if not reach.blocks:
+        return triton.jit(code.bind(names, rows.printer_of(reach.head)))
+    return rows.between_programs(cell, forward, code, names, reach)
 
 
 def _moved(named: Sequence[tuple[str, Any]], name: str, later: int) -> tuple[tuple[str, Any], ...]:

@@ -7,7 +7,7 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
              the cell's slots afterwards, and the output before its projection after those
     y        [..., D*R], the layout of the op
     out      [D, B, H], the output before its projection, where it is not kept
-    h0, h_n  [D, B, R]
+    h0, h_n  [D, B, R]; h0 of a scan is what the first step's product reads: where MASKED, times the mask
     carry    [D, B, C*H] float32: the C states that enter element by element, h the last; the initial ones, in the end the
              final ones
     w_hh, w_hr, b_ih, b_hh   as in the op, of direction 0; those of direction 1 are w_hh_step and so on numbers further
@@ -15,14 +15,21 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED. lengths also
              where RAGGED: rows of a dense sequence, in any order, have no steps past them
     resets   a byte for each row of x: not 0 where the states before that step go back to the initial ones; only where RESETS
+    mask     [D, B, R]: factors of h where it enters the product; only where MASKED
+    fed      [2, D, B, R], out where MASKED in scans: h times the mask after an even and after an odd step, which the next
+             step's product reads. Who writes to one of them has met those who read it.
+    noise    for each row of x the D*NOISE*H numbers that the call brings for the cell; steps and rows of the batch are noise_t
+             and noise_b numbers apart, 0 where all have the same; only where NOISE
     counters [groups, 16] int64, zero, and gave_up [1] int32: see barrier.py; only used where SYNC
+    moments  [groups, SETS, 2, programs of a group, ROWS] float32: see rows.py; only used where MEETINGS
 
 A program has UNITS units of every gate (and OUTPUTS outputs of the projection) and ROWS rows, of one head where there are
-several; programs of the same rows, direction and head are a group. Groups never wait for each other, and stop with the longest
-of their rows.
+several; programs of the same rows, direction and head are a group; with MEETINGS those of all heads. Groups never wait for
+each other, and stop with the longest of their rows.
 
 What a cell is, both passes are told by GATES, HIDDEN, STATES, READS (cells.Cell.reads_hidden), WEIGHTS, KEPT and SLOTS, as in
-cells.py. PADDED is the power of two at GATES or above.
+cells.py, and NOISE; and by MEETINGS, how often in a step programs meet within the cell, to exchange SETS sets of moments.
+PADDED is the power of two at GATES or above.
 """
 
 from __future__ import annotations
@@ -39,10 +46,13 @@ from .tile import (
     replaced,
     resident_weights,
     row_index,
+    scaled,
+    step_noise,
     steps_of_rows,
     store_tiles,
     unstack,
 )
+from .wavefront import feed
 
 
 @triton.jit
@@ -89,23 +99,29 @@ def carried(new, active, p, KEPT: tl.constexpr, STATES: tl.constexpr, READS: tl.
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
-    kept, y, out, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters, gave_up,
-    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
+    kept, y, ys, out, h0, start, carry, w_ih, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters, gave_up,
+    mask, fed, noise, moments,
+    w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
+    noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
-    STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
-    D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
-    BIAS: tl.constexpr, PROJECTED: tl.constexpr,
-    ALIGNED: tl.constexpr, SAVE: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
+    STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, NOISE: tl.constexpr, KEPT: tl.constexpr,
+    SLOTS: tl.constexpr, D: tl.constexpr, LAYERS: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
+    W: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
+    BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
+    MEETINGS: tl.constexpr, SETS: tl.constexpr, ALIGNED: tl.constexpr, SAVE: tl.constexpr,
+    BLOCKS: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
+    PRECISION: tl.constexpr, SPAN: tl.constexpr, FEED: tl.constexpr, PHASE: tl.constexpr, SYNC: tl.constexpr,
 ):  # fmt: skip
-    """Steps begin...end of the layer. Grid: BLOCKS * HEADS * D * blocks of rows.
+    """Steps begin...end of the layer. Grid: BLOCKS * HEADS * D * LAYERS * blocks of rows.
 
-    PHASE:   "gates" or "project", one half of a projected step, or "both".
-    ALIGNED: rows of y and h0, and heads in them, start at multiples of 16 bytes.
-    SYNC:    programs meet where one needs what others have stored; without, a launch has one step (and one phase if PROJECTED).
+    SPAN, FEED: of LAYERS that run at once, see wavefront.py.
+    PHASE:     "gates" or "project", one half of a projected step, or "both".
+    ALIGNED:   rows of y and h0, and heads in them, start at multiples of 16 bytes.
+    SYNC:      programs meet where one needs what others have stored; without, a launch has one step of one layer, and one
+               phase if PROJECTED.
     """
     CARRIED: tl.constexpr = STATES + READS
     HEAD: tl.constexpr = H // HEADS  # units of a head
@@ -113,12 +129,23 @@ def scan_forward(
     pid = tl.program_id(0)
     block, group = pid % BLOCKS, pid // BLOCKS
     head, of_rows = group % HEADS, group // HEADS
-    d, first = (of_rows % D).to(tl.int64), first_row + (of_rows // D) * ROWS
-    counter = counters + group * 16
-    backwards = (d == 1) != REVERSE
+    d, first = (of_rows % (D * LAYERS)).to(tl.int64), first_row + (of_rows // (D * LAYERS)) * ROWS
+    PROGRAMS: tl.constexpr = BLOCKS * HEADS if MEETINGS else BLOCKS  # that meet
+    EACH: tl.constexpr = 1 + PROJECTED + MEETINGS  # meetings of a step
+    counter = counters + (of_rows if MEETINGS else group) * 16
+    backwards = ((d == 1) & (D == 2)) != REVERSE
     rows = first + tl.arange(0, ROWS)  # [ROWS]
     rows_ok = rows < B
     length, steps = steps_of_rows(lengths, rows, rows_ok, first, T, PACKED, RAGGED)  # [ROWS]
+    if LAYERS == 1:
+        y += d * R
+    else:
+        below = ys + (d - 1) * N * R
+        y = tl.where(d == LAYERS - 1, y, ys + d * N * R)
+        if ALIGNED:
+            below, y = tl.multiple_of(below, 16), tl.multiple_of(y, 16)
+        w_ih += (d - 1) * w_ih_step
+        target = kept + d * N * W
     stop = tl.minimum(end, steps)
 
     units = block * UNITS + tl.arange(0, UNITS)  # [UNITS], of the head
@@ -143,16 +170,27 @@ def scan_forward(
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)  # [OUTPUTS]
     outputs_ok = outputs < R
     r_rows = w_hr + d * w_hr_step + outputs.to(tl.int64) * H
+    noise += d * NOISE * H
+    if MASKED:
+        columns, columns_ok = (outputs, outputs_ok) if PROJECTED else (units, units_ok)
+        at = (d * B + rows)[None, :] * R + columns[:, None]
+        factors = tl.load(mask + at, mask=columns_ok[:, None] & rows_ok[None, :], other=0.0).to(tl.float32)
 
     # what a step needs from memory, and does not wait for, is loaded in the step before
     t = tl.where(backwards, steps - 1 - begin, begin)
     at = tl.maximum(t, 0) if PACKED or RAGGED else t
     kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W  # [ROWS]
     active = (t < length) & (t >= 0)
-    inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & active[None, :], GATES, H)
-    y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
+    if LAYERS == 1:
+        inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & active[None, :], GATES, H)
+    y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
     t_before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
-    y_before = y + row_index(t_before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
+    y_before = y + row_index(t_before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
+    if MASKED:
+        y_before = fed + ((begin + 1) % 2 * D * B + d * B + rows) * R
+    noises = step_noise(
+        noise, at, rows, units, units_ok[:, None] & active[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
+    )
     if RESETS:
         anew = begins_anew(resets, at, rows, active, offsets, T, B, PACKED, BATCH_FIRST)
 
@@ -162,6 +200,16 @@ def scan_forward(
         last = active & tl.where(backwards, t == 0, t + 1 == length)
         ok = units_ok[:, None] & active[None, :]  # [UNITS, ROWS]
         out_rows = kept_rows + SLOTS * H if SAVE else out + (d * B + rows) * H  # [ROWS]
+        fed_rows = y_rows  # [ROWS], of what the next product reads
+        if MASKED:
+            fed_rows = fed + (s % 2 * D * B + d * B + rows) * R
+        if LAYERS > 1:
+            if (d > 0) & (s % SPAN == 0):
+                feed(
+                    target, below, w_ih, counter, counter - 16, gave_up, s, steps, backwards, block, first, lengths, offsets,
+                    T, B, GATES * H, R, R, 1, W, R, False, BATCH_FIRST, PACKED, RAGGED, ROWS, BLOCKS, SPAN, FEED, PRECISION,
+                )  # fmt: skip
+            inputs = load_tiles(kept_rows[None, :] + units[:, None], ok, GATES, H, ".cg")  # which other programs have stored
         if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
             if RESETS:
@@ -177,12 +225,22 @@ def scan_forward(
                 chunks, a_rows, a_ok, h_rows, active, K, 1, K, K, PADDED * UNITS, ROWS, BK, SPLIT, RESIDENT, STAGES, PRECISION
             )
             a = preactivations(inputs, unstack(acc, PADDED, UNITS, ROWS), biases, GATES, HIDDEN)
-            new = CELL(*a, *p, *own)
+            if MEETINGS:
+                own_moments = moments + of_rows * (SETS * 2 * PROGRAMS * ROWS)
+                own_units = tl.minimum(HEAD - block * UNITS, UNITS)
+                new = CELL(
+                    *a, *p, *own, *noises, own_moments, counter, EACH * (s - begin), gave_up, head * BLOCKS + block,
+                    units_ok[:, None], own_units,
+                )  # fmt: skip
+            else:
+                new = CELL(*a, *p, *own, *noises)
             h = new[0].to(y.dtype.element_ty)
             if PROJECTED:
                 tl.store(out_rows[None, :] + units[:, None], h, mask=ok)
             else:
                 tl.store(y_rows[None, :] + units[:, None], h, mask=ok)
+                if MASKED:
+                    tl.store(fed_rows[None, :] + units[:, None], scaled(h, factors), mask=ok)
             if SYNC:
                 arrive(counter)
             if not PROJECTED:
@@ -193,13 +251,16 @@ def scan_forward(
             if CARRIED:
                 p = carried(new, active[None, :], p, KEPT, STATES, READS)
             if SYNC and PROJECTED:
-                wait(counter, (2 * (s - begin) + 1).to(tl.int64) * BLOCKS, gave_up)
+                wait(counter, (EACH * (s - begin) + MEETINGS + 1).to(tl.int64) * PROGRAMS, gave_up)
         if PROJECTED and PHASE != "gates":
             proj = product(
                 (), r_rows, outputs_ok, out_rows, active, H, 1, H, H, OUTPUTS, ROWS, BK, SPLIT, False, STAGES, PRECISION
             )
             proj = released(proj).to(y.dtype.element_ty)  # [OUTPUTS, ROWS]
-            tl.store(y_rows[None, :] + outputs[:, None], proj, mask=outputs_ok[:, None] & active[None, :])
+            proj_ok = outputs_ok[:, None] & active[None, :]
+            tl.store(y_rows[None, :] + outputs[:, None], proj, mask=proj_ok)
+            if MASKED:
+                tl.store(fed_rows[None, :] + outputs[:, None], scaled(proj, factors), mask=proj_ok)
             n_at = (d * B + rows)[None, :] * R + outputs[:, None]
             tl.store(h_n + n_at, proj, mask=outputs_ok[:, None] & last[None, :])
             if SYNC:
@@ -210,29 +271,30 @@ def scan_forward(
             at = tl.minimum(tl.maximum(t, 0), steps - 1)
             kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W
             here = (t < length) & (t >= 0)
-            inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
+            if LAYERS == 1:
+                inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
+            noises = step_noise(
+                noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
+            )
             if RESETS:
                 anew = begins_anew(resets, at, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
-            y_before = y_rows
-            y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
-            if PROJECTED:
-                wait(counter, (2 * (s - begin) + 2).to(tl.int64) * BLOCKS, gave_up)
-            else:
-                wait(counter, (s - begin + 1).to(tl.int64) * BLOCKS, gave_up)
+            y_before = fed_rows
+            y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)
+            wait(counter, (EACH * (s - begin + 1)).to(tl.int64) * PROGRAMS, gave_up)
     if PHASE != "project":
         store_tiles(carry + state_at, p, tile_ok, 0, CARRIED, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_forward(
-    kept, y, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets,
-    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
+    kept, y, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, mask, noise,
+    w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
-    STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr,
-    D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
-    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr,
-    BIAS: tl.constexpr, PROJECTED: tl.constexpr,
+    STATES: tl.constexpr, READS: tl.constexpr, WEIGHTS: tl.constexpr, NOISE: tl.constexpr, KEPT: tl.constexpr,
+    SLOTS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
+    BATCH_FIRST: tl.constexpr, REVERSE: tl.constexpr, BIAS: tl.constexpr, PROJECTED: tl.constexpr,
     SAVE: tl.constexpr, UNITS: tl.constexpr, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All steps of ROWS rows in one program, which holds every unit of a head and the state.
@@ -275,11 +337,16 @@ def single_forward(
     n_ok = outputs_ok[:, None] & rows_ok[None, :]
     h = tl.load(h0 + n_at, mask=n_ok, other=0.0)
     p = load_tiles(carry + state_at, state_ok, CARRIED, H)
+    noise += d * NOISE * H
+    if MASKED:
+        factors = tl.load(mask + n_at, mask=n_ok, other=0.0).to(tl.float32)
 
     # loaded a step ahead
     t = tl.where(backwards, steps - 1, 0)
     kept_rows = kept + (d * N + row_index(t, rows, offsets, T, B, PACKED, False)) * W  # [ROWS]
-    inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & (t < length)[None, :], GATES, H)
+    here_ok = units_ok[:, None] & (t < length)[None, :]  # [UNITS, ROWS]
+    inputs = load_tiles(kept_rows[None, :] + units[:, None], here_ok, GATES, H)
+    noises = step_noise(noise, t, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
     if RESETS:
         anew = begins_anew(resets, t, rows, t < length, offsets, T, B, PACKED, BATCH_FIRST)
 
@@ -288,20 +355,23 @@ def single_forward(
         active = t < length  # [ROWS]
         ok = units_ok[:, None] & active[None, :]  # [UNITS, ROWS]
         own_rows = kept_rows
-        own_inputs = inputs
+        own_inputs, own_noises = inputs, noises
         ahead = tl.minimum(tl.maximum(tl.where(backwards, t - 1, t + 1), 0), steps - 1)
         kept_rows = kept + (d * N + row_index(ahead, rows, offsets, T, B, PACKED, False)) * W
         here = (ahead < length) & (s + 1 < steps)
-        inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
+        here_ok = units_ok[:, None] & here[None, :]
+        inputs = load_tiles(kept_rows[None, :] + units[:, None], here_ok, GATES, H)
+        noises = step_noise(noise, ahead, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
         if RESETS:
             h = tl.where(anew[None, :], tl.load(h0 + n_at, mask=n_ok & anew[None, :], other=0.0), h)
             fresh = load_tiles(start + state_at, ok & anew[None, :], CARRIED, H)
             p = replaced(fresh, 0, CARRIED, anew[None, :], p)
             anew = begins_anew(resets, ahead, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
 
-        hiddens = unstack(tl.dot(w, h, input_precision=PRECISION), PADDED, UNITS, ROWS)
+        entering = scaled(h, factors) if MASKED else h
+        hiddens = unstack(tl.dot(w, entering, input_precision=PRECISION), PADDED, UNITS, ROWS)
         a = preactivations(own_inputs, hiddens, biases, GATES, HIDDEN)
-        new = CELL(*a, *p, *own)
+        new = CELL(*a, *p, *own, *own_noises)
         out = new[0].to(y.dtype.element_ty)
         if UNITS > HEAD:  # of no unit it may be NaN, which zeros among the weights do not take away
             out = tl.where(units_ok[:, None], out, 0.0)

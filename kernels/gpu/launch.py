@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import selftest, tape
+from .plan import COOPERATIVE
 
 ALIGNED = 16  # bytes of a pointer, and of the distances between weights: what Triton compiles another kernel for
 SHARED = 228 * 1024  # bytes of shared memory, beyond which a launch has to say more
@@ -139,9 +140,17 @@ class Launches(NamedTuple):
         if runtime and not tape.watched() and (words := self.words(lambda tensor: (tape.ADDRESS, tensor.data_ptr()))):
             runtime.launch(tape.packed(words))
             return
+        for kernel, begin, end in self._in_turn():
+            kernel.start(self.grid, self.arguments, begin, end)
+
+    def by_triton(self) -> list[Launch]:
+        """What Triton would be asked for."""
+        return [kernel.launch(self.grid, self.arguments, begin, end) for kernel, begin, end in self._in_turn()]
+
+    def _in_turn(self) -> Iterator[tuple[Kernel, int, int]]:
         for begin in range(self.steps) if self.each else (0,):
             for kernel in self.kernels:
-                kernel.start(self.grid, self.arguments, begin, begin + 1 if self.each else self.steps)
+                yield kernel, begin, begin + 1 if self.each else self.steps
 
     def words(self, place: Callable[[Tensor], tuple[int, int]]) -> list[int] | None:
         """A step of a tape, given the place of each tensor; None where Triton has to see such arguments first."""
@@ -196,7 +205,8 @@ class Alarm:
             RuntimeError: it did.
         """
         if self.rang():
-            selftest.switch_off(self.device, "persistent", "in an earlier call programs waited for each other in vain")
+            for schedule in COOPERATIVE:
+                selftest.switch_off(self.device, schedule, "in an earlier call programs waited for each other in vain")
             tape.forget()
             raise RuntimeError(
                 f"fastrnn: in an earlier call on {self.device}, programs of a persistent launch waited minutes for each other, "

@@ -3,6 +3,7 @@
 Schedules:
     single      a program has all units and the state of its rows; nothing is shared, all steps are one launch
     persistent  a program has some units of its rows for all steps, and meets the others of the same rows once a step
+    wavefront   the same for layers of one direction at once, each a span of steps behind its neighbour, see wavefront.py
     stepwise    the same tiles, a launch a step
 
 Equations and their constants are explained in docs/gpu.md.
@@ -10,10 +11,12 @@ Equations and their constants are explained in docs/gpu.md.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
+COOPERATIVE = "persistent", "wavefront"  # schedules whose programs wait for each other
 GIGAHERTZ = 1.9
 PORT_BYTES = 32  # from L2 into a multiprocessor, a clock
 SHARED_BYTES = 128  # from shared memory, a clock
@@ -22,6 +25,8 @@ BARRIER, LAUNCH, GATES, CELL = 0.9, 30.0, 0.85, 0.0015  # microseconds; a launch
 SPARE_BYTES = 24 * 1024  # of shared memory, for state and for tiles that change their layout
 LAYOUT_BYTES = 20 * 1024  # the latter alone
 MANY_VALUES = 8  # more of them, of as many rows, do not fit registers
+SPANS = 4, 8, 16  # steps that a wavefront's layers are behind each other
+GAIN = 1.25  # of layers at once, by the estimate, before they run so: no device has measured that
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ class Sizes:
 
     precision: of products, see precision.py.
     values: what backward holds of a unit between two products: what it has loaded of a step, and what it carries.
+    meetings: in a step, forward and backward, how often the programs of a row exchange what the cell reduces over its units.
+    heads: so many of a layer's heads are reduced together; with meetings alone.
+    layers: so many that run at once, of which all but the lowest have R inputs.
     """
 
     T: int
@@ -73,6 +81,9 @@ class Sizes:
     bytes_: int
     precision: str
     values: int = 7
+    meetings: tuple[int, int] = (0, 0)
+    heads: int = 1
+    layers: int = 1
 
     @property
     def projected(self) -> bool:
@@ -95,7 +106,8 @@ class Plan:
     registers:      that a thread may have, 0 for as many as the compiler likes.
     chunk, split, resident, stages, diagonal: how a product is taken, see tile.py; of a resident one, chunks of the state that
                     are on their way at once are its stages.
-    microseconds:   estimate of a step.
+    span, feed:     of a wavefront, see wavefront.py.
+    microseconds:   estimate of a step, of all layers that run at once.
     """
 
     schedule: str
@@ -111,6 +123,8 @@ class Plan:
     resident: bool = False
     stages: int = 1
     diagonal: bool = False
+    span: int = 0
+    feed: tuple[int, ...] = ()
     microseconds: float = 0.0
 
     @cached_property
@@ -143,15 +157,34 @@ def choose(device: Device, sizes: Sizes, forward: bool, schedule: str | None = N
 
 def plans(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
     """Every plan whose tiles fit the registers of each device that bench/gpu_resources.py compiles for."""
+    if sizes.layers > 1:
+        yield from _wavefront(device, sizes, forward)
+        return
     for plan in _single(device, sizes):
         yield replace(plan, registers=_registers(device, plan))
-    for tiles in (*_resident(device, sizes, forward), *_streamed(device, sizes, forward)):
+    for tiles in (*_resident(device, sizes, forward, _units(sizes)), *_streamed(device, sizes, forward)):
         plan = replace(tiles, registers=_registers(device, tiles))
-        if not plan.resident:
+        if not (plan.resident or any(sizes.meetings)):  # in a launch a step nobody meets
             yield replace(plan, schedule="stepwise")
         groups = min(_ceil(sizes.B, plan.rows), device.multiprocessors // (plan.blocks * sizes.D))
         if device.backend == "cuda" and groups:
             yield replace(plan, groups=groups)
+
+
+def _wavefront(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
+    """Weights of the scan stay, those of the input come from L2 once a span.
+
+    Twice as many units need half as many programs, which is what lets more layers, or fewer rows a program, be there at once.
+    """
+    if sizes.projected or sizes.D > 1 or sizes.precision == "tf32x3":
+        return
+    units, number = _units(sizes), sizes.bytes_
+    for tiles in (*_resident(device, sizes, forward, units), *_resident(device, sizes, forward, 2 * units)):
+        groups = min(_ceil(sizes.B, tiles.rows), device.multiprocessors // (tiles.blocks * sizes.layers))
+        for span, columns in itertools.product(SPANS, (64, 128)):
+            if groups and columns <= span * tiles.rows and span <= sizes.T:
+                plan = replace(tiles, schedule="wavefront", groups=groups, span=span, feed=(64, columns, 128 // number, 3))
+                yield replace(plan, registers=_registers(device, plan))
 
 
 def _registers(device: Device, plan: Plan) -> int:
@@ -162,30 +195,38 @@ def _registers(device: Device, plan: Plan) -> int:
 
 
 def _single(device: Device, sizes: Sizes) -> Iterator[Plan]:
-    """Four cells a thread, so that a product spreads over all warps and changes its layout once."""
+    """Four cells a thread, so that a product spreads over all warps and changes its layout once.
+
+    Two where a cell reduces over units: it keeps every pre-activation, and has a gain and a bias for each.
+    """
+    if sizes.heads > 1:
+        return  # no program has all units of a row
     units, outputs = _power(sizes.H), _power(sizes.R)
     most = 256
     if sizes.bytes_ == 4 and (device.backend == "hip" or sizes.precision != "tf32"):
         most = 32  # weights that no tensor core reads from shared memory are in registers, as parts of numbers are
     elif device.backend == "hip":
         most = 128
+    if any(sizes.meetings):
+        most = min(most, 32 if sizes.gates > 1 else 128)
     if sizes.projected:
         most = min(most, 64)
     room = {1: 8192, 2: 4096, 4: 4096}.get(stacked(sizes.gates), 16384 // stacked(sizes.gates))
     if units <= most and units * 16 * sizes.bytes_ <= room:
-        warps = max(4, min(units // 8, 16 if sizes.bytes_ == 2 else 8))
+        wide = units // 4 if any(sizes.meetings) else units // 8
+        warps = max(4, min(wide, 16 if sizes.bytes_ == 2 else 8))
         yield Plan("single", units, outputs, 16, blocks=1, groups=1, warps=warps)
 
 
-def _resident(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
+def _resident(device: Device, sizes: Sizes, forward: bool, units: int) -> Iterator[Plan]:
     """Weights stay in shared memory, and a step's state is on its way there, or as much of it as there is room for."""
     if device.backend == "hip" or (sizes.bytes_ == 4 and sizes.precision == "ieee"):
         return  # products without tensor cores hold a copy of the weights in registers
     diagonal = not forward and sizes.gates > 1
     if sizes.precision == "tf32x3" and (device.capability >= 100 or (diagonal and device.capability < 90)):
         return  # a kilobyte of spill a thread and more
-    units = _units(sizes)
-    for rows in (16, 32):
+    few = any(sizes.meetings) and sizes.bytes_ == 4  # of whose many values more rows do not fit registers
+    for rows in (16,) if few else (16, 32):
         chunk = (256 if diagonal else 512) // sizes.bytes_
         plan = replace(_tiled(sizes, units, rows, chunk, split=1, stages=0), warps=4, resident=True, diagonal=diagonal)
         chunk_bytes = _chunk_bytes(sizes, forward, plan)
@@ -234,6 +275,9 @@ def shared_bytes(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> int
         return matrices * plan.units * plan.outputs * sizes.held_bytes + SPARE_BYTES
     height, depth = _product(sizes, forward, plan)
     chunks = plan.stages * _chunk_bytes(sizes, forward, plan)
+    if plan.feed:  # both operands of the span's product, whose tile then changes its layout
+        outputs, columns, chunk, stages = plan.feed
+        chunks = max(chunks, stages * (outputs + columns) * chunk * sizes.held_bytes, outputs * columns * 4)
     if plan.resident:
         return height * _ceil(depth, plan.chunk) * plan.chunk * sizes.held_bytes + max(chunks, LAYOUT_BYTES) + 2048
     return plan.stages * height * plan.chunk * sizes.held_bytes + chunks + SPARE_BYTES
@@ -256,24 +300,63 @@ def estimate(device: Device, sizes: Sizes, forward: bool, plan: Plan) -> float:
         state = sum(depth for _, depth, _ in products) * size * (rows * sizes.gates if plan.diagonal else rows)
     at_once = min(programs, device.multiprocessors)
     rounds = _ceil(programs, device.multiprocessors)
-    if plan.schedule == "persistent":
+    if plan.schedule in COOPERATIVE:
         rounds = launches = _ceil(row_blocks, plan.groups)
-        at_once = plan.blocks * sizes.D * min(plan.groups, row_blocks)
+        at_once = plan.blocks * sizes.D * sizes.layers * min(plan.groups, row_blocks)
     port = min(PORT_BYTES, device.l2_bytes / at_once)  # bytes a clock of each
     held = sum(height * depth * sizes.held_bytes for height, depth, stays in products if stays)
     streamed = sum(height * depth * size for height, depth, stays in products if not stays)
     rate = device.operations(size, sizes.precision, plan.split == 1 and height >= 64)
     columns = _columns(sizes, plan)
     instruction = INSTRUCTION * (3 if sizes.precision == "tf32x3" else 1)
-    work = sum(max(2 * height * depth * columns / rate, depth * size * instruction) for height, depth, _ in products)
+    work = 0.0
+    for height, depth, _ in products:
+        work += max(2 * height * depth * columns / rate, depth * size * instruction * _ceil(height, 64))
     clocks = (state + streamed) / port + max(held / SHARED_BYTES, work)
     inside = GATES + clocks / (1000 * GIGAHERTZ)
     if plan.schedule == "stepwise":
         return len(products) * LAUNCH + rounds * inside
     if plan.schedule == "single":
         inside += plan.units * sizes.gates * CELL  # its cells are all of a multiprocessor's, not a few
-    between = BARRIER * len(products) if plan.schedule == "persistent" else 0
-    return rounds * (between + inside + held / port / (1000 * GIGAHERTZ) / sizes.T) + launches * LAUNCH / sizes.T
+    between = BARRIER * (len(products) + sizes.meetings[not forward]) if plan.schedule in COOPERATIVE else 0
+    step = between + inside
+    if plan.feed:
+        step = (step + _feeding(device, sizes, forward, plan, port)) * (1 + (sizes.layers - 1) * (plan.span + 1) / sizes.T)
+    return rounds * (step + held / port / (1000 * GIGAHERTZ) / sizes.T) + launches * LAUNCH / sizes.T
+
+
+def _feeding(device: Device, sizes: Sizes, forward: bool, plan: Plan, port: float) -> float:
+    """Microseconds of a step that a span's product takes, with its two barriers; port: bytes a clock."""
+    outputs, columns, *_ = plan.feed
+    wide, depth = (sizes.gates * sizes.H, sizes.R) if forward else (sizes.R, sizes.gates * sizes.H)
+    tiles = _ceil(_ceil(wide, outputs) * (plan.span * plan.rows // columns), plan.blocks)
+    work = 2 * outputs * columns * depth / device.operations(sizes.bytes_, sizes.precision, True)
+    clocks = tiles * max((outputs + columns) * depth * sizes.bytes_ / port, work)
+    return (2 * BARRIER + clocks / (1000 * GIGAHERTZ)) / plan.span
+
+
+def layers_at_once(device: Device, sizes: Sizes, layers: int, training: bool) -> tuple[int, ...]:
+    """So many layers as run at once, the lowest first: as many parts, nearly equal, as take the least estimated time.
+
+    sizes: of one of them; training: forward and backward count.
+    """
+
+    @cache
+    def of(count: int) -> float:
+        each = replace(sizes, layers=count)
+        return sum(choose(device, each, forward).microseconds for forward in ((True, False) if training else (True,)))
+
+    one_by_one = (1,) * layers
+    best, least = one_by_one, layers * of(1) / GAIN
+    for parts in range(1, layers):
+        split = tuple(layers // parts + (part < layers % parts) for part in range(parts))
+        try:
+            time = sum(map(of, split))
+        except ValueError:  # so many do not fit the device
+            continue
+        if time < least:
+            best, least = split, time
+    return best
 
 
 def cudnn_is_faster(device: Device, sizes: Sizes, layers: int, dtype: str, packed: bool) -> bool:

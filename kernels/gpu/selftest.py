@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import gradients, reference
+from .. import gradients
 from ..layer import Inputs, Layer, Needs, Outer
 from ..user_cache import cache_path
+from .plan import COOPERATIVE
 
-SCHEDULES = "stepwise", "single", "persistent"
+SCHEDULES = "stepwise", "single", *COOPERATIVE
 ROUNDS, POLLS = 64, 1 << 20  # of the barrier: less than a second, should all be in vain
 BOUND = 2.0**-5  # relative L2 error of a result in float16, which rounds to 2**-11: only a wrong one passes it
 _SOURCES = Path(__file__).parent
@@ -41,7 +42,7 @@ def off(device: torch.device) -> dict[str, str]:
             if device not in _off:
                 found = _find(device)
                 if found is None:  # a graph is being captured, in which nothing can be tried
-                    return {"persistent": "it is not tested yet: call the layer once before a graph is captured"}
+                    return dict.fromkeys(COOPERATIVE, "it is not tested yet: call the layer once before a graph is captured")
                 _off[device] = found
     return _off[device]
 
@@ -93,7 +94,8 @@ def run(device: torch.device) -> tuple[dict[str, str], bool]:
         target = device_of_itself(device)
         for schedule in SCHEDULES:
             try:
-                fault = barrier_fault(device, target.multiprocessors) if schedule == "persistent" == target.backend else None
+                meets = schedule in COOPERATIVE and target.backend == "cuda"
+                fault = barrier_fault(device, target.multiprocessors) if meets else None
                 fault = fault or layer_fault(schedule, device, target)
             except Exception as error:  # whatever a compiler or a driver has to say
                 fault = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -119,13 +121,15 @@ def barrier_fault(device: torch.device, programs: int, polls: int = POLLS) -> st
 
 
 def layer_fault(schedule: str, device: torch.device, target: Any) -> str | None:
-    """What is wrong with a small LSTM of both directions in float16 under a schedule, or None."""
+    """What is wrong with a small LSTM of both directions, or of three layers at once, in float16 under a schedule, or None."""
     from .launch import alarm
     from .layer import Call, backward, forward
     from .plan import Sizes, choose
 
-    T, B, I, H, D = 5, 20, 8, 48, 2
-    sizes = Sizes(T, B, H, H, D, 4, 2, "ieee")
+    T, B, I, H = 5, 20, 8, 48
+    D, layers = (1, 3) if schedule == "wavefront" else (2, 1)
+    sides = D * layers
+    sizes = Sizes(T, B, H, H, D, 4, 2, "ieee", layers=layers)
     try:
         plans = [choose(target, sizes, forward=which, schedule=schedule) for which in (True, False)]
     except ValueError:  # the device has no such schedule
@@ -136,24 +140,26 @@ def layer_fault(schedule: str, device: torch.device, target: Any) -> str | None:
         return (torch.randn(shape, generator=random) * (H**-0.5 if shape[-1] == H else 1)).to(torch.float16)
 
     layer = Layer("lstm", D, bias=True)
-    inputs = Inputs(draw(T, B, I), None, draw(D, B, H), draw(D, B, H))
+    inputs = Inputs(draw(T, B, I), None, draw(sides, B, H), draw(sides, B, H))
     weights = [draw(*shape) for shape in ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,)) * D]
-    outer = Outer(draw(T, B, D * H), draw(D, B, H), draw(D, B, H))
+    weights += [draw(*shape) for shape in ((4 * H, H), (4 * H, H), (4 * H,), (4 * H,)) * (layers - 1)]
+    outer = Outer(draw(T, B, D * H), draw(sides, B, H), draw(sides, B, H))
 
     def wide(tensors: Any) -> Any:
         return [None if tensor is None else tensor.double() for tensor in tensors]
 
-    y, h_n, c_n, saved = reference.layer_forward(Inputs(*wide(inputs)), wide(weights), layer, True)
-    grads = gradients.layer_backward(Outer(*wide(outer)), Inputs(*wide(inputs)), wide(weights), y, saved, layer, Needs())
-    expected = {"y": y, "h_n": h_n, "c_n": c_n, **_named(layer, grads)}
+    (y, h_n, c_n, _), passes = gradients.layers_forward(Inputs(*wide(inputs)), wide(weights), layer)
+    grads = gradients.layers_backward(Outer(*wide(outer)), passes)
+    expected = {"y": y, "h_n": h_n, "c_n": c_n, **_named(layers, layer, grads)}
 
     def here(tensors: Any) -> Any:
         return [None if tensor is None else tensor.to(device) for tensor in tensors]
 
     call = Call(layer, Inputs(*here(inputs)), here(weights))
-    y, h_n, c_n, saved = forward(call, True, plans[0], "ieee")
-    grads = backward(call, Outer(*here(outer)), y, saved, Needs(), plans[1], "ieee")
-    found = {"y": y, "h_n": h_n, "c_n": c_n, **_named(layer, grads)}
+    below = call.below()
+    y, h_n, c_n, saved = forward(call, True, plans[0], "ieee", below)
+    grads = backward(call, Outer(*here(outer)), y, saved, Needs(), plans[1], "ieee", below)
+    found = {"y": y, "h_n": h_n, "c_n": c_n, **_named(layers, layer, grads)}
     errors = {name: float((found[name].cpu().double() - right).norm() / right.norm()) for name, right in expected.items()}
     if alarm(device).rang():
         return "programs of a layer waited for each other in vain"
@@ -161,9 +167,9 @@ def layer_fault(schedule: str, device: torch.device, target: Any) -> str | None:
     return f"of a small layer {', '.join(wrong)}" if wrong else None
 
 
-def _named(layer: Layer, grads: Any) -> dict[str, Tensor]:
+def _named(layers: int, layer: Layer, grads: Any) -> dict[str, Tensor]:
     dx, dh0, dc0, dw = grads
-    names = [f"d{kind}[{d}]" for d in range(layer.directions) for kind in layer.kinds()]
+    names = [f"d{kind}[{side}]" for side in range(layers * layer.directions) for kind in layer.kinds()]
     return {"dx": dx, "dh0": dh0, "dc0": dc0} | dict(zip(names, dw, strict=True))
 
 

@@ -50,6 +50,30 @@ def begins_anew(resets, t, rows, ok, offsets, T, B, PACKED: tl.constexpr, BATCH_
 
 
 @triton.jit
+def step_noise(
+    noise, t, rows, units, ok, offsets, noise_t, noise_b, NOISE: tl.constexpr, H: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """The NOISE numbers that the call brings for each of these units in step t of these rows: float32 [UNITS, ROWS] each.
+
+    noise_t, noise_b: how far steps and rows of the batch lie apart; of a packed sequence the second is that of all rows.
+    """
+    if NOISE == 0:
+        return ()
+    else:
+        if PACKED:
+            at = (tl.load(offsets + t) + rows) * noise_b
+        else:
+            at = t * noise_t + rows * noise_b
+        return load_tiles(noise + at[None, :] + units[:, None], ok, NOISE, H)
+
+
+@triton.jit
+def scaled(h, factors):
+    """h times factors, float32, rounded to the dtype of h."""
+    return (h.to(tl.float32) * factors).to(h.dtype)
+
+
+@triton.jit
 def chunk_index(chunk, BK: tl.constexpr, SPLIT: tl.constexpr):
     """Positions along K of a chunk: [BK], or [SPLIT, BK / SPLIT]."""
     if SPLIT == 1:
@@ -184,11 +208,11 @@ def stack(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, SIDE: tl.constexpr, U
 
 
 @triton.jit
-def load_tiles(at, ok, COUNT: tl.constexpr, STEP: tl.constexpr):
-    """COUNT float32 tiles, STEP numbers apart, from pointers `at` to the first."""
+def load_tiles(at, ok, COUNT: tl.constexpr, STEP: tl.constexpr, FROM: tl.constexpr = ""):
+    """COUNT float32 tiles, STEP numbers apart, from pointers `at` to the first. FROM: ".cg" for past L1, see barrier.py."""
     tiles = ()
     for i in tl.static_range(COUNT):
-        tiles = tiles + (tl.load(at + i * STEP, mask=ok, other=0.0).to(tl.float32),)
+        tiles = tiles + (tl.load(at + i * STEP, mask=ok, other=0.0, cache_modifier=FROM).to(tl.float32),)
     return tiles
 
 
