@@ -169,7 +169,7 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
 
 
 def takes_on_gpu(text: str, x: Tensor, w_hh: Tensor, layers: int) -> bool:
-    """Does the Triton engine run layers of this text one by one? The tensors are plain, on one device and of one dtype it has."""
+    """Does the Triton engine run layers of this text one by one, given plain tensors on one device and of a dtype it has?"""
     layer = layer_of(text)
     if forced or gpu.why_not(x.device) or leaves_to_cudnn(layer, x, None, w_hh, layers):
         return False

@@ -157,12 +157,14 @@ class Recorder(TorchDispatchMode):
         return self._at[id(tensor)]
 
     def place(self, tensor: Tensor) -> tuple[int, int]:
-        """The place of a tensor's memory, and the bytes before its first number."""
+        """The place of a tensor's memory, and the bytes before its first number. An empty one is nowhere."""
         _, place, address = self._found(tensor)
+        if not tensor.numel():
+            return ADDRESS, 0
         if place >= len(self.arguments):
             made = self._made[place - len(self.arguments)]
             made.last = len(self._steps)
-        return place, tensor.data_ptr() - address if tensor.numel() else 0
+        return place, tensor.data_ptr() - address
 
     def make(self, tensor: Tensor) -> Tensor:
         """Note that the pass has taken memory."""
