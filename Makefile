@@ -118,6 +118,7 @@ bench: install $(VENV)/.with-bench
 	$(BIN)/python -m bench.gradient_penalty
 	$(BIN)/python -m bench.resets
 	$(BIN)/python -m bench.keras_layers
+	$(BIN)/python -m bench.keras_dropout
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.chart
 

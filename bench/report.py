@@ -28,7 +28,9 @@ from fastrnn.kernels.gpu import plan
 COLUMNS = tuple((cell, mode) for mode in MODES for cell in CELLS)
 WORDS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN", "train": "train", "infer": "infer"}
 HEADS = [f"{WORDS[cell]} {mode}" for cell, mode in COLUMNS]
-BENCHMARKS = ("grid", "memory", "startup", "half", "roofline", "stream", "penalty", "resets", "keras", "crowded")  # of a CPU
+BENCHMARKS = (  # of a CPU
+    "grid", "memory", "startup", "half", "roofline", "stream", "penalty", "resets", "keras", "dropout", "crowded"
+)  # fmt: skip
 # What the rows of each table mean.
 ROWS = {
     "processors": "Each row is a processor that was measured, and how fastrnn does there at the sizes of the grid.",
@@ -61,6 +63,10 @@ ROWS = {
         "Each row is one size, and a call of a layer (infer), a call with all its gradients (train), or an epoch of `fit` of "
         "two layers and a Dense layer. The three figures are those of LSTM, GRU and SimpleRNN. They say how much faster "
         "fastrnn.keras is than keras.layers on each backend of Keras, and than fastrnn's own torch module."
+    ),
+    "dropout": (
+        "Each row is a training step with recurrent dropout, of 50 steps and one thread. Each figure says how much faster "
+        "fastrnn.keras is than keras.layers on torch."
     ),
     "crowded": (
         "Each row is one size, in inference or training, and each column something that disturbs its calls. The figures are "
@@ -356,6 +362,15 @@ def keras(content: dict[str, Any]) -> str:
     return f"{ROWS['keras']}\n\n" + table(["LSTM, GRU, SimpleRNN", *rivals.values()], rows)
 
 
+def dropout(content: dict[str, Any]) -> str:
+    """fastrnn.keras against keras.layers on torch with recurrent dropout."""
+    by_row: dict[str, dict[str, float]] = {}
+    for case in content["cases"]:
+        by_row.setdefault(f"B{case['batch']} H{case['hidden']}", {})[case["cell"]] = case["ratios"]["torch"]
+    rows = [[name, *(f"{ratios[cell]:.2f}" for cell in ("lstm", "gru"))] for name, ratios in by_row.items()]
+    return f"{ROWS['dropout']}\n\n" + table(["recurrent dropout in Keras", "LSTM", "GRU"], rows)
+
+
 def crowded(content: dict[str, Any]) -> str:
     """Milliseconds of a call in each situation that was measured."""
     figures: dict[tuple[str, str, str], float] = {}
@@ -518,7 +533,7 @@ def section(name: str, contents: dict[str, dict[str, Any]], pictures: str) -> st
         parts += [class_table(results), worst(results), f"![Heat map of the grid]({pictures}/{picture('heatmap', name)})"]
         parts += [apart_table(results), packed(results), peer_table(results)]
         last = origin(grid)
-    writers = {"stream": stream, "penalty": penalty, "resets": resets, "keras": keras}
+    writers = {"stream": stream, "penalty": penalty, "resets": resets, "keras": keras, "dropout": dropout}
     writers |= {"memory": memory, "startup": startup, "half": half}
     for benchmark, write in writers.items():
         if content := contents.get(benchmark):

@@ -6,6 +6,7 @@ the torch that is installed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, TypeVar
@@ -36,11 +37,10 @@ def module_forward(module: Any, x: Tensor, hx: Tensor | Sequence[Tensor] | None)
         return None
     layer, num_layers, lstm = dispatch.layer_of_module(module), module.num_layers, isinstance(module, nn.LSTM)
     if hx is None:
-        h0, *others = _zeros(module, x, x.size(0 if layer.batch_first else 1))
-        hx = (h0, *others) if lstm else h0
+        hx = _as_hx(_initial_states(module, x, x.size(0 if layer.batch_first else 1)))
     inputs = functional.inputs_of(layer.cell, x, None, hx)
-    dropout = module.dropout if module.training else 0.0
-    done = functional.run_layers(inputs, weights, layer, num_layers, dropout, module._fastrnn_compressed)
+    stack = functional.Stack(layer, weights, num_layers, features.noise_of(module), module._fastrnn_compressed)
+    done = functional.run_layers(inputs, stack)
     return done and (done[0], done[1:] if lstm else done[1])
 
 
@@ -76,13 +76,19 @@ def own_weights(module: Any) -> list[Tensor] | None:
     return module._flat_weights
 
 
-def _zeros(module: Any, x: Tensor, batch: Any) -> list[Tensor]:
-    """Return the initial h, and an LSTM's c, of so many rows."""
-    depth = module.num_layers * (1 + module.bidirectional)
+def _initial_states(module: Any, x: Tensor, batch: Any) -> list[Tensor]:
+    """Return the states that so many rows begin with where hx is missing: zeros, or what is learned, each [L * D, B, ...]."""
+    if module.learn_initial_state:
+        return features.initial_states(module, int(batch))
+    depth, others = module.num_layers * (1 + module.bidirectional), module._fastrnn_cell.states
     h0 = x.new_zeros((depth, batch, module.proj_size or module.hidden_size))
-    if not isinstance(module, nn.LSTM):
-        return [h0]
-    return [h0, x.new_zeros((depth, batch, module.hidden_size)) if module.proj_size else h0]
+    return [h0, *[x.new_zeros((depth, batch, module.hidden_size)) if module.proj_size else h0] * others]
+
+
+def _keywords(self, input, hx=None, *, resets=None, lengths=None, all_states=False): ...
+
+
+SIGNATURE = inspect.signature(_keywords)  # of a layer's forward, which takes less time to call without these defaults
 
 
 def has_keywords(module: Any, resets: Any = None, lengths: Any = None, all_states: Any = False, **unknown: Any) -> bool:
@@ -94,71 +100,79 @@ def has_keywords(module: Any, resets: Any = None, lengths: Any = None, all_state
     return resets is not None or lengths is not None or all_states
 
 
-def module_sequence(
+def sequence(
     module: Any, input: Any, hx: Any, resets: Any = None, lengths: Any = None, all_states: bool = False
 ) -> tuple[Any, ...]:
-    """`module(input, hx)` with these keywords: torch.nn's checks, in its words, and our engines."""
-    known = module._flat_weights, module._flat_weight_refs
-    module._update_flat_weights()
-    weights = features.weights_of(module) if module._fastrnn_features and module.layer_norm else module._flat_weights
-    if torch.compiler.is_compiling() and module._flat_weights is not known[0]:  # as in `run_compiled`
-        module._flat_weights, module._flat_weight_refs = known
-    lstm, packed = isinstance(module, nn.LSTM), isinstance(input, PackedSequence)
+    """`module(input, hx)` with these keywords, of any layer class here: torch.nn's checks, in its words, and our engines."""
+    weights, packed = module._fastrnn_weights(), isinstance(input, PackedSequence)
     x, batch_sizes, order, back = input if packed else (input, None, None, None)
     batched, batch_dim = packed or x.dim() == 3, 0 if module.batch_first else 1
     if not packed and x.dim() not in (2, 3):
-        name = dispatch.mode_of(module).split("_")[0]
+        name = dispatch.mode_of(module).split("_")[0] if isinstance(module, nn.RNNBase) else type(module).__name__
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
-    resets, lengths = functional.marked(input, batch_dim, resets, lengths)
+    marks = functional.marked(input, batch_dim, resets, lengths)
+    states = None if hx is None else _given_states(module, hx, None if packed else x.dim())
     x = x if batched else x.unsqueeze(batch_dim)
-    begun = hx is not None
-    initial: Any = None
-    if not begun or resets is not None:
-        batch = x.size(batch_dim) if batch_sizes is None else batch_sizes[0]
-        if module._fastrnn_features and module.learn_initial_state:
-            h0, *others = features.initial_states(module, int(batch))
-        else:
-            h0, *others = _zeros(module, x, batch)
-        initial = (h0, *others) if lstm else h0
-    if not begun:
-        hx = initial
-    elif not packed:
-        states = hx if lstm else (hx,)
-        functional.check_dimensions(("h", "c")[: len(states)], states, 3 if batched else 2)
-        if not batched:
-            hx = tuple(state.unsqueeze(1) for state in states) if lstm else hx.unsqueeze(1)
-    module.check_forward_args(x, hx, batch_sizes)
-    h0, c0 = module.permute_hidden(hx, order) if lstm else (module.permute_hidden(hx, order), None)
-    layer, dropout = dispatch.layer_of_module(module), module.dropout if module.training else 0.0
-    if packed:
-        layer = layer._replace(batch_first=False)
-    after_steps: list[Any] | None = [] if all_states else None
+    fresh = restart = None
+    if states is None or resets is not None:
+        fresh = _initial_states(module, x, x.size(batch_dim) if batch_sizes is None else batch_sizes[0])
+    if states is not None and fresh is not None:
+        restart = _side_by_side(fresh)
+    states = _as_hx(fresh if states is None else states)
+    module.check_forward_args(x, states, batch_sizes)
+    states = module.permute_hidden(states, order)
+    layer = module._fastrnn_layer()
+    layer = layer._replace(batch_first=layer.batch_first and not packed)
+    stack = functional.Stack(layer, weights, module.num_layers, features.noise_of(module), module._fastrnn_compressed)
+    inputs = Inputs(x, batch_sizes, *_side_by_side(states if isinstance(states, tuple) else (states,)), *marks)
     with recompute(module.recompute is True or is_on()):
-        y, h_n, c_n = functional.run_marked(
-            Inputs(x, batch_sizes, h0, c0, resets, lengths),
-            weights,
-            layer,
-            module.num_layers,
-            dropout,
-            module._fastrnn_compressed,
-            features.noise_of(module) if module._fastrnn_features else None,
-            after_steps,
-            (initial if lstm else (initial, None)) if begun and resets is not None else None,
-        )
+        y, h_n, c_n, after_steps = functional.run_marked(inputs, stack, restart, all_states)
+    after = _apart(module, h_n, c_n)
     if not batched:
-        y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n if c_n is None else c_n.squeeze(1)
-    state = module.permute_hidden((h_n, c_n) if lstm else h_n, back)
-    results = PackedSequence(y, batch_sizes, order, back) if packed else y, state
-    if after_steps is None:
+        y, after = y.squeeze(batch_dim), [state.squeeze(1) for state in after]
+    output = PackedSequence(y, batch_sizes, order, back) if packed else y
+    results = output, module.permute_hidden(_as_hx(after), back)
+    if not all_states:
         return results
-    states = states_of(after_steps, None if batched else 1 + batch_dim)
-    return *results, states if lstm else states[0]
+    every = _apart(module, *after_steps)
+    return *results, _as_hx(every if batched else [state.squeeze(1 + batch_dim) for state in every])
 
 
-def states_of(after_steps: Sequence[tuple], squeezed: int | None) -> tuple[Tensor, ...]:
-    """Return h and, where there are others, c after every step, [L * D, ...]; squeezed: an axis to leave out."""
-    states = [torch.cat(each) for each in zip(*after_steps, strict=True) if each[0] is not None]
-    return tuple(each if squeezed is None else each.squeeze(squeezed) for each in states)
+def _given_states(module: Any, hx: Any, dims: int | None) -> list[Tensor]:
+    """Return the states of a call whose input has so many dimensions, None for packed input, each with a batch."""
+    names = features.state_names(module._fastrnn_cell)
+    states = [hx] if len(names) == 1 else list(hx) if isinstance(hx, (tuple, list)) else []
+    if len(states) != len(names) or not all(isinstance(state, Tensor) for state in states):
+        wanted = "a tensor h" if len(names) == 1 else f"a tuple of tensors ({', '.join(names)})"
+        raise TypeError(f"hx: expected {wanted}, got {_described(hx)}")
+    if dims is None:
+        return states
+    functional.check_dimensions(names, states, dims)
+    return states if dims == 3 else [state.unsqueeze(1) for state in states]
+
+
+def _described(value: Any) -> str:
+    """Name a value by its type, tensors by their shapes too."""
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} ({', '.join(map(_described, value))})"
+    return type(value).__name__ + (f" {list(value.shape)}" if isinstance(value, Tensor) else "")
+
+
+def _as_hx(states: Any) -> Any:
+    """Return states as a caller has them: a tensor, or a tuple of several."""
+    return tuple(states) if len(states) > 1 else states[0]
+
+
+def _side_by_side(states: Sequence[Tensor]) -> functional.States:
+    """Return h and c as the engines take them: the states but h side by side."""
+    h, *others = states
+    return h, None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
+
+
+def _apart(module: Any, h: Tensor, c: Tensor | None) -> list[Tensor]:
+    """Undo that."""
+    others = module._fastrnn_cell.states
+    return [h] if c is None else [h, c] if others == 1 else [h, *c.chunk(others, -1)]
 
 
 def module_step(module: Any, x: Tensor, state: Any, out: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
@@ -233,7 +247,7 @@ def layer_fallback(torch_class: type[nn.RNNBase]) -> Any:
 
     def fallback(self, input, hx):
         if self._fastrnn_features:
-            return module_sequence(self, input, hx)
+            return sequence(self, input, hx)
         if self.recompute is True:  # a derived class may have a method of this name
             with recompute():
                 return run(self, input, hx)

@@ -172,19 +172,28 @@ def state_names(cell: Cell) -> list[str]:
 
 
 class Noise(NamedTuple):
-    """What a module's layers draw before they run.
+    """What layers on top of each other draw.
 
+    dropout:           of each layer's output but the last one's; 0 in evaluation.
     recurrent_dropout: 0 in evaluation.
     zoneout:           a probability for each state, h first; empty where there is none.
     training:          otherwise zoneout is its expectation.
     """
 
-    recurrent_dropout: float
-    zoneout: tuple[float, ...]
-    training: bool
+    dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, ...] = ()
+    training: bool = False
+
+    @property
+    def within(self) -> bool:
+        """Whether a layer is given any, beside dropout between layers."""
+        return bool(self.recurrent_dropout or any(self.zoneout))
 
     def drawn(self, inputs: Inputs, layer: Layer, hidden: int, dtype: torch.dtype) -> Inputs:
         """Return what a layer is given, with its mask and its noise, in the dtype that it computes in."""
+        if not self.within:
+            return inputs
         x, (D, B, R) = inputs.x, inputs.h0.shape
         mask = noise = None
         if self.recurrent_dropout:
@@ -219,12 +228,12 @@ def random_bits(*shape: int, device: Any = None) -> Tensor:
     return words.view(torch.int16)[:count].view(shape)
 
 
-def noise_of(module: Any) -> Noise | None:
-    """Return what a module's layers draw; None where they draw nothing."""
+def noise_of(module: Any) -> Noise:
+    """Return what a module's layers draw."""
     zoneout, training = module.zoneout, module.training
     rates = zoneout if isinstance(zoneout, tuple) else (zoneout,) if zoneout else ()
-    noise = Noise(module.recurrent_dropout if training else 0.0, rates, training)
-    return noise if noise.recurrent_dropout or rates else None
+    dropout, recurrent_dropout = (module.dropout, module.recurrent_dropout) if training else (0.0, 0.0)
+    return Noise(dropout, recurrent_dropout, rates, training)
 
 
 def cell_name(module: Any) -> str:

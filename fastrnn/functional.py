@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,28 @@ from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs, Layer, Steps, Weights, misfit, misfit_of_weights
 
 States = tuple[Tensor, Tensor | None]  # h and c
+
+
+class Stack(NamedTuple):
+    """Layers on top of each other.
+
+    layer:      what each of them is.
+    weights:    of all of them, the lowest first, as torch.nn lists them.
+    layers:     so many.
+    noise:      what they draw.
+    compressed: `fastrnn.compress` made them: matrices may be in bfloat16 beside an input in float32.
+    """
+
+    layer: Layer
+    weights: Sequence[Tensor]
+    layers: int = 1
+    noise: Noise = Noise()
+    compressed: bool = False
+
+    def wide(self, x: Tensor) -> Stack:
+        """The same with compressed matrices in x's dtype."""
+        return self._replace(weights=_wide(x, self.weights)) if self.compressed else self
+
 
 __all__ = [
     "gru",
@@ -223,7 +245,7 @@ def _stack(cell: str, args: tuple, compressed: bool = False):
     directions, inputs = 2 if bidirectional else 1, inputs_of(cell, x, batch_sizes, hx)
     projected = len(params) // (num_layers * directions) == (5 if has_biases else 3)
     layer = Layer(cell, directions, has_biases, projected, False, batch_first)
-    done = run_layers(inputs, params, layer, num_layers, dropout if train else 0, compressed)
+    done = run_layers(inputs, Stack(layer, params, num_layers, Noise(dropout if train else 0), compressed))
     if done is not None:
         return done[:2] if done[2] is None else done
     if compressed:
@@ -236,115 +258,94 @@ def _stack(cell: str, args: tuple, compressed: bool = False):
     return fallback(*args)
 
 
-def run_layers(
-    inputs: Inputs, weights: Sequence[Tensor], layer: Layer, num_layers: int, dropout: float, compressed: bool
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Run layers on top of each other, differentiable: y, h_n and c_n. None where no engine takes the call.
-
-    layer: each of them. dropout: between them, 0 in evaluation mode. compressed: as in `_stack`.
-    """
+def run_layers(inputs: Inputs, stack: Stack) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Run layers, differentiable: y, h_n and c_n. None where no engine takes the call."""
     x, batch_sizes, h0, c0 = inputs[:4]
+    layer, weights, count, noise, compressed = stack
     engine = dispatch.choose(x, batch_sizes, (h0,) if c0 is None else (h0, c0), weights, compressed)
-    if engine == "torch" or misfit(layer, inputs, weights, num_layers) or not 0 <= dropout <= 1:
+    if engine == "torch" or misfit(layer, inputs, weights, count) or not 0 <= noise.dropout <= 1:
         return None  # torch has words for what is wrong
-    if engine == "triton" and dispatch.leaves_to_cudnn(layer, x, batch_sizes, weights[1], num_layers):
+    if engine == "triton" and dispatch.leaves_to_cudnn(layer, x, batch_sizes, weights[1], count):
         return None
-    if compressed and engine not in dispatch.FUSED:
-        weights = _wide(x, weights)
-    return run_stack(engine, inputs, weights, layer, num_layers, dropout)
+    return run_stack(engine, inputs, stack)[:3]
 
 
-def run_marked(
-    inputs: Inputs,
-    weights: Sequence[Tensor],
-    layer: Layer,
-    num_layers: int,
-    dropout: float,
-    compressed: bool = False,
-    noise: Noise | None = None,
-    after_steps: list | None = None,
-    restart: States | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def run_marked(inputs: Inputs, stack: Stack, restart: States | None = None, all_states: bool = False) -> tuple:
     """`run_layers` of what torch.nn has not, such as resets, any cell, or noise: where no engine takes it the reference runs.
 
-    noise, after_steps, restart: as of `run_stack`.
+    restart, all_states, results: as of `run_stack`.
 
     Raises:
         ValueError: what does not fit, by name.
         RuntimeError: there is no step, in torch's words.
     """
+    layer, weights, count, _, compressed = stack
     if inputs.batch_sizes is None and inputs.x.shape[layer.batch_first] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if reason := misfit(layer, inputs, weights, num_layers):
+    if reason := misfit(layer, inputs, weights, count):
         raise ValueError(reason)
     states = inputs.h0, *(() if inputs.c0 is None else (inputs.c0,))
     engine = dispatch.choose_own(layer.cell, inputs.x, inputs.batch_sizes, states, weights, compressed)
+    if inputs.mask is not None and inputs.mask.dim() == 4:  # of each gate
+        engine = "reference"
     if engine == "cpu":
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
-    if compressed and engine not in dispatch.FUSED:
-        weights = _wide(inputs.x, weights)
-    return run_stack(engine, inputs, weights, layer, num_layers, dropout, noise, after_steps, restart)
+    return run_stack(engine, inputs, stack, restart, all_states)
 
 
 def run_stack(
-    engine: str,
-    inputs: Inputs,
-    weights: Sequence[Tensor],
-    layer: Layer,
-    num_layers: int,
-    dropout: float,
-    noise: Noise | None = None,
-    after_steps: list | None = None,
-    restart: States | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run layers on top of each other on an engine that takes them; dropout: between them, 0 in evaluation mode.
+    engine: str, inputs: Inputs, stack: Stack, restart: States | None = None, all_states: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    """Run layers on an engine that takes them.
 
-    after_steps: takes the states of each layer after every step, (h, c or None), as `layer` returns them.
     restart: the states, as h0 and c0 of all layers, that resets go back to, where these are not h0 and c0 themselves.
+
+    Returns:
+        y, h_n, c_n; with all_states the pair of h and c after every step, as `layer` returns it, of all layers, else ().
     """
     inputs = inputs._replace(x=ops.unit_stride(inputs.x))
+    layer, weights, layers, noise, _ = stack if engine in dispatch.FUSED else stack.wide(inputs.x)
     hidden = weights[1].shape[0] // CELLS[layer.cell].gates
 
     def run(given: Inputs, weights: Sequence[Tensor], own: Layer, restart: States | None):
-        if noise is not None:
-            half_on_cpu = engine == "cpu" and given.x.dtype in dispatch.HALF  # which that engine computes in float32
-            given = noise.drawn(given, own, hidden, torch.float32 if half_on_cpu else given.x.dtype)
+        half_on_cpu = engine == "cpu" and given.x.dtype in dispatch.HALF  # which that engine computes in float32
+        given = noise.drawn(given, own, hidden, torch.float32 if half_on_cpu else given.x.dtype)
 
         def once(given: Inputs):
-            return (*_run(engine, given, weights, own), ()) if after_steps is None else _run_states(engine, given, weights, own)
+            return _run_states(engine, given, weights, own) if all_states else (*_run(engine, given, weights, own), ())
 
         y, h, c, states = once(given) if restart is None else _restarted(once, given, own, restart)
-        if after_steps is not None:
-            if own.batch_first != layer.batch_first:
-                states = tuple(None if each is None else each.transpose(1, 2) for each in states)
-            after_steps.append(states)
-        return y, h, c
+        if own.batch_first != layer.batch_first:
+            states = tuple(None if each is None else each.transpose(1, 2) for each in states)
+        return y, h, c, states
 
-    if num_layers == 1:
+    if layers == 1:
         return run(inputs, weights, layer, restart)
 
     # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
-    time_major, D, each = dropout > 0 and layer.batch_first, layer.directions, len(weights) // num_layers
+    time_major, D, each = noise.dropout > 0 and layer.batch_first, layer.directions, len(weights) // layers
     by_time = layer._replace(batch_first=False)
     y, _, h0, c0, resets, *_ = inputs
-    hs, cs, index = [], [], 0
-    parts: tuple[int, ...] = (1,) * num_layers
-    if engine == "triton" and dropout == 0 and noise is after_steps is restart is None and inputs.mask is None:
+    found, index = [], 0
+    parts: tuple[int, ...] = (1,) * layers
+    plain = noise.dropout == 0 and not noise.within and not all_states and restart is None and inputs.mask is None
+    if engine == "triton" and plain:
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, h0, *weights))
-        parts = dispatch.layers_at_once(layer, y, inputs.batch_sizes, weights[1], num_layers, training)
+        parts = dispatch.layers_at_once(layer, y, inputs.batch_sizes, weights[1], layers, training)
     for count in parts:
-        own, last = slice(index * D, (index + count) * D), index + count == num_layers
+        own, last = slice(index * D, (index + count) * D), index + count == layers
         if time_major and (index == 0 or last):
             y, resets = y.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         given = inputs._replace(x=y, h0=h0[own], c0=None if c0 is None else c0[own], resets=resets)
         fresh = None if restart is None else (restart[0][own], None if restart[1] is None else restart[1][own])
         own_weights, index = weights[index * each : (index + count) * each], index + count
-        y, h, c = run(given, own_weights, by_time if time_major and not last else layer, fresh)
-        hs.append(h)
-        cs += [] if c is None else [c]
-        if dropout > 0 and not last:
-            y = F.dropout(y, dropout, True)
-    return y, torch.cat(hs), torch.cat(cs) if cs else None
+        y, *states, after_steps = run(given, own_weights, by_time if time_major and not last else layer, fresh)
+        found.append((*states, *after_steps))
+        if noise.dropout > 0 and not last:
+            y = F.dropout(y, noise.dropout, True)
+    joined: list[Any] = [None if kind[0] is None else torch.cat(kind) for kind in zip(*found, strict=True)]
+    h_n, c_n, *after = joined
+    return y, h_n, c_n, tuple(after)
 
 
 def _restarted(run: Callable[[Inputs], tuple], inputs: Inputs, layer: Layer, restart: States) -> tuple:

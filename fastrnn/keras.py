@@ -4,10 +4,11 @@
 
 `SimpleRNN`, `LSTM`, `GRU`, `RNN` and `Bidirectional` derive from Keras' own classes and replace the loop over the steps.
 Constructors, weights, initial values, masks, states, training and saved files are therefore Keras'. A configuration that
-the engines have no kernel for (another activation, `reset_after=False`, LSTM's and GRU's `recurrent_dropout` while training,
-a cell of one's own) runs Keras' loop; `fastrnn.explain(layer, input)` says why. A call with nothing to do around the loop goes
-past what Keras does around every layer (`_shortcut`). `patch` gives the same loop to `keras.layers` itself, and `to_torch` and
-`from_torch` copy weights between Keras' layers and torch's.
+the engines have no kernel for (another activation, `reset_after=False`, a cell of one's own) runs Keras' loop;
+`fastrnn.explain(layer, input)` says why. LSTM's and GRU's `recurrent_dropout` has a mask for each gate, which the engines
+have not: such a training step is a loop of few torch operations (kernels/reference.py). A call with nothing to do around
+the loop goes past what Keras does around every layer (`_shortcut`). `patch` gives the same loop to `keras.layers` itself,
+and `to_torch` and `from_torch` copy weights between Keras' layers and torch's.
 
 Letters: B rows, T steps, I features, H units, G gates (SimpleRNN 1, GRU 3, LSTM 4), N valid steps of all rows.
 """
@@ -128,6 +129,18 @@ _KINDS = (
 
 
 @dataclass(frozen=True)
+class _Dropout:
+    """Factors of a cell's inputs and of its h where they enter the products, the same in all steps.
+
+    inputs: [B, I]; one for each gate, in torch's order, or one for all; empty where there are none.
+    hidden: [B, H], or [G, B, H] where each gate has its own, or None.
+    """
+
+    inputs: Sequence[Tensor] = ()
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class _Cell:
     """A Keras cell that the engines run, and the name of the fastrnn cell that does it."""
 
@@ -148,7 +161,7 @@ class _Cell:
         """
         cell, kind = self.keras_cell, self.kind
         variables = (cell.kernel, cell.recurrent_kernel, *(() if cell.bias is None else (cell.bias,)))
-        own = [variable.value if dtype is None else variable.value.to(dtype) for variable in variables]
+        own = [_value(variable) if dtype is None else _value(variable).to(dtype) for variable in variables]
         two = len(own) > 2 and own[2].dim() == 2
         given = own if two else own[:2]
         eager = not (torch.compiler.is_compiling() or dispatch.watched())
@@ -163,21 +176,46 @@ class _Cell:
         bias = own[2]
         return [*turned, bias, _no_bias(len(bias), bias.dtype) if eager and bias.is_cpu else torch.zeros_like(bias)]
 
+    def dropout(self, like: Tensor) -> _Dropout:
+        """What Keras drops in this call; like: a state [B, H] of it."""
+        cell, per_gate = self.keras_cell, getattr(self.keras_cell, "dropout_mask_count", None) is not None
+        of_x = cell.get_dropout_mask(like.new_empty(len(like), cell.kernel.shape[0]))
+        of_h = cell.get_recurrent_dropout_mask(like)
+        if not per_gate:
+            return _Dropout([] if of_x is None else [of_x], of_h)
+        gates = self.kind.gates
+        inputs = [] if of_x is None else [of_x[gate] for gate in gates]
+        return _Dropout(inputs, None if of_h is None else torch.stack([of_h[gate] for gate in gates]))
+
+
+def _value(variable: Any) -> Tensor:
+    """Of a cell's weight: Keras' variable, or what somebody has put in its place."""
+    return variable.value if isinstance(variable, keras.Variable) else keras.ops.convert_to_tensor(variable)
+
+
+def _has_more(cell: Any) -> bool:
+    """Does a call of a cell do more than its class's `call`?"""
+    hooks = cell._forward_hooks, cell._forward_pre_hooks, cell._backward_hooks, cell._backward_pre_hooks
+    own = any(name in cell.__dict__ for name in ("call", "forward")) or type(cell).__call__ is not keras.layers.Layer.__call__
+    return own or any(hooks) or cell.activity_regularizer is not None
+
 
 def _cells(layer: Any, training: Any, x: Any = None) -> list[_Cell] | str:
     """The cells of a Keras recurrent layer, the lowest first; or why the engines do not run one, or not for an input x."""
     if x is not None and (len(x.shape) != 3 or 0 in x.shape):
         return f"input {tuple(x.shape)}, the engines have at least one row, step and feature"
     stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
+    if stacked and (type(layer.cell).call is not keras.layers.StackedRNNCells.call or _has_more(layer.cell)):
+        return f"{type(layer.cell).__name__} is not Keras' own stack, or there is a hook on it"
     found: list[_Cell] = []
     for cell in layer.cell.cells if stacked else (layer.cell,):
         kind = next((kind for kind in _KINDS if getattr(type(cell), "call", None) is kind.keras_cell.call), None)
         if kind is None:
             return f"{type(cell).__name__} is not one of Keras' own cells"
-        if training and cell.recurrent_dropout and (stacked or kind.torch_name != "RNN"):
-            return f"recurrent_dropout={cell.recurrent_dropout} while training, a mask for each gate or cell"
-        if training and cell.dropout and (stacked or getattr(cell, "implementation", 2) == 1):
-            return f"dropout={cell.dropout} while training, a mask for each gate or cell"
+        if _has_more(cell):
+            return f"a hook, an activity regularizer or a call of its own on {type(cell).__name__}"
+        if training and 1 in (cell.dropout, cell.recurrent_dropout):
+            return "a probability of 1, which Keras' loops take for different things"
         activations = {keras.activations.tanh: kind.torch_name.lower()}
         if kind.torch_name == "RNN":
             activations = {keras.activations.tanh: "rnn_tanh", keras.activations.relu: "rnn_relu"}
@@ -206,8 +244,12 @@ class _AllSteps:
         """[B, T, I] -> what the engine reads."""
         return x
 
+    def each(self, factors: Tensor) -> Tensor:
+        """Factors [B, I], the same in all steps -> of the data."""
+        return factors.unsqueeze(1)
+
     def initial(self, state: Tensor) -> Tensor:
-        """An initial state [B, H] -> of the rows that the engine reads."""
+        """An initial state [..., B, H] -> of the rows that the engine reads."""
         return state
 
     def final(self, state: Tensor, initial: Tensor) -> Tensor:
@@ -243,8 +285,11 @@ class _ValidSteps(_AllSteps):
     def data(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1)[self.places]
 
+    def each(self, factors: Tensor) -> Tensor:
+        return factors[self.places // self.mask.shape[1]]
+
     def initial(self, state: Tensor) -> Tensor:
-        return state[self.order[: self.rows]]
+        return state[..., self.order[: self.rows], :]
 
     def final(self, state: Tensor, initial: Tensor) -> Tensor:
         """A row without a valid step keeps its initial state."""
@@ -258,6 +303,7 @@ class _ValidSteps(_AllSteps):
 
 
 _States = Sequence[Sequence[Tensor]]  # of h, and for LSTM of c: [B, H] of each direction
+_NOTHING = _Dropout()
 
 
 @functools.cache
@@ -292,38 +338,42 @@ def _natively(cells: Sequence[_Cell], x: Tensor, hx: Any) -> tuple[Tensor, Any] 
 
 
 def _layer(
-    cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps, factors: Tensor | None = None
+    cells: Sequence[_Cell], data: Tensor, states: _States, steps: _AllSteps, dropout: _Dropout = _NOTHING
 ) -> tuple[Tensor, _States]:
     """A layer of Keras' weights, with a direction for each cell: what the engine returns for `data`, and final states.
 
-    factors: of h [B, H] where it enters the recurrent product; with one cell alone.
+    dropout: with one cell alone.
     """
     initial = [torch.stack([steps.initial(state) for state in kind]) for kind in states]
-    done: Any = None
-    if factors is not None:
-        weights, by_time = cells[0].weights(data.dtype), steps.batch_sizes is not None
-        given = Inputs(data, steps.batch_sizes, initial[0], None, mask=steps.initial(factors).unsqueeze(0))
-        own = Layer(cells[0].name, bias=len(weights) > 2, batch_first=not by_time)
-        y, h_n, _ = functional.run_marked(given, weights, own, 1, 0.0)
-        done = y, h_n
-    elif steps.batch_sizes is None:
-        done = _natively(cells, data, initial[0] if len(initial) == 1 else tuple(initial))
-    if done is not None:
-        y, last = done
-        last = last if isinstance(last, tuple) else (last,)
+    dropped, done = [data * steps.each(factors) for factors in dropout.inputs], None
+    data = torch.cat(dropped, -1) if dropped else data
+    if dropout.hidden is not None or len(dropped) > 1:
+        weights = cells[0].weights(data.dtype)
+        if len(dropped) > 1:  # each gate reads its own part of the data
+            weights[0] = torch.block_diag(*weights[0].chunk(len(dropped)))
+        mask = None if dropout.hidden is None else steps.initial(dropout.hidden).unsqueeze(0)
+        given = Inputs(data, steps.batch_sizes, initial[0], initial[1] if len(initial) > 1 else None, mask=mask)
+        own = Layer(cells[0].name, bias=len(weights) > 2, batch_first=steps.batch_sizes is None)
+        y, *last, _ = functional.run_marked(given, functional.Stack(own, weights))
     else:
-        w_ih, w_hh, *biases = zip(*(cell.weights(data.dtype) for cell in cells), strict=True)
-        y, *last = functional.layer(
-            data,
-            *initial,
-            cell=cells[0].name,
-            w_ih=w_ih,
-            w_hh=w_hh,
-            b_ih=biases[0] if biases else (),
-            b_hh=biases[1] if biases else (),
-            batch_sizes=steps.batch_sizes,
-            batch_first=steps.batch_sizes is None,
-        )
+        if steps.batch_sizes is None:
+            done = _natively(cells, data, initial[0] if len(initial) == 1 else tuple(initial))
+        if done is not None:
+            y, state = done
+            last = list(state) if isinstance(state, tuple) else [state]
+        else:
+            w_ih, w_hh, *biases = zip(*(cell.weights(data.dtype) for cell in cells), strict=True)
+            y, *last = functional.layer(
+                data,
+                *initial,
+                cell=cells[0].name,
+                w_ih=w_ih,
+                w_hh=w_hh,
+                b_ih=biases[0] if biases else (),
+                b_hh=biases[1] if biases else (),
+                batch_sizes=steps.batch_sizes,
+                batch_first=steps.batch_sizes is None,
+            )
     present = [state for state in last if state is not None]
     final = [list(map(steps.final, after, before)) for after, before in zip(present, states, strict=True)]
     return y, final
@@ -351,7 +401,7 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
     cells = _cells(layer, training, sequences)
     if isinstance(cells, str) or not _is_mask(mask, sequences):
         return None
-    x = _inputs(layer, sequences, training)
+    x = _inputs(layer, sequences)
     mask = _mask_of(mask, x)
     if layer.go_backwards:  # Keras returns the outputs in the order in which it computes them
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
@@ -369,10 +419,8 @@ def _run(layer: Any, sequences: Any, initial_state: Any, mask: Any, training: An
             return None
         if layer.stateful:  # Keras writes the new states over the old ones, which backward still reads
             before = [state.clone() for state in before]
-        factors = None
-        if training and cell.keras_cell.recurrent_dropout:
-            factors = cell.keras_cell.get_recurrent_dropout_mask(before[0])
-        data, states = _layer([cell], data, [[state] for state in before], steps, factors)
+        dropout = cell.dropout(before[0]) if training else _NOTHING
+        data, states = _layer([cell], data, [[state] for state in before], steps, dropout)
         after.append([state for (state,) in states])
     outputs = steps.outputs(data, layer.zero_output_for_mask)
     last_output = after[-1][0] if mask is None else outputs[:, -1]
@@ -386,13 +434,9 @@ def _before(given: Sequence[Any], x: Tensor, cell: _Cell, directions: int) -> li
     return before if fits and all(state.shape == (len(x), cell.keras_cell.units) for state in before) else None
 
 
-def _inputs(layer: Any, sequences: Any, training: Any) -> Tensor:
-    """[B, T, I] in the dtype of the computation, with the dropout of Keras' cells: one mask for all steps."""
-    x = keras.ops.convert_to_tensor(sequences).to(getattr(torch, layer.cell.compute_dtype))
-    cell = layer.cell
-    if training and getattr(cell, "dropout", 0):
-        x = x * cell.get_dropout_mask(x[:, 0, :]).unsqueeze(1)
-    return x
+def _inputs(layer: Any, sequences: Any) -> Tensor:
+    """[B, T, I] in the dtype of the computation."""
+    return keras.ops.convert_to_tensor(sequences).to(getattr(torch, layer.cell.compute_dtype))
 
 
 def _run_plain(layer: Any, x: Any, initial_state: Any, mask: Any, training: Any) -> Any:
@@ -530,9 +574,14 @@ def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
         cells = _cells(layer, training, input) if recurrent else f"{type(layer).__name__} is not a recurrent layer"
         if isinstance(cells, str):
             return dispatch.Explanation("keras", {"fastrnn": cells})
-    x = _inputs(layers[0], input, False)
+        if training and any(cell.keras_cell.recurrent_dropout and len(cell.kind.gates) > 1 for cell in cells):
+            reason = "recurrent_dropout while training, for which Keras draws a mask for each gate"
+            return dispatch.Explanation("reference", dict.fromkeys(sorted(dispatch.FUSED), reason))
+    x, module = _inputs(layers[0], input), to_torch(self).train(training)
+    if layers[0].cell.recurrent_dropout:
+        module.recurrent_dropout = layers[0].cell.recurrent_dropout
     with torch.set_grad_enabled(training):
-        return dispatch.explain(to_torch(self), x)
+        return dispatch.explain(module, x)
 
 
 class _Explained:
@@ -617,7 +666,7 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
     same = forward.name == backward.name and forward.keras_cell.units == backward.keras_cell.units
     if not same or forward.keras_cell.use_bias != backward.keras_cell.use_bias or layers[0].go_backwards:
         return None
-    x, H = _inputs(layers[0], sequences, training), forward.keras_cell.units
+    x, H = _inputs(layers[0], sequences), forward.keras_cell.units
     mask, kinds = _mask_of(mask, x), forward.kinds
     if mask is not None and not mask.any():
         return None
@@ -628,7 +677,8 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
     if before is None:
         return None
     y, states = _layer(cells, steps.data(x), list(zip(before[:kinds], before[kinds:], strict=True)), steps)
-    y = steps.outputs(y, zero=True)
+    dtype = getattr(torch, self.compute_dtype)  # under torch.autocast the engines return another
+    y, states = steps.outputs(y, zero=True).to(dtype), [[state.to(dtype) for state in kind] for kind in states]
     one, other = (y[..., :H], y[..., H:]) if self.return_sequences else states[0]
     if self.merge_mode == "concat":
         output: Any = y if self.return_sequences else torch.cat((one, other), -1)

@@ -9,8 +9,7 @@ longer than a small step does. So constructors, checks, error words, initial val
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from fastrnn import dispatch, fallback, features, functional
 from fastrnn.kernels.cells import CELLS, Cell
+from fastrnn.kernels.layer import Layer
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -52,7 +52,7 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
     @functools.wraps(torch_class.forward)
     def forward(self, input, hx=None, **more):  # a third of the time that three defaults take
         if more and fallback.has_keywords(self, **more):
-            return fallback.module_sequence(self, input, hx, **more)
+            return fallback.sequence(self, input, hx, **more)
         if torch.compiler.is_dynamo_compiling():
             if not functional.runs_in_graph(self, input, hx):
                 return functional.call_outside_of_the_graph(forward, (self, input, hx))
@@ -62,9 +62,7 @@ def _forward(torch_class: type[nn.RNNBase]) -> Any:
                 return result
         return self._fastrnn_fallback(input, hx)
 
-    def shown(self, input, hx=None, *, resets=None, lengths=None, all_states=False): ...
-
-    vars(forward)["__signature__"] = inspect.signature(shown)
+    vars(forward)["__signature__"] = fallback.SIGNATURE
     return forward
 
 
@@ -228,6 +226,18 @@ class _Layers(DropIn):
     @property
     def _fastrnn_cell(self) -> Cell:
         return CELLS[dispatch.BY_MODE[dispatch.mode_of(self)]]  # type: ignore[arg-type]  # a base of RNN, LSTM and GRU
+
+    def _fastrnn_layer(self) -> Layer:
+        return dispatch.layer_of_module(self)
+
+    def _fastrnn_weights(self: Any) -> Sequence[Tensor]:
+        """Return the weights of all layers as the engines take them."""
+        known = self._flat_weights, self._flat_weight_refs
+        self._update_flat_weights()
+        weights = features.weights_of(self) if self.layer_norm else self._flat_weights
+        if torch.compiler.is_compiling() and self._flat_weights is not known[0]:  # as in fallback's `run_compiled`
+            self._flat_weights, self._flat_weight_refs = known
+        return weights
 
     def step(self, x: Tensor, state: Any = None, *, out: tuple[Tensor, Any] | None = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastrnn import dispatch, fallback, features, functional, norms
+from fastrnn import dispatch, fallback, features, norms
 from fastrnn.cells import CellFunction
-from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import Cell
-from fastrnn.kernels.layer import Inputs, Layer
+from fastrnn.kernels.layer import Layer
 
 _CLASSES: dict[CellFunction, type[Recurrent]] = {}
 
@@ -102,6 +101,7 @@ class Recurrent(nn.Module):
     cell: ClassVar[CellFunction]
     layer_norm, cell_clip, learn_initial_state = features.Setting(), features.Setting(), features.Setting()
     recurrent_dropout, zoneout = features.Setting(), features.Setting()
+    _fastrnn_compressed: ClassVar[bool] = False  # such layers are torch.nn's alone
     # As whose layers the fast path takes those of this class: the cell's name in operators; None where it does not.
     _fastrnn_fast_path: ClassVar[str | None] = None
 
@@ -188,56 +188,20 @@ class Recurrent(nn.Module):
             return super().__reduce_ex__(protocol)
         return _empty, (self.cell,), self.__dict__
 
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any = None,
-        *,
-        resets: Tensor | PackedSequence | None = None,
-        lengths: Tensor | None = None,
-        all_states: bool = False,
-    ) -> tuple[Any, ...]:
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None, **more: Any) -> tuple[Any, ...]:
         """Run the layers; see the class."""
-        if resets is not None or lengths is not None or all_states is not False:
-            return self._sequence(input, hx, resets, lengths, all_states)
+        if more and fallback.has_keywords(self, **more):
+            return fallback.sequence(self, input, hx, **more)
         if not torch.compiler.is_dynamo_compiling() and dispatch.native and (kind := self._fastrnn_fast_path):
             result = dispatch.native.forward(self.__dict__, kind, input, hx, self.recompute)
             if result is not None:
                 return result
         return self._fastrnn_fallback(input, hx)
 
-    def _fastrnn_fallback(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, ...]:
-        return self._sequence(input, hx, None, None, False)
+    vars(forward)["__signature__"] = fallback.SIGNATURE
 
-    def _sequence(self, input: Tensor | PackedSequence, hx: Any, resets: Any, lengths: Any, all_states: Any) -> tuple[Any, ...]:
-        if not isinstance(all_states, bool):
-            raise TypeError(f"all_states: expected a bool, got {all_states!r}")
-        packed = isinstance(input, PackedSequence)
-        x, batch_sizes, order, back = input if isinstance(input, PackedSequence) else (input, None, None, None)
-        if not packed and x.dim() not in (2, 3):
-            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {x.dim()}D instead")
-        batched, row = packed or x.dim() == 3, 0 if self.batch_first else 1
-        states = None if hx is None else self._states(hx, None if packed else x.dim())
-        x = x if batched else x.unsqueeze(row)
-        states = self._checked(x, batch_sizes, states)
-        if order is not None:
-            states = [state.index_select(1, order) for state in states]
-        marks = functional.marked(input, row, resets, lengths)
-        after_steps: list[Any] | None = [] if all_states else None
-        restart = None if hx is None or resets is None else _pair(self._checked(x, batch_sizes, None))
-        inputs = Inputs(x, batch_sizes, *_pair(states), *marks)
-        y, *after = self._run(inputs, self.batch_first and not packed, after_steps, restart)
-        if back is not None:
-            after = [state.index_select(1, back) for state in after]
-        if not batched:
-            y, after = y.squeeze(row), [state.squeeze(1) for state in after]
-        output = PackedSequence(y, batch_sizes, order, back) if packed else y
-        results = output, after[0] if len(after) == 1 else tuple(after)
-        if after_steps is None:
-            return results
-        h, *c = fallback.states_of(after_steps, None if batched else 1 + row)
-        others = [] if not c else c[0].chunk(self.cell.definition.states, -1)
-        return *results, (h, *others) if others else h
+    def _fastrnn_fallback(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Any, ...]:
+        return fallback.sequence(self, input, hx)
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """Run one step of a stream, without gradients.
@@ -273,60 +237,48 @@ class Recurrent(nn.Module):
     def _flat_weights(self) -> list[Any]:
         return [self.weight_ih_l0]
 
-    def _states(self, hx: Any, dims: int | None) -> list[Tensor]:
-        """Return the states of a call whose input has so many dimensions, None for packed input, each with a batch."""
-        names = features.state_names(self.cell.definition)
-        states = [hx] if len(names) == 1 else list(hx) if isinstance(hx, (tuple, list)) else []
-        if len(states) != len(names) or not all(isinstance(state, Tensor) for state in states):
-            wanted = "a tensor h" if len(names) == 1 else f"a tuple of tensors ({', '.join(names)})"
-            raise TypeError(f"hx: expected {wanted}, got {_described(hx)}")
-        if dims is None:
-            return states
-        functional.check_dimensions(names, states, dims)
-        return states if dims == 3 else [state.unsqueeze(1) for state in states]
-
-    def _checked(self, x: Tensor, batch_sizes: Tensor | None, states: list[Tensor] | None) -> list[Tensor]:
-        """Return the states, zeros where there are none, of a call that fits the layer; raise torch.nn's errors of others."""
-        self.check_input(x, batch_sizes)
-        expected = self.get_expected_hidden_size(x, batch_sizes)
-        if states is None and self.learn_initial_state:
-            states = features.initial_states(self, expected[1])
-        elif states is None:
-            states = [x.new_zeros(expected) for _ in range(1 + self.cell.definition.states)]
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """Raise torch.nn's errors of an input and states that do not fit the layer."""
+        self.check_input(input, batch_sizes)
+        expected, states = self.get_expected_hidden_size(input, batch_sizes), hidden if isinstance(hidden, tuple) else (hidden,)
         for place, state in enumerate(states):
             name = f"hidden[{place}]" if len(states) > 1 else "hidden"
             self.check_hidden_size(state, expected, f"Expected {name} size {{}}, got {{}}")
-        if batch_sizes is None and x.shape[1 if self.batch_first else 0] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         for kind, tensor in (*(("hidden", state) for state in states), ("parameter", self._flat_weights[0])):
-            if tensor.device != x.device:
+            if tensor.device != input.device:
                 raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} "
+                    f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
                     f"and {kind} tensor at {tensor.device}"
                 )
-            if tensor.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+            if tensor.dtype != input.dtype and not torch._C._is_any_autocast_enabled():
                 raise RuntimeError(
-                    f"Input and {kind} tensors are not the same dtype, found input tensor with {_scalar(x)} "
+                    f"Input and {kind} tensors are not the same dtype, found input tensor with {_scalar(input)} "
                     f"and {kind} tensor with {_scalar(tensor)}"
                 )
-        return states
 
-    def _run(
-        self, inputs: Inputs, batch_first: bool, after_steps: list[Any] | None, restart: functional.States | None
-    ) -> list[Tensor]:
-        """Run all layers: y, and the states after, each [L * D, B, H]."""
-        weights = [each for layer in range(self.num_layers) for each in self._weights(layer)]
-        layer, dropout, noise = self._layer(batch_first), self.dropout if self.training else 0.0, features.noise_of(self)
-        with recompute(self.recompute or is_on()):
-            y, h_n, c_n = functional.run_marked(
-                inputs, weights, layer, self.num_layers, dropout, False, noise, after_steps, restart
-            )
-        return [y, h_n, *(() if c_n is None else c_n.chunk(self.cell.definition.states, -1))]
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """Return the states with their rows in another order, as torch.nn's layers do."""
+        if permutation is None:
+            return hx
+        if isinstance(hx, tuple):
+            return tuple(state.index_select(1, permutation) for state in hx)
+        return hx.index_select(1, permutation)
 
-    def _layer(self, batch_first: bool) -> Layer:
-        """Describe each of the layers."""
+    def _fastrnn_layer(self) -> Layer:
         bias = self.bias or self.cell.definition.weights > 0 or self.layer_norm
-        return Layer(features.cell_name(self), 1 + self.bidirectional, bias, batch_first=batch_first, heads=self.num_heads)
+        name, D = features.cell_name(self), 1 + self.bidirectional
+        return Layer(name, D, bias, batch_first=self.batch_first, heads=self._heads())
+
+    def _heads(self) -> int:
+        """Return the heads of the recurrent matrix, or, of a cell that has none, of the zeros in its place: their product takes
+        less time the more heads there are, as long as a head fills the engines' vectors."""
+        if self.cell.parts["hh"]:
+            return self.num_heads
+        return max(heads for heads in range(1, max(2, self.hidden_size // 64 + 1)) if self.hidden_size % heads == 0)
+
+    def _fastrnn_weights(self) -> list[Tensor]:
+        """Return the weights of all layers as the engines take them."""
+        return [each for layer in range(self.num_layers) for each in self._weights(layer)]
 
     def _weights(self, layer: int) -> list[Tensor]:
         """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
@@ -339,7 +291,7 @@ class Recurrent(nn.Module):
             own = [getattr(self, f"weight_{name}{suffix}") for name in parts["own"]]
             matrix = getattr(self, f"weight_ih{suffix}")
             recurrent = getattr(self, f"weight_hh{suffix}", None)
-            recurrent = matrix.new_zeros(0, H // self.num_heads) if recurrent is None else recurrent
+            recurrent = matrix.new_zeros(0, H // self._heads()) if recurrent is None else recurrent
             found += (
                 norms.blocks(matrix, parts["ih"], definition.input_parts, H),
                 norms.blocks(recurrent, parts["hh"], definition.hidden_parts, H),
@@ -379,7 +331,7 @@ class Recurrent(nn.Module):
     def _schedule(self, engine: str, x: Tensor, batch_sizes: Tensor | None, training: bool) -> tuple[str, ...]:
         """Return what the engine says it would do in each layer."""
         T, B = dispatch.steps_and_rows(x, batch_sizes, self.batch_first)
-        layer, I, H, L = self._layer(self.batch_first), self.input_size, self.hidden_size, self.num_layers
+        layer, I, H, L = self._fastrnn_layer(), self.input_size, self.hidden_size, self.num_layers
         if engine == "triton":
             return (gpu.describe(layer, T, B, H, H, dispatch.dtype_on_gpu(x), x.device, training),) * L
         half, size = x.dtype is torch.bfloat16, 8 if x.dtype is torch.float64 else 4
@@ -389,23 +341,11 @@ class Recurrent(nn.Module):
 
 
 # What a call runs, and the fast path does not.
-_INNER = ("check_input", "check_hidden_size", "get_expected_hidden_size", "_states", "_checked", "_run", "_weights",
-          "_sequence", "_flat_weights", "proj_size", "__getattr__", "__getattribute__")  # fmt: skip
-
-
-def _pair(states: Sequence[Tensor]) -> functional.States:
-    """Return h and c as the engines take them: the states but h side by side."""
-    h, *others = states
-    return h, None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)
+_INNER = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "permute_hidden", "_heads",
+          "_weights", "_fastrnn_layer", "_fastrnn_weights", "_flat_weights", "proj_size", "__getattr__",
+          "__getattribute__")  # fmt: skip
 
 
 def _scalar(tensor: Tensor) -> str:
     """Name a dtype as torch's messages do: Float."""
     return tensor.type().rpartition(".")[2].removesuffix("Tensor")
-
-
-def _described(value: Any) -> str:
-    """Name a value by its type, tensors by their shapes too."""
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} ({', '.join(map(_described, value))})"
-    return type(value).__name__ + (f" {list(value.shape)}" if isinstance(value, Tensor) else "")

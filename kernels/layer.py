@@ -97,7 +97,9 @@ class Inputs(NamedTuple):
                  that step, in the order of each direction, are h0 and c0.
     lengths:     of the rows of a dense sequence, int64 [B] on x's device, from 0 to T. A row has no steps past its length: y
                  is zero there, and the direction that runs backwards begins at the last step within it.
-    mask:        factors [D, B, R] of the hidden state where it enters the recurrent product, the same in each step.
+    mask:        factors [D, B, R] of the hidden state where it enters the recurrent product, the same in each step. Or
+                 [D, G, B, R], where it enters each gate's, which the reference alone can do, and not with heads: the engines
+                 multiply the rows of all gates with the same numbers.
     noise:       for cells that have K arguments of kind Noise, so many numbers for each unit: D * K * H for each row of x, of
                  one direction after the other. Its strides may be 0.
     """
@@ -257,7 +259,8 @@ def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int 
     for name, state, size in (("h0", h0, width), ("c0", c0, rows // cell.gates * cell.states)):
         if state is not None and state.shape != (layers * D, batch, size):
             return f"{name}: expected {(layers * D, batch, size)}, got {tuple(state.shape)}"
-    if mask is not None and mask.shape != (D, batch, width):
+    by_gate = (D, cell.gates, batch, width) if layer.heads == 1 else None
+    if mask is not None and mask.shape not in ((D, batch, width), by_gate):
         return f"mask: expected {(D, batch, width)}, got {tuple(mask.shape)}"
     if noise is not None and noise.shape != (*x.shape[:-1], D * cell.noise * (rows // cell.gates)):
         return f"noise: expected {(*x.shape[:-1], D * cell.noise * (rows // cell.gates))}, got {tuple(noise.shape)}"

@@ -79,29 +79,16 @@ def layer_forward(
     inputs: Inputs, weights: Sequence[Tensor], layer: Layer, save: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The layer's outputs y, h_n [D, B, R], c_n [D, B, S * H] or [0], and saved [D, rows, slots * H] or [0]."""
-    kind, steps, (x, _, h0, c0, *_) = CELLS[layer.cell], Steps(layer, inputs), inputs
-    xs, within = steps.each(x), steps.within()
+    kind, steps, x = CELLS[layer.cell], Steps(layer, inputs), inputs.x
+    rows, within = steps.flat(x), steps.within()
     if within is not None:  # what stands past a length is not looked at, and is in no gradient
-        within = within.view(steps.steps, -1, 1)
-        xs = [torch.where(here, x_step, 0.0) for here, x_step in zip(within, xs, strict=True)]
-    ys, states, carries, kept = [], [], [], []
-    for d, own in enumerate(layer.by_direction(weights)):
-        reverse = layer.reverse != bool(d)
-        begins = None if steps.resets is None else steps.begins(reverse)
-        marks = None if begins is None else begins.split(steps.sizes), within
-        product, mask = Product(layer, own.w_hh), None if inputs.mask is None else inputs.mask[d]
-        c = None if c0 is None else c0[d]
-        noise = [part.split(steps.sizes) for part in steps.noise_of(d, kind.noise)]
-        noise = [*zip(*noise, strict=True)] if noise else [()] * steps.steps
-        h, c, out, slots = _forward(kind, xs, h0[d], c, own, product, mask, noise, reverse, *marks)
-        ys.append(out)
-        kept.append(torch.cat(slots))
-        states.append(h)
-        carries.append(c)
+        rows = torch.where(within, rows, 0.0)
+    done = [_forward(layer, inputs, steps, rows, d, own) for d, own in enumerate(layer.by_direction(weights))]
+    states, carries, ys, kept = zip(*done, strict=True)
     y = steps.gathered([torch.cat(step, -1) for step in zip(*ys, strict=True)])
     empty = x.new_empty(0)
     c_n = torch.stack(carries) if kind.states else empty
-    return y, torch.stack(states), c_n, torch.stack(kept) if save else empty
+    return y, torch.stack(states), c_n, torch.stack([torch.cat(slots) for slots in kept]) if save else empty
 
 
 def carried_states(inputs: Inputs, layer: Layer, saved: Tensor) -> Tensor:
@@ -112,29 +99,34 @@ def carried_states(inputs: Inputs, layer: Layer, saved: Tensor) -> Tensor:
     return states if within is None else torch.where(within, states, 0.0)
 
 
-def _forward(
-    kind: Cell, xs, h: Tensor, c: Tensor | None, weights: Weights, product: Product, mask, noise, reverse: bool, begins, within
-):
-    """One direction: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H].
+def _forward(layer: Layer, inputs: Inputs, steps: Steps, rows: Tensor, d: int, weights: Weights) -> tuple:
+    """Direction d: last h [B, R] and c [B, S * H]; of each step in time's order, outputs [b, R], slots [b, slots*H].
 
-    mask: factors [B, R] of h where it enters the product, or None. noise: of each step the cell's, each [b, H].
-    begins, within: of each step, which rows [b, 1] begin with the initial states, and which are within their lengths; or None.
+    rows: of x, of all steps [N, I]. weights: of this direction.
     """
-    w_ih, _, b_ih, b_hh, w_hr = weights
+    kind, reverse, sizes = CELLS[layer.cell], layer.reverse != bool(d), steps.sizes
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
     b_ih, own_weights = apart(kind, b_ih)
-    h0, c0 = h, c
-    ys: list = [None] * len(xs)
-    kept: list = [None] * len(xs)
-    for t in order_of(len(xs), reverse):
-        b, here = len(xs[t]), None if within is None else within[t]
+    from_x, product = rows @ w_ih.T, Product(layer, w_hh)
+    of_xs = (from_x if b_ih is None else from_x + b_ih).split(sizes)
+    h = h0 = inputs.h0[d]
+    c = c0 = None if inputs.c0 is None else inputs.c0[d]
+    mask = None if inputs.mask is None else inputs.mask[d]
+    # of each step: the cell's noise, each [b, H]; which rows [b, 1] begin anew, and which are within their lengths
+    noise = [*zip(*(part.split(sizes) for part in steps.noise_of(d, kind.noise)), strict=True)] or [()] * len(sizes)
+    begins: Any = None if steps.resets is None else steps.begins(reverse)
+    begins, within = (None if each is None else each.split(sizes) for each in (begins, steps.within()))
+    ys: list = [None] * len(sizes)
+    kept: list = [None] * len(sizes)
+    for t in order_of(len(sizes), reverse):
+        b, here = sizes[t], None if within is None else within[t]
         p, q = first(b, h), None if c is None else first(b, c)
         if begins is not None:
             p = torch.where(begins[t], first(b, h0), p)
             q = None if c0 is None or q is None else torch.where(begins[t], first(b, c0), q)
         before = states_before(kind, p, q)
         of_h = product(p if mask is None else p * first(b, mask))
-        of_x = xs[t] @ w_ih.T
-        a = _preactivations(kind, of_x if b_ih is None else of_x + b_ih, of_h if b_hh is None else of_h + b_hh)
+        a = _preactivations(kind, of_xs[t], of_h if b_hh is None else of_h + b_hh)
         out, *slots = _FORWARD[kind.name](*a, *before, *own_weights, *noise[t])
         if c is not None:
             after = slots[-1] if kind.states == 1 else torch.cat(slots[kind.kept :], -1)
@@ -157,7 +149,10 @@ class Product:
         self.transposed = w_hh.T if self.heads == 1 else self._of_heads(w_hh.T, self.gates)
 
     def __call__(self, h: Tensor) -> Tensor:
-        """Return h [n, R] times W_hh transposed, [n, G * H]."""
+        """Return h [n, R] times W_hh transposed, [n, G * H]; or each gate's from an h of its own, of [G, n, R]."""
+        if h.dim() == 3:
+            by_gate = self.transposed.T.unflatten(0, (self.gates, -1))
+            return torch.bmm(h, by_gate.transpose(1, 2)).transpose(0, 1).flatten(1)
         if self.heads == 1:
             return torch.mm(h, self.transposed)
         return self._whole(torch.bmm(self._of_heads(h, 1), self.transposed), self.gates)
@@ -221,7 +216,8 @@ def order_of(length: int, reverse: bool) -> range:
 
 
 def first(b: int, state: Tensor) -> Tensor:
-    return state if b == len(state) else state.narrow(0, 0, b)
+    """The first rows of a state [..., B, features]."""
+    return state if b == state.shape[-2] else state.narrow(-2, 0, b)
 
 
 def replace(state: Tensor, rows: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from bench import (
     crowded_calls,
     gradient_penalty,
     half,
+    keras_dropout,
     keras_layers,
     memory,
     record,
@@ -135,7 +136,10 @@ def keras_on_torch():
 
 
 # Keras' variables do not know numpy 2's `copy` keyword.
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+without_copy = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+
+
+@without_copy
 @pytest.mark.parametrize("mode", ["infer", "train", "fit"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_keras_layers_are_checked_and_told(cell, mode, keras_on_torch, monkeypatch):
@@ -150,6 +154,17 @@ def test_keras_layers_are_checked_and_told(cell, mode, keras_on_torch, monkeypat
     assert sum(figure not in ("", "-") for cells in row.split("|")[2:] for figure in cells.strip().split(", ")) == len(
         found["ratios"]
     )
+
+
+@without_copy
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrent_dropout_of_keras_is_checked(cell, keras_on_torch, monkeypatch):
+    found = keras_dropout.measure(cell, (2, 8), 0.01, 2, steps=3)
+    assert not found["faults"] and found["ratios"]["torch"] > 0
+    told = report.dropout({"cases": [found | {"cell": each} for each in ("lstm", "gru")]})
+    assert told.count(f" {found['ratios']['torch']:.2f} |") == 2
+    monkeypatch.setattr(keras_dropout, "TOLERANCE", -1)
+    assert keras_dropout.measure(cell, (2, 8), 0.01, 2, steps=3)["faults"]
 
 
 def test_a_backend_of_keras_that_fails_says_how():

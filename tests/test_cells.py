@@ -291,6 +291,16 @@ def test_compiles_and_exports():
     torch.testing.assert_close(grads["weight_hh_l0"][1], layer.weight_hh_l0.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["leaky_rnn", "cfc"])
+def test_inductor(name, monkeypatch):
+    """Cells whose own weights stand behind biases in a tensor that inductor makes, and of more gates than torch.nn's."""
+    monkeypatch.setattr(dispatch, "forced", "reference")  # no kernels are compiled for this test
+    layer, x = fastrnn.recurrent(getattr(cells, name))(3, 4), torch.randn(3, 2, 3)
+    compiled = torch.compile(layer, fullgraph=True)
+    found, expected = ([y, *torch.autograd.grad(y.sum(), [*layer.parameters()])] for y in (compiled(x)[0], layer(x)[0]))
+    torch.testing.assert_close(found, expected)
+
+
 def test_second_derivatives_and_forward_mode():
     torch.manual_seed(0)
     layer = layer_of("peephole_lstm", hidden=3, inputs=2)

@@ -467,6 +467,21 @@ def test_compiles_exports_and_recomputes(settings):
     torch.testing.assert_close(torch.export.export(module, (x,)).module()(x)[0], module(x)[0])
 
 
+def test_compiled_zoneout_beside_resets_and_lengths():
+    """The noise of an eager call, in a graph: the same for a seed, with its gradients."""
+    module = make("lstm", cell_clip=0.1, zoneout=(0.3, 0.2), recurrent_dropout=0.4, num_layers=2, dtype=torch.float32)
+    x, resets, lengths = torch.randn(6, 4, 5), torch.rand(6, 4) < 0.3, torch.tensor([6, 0, 3, 5])
+    compiled = torch.compile(module, backend="aot_eager")
+    found = {}
+    for name, function in (("eager", module), ("compiled", compiled)):
+        torch.manual_seed(0)
+        y, state = function(x, resets=resets, lengths=lengths)
+        outputs = [y, *state]
+        found[name] = [*outputs, *torch.autograd.grad(sum(each.square().sum() for each in outputs), [*module.parameters()])]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_torch_nn_has_not_is_not_reverted_or_scripted():
     model = nn.Sequential(make("gru", zoneout=0.1))
     with pytest.raises(RuntimeError, match=r"revert: torch.nn's GRU has no zoneout=0.1"):
@@ -482,8 +497,9 @@ def test_explain():
     assert found.engine == "cpu" and found.declined["torch"] == "torch.nn has no zoneout=0.1"
 
 
-def test_half_precision_and_compressed_layers():
-    module = make("lstm", 6, 16, dtype=torch.float32, recurrent_dropout=0.4, num_heads=2)
+@pytest.mark.parametrize("settings", [{"num_heads": 2}, {"cell_clip": 0.1, "zoneout": (0.3, 0.2)}], ids=["heads", "zoneout"])
+def test_half_precision_and_compressed_layers(settings):
+    module = make("lstm", 6, 16, dtype=torch.float32, recurrent_dropout=0.4, **settings)
     x = torch.randn(20, 8, 6)
     half = copy.deepcopy(module).bfloat16()
     torch.manual_seed(0)

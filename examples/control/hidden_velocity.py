@@ -6,14 +6,16 @@ In this game a cart moves left or right to balance a pole. The player sees where
 has to remember. It is a GRU, which PPO (Schulman et al., 2017) moves by small steps towards the actions that turned out better
 than it had expected.
 
-A rollout holds pieces of many episodes, of all lengths. They are packed: all pieces are one call of the GRU, nothing is
-computed for padding, and no state flows from one episode into the next. The player itself goes step by step (``gru.step``).
+A rollout is ``[steps, games]``, and games end and begin in the midst of it. ``resets`` tells the GRU where: the state is zeros
+again before such a step, and the rollout is one call as it is. It begins with the states that the one before it ended with. The
+player itself goes step by step (``gru.step``). torch.nn's GRU has no resets, so in the comparison it goes step by step too.
 The baseline is the same player, trained in the same way, whose memory is erased at every step. Data: simulated by
 ``gymnasium`` (MIT licence), ``CartPole-v1``, where an episode has 500 steps at most.
 """
 
 # sphinx_gallery_thumbnail_path = "results/hidden_velocity.png"
 from collections.abc import Iterable
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -21,7 +23,6 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from torch.distributions import Categorical
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastrnn
 from examples.page import Page
@@ -35,15 +36,21 @@ SCALE = torch.tensor([1.0, 10.0], device=page.device)  # of the cart's position 
 class Policy(nn.Module):
     def __init__(self, hidden_size: int = 64) -> None:
         super().__init__()
-        self.gru = fastrnn.GRU(2, hidden_size)
+        self.gru: Any = fastrnn.GRU(2, hidden_size)  # torch.nn's in the comparison
         self.action, self.value = nn.Linear(hidden_size, 2), nn.Linear(hidden_size, 1)
 
     def heads(self, hidden: Tensor) -> tuple[Categorical, Tensor]:
         return Categorical(logits=self.action(hidden)), self.value(hidden).squeeze(-1)
 
-    def forward(self, looks: PackedSequence, states: Tensor) -> tuple[Categorical, Tensor]:
-        """Packed pieces of episodes, and the states that they begin with -> actions and values, in packed order"""
-        return self.heads(self.gru(looks, states)[0].data)
+    def forward(self, looks: Tensor, states: Tensor, begins: Tensor) -> tuple[Categorical, Tensor]:
+        """looks [T, B, 2], the states [1, B, H] before them, where episodes begin [T, B] -> actions and values [T, B]"""
+        if isinstance(self.gru, fastrnn.GRU):
+            return self.heads(self.gru(looks, states, resets=begins)[0])
+        hidden = []
+        for look, begin in zip(looks, begins):
+            _, states = self.gru(look[None], states * ~begin[:, None])
+            hidden.append(states[0])
+        return self.heads(torch.stack(hidden))
 
 
 class Player:
@@ -54,26 +61,28 @@ class Player:
         self.games = gymnasium.make_vec("CartPole-v1", games, vectorization_mode="vector_entry_point")
         self.look = torch.tensor(self.games.reset(seed=seed)[0][:, [0, 2]], device=page.device) * SCALE
         self.state = torch.zeros(1, games, policy.gru.hidden_size, device=page.device)
-        self.over = torch.zeros(games, dtype=torch.bool, device=page.device)  # the step to come begins the next episode
+        self.begins = torch.ones(games, dtype=torch.bool, device=page.device)  # an episode, at the step to come
+        self.over = torch.zeros_like(self.begins)  # the step to come only changes games
 
     @torch.no_grad()
     def play(self, steps: int, greedy: bool = False) -> dict[str, Tensor]:
-        """What happened, [steps, games] each. `counts` is False for the steps that only begin an episode."""
+        """What happened, [steps, games] each. `counts` is False for the steps that only change games."""
         rows: list[dict[str, Tensor]] = []
-        begin, fresh = self.state, torch.zeros_like(self.over)
+        before = self.state
         for _ in range(steps):
-            hidden, state = self.policy.gru.step(self.look, self.state)
+            begins = self.begins | (not self.remembers)
+            hidden, self.state = self.policy.gru.step(self.look, self.state * ~begins[:, None])
             choice, value = self.policy.heads(hidden)
             action = choice.logits.argmax(-1) if greedy else choice.sample()
             look, *outcome = self.games.step(action.cpu().numpy())
             reward, lost, late = (torch.tensor(part, device=page.device) for part in outcome[:3])
             row = {"look": self.look, "action": action, "value": value, "reward": reward, "lost": lost, "end": lost | late}
-            rows.append(row | {"likelihood": choice.log_prob(action), "fresh": fresh, "counts": ~self.over})
-            fresh, self.over = self.over, lost | late
+            rows.append(row | {"likelihood": choice.log_prob(action), "begins": begins, "counts": ~self.over})
+            self.begins, self.over = self.over, lost | late
             self.look = torch.tensor(look[:, [0, 2]], device=page.device) * SCALE
-            self.state = state * (~fresh[:, None] if self.remembers else 0)
-        last = self.policy.heads(self.policy.gru.step(self.look, self.state)[0])[1]
-        return {"begin": begin[0], "last": last, **{name: torch.stack([row[name] for row in rows]) for name in rows[0]}}
+        state = self.state * ~(self.begins | (not self.remembers))[:, None]
+        last = self.policy.heads(self.policy.gru.step(self.look, state)[0])[1]
+        return {"before": before, "last": last, **{name: torch.stack([row[name] for row in rows]) for name in rows[0]}}
 
 
 def advantages(played: dict[str, Tensor]) -> Tensor:
@@ -87,28 +96,19 @@ def advantages(played: dict[str, Tensor]) -> Tensor:
     return torch.stack(found[::-1])
 
 
-def minibatches(played: dict[str, Tensor], remembers: bool, count: int = 4) -> list[tuple]:
-    """The pieces in `count` packed groups: looks, the states that the pieces begin with, and more of each step."""
-    index = torch.arange(played["action"].numel(), device=page.device).view(-1, games := played["action"].shape[1])
-    cuts = (played["fresh"] | (not remembers))[1:].cpu()
-    pieces = [piece for game in range(games) for piece in index[:, game].tensor_split(cuts[:, game].nonzero().flatten() + 1)]
+def minibatches(played: dict[str, Tensor], count: int = 4) -> list[tuple]:
+    """The games in `count` groups: looks, the states that they begin with, where episodes begin, and more of each step."""
     gain = advantages(played)
     scaled = (gain - gain[played["counts"]].mean()) / gain[played["counts"]].std()
-    parts = [played["action"], played["likelihood"], scaled, gain + played["value"], played["counts"]]
-    groups = []
-    for chosen in torch.randperm(len(pieces)).tensor_split(count):
-        packed = pack_sequence([pieces[at] for at in chosen], enforce_sorted=False)
-        first = torch.stack([pieces[at][0] for at in chosen])
-        states = played["begin"][first % games] * (first < games)[:, None]  # the others begin an episode
-        looks = PackedSequence(played["look"].flatten(0, 1)[packed.data], *packed[1:])
-        groups.append((looks, states[None], *(part.flatten()[packed.data] for part in parts)))
-    return groups
+    parts = [played[name] for name in ("look", "before", "begins", "action", "likelihood", "counts")]
+    parts += [scaled, gain + played["value"]]
+    return [tuple(part[:, games] for part in parts) for games in torch.randperm(gain.shape[1]).tensor_split(count)]
 
 
 def train(policy: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[tuple]) -> float:
     losses = []
-    for looks, states, action, likelihood, gain, target, counts in batches:
-        choice, value = policy(looks, states)
+    for looks, states, begins, action, likelihood, counts, gain, target in batches:
+        choice, value = policy(looks, states, begins)
         ratio = (choice.log_prob(action) - likelihood).exp()
         clipped = torch.minimum(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain)
         loss = ((value - target).square() - clipped - 0.01 * choice.entropy())[counts].mean()
@@ -134,9 +134,9 @@ for name, curve in curves.items():
         played = player.play(STEPS)
         curve.append(float(played["counts"].sum() / played["end"].sum().clamp(min=1)))
         for _ in range(4):
-            train(policy, optimizer, minibatches(played, remembers))
+            train(policy, optimizer, minibatches(played))
     if remembers:
-        page.race(policy, train, minibatches(played, remembers))
+        page.race(policy, train, minibatches(played))
     ends = Player(policy, remembers, games=100, seed=page.seed + 1).play(page.pick(500, 50), greedy=True)["end"]
     scores[name] = float(1 + (ends[:-1].cumsum(0) == 0).sum(0).double().mean())
 
