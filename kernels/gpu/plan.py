@@ -244,6 +244,8 @@ def _streamed(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
         yield _tiled(sizes, units, 16, 128 if plain else 512 // sizes.bytes_, split=8, stages=1 if plain else 2)
         yield _tiled(sizes, units, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
         return
+    if any(sizes.meetings) and not forward and sizes.bytes_ == 4 and device.capability >= 100:
+        return  # spills more than 384 bytes a thread
     units = _units(sizes) if forward else 64
     registers = sizes.values <= MANY_VALUES and sizes.precision != "tf32x3"  # enough for many rows
     rows = 16 if any(sizes.meetings) else 64 if forward or registers else 32
