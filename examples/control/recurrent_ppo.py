@@ -13,8 +13,9 @@ fastrnn's policy is derived from it and calls its LSTM once. All else is sb3-con
 LSTM, the files.
 
 Here both learn to balance a pole whose velocity is hidden, as in :doc:`hidden_velocity`, and take turns: a rollout and its
-training of one, then of the other. They see other games, so what they reach differs by chance. That they compute the same is
-shown on one rollout. The baseline is sb3-contrib's own policy. Data: simulated by ``gymnasium`` (MIT licence).
+training of one, then of the other. Both draw the same random numbers, so they play the same games, until one day rounding
+makes one of them act otherwise. From there on what they reach differs by chance. The baseline is sb3-contrib's own policy.
+Data: simulated by ``gymnasium`` (MIT licence).
 """
 
 # sphinx_gallery_thumbnail_path = "results/recurrent_ppo.png"
@@ -28,6 +29,7 @@ from matplotlib import pyplot as plt
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import set_random_seed
 
 from examples.page import Page
 from fastrnn.sb3 import MlpLstmPolicy
@@ -73,10 +75,13 @@ seconds: dict[str, list[float]] = {name: [] for name in models}
 curves: dict[str, list[float]] = {name: [] for name in models}
 for turn in page.progress(range(TURNS)):
     for name, model in models.items():
+        set_random_seed(page.seed + turn)
         start = time.perf_counter()
         model.learn(GAMES * STEPS, reset_num_timesteps=turn == 0)
         seconds[name].append(time.perf_counter() - start)
         curves[name].append(float(np.mean([episode["r"] for episode in model.ep_info_buffer or ()])))
+same = next((turn for turn, (one, other) in enumerate(zip(*curves.values())) if one != other), TURNS) * GAMES * STEPS
+print(f"frames in which all episodes had the same lengths: the first {same} of {TURNS * GAMES * STEPS}")
 rates = {name: GAMES * STEPS / float(np.median(each)) for name, each in seconds.items()}
 
 # %%
