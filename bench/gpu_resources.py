@@ -94,7 +94,8 @@ class Case:
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
         number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2)
-        flags += [f"{self.layers} layers, span {plan.span}, {plan.feed[1]} columns"] * (self.layers > 1)
+        if self.layers > 1:
+            flags.append(f"{self.layers} layers, span {plan.span}, {plan.feed[1]} columns")
         flags += [name for name in ("packed", "marked", "noisy", "normed") if getattr(self, name)]
         flags += [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
