@@ -14,13 +14,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import ctypes
+import itertools
 import os
 import pstats
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -30,8 +34,8 @@ from triton.backends.compiler import GPUTarget
 
 import fastrnn
 from bench import record
-from fastrnn import dispatch
-from fastrnn.kernels import gpu
+from fastrnn.kernels import cpu, gpu
+from fastrnn.kernels.gpu import tape
 from fastrnn.kernels.gpu.plan import Device
 
 GOALS = {"forward": 40.0, "backward": 60.0}  # microseconds a layer
@@ -44,27 +48,73 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "LSTM, three layers": ("LSTM", {"num_layers": 3}),
 }
 H100 = Device("cuda", 90, 132, 227 * 1024)
-STEPS, ROWS, INPUTS, UNITS = 4, 2, 16, 64
-started: list[tuple[Any, ...]] = []  # what launches were given, of calls that are not timed
+STEPS, ROWS, INPUTS, UNITS = 4, 2, 16, 16
+
+
+class Started(NamedTuple):
+    """A launch: the driver's handle of its kernel, how many programs, whether they run at once, and its run-time arguments.
+
+    by_triton: Triton made it.
+    """
+
+    function: int
+    blocks: tuple[int, int, int]
+    together: bool
+    arguments: list[int]
+    by_triton: bool
+
+
+started: list[Started] = []  # while calls are not timed
+_kinds: dict[int, list[str]] = {}  # of each kernel's arguments, which Triton starts first
 
 
 class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
-        pass
+        self.kinds, self.together = list(source.signature.values()), bool(metadata.launch_cooperative_grid)
 
-    def __call__(self, *arguments: Any) -> None:
-        started.append(arguments)
+    def __call__(self, x: int, y: int, z: int, stream: int, function: int, *given: Any) -> None:
+        arguments = [value for value, kind in zip(given[-len(self.kinds) :], self.kinds, strict=True) if kind != "constexpr"]
+        plain = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
+        _kinds[function] = [kind for kind in self.kinds if kind != "constexpr"]
+        started.append(Started(function, (x, y, z), self.together, plain, True))
 
 
 class _Utils:
     def load_binary(self, *arguments: Any) -> tuple[int, int, int, int, int]:
-        return 1, 1, 32, 0, 1024  # handles of the module and of the function, registers, spills, threads at most
+        return 1, next(_handles), 32, 0, 1024  # handles of the module and of the function, registers, spills, threads at most
 
     def unload_module(self, *arguments: Any) -> None:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": H100.shared_bytes}
+
+
+_handles = itertools.count(1)
+_START = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_size_t, *[ctypes.c_uint] * 7, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
+
+
+def _noted(together: bool) -> Any:
+    def start(function: int, x: int, y: int, z: int, *rest: Any) -> int:
+        numbers = zip(rest[-1], _kinds[function])
+        values = [(ctypes.c_int32 if kind == "i32" else ctypes.c_int64).from_address(at).value for at, kind in numbers]
+        started.append(Started(function, (x, y, z), together, values, False))
+        return 0
+
+    return _START(start)
+
+
+DEVICE = [-1]  # the current one, as torch numbers a CPU
+NOTED = _noted(False), _noted(True)  # the driver's functions, for plain launches and cooperative ones
+IDLE = (ctypes.CDLL(None).pthread_condattr_destroy,) * 2  # which does nothing and returns 0, in place of these
+
+
+def use(functions: tuple[Any, Any]) -> None:
+    """Have these functions make the launches that Triton does not."""
+    driver = SimpleNamespace(cuLaunchKernel=functions[0], cuLaunchCooperativeKernel=functions[1], cuCtxGetCurrent=None)
+    tape.connect(
+        "cpu", driver, ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")), lambda: DEVICE[0], int
+    )
 
 
 class IdleDriver:
@@ -91,7 +141,8 @@ def install() -> None:
     """Have this process take CPU tensors for those of a GPU that does nothing."""
     triton.runtime.driver.set_active(IdleDriver())
     gpu.HERE, gpu.why_not, gpu.device_of = "is_cpu", lambda device: None, lambda device: H100
-    dispatch.native = None
+    use(NOTED)
+    tape.on_gpu = cpu.runtime_module  # type: ignore[assignment]  # which has a cache
     take_all()
     # a function in the place of a class, for there is no device to make the current one
     torch.cuda.device = lambda device: contextlib.nullcontext()  # type: ignore[assignment, misc, return-value]
@@ -130,9 +181,10 @@ def measure(name: str, seconds: float, device: str = "cpu") -> dict[str, Any]:
         started.clear()
         passes[each]()
         count += len(started)
+    if device == "cpu":
+        use(IDLE)
     until = time.perf_counter() + seconds
     while time.perf_counter() < until:
-        started.clear()
         for each, run in passes.items():
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -140,6 +192,8 @@ def measure(name: str, seconds: float, device: str = "cpu") -> dict[str, Any]:
             run()
             times[each].append(time.perf_counter() - begin)
     layers = LAYERS[name][1].get("num_layers", 1)
+    if device == "cpu":
+        use(NOTED)
     result: dict[str, Any] = {each: 1e6 * statistics.median(taken) / layers for each, taken in times.items()}
     return result | {"launches": count / layers}
 

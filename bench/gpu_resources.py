@@ -94,7 +94,8 @@ class Case:
             tiles += f" chunk {plan.chunk} split {plan.split} {'resident' if plan.resident else f'{plan.stages} stages'}"
         number = NAMES[self.dtype] if self.precision == "ieee" else self.precision
         flags = [f"R{self.R}"] * (self.R != self.H) + ["two-way"] * (self.D == 2)
-        flags += [f"{self.layers} layers, span {plan.span}, {plan.feed[1]} columns"] * (self.layers > 1)
+        if self.layers > 1:
+            flags.append(f"{self.layers} layers, span {plan.span}, {plan.feed[1]} columns")
         flags += [name for name in ("packed", "marked", "noisy", "normed") if getattr(self, name)]
         flags += [f"{self.heads} heads"] * (self.heads > 1)
         which = "forward" if self.forward else "backward"
@@ -181,7 +182,7 @@ def launches(case: Case) -> list:
     noise = empty(*leading, D * cell.noise * case.H) if cell.noise else None
     inputs = Inputs(empty(*leading, 128), batch_sizes, h0, c0, resets, lengths, mask, noise)
     above = [empty(rows, case.R), *weights[1:]] * (case.layers - 1)
-    call = layer.Call(own, inputs, weights * D + above, run=started.append)
+    call = layer.Call(own, inputs, weights * D + above, run=lambda each: started.extend(each.by_triton()))
     call.ptx = TARGETS[case.target][1].backend == "cuda"
     below = call.below()
     if case.forward:

@@ -2,10 +2,13 @@
 // declines.
 #include <array>
 #include <iterator>
+#include <optional>
+#include <string>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "python.h"
+#include "replay.h"
 #include "tensors.h"
 
 namespace fastrnn {
@@ -73,8 +76,6 @@ class Arguments {
     return true;
   }
 
-  static constexpr Py_ssize_t FIRST_WEIGHT = 10;  // among the arguments of a Function, and among what it keeps
-
   Inputs inputs{};
   Dtype x{}, h{}, c{}, bias{};
   Widened wide;
@@ -128,6 +129,65 @@ class MadeResults {
   std::vector<std::pair<View, View>> to_round_;
 };
 
+// The text of a layer at a place of a tuple, behind which stands the number of segments; nothing in recompute mode.
+std::optional<std::string> text_of(PyObject* tuple, Py_ssize_t at) {
+  const char* text = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(tuple, at), nullptr);
+  const auto segments = PyLong_AsLong(PyTuple_GetItem(tuple, at + 1));
+  if (PyErr_Occurred()) throw PythonError();
+  return segments ? std::nullopt : std::optional<std::string>(text);
+}
+
+// The inputs of a Function here, and its weights, as the GPU engine names them to its tapes; empty for packed ones, whose sizes it
+// has to read.
+std::vector<PyObject*> on_gpu(PyObject* tuple) {
+  std::vector<PyObject*> tensors;
+  if (PyTuple_GetItem(tuple, 1) != Py_None) throw Declined();
+  for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i)
+    if (i < OPTIONS || i >= FIRST_WEIGHT) tensors.push_back(PyTuple_GetItem(tuple, i));
+  return tensors;
+}
+
+// A result of the GPU engine, and nothing in the place of an empty one.
+Owned there(Owned result) {
+  View seen;
+  OnGpu where;
+  return look_on_gpu(result.get(), seen, where) && seen.numel() == 0 && seen.dims == 1 ? nullptr : std::move(result);
+}
+
+Owned forward_on_gpu(PyObject* arguments) {
+  const auto text = text_of(arguments, OPTIONS);
+  if (!text) return nullptr;
+  Found found = replay(*text + " forward saved", on_gpu(arguments));
+  if (found.results.empty()) return nullptr;
+  found.results[C_N] = there(std::move(found.results[C_N]));
+  return tuple_of(found.results);
+}
+
+Owned backward_on_gpu(PyObject* outer, PyObject* tensors, PyObject* options, PyObject* needs) {
+  const auto text = text_of(options, 0);
+  const auto needed = [&](Py_ssize_t input) { return PyTuple_GetItem(needs, input) == Py_True; };
+  if (!text) return nullptr;
+  std::vector<PyObject*> given = on_gpu(tensors);
+  bool weights = false, any = false;
+  for (Py_ssize_t i = FIRST_WEIGHT; i < PyTuple_Size(needs); ++i) weights |= needed(i);
+  for (const Py_ssize_t i : {0, 1}) given.push_back(PyTuple_GetItem(tensors, OPTIONS + i));  // y, saved
+  for (const Py_ssize_t i : {0, 1, 2}) {
+    given.push_back(PyTuple_GetItem(outer, i));
+    any |= given.back() != Py_None;
+  }
+  if (!any) return nullptr;
+  std::string name = *text + " backward";
+  for (const bool need : {needed(0), needed(2) || needed(3), weights}) name += need ? '1' : '0';
+  Found made = replay(std::move(name), given);
+  if (made.results.empty()) return nullptr;
+  std::vector<Owned> found(static_cast<size_t>(PyTuple_Size(needs)));
+  found[0] = there(std::move(made.results[DX]));
+  found[2] = there(std::move(made.results[DH0]));
+  found[3] = there(std::move(made.results[DC0]));
+  std::move(made.results.begin() + DC0 + 1, made.results.end(), found.begin() + FIRST_WEIGHT);
+  return tuple_of(found);
+}
+
 }  // namespace
 
 // layer_forward(arguments of fastrnn.autograd.LayerFunction) -> its results, None for those that are not there, and y before it
@@ -135,8 +195,9 @@ class MadeResults {
 PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     Arguments own;
-    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < own.FIRST_WEIGHT || is_watched()) return nullptr;
-    if (!own.options(args[0], 8) || !own.tensors(args[0], Reads())) return nullptr;
+    if (!PyTuple_Check(args[0]) || PyTuple_Size(args[0]) < FIRST_WEIGHT) return nullptr;
+    if (is_on_gpu(PyTuple_GetItem(args[0], 0))) return forward_on_gpu(args[0]);
+    if (is_watched() || !own.options(args[0], OPTIONS) || !own.tensors(args[0], Reads())) return nullptr;
     MadeResults<FORWARD_RESULTS> results(own, {own.x, own.x, own.x, Dtype::f32}, Y);
     results.run(forward_call(own.inputs, true, results.make()), true);
     auto& made = results.made[0];
@@ -154,14 +215,16 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Arguments own;
     const Py_ssize_t inputs = PyTuple_Size(needs);
     if (PyErr_Occurred()) throw PythonError();
-    if (aoti_torch_grad_mode_is_enabled() || is_watched() || inputs < own.FIRST_WEIGHT) return nullptr;
+    if (aoti_torch_grad_mode_is_enabled() || inputs < FIRST_WEIGHT) return nullptr;
     if (PyTuple_Size(outer) != 3 || PyTuple_Size(tensors) != inputs || PyTuple_Size(options) != 2) return nullptr;
+    if (is_on_gpu(PyTuple_GetItem(tensors, 0))) return backward_on_gpu(outer, tensors, options, needs);
+    if (is_watched()) return nullptr;
     if (!own.options(options, 0)) return nullptr;
     const auto needed = [&](Py_ssize_t input) { return PyTuple_GetItem(needs, input) == Py_True; };
     Gradients gradients{};
     gradients.need_dx = needed(0);
     gradients.need_dh0 = needed(2) || needed(3);
-    for (Py_ssize_t i = own.FIRST_WEIGHT; i < inputs; ++i) gradients.need_dw |= needed(i);
+    for (Py_ssize_t i = FIRST_WEIGHT; i < inputs; ++i) gradients.need_dw |= needed(i);
     View x, y, saved;
     if (!look(PyTuple_GetItem(tensors, 0), x, true, true)) return nullptr;
     if (!own.maybe(PyTuple_GetItem(tensors, 1), own.inputs.batch_sizes)) return nullptr;
@@ -186,7 +249,7 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     found[3] = std::move(made[0][DC0]);
     const Layer& layer = own.inputs.layer;
     for (size_t i = 0; i < own.inputs.weights.size(); ++i)
-      found[own.FIRST_WEIGHT + i] = std::move(made[layer.direction(i)][gradient_of(layer.weight(i))]);
+      found[FIRST_WEIGHT + i] = std::move(made[layer.direction(i)][gradient_of(layer.weight(i))]);
     return tuple_of(found);
   });
 }

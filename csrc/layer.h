@@ -39,7 +39,7 @@ const Cell* find_cell(const Matches& matches) {
   return nullptr;
 }
 
-enum class Dtype { f32, f64, bf16, byte, flag, i64, other };  // of a tensor's numbers; other: also where it is not on the CPU
+enum class Dtype { f32, f64, bf16, f16, byte, flag, i64, other };  // of a tensor's numbers; other: also where it is elsewhere
 
 // The kernel of a pass, which a cell that was added may lack.
 const Unit& unit_of(const Cell& cell, Dtype dtype, bool forward);
@@ -49,7 +49,8 @@ inline int64_t bytes_of(Dtype dtype) {
     case Dtype::f64:
     case Dtype::i64: return 8;
     case Dtype::f32: return 4;
-    case Dtype::bf16: return 2;
+    case Dtype::bf16:
+    case Dtype::f16: return 2;
     default: return 1;
   }
 }

@@ -8,11 +8,14 @@
 #include <forward_list>
 #include <iterator>
 #include <memory_resource>
+#include <optional>
+#include <string>
 #include <string_view>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "python.h"
+#include "replay.h"
 
 namespace fastrnn {
 namespace {
@@ -87,8 +90,9 @@ struct States {
   std::pmr::vector<Owned> objects{&memory_};  // looking at them, others may run and drop theirs
   std::pmr::vector<View> seen{&memory_};
 
-  // False where they are not what the cell has, h and so many others.
-  bool read(PyObject* given, int64_t others) {
+  // False where they are not what the cell has, h and so many others. look_at(object, view): whether a tensor is seen.
+  template <class Look>
+  bool read(PyObject* given, int64_t others, const Look& look_at) {
     if (given == Py_None) return true;
     const Py_ssize_t count = 1 + others;
     objects.reserve(static_cast<size_t>(count));
@@ -102,7 +106,7 @@ struct States {
       return false;
     seen.resize(objects.size());
     for (size_t i = 0; i < seen.size(); ++i)
-      if (!look(objects[i].get(), seen[i])) return false;
+      if (!look_at(objects[i].get(), seen[i])) return false;
     place();
     return true;
   }
@@ -154,6 +158,19 @@ struct States {
 // Layers on top of each other, as a module holds them, without dropout.
 class Stack {
  public:
+  explicit Stack(bool on_gpu = false) : on_gpu(on_gpu) {}
+
+  // A tensor of the call. On a GPU all are on the same one, and of one dtype, which is a view's float32: only sizes matter here.
+  bool look_at(PyObject* object, View& seen, bool maybe_parameter = false) {
+    if (!on_gpu) return look(object, seen, maybe_parameter);
+    OnGpu here;
+    if (!look_on_gpu(object, seen, here) || seen.dims < 1 || seen.stride(-1) != 1) return false;
+    if (seen.dtype != Dtype::f32 && seen.dtype != Dtype::f16 && seen.dtype != Dtype::bf16) return false;
+    if (!place) place = here;
+    seen.dtype = Dtype::f32;
+    return *place == here;
+  }
+
   // Of a module, whose class stands for this one of torch.nn, or has the cell of this name; false where its attributes do not agree
   // with its weights, or where these are not its parameters any more, or not of one kind.
   bool read(PyObject* attributes, PyObject* torch_class, bool frozen_too = true) {
@@ -328,6 +345,8 @@ class Stack {
   LayerSizes sizes;  // of the lowest layer
   Layout layout = Layout::batch;
   int64_t layers = 1, batch = 0;
+  const bool on_gpu;
+  std::optional<OnGpu> place;  // of all tensors
   bool frozen = false;
   bool compressed = false, all_half = false;  // which of the matrices in bfloat16: nothing else is; all is
   std::vector<Owned> objects;  // the weights, or the panels: looking at them, others may run and drop theirs
@@ -402,7 +421,7 @@ class Stack {
   bool look_at_weights(PyObject* attributes) {
     weights.resize(objects.size());
     for (size_t i = 0; i < objects.size(); ++i)
-      if (!look(objects[i].get(), weights[i], true) || !weights[i].is_contiguous()) return false;
+      if (!look_at(objects[i].get(), weights[i], true) || !weights[i].is_contiguous()) return false;
     const bool half = !weights.empty() && weights[0].dtype == Dtype::bf16;
     compressed = half && find(attributes, COMPRESSED) == Py_True;
     all_half = half && !compressed;
@@ -513,6 +532,8 @@ class Stack {
   std::vector<Packs> packs;   // of each layer, in the place of weights
 };
 
+bool look_state(PyObject* object, View& seen) { return look(object, seen); }
+
 // Patterns of results, what the call was given.
 Results like(PyObject* x, const View& seen, const States& states) {
   Results results;
@@ -574,21 +595,40 @@ bool recompute_is_on() {
   return mode.get() == Py_True;
 }
 
-// One layer of a call that is differentiated, by an autograd.Function. states: h, and c or nothing.
-Owned differentiated(PyObject* function, const Stack& stack, int64_t layer, PyObject* x, std::array<Owned, 2> states) {
+// One layer of a call on a GPU that is not differentiated, where that needs no Python. arguments: as of LayerFunction.
+Owned replayed(const std::string& text, const std::vector<Owned>& arguments) {
+  std::vector<PyObject*> given;
+  for (Py_ssize_t i = 0; i < std::ssize(arguments); ++i)
+    if (i < OPTIONS || i >= FIRST_WEIGHT) given.push_back(arguments[i] ? arguments[i].get() : Py_None);
+  Found found = replay(text + " forward", given);
+  return found.results.empty() ? nullptr : tuple_of(found.results);
+}
+
+// One layer of a call, by a function that takes what LayerFunction does. states: h, and c or nothing.
+Owned layer_by(PyObject* function, const Stack& stack, int64_t layer, PyObject* x, std::array<Owned, 2> states) {
   std::vector<Owned> weights = stack.weights_of(layer), arguments;  // of fastrnn.autograd.LayerFunction
-  arguments.reserve(10 + weights.size());
+  arguments.reserve(FIRST_WEIGHT + weights.size());
   arguments.push_back(kept(x));
   arguments.push_back(nullptr);
   arguments.push_back(std::move(states[0]));
   arguments.push_back(std::move(states[1]));
   for (int i = 0; i < 4; ++i) arguments.push_back(nullptr);  // resets, lengths, mask, noise
-  arguments.push_back(owned(PyUnicode_FromString(stack.sizes.layer.text().c_str())));
+  const std::string text = stack.sizes.layer.text();
+  arguments.push_back(owned(PyUnicode_FromString(text.c_str())));
   arguments.push_back(owned(PyLong_FromLong(0)));
   for (Owned& weight : weights) arguments.push_back(std::move(weight));
+  if (function == imported.without_gradients)
+    if (Owned found = replayed(text, arguments)) return found;
   Owned results = owned(PyObject_CallObject(function, tuple_of(arguments).get()));
   if (!results) throw PythonError();
   return results;
+}
+
+// Zeros of x's kind.
+Owned zeros_like(PyObject* x, const std::vector<int64_t>& sizes) {
+  Owned zeros = owned(PyObject_CallMethodObjArgs(x, keys[NEW_ZEROS], shape_of(sizes).get(), nullptr));
+  if (!zeros) throw PythonError();
+  return zeros;
 }
 
 // Initial states of zeros, of these sizes but for the last: one tensor where both have the same.
@@ -599,7 +639,7 @@ std::array<Owned, 2> zero_states(const Stack& stack, PyObject* x_object, const V
   const auto make = [&](int64_t width) {
     View seen;
     sizes.push_back(width);
-    Owned made = results.zeros(sizes, x.dtype, seen);
+    Owned made = stack.on_gpu ? zeros_like(x_object, sizes) : results.zeros(sizes, x.dtype, seen);
     sizes.pop_back();
     return made;
   };
@@ -626,8 +666,8 @@ std::array<Owned, 2> together(const States& states) {
   return found;
 }
 
-// All layers of a call that is differentiated.
-Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, const States& before) {
+// All layers of a call, by a function that takes what LayerFunction does.
+Owned layers_by(PyObject* function, const Stack& stack, PyObject* x_object, const View& x, const States& before) {
   const size_t kinds = stack.sizes.layer.cell->states ? 2 : 1;
   const int64_t D = stack.sizes.layer.directions;
   std::array<Owned, 2> zeros, given;
@@ -647,8 +687,7 @@ Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, cons
       else
         states[i] = owned(PyObject_CallMethod(given[i].get(), "narrow", "iLL", 0, layer * D, D));
     }
-    PyObject* function = stack.sizes.half ? imported.apply_half : imported.apply;
-    const Owned results = differentiated(function, stack, layer, y.get(), std::move(states));
+    const Owned results = layer_by(function, stack, layer, y.get(), std::move(states));
     y = kept(PyTuple_GetItem(results.get(), 0));
     for (size_t i = 0; i < kinds; ++i) last[i].push_back(kept(PyTuple_GetItem(results.get(), static_cast<Py_ssize_t>(i + 1))));
   }
@@ -669,6 +708,27 @@ Owned differentiated(const Stack& stack, PyObject* x_object, const View& x, cons
   return with_state(y, joined);
 }
 
+// The same on a GPU, where Python says once of each kind of call whether the engine takes it.
+Owned forward_on_gpu(PyObject* const* args) {
+  PyObject *attributes = args[0], *x_object = args[2];
+  Stack stack(true);
+  View x;
+  States before;
+  const auto look_at = [&](PyObject* object, View& seen) { return stack.look_at(object, seen); };
+  if (!is_plain(x_object) || is_watched(true) || recompute_is_on()) return nullptr;
+  if (!look_at(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1], false)) return nullptr;
+  if (!before.read(args[3], stack.sizes.layer.cell->states, look_at)) return nullptr;
+  if (!stack.takes(x, stack.sequence_layout(), before, 3)) return nullptr;
+  const LayerSizes& own = stack.sizes;
+  const auto [index, dtype] = *stack.place;
+  const int64_t numbers[] = {stack.layers, x.size(0), x.size(1), own.hidden_size, own.output_size, dtype, index};
+  const std::string text = own.layer.text();
+  if (!is_taken(text, numbers, x_object, stack.objects[Layer::W_HH].get())) return nullptr;
+  const bool training = differentiates(stack, x_object, before);
+  if (training && (args[4] != Py_False || (stack.layers > 1 && !lowest_differentiates(stack, x_object, before)))) return nullptr;
+  return layers_by(training ? imported.apply : imported.without_gradients, stack, x_object, x, before);
+}
+
 }  // namespace
 
 // forward(module.__dict__, torch.nn's class by name, x, hx, module.recompute) -> (y, state) of batched dense input, or None.
@@ -678,9 +738,10 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
     Stack stack;
     View x;
     States before;
+    if (is_on_gpu(x_object)) return forward_on_gpu(args);
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
-    if (!before.read(args[3], stack.sizes.layer.cell->states)) return nullptr;
+    if (!before.read(args[3], stack.sizes.layer.cell->states, look_state)) return nullptr;
     if (!stack.takes(x, stack.sequence_layout(), before, 3)) return nullptr;
     const bool training = differentiates(stack, x_object, before);
     if (!stack.is_compiled(training)) return nullptr;
@@ -688,7 +749,7 @@ PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
       if (stack.frozen || args[4] != Py_False || recompute_is_on()) return nullptr;
       // Layers below the first that is differentiated keep nothing: the fallback asks each.
       if (stack.layers > 1 && !lowest_differentiates(stack, x_object, before)) return nullptr;
-      return differentiated(stack, x_object, x, before);
+      return layers_by(stack.sizes.half ? imported.apply_half : imported.apply, stack, x_object, x, before);
     }
     const int64_t D = stack.sizes.layer.directions, B = stack.batch, R = stack.sizes.output_size;
     View y;
@@ -711,11 +772,11 @@ PyObject* step(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1]) || stack.sizes.layer.directions != 1) return nullptr;
     const int64_t others = stack.sizes.layer.cell->states;
-    if (!before.read(args[3], others) || !stack.takes(x, Layout::batch, before, 3) || !stack.is_compiled(false)) return nullptr;
+    if (!before.read(args[3], others, look_state) || !stack.takes(x, Layout::batch, before, 3) || !stack.is_compiled(false)) return nullptr;
     const int64_t B = stack.batch, R = stack.sizes.output_size;
     if (out != Py_None) {
       if (others > 1) return nullptr;
-      if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), others)) return nullptr;
+      if (!PyTuple_CheckExact(out) || PyTuple_Size(out) != 2 || !after.read(PyTuple_GetItem(out, 1), others, look_state)) return nullptr;
       if (!after.h_or_none || !look(PyTuple_GetItem(out, 0), y) || mixes(x, before, y, after)) return nullptr;
       if (!stack.takes(x, Layout::batch, after, 3) || !stack.is_state(y, R, 2)) return nullptr;
       if (aoti_torch_grad_mode_is_enabled() && input_wants_gradient(PyTuple_GetItem(out, 0), after)) return nullptr;
@@ -746,7 +807,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!is_plain(x_object) || is_watched()) return nullptr;
     if (!look(x_object, x) || !stack.read(attributes, args[1])) return nullptr;
     const bool pair = stack.sizes.layer.cell->states > 0;
-    if (!before.read(args[3], pair)) return nullptr;  // torch.nn's cells have no more
+    if (!before.read(args[3], pair, look_state)) return nullptr;  // torch.nn's cells have no more
     // torch.nn makes absent states of the size that the module says it has
     if (!before.h_or_none && number(attributes, HIDDEN_SIZE) != stack.sizes.hidden_size) return nullptr;
     if (!stack.takes(x, Layout::batch, before, 2)) return nullptr;
@@ -755,7 +816,7 @@ PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t) {
       std::array<Owned, 2> states;
       if (!before.h_or_none) states = zero_states(stack, x_object, x, {stack.batch});
       for (size_t i = 0; before.h_or_none && i < 1U + pair; ++i) states[i] = kept(before.objects[i].get());
-      Owned results = differentiated(imported.apply_cell, stack, 0, x_object, std::move(states));
+      Owned results = layer_by(imported.apply_cell, stack, 0, x_object, std::move(states));
       return pair ? std::move(results) : kept(PyTuple_GetItem(results.get(), 0));
     }
     Results results = like(x_object, x, before);

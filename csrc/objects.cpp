@@ -75,7 +75,7 @@ bool make_keys() {
     "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "RNN_TANH", "RNN_RELU", "tanh", "relu",
     "mode", "input_size", "hidden_size", "proj_size", "num_heads", "num_layers", "bias", "bidirectional", "batch_first", "dropout",
     "training", "nonlinearity", "_flat_weights", "_flat_weights_names", "_parameters", "_fastrnn_panels", "_fastrnn_compressed",
-    "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "is_neg", "requires_grad", "_cdata", "_current_level"
+    "weight_ih", "weight_hh", "bias_ih", "bias_hh", "new_empty", "new_zeros", "is_neg", "requires_grad", "_cdata", "_current_level"
   };
   // clang-format on
   for (size_t i = 0; i < KEYS; ++i)
@@ -104,8 +104,17 @@ bool is_plain(PyObject* object, bool maybe_parameter) {
 bool look_strided(PyObject* object, View& seen, bool maybe_parameter, bool unread) {
   if (!is_plain(object, maybe_parameter)) return false;
   const TorchTensor tensor(object);
-  if (!see(tensor.handle(), seen) || seen.dtype == Dtype::other || seen.dims < 1) return false;
+  if (!see(tensor.handle(), seen) || seen.dtype == Dtype::other || seen.dtype == Dtype::f16 || seen.dims < 1) return false;
   return (unread || in_memory(tensor.handle(), seen)) && !is_negated(object, tensor);
+}
+
+bool look_on_gpu(PyObject* object, View& seen, OnGpu& where, int32_t device_type) {
+  if (!is_plain(object, true)) return false;
+  const TorchTensor tensor(object);
+  if (!see(tensor.handle(), seen, device_type) || seen.dtype == Dtype::other) return false;
+  if (aoti_torch_get_device_index(tensor.handle(), &where.index)) return false;
+  if (aoti_torch_get_dtype(tensor.handle(), &where.dtype)) return false;
+  return in_memory(tensor.handle(), seen) && !is_negated(object, tensor);
 }
 
 bool look(PyObject* object, View& seen, bool maybe_parameter, bool unread) {
@@ -127,11 +136,12 @@ PyObject* check_memory(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-bool is_watched() {
+bool is_watched(bool on_gpu) {
   if (!imported.watchers) return true;
   PyObject* level = PyDict_GetItemWithError(imported.forward_ad, keys[CURRENT_LEVEL]);
   if (!level || PyLong_AsLong(level) >= 0) return true;
-  if (at::autocast::is_autocast_enabled && at::autocast::is_autocast_enabled(c10::DeviceType::CPU)) return true;
+  const auto device = on_gpu ? c10::DeviceType::CUDA : c10::DeviceType::CPU;
+  if (at::autocast::is_autocast_enabled && at::autocast::is_autocast_enabled(device)) return true;
   const auto is_true = [](PyObject* watcher) {
     const Owned answer = owned(PyObject_CallNoArgs(watcher));
     const int truth = answer ? PyObject_IsTrue(answer.get()) : -1;
@@ -159,6 +169,18 @@ Owned tuple_of(std::span<Owned> items) {
   return tuple;
 }
 
+Owned shape_of(const std::vector<int64_t>& sizes) {
+  Owned shape = owned(PyTuple_New(static_cast<Py_ssize_t>(sizes.size())));
+  if (!shape) throw PythonError();
+  Py_ssize_t axis = 0;
+  for (const int64_t size : sizes) {
+    PyObject* number = PyLong_FromLongLong(size);
+    if (!number) throw PythonError();
+    PyTuple_SetItem(shape.get(), axis++, number);
+  }
+  return shape;
+}
+
 Owned Results::make(const std::vector<int64_t>& sizes, Dtype dtype, View& seen) {
   Owned made;
   PyObject* of_dtype = nullptr;
@@ -170,15 +192,7 @@ Owned Results::make(const std::vector<int64_t>& sizes, Dtype dtype, View& seen) 
       made = owned(PyObject_CallFunctionObjArgs(imported.empty_like, object, nullptr));
   }
   if (!made && of_dtype) {
-    const Owned shape = owned(PyTuple_New(static_cast<Py_ssize_t>(sizes.size())));
-    if (!shape) throw PythonError();
-    Py_ssize_t axis = 0;
-    for (const int64_t size : sizes) {
-      PyObject* number = PyLong_FromLongLong(size);
-      if (!number) throw PythonError();
-      PyTuple_SetItem(shape.get(), axis++, number);
-    }
-    made = owned(PyObject_CallMethodObjArgs(of_dtype, keys[NEW_EMPTY], shape.get(), nullptr));
+    made = owned(PyObject_CallMethodObjArgs(of_dtype, keys[NEW_EMPTY], shape_of(sizes).get(), nullptr));
   }
   if (!made || !look(made.get(), seen)) throw PythonError();
   like(made.get(), seen);

@@ -61,10 +61,12 @@ PyObject* watch(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// differentiate(fastrnn.ops.apply_eagerly, apply_half, apply_cell, fastrnn.checkpoint.is_on, torch.cat, any tensor in float32)
+// differentiate(fastrnn.autograd's functions for a layer, for one in half precision and for a cell, fastrnn.checkpoint.is_on,
+// torch.cat, any tensor in float32; for calls on a GPU autograd's function without gradients and fastrnn.dispatch.takes_on_gpu)
 PyObject* differentiate(PyObject*, PyObject* const* args, Py_ssize_t) {
   PyObject** const places[] = {&imported.apply,           &imported.apply_half, &imported.apply_cell,
-                               &imported.recompute_is_on, &imported.cat,        &imported.float32_pattern};
+                               &imported.recompute_is_on, &imported.cat,        &imported.float32_pattern,
+                               &imported.without_gradients, &imported.engine_takes};
   for (size_t i = 0; i < std::size(places); ++i) *places[i] = kept(args[i]).release();
   Py_RETURN_NONE;
 }
@@ -155,8 +157,9 @@ PyMODINIT_FUNC PyInit__runtime() {
       method<forward, 5>("forward"), method<step, 5>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
       method<check_memory, 1>("check_memory"), method<turn, 3>("turn"), method<prepare, 5>("prepare"), method<watch, 3>("watch"),
-      method<differentiate, 6>("differentiate"), method<expect, 4>("expect"), method<quota, 1>("cpu_quota"),
-      method<limits, 1>("set_limits"), method<add_cell, 3>("add_cell"),
+      method<differentiate, 8>("differentiate"), method<expect, 4>("expect"), method<quota, 1>("cpu_quota"),
+      method<limits, 1>("set_limits"), method<add_cell, 3>("add_cell"), method<connect, 7>("connect"), method<replay, 2>("replay"),
+      method<keep, 3>("keep"), method<forget, 0>("forget"), method<launch, 1>("launch"),
       {"tiers", tiers, METH_NOARGS, nullptr}, {"threads", threads, METH_NOARGS, nullptr}, {}};
   static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_runtime", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   if (!make_keys()) return nullptr;

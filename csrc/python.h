@@ -40,6 +40,7 @@ struct Imported {
   PyObject* watchers;  // a tuple of functions: where one returns something true, somebody watches the call from outside
   PyObject *forward_ad, *autocast;  // what torch.autograd.forward_ad holds; the watcher of autocast, where C++ cannot ask torch
   PyObject *apply, *apply_half, *apply_cell, *recompute_is_on, *cat, *float32_pattern;
+  PyObject *without_gradients, *engine_takes;  // of calls on a GPU
   // Of a layer, and of a cell: a tuple of the names that may stand among a module's attributes in the place of what its class has,
   // and how many attributes its constructor makes, none of which has such a name.
   struct Overrides {
@@ -54,7 +55,7 @@ enum Key : size_t {
   RNN, LSTM, GRU, RNN_CELL, LSTM_CELL, GRU_CELL, RNN_TANH, RNN_RELU, TANH, RELU,
   MODE, INPUT_SIZE, HIDDEN_SIZE, PROJ_SIZE, NUM_HEADS, NUM_LAYERS, BIAS, BIDIRECTIONAL, BATCH_FIRST, DROPOUT, TRAINING, NONLINEARITY,
   FLAT_WEIGHTS, FLAT_WEIGHTS_NAMES, PARAMETERS, PANELS, COMPRESSED, WEIGHT_IH, WEIGHT_HH, BIAS_IH, BIAS_HH,
-  NEW_EMPTY, IS_NEG, REQUIRES_GRAD, CDATA, CURRENT_LEVEL, KEYS
+  NEW_EMPTY, NEW_ZEROS, IS_NEG, REQUIRES_GRAD, CDATA, CURRENT_LEVEL, KEYS
 };
 // clang-format on
 extern PyObject* keys[KEYS];
@@ -73,11 +74,24 @@ bool look(PyObject* object, View& seen, bool maybe_parameter = false, bool unrea
 // The same, however far its numbers are from each other.
 bool look_strided(PyObject* object, View& seen, bool maybe_parameter = false, bool unread = false);
 
-bool is_watched();
+// on_gpu: the call's tensors are on one.
+bool is_watched(bool on_gpu = false);
+// Where a tensor is, and its dtype, as torch numbers them.
+struct OnGpu {
+  int32_t index = 0, dtype = 0;
+  bool operator==(const OnGpu&) const = default;
+};
+
+// True where a plain dense tensor on this kind of device is seen: all its numbers lie in memory, none is to be read negated.
+bool look_on_gpu(PyObject* object, View& seen, OnGpu& where, int32_t device_type);
+
 bool wants_gradient(PyObject* tensor);  // false where there is none
 
 // Takes the items; None in the place of what is not there.
 Owned tuple_of(std::span<Owned> items);
+
+// Sizes as Python has them.
+Owned shape_of(const std::vector<int64_t>& sizes);
 
 // Tensors in bfloat16 as float32, and back.
 class Widened {
@@ -155,10 +169,15 @@ PyObject* answer(const Body& body) {
   return nullptr;
 }
 
+// The places of the layer's text and of the first weight among the arguments of fastrnn.autograd.LayerFunction, and among what it
+// keeps, which has y and saved in the place of options.
+constexpr Py_ssize_t OPTIONS = 8, FIRST_WEIGHT = 10;
+
 // The functions for Python that take a module, and those that take a layer.
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
 Function forward, step, cell, pack;
 Function layer_forward, layer_backward, check_memory;
 Function turn;
+Function connect, replay, keep, forget, launch;
 
 }  // namespace fastrnn

@@ -11,10 +11,11 @@
 namespace fastrnn {
 namespace {
 
-const int32_t CPU = aoti_torch_device_type_cpu(), STRIDED = aoti_torch_layout_strided();
+const int32_t STRIDED = aoti_torch_layout_strided();
 const std::pair<int32_t, Dtype> DTYPES[] = {{aoti_torch_dtype_float32(), Dtype::f32},
                                             {aoti_torch_dtype_float64(), Dtype::f64},
                                             {aoti_torch_dtype_bfloat16(), Dtype::bf16},
+                                            {aoti_torch_dtype_float16(), Dtype::f16},
                                             {aoti_torch_dtype_int64(), Dtype::i64},
                                             {aoti_torch_dtype_uint8(), Dtype::byte},
                                             {aoti_torch_dtype_bool(), Dtype::flag}};
@@ -42,7 +43,7 @@ std::string list(const int64_t* numbers, int64_t count) {
 
 }  // namespace
 
-bool see(AtenTensorHandle tensor, View& seen) {
+bool see(AtenTensorHandle tensor, View& seen, int32_t device_type) {
   int32_t device, layout, dtype;
   int64_t *sizes, *strides;
   void* data;
@@ -52,7 +53,7 @@ bool see(AtenTensorHandle tensor, View& seen) {
   if (aoti_torch_get_strides(tensor, &strides)) return false;
   seen.sizes = sizes;
   seen.strides = strides;
-  if (device != CPU) return true;
+  if (device != device_type) return true;
   if (aoti_torch_get_dtype(tensor, &dtype) || aoti_torch_get_data_ptr(tensor, &data)) return false;
   seen.dtype = dtype_of(dtype);
   seen.address = reinterpret_cast<int64_t>(data);

@@ -11,9 +11,9 @@
 
 namespace fastrnn {
 
-// Fill in the view of a tensor. False for one that has no strides, such as a sparse one. A tensor that is not on the CPU, or whose
-// numbers are of another kind, has Dtype::other.
-bool see(AtenTensorHandle tensor, View& seen);
+// Fill in the view of a tensor. False for one that has no strides, such as a sparse one. A tensor that is not on this kind of device,
+// or whose numbers are of another kind, has Dtype::other.
+bool see(AtenTensorHandle tensor, View& seen, int32_t device_type = aoti_torch_device_type_cpu());
 
 // A view that is one number, again and again, as the gradient of a sum's summands is: with memory for as much as a kernel reads.
 class Repeated {

@@ -278,6 +278,12 @@ def _forward_by_operators(inputs: tuple) -> tuple[Tensor, ...]:
         return ops.forward(Inputs(*tensors), weights, text, True)
 
 
+def _without_gradients(*inputs) -> tuple[Tensor, ...]:
+    """The same without `saved`, of a call on a GPU that is not differentiated."""
+    *tensors, text, _ = inputs[:_WEIGHTS]
+    return ops.forward(Inputs(*tensors), inputs[_WEIGHTS:], text, False)
+
+
 def _backward_by_operators(outer: Outer, inputs: Inputs, weights, y, saved, text: str, segments: int, needs: list[bool]):
     """Return dx, dh0, dc0 and the list of dw."""
     if segments:
@@ -647,6 +653,5 @@ def _unsqueezed(tensor: Tensor | None) -> Tensor | None:
 
 if dispatch.native:
     _pattern = torch.empty(1, dtype=torch.float32, device="cpu")
-    dispatch.native.differentiate(
-        LayerFunction.apply, HalfFunction.apply, CellFunction.apply, checkpoint.is_on, torch.cat, _pattern
-    )
+    _functions = LayerFunction.apply, HalfFunction.apply, CellFunction.apply, checkpoint.is_on, torch.cat
+    dispatch.native.differentiate(*_functions, _pattern, _without_gradients, dispatch.takes_on_gpu)

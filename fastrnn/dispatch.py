@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import checkpoint, features
 from fastrnn.kernels import cpu, gpu
 from fastrnn.kernels.cells import CELLS
-from fastrnn.kernels.layer import Layer
+from fastrnn.kernels.layer import Layer, layer_of
 
 
 def forward_mode() -> bool:
@@ -164,6 +164,14 @@ def leaves_to_cudnn(layer: Layer, x: Tensor, batch_sizes, w_hh: Tensor, layers: 
     T, B = steps_and_rows(x, batch_sizes, layer.batch_first)
     H, R = w_hh.shape[0] // CELLS[layer.cell].gates, w_hh.shape[1]
     return gpu.cudnn_is_faster(gpu.device_of(x.device), layer, (T, B, H, R), dtype, layers, batch_sizes is not None)
+
+
+def takes_on_gpu(text: str, x: Tensor, w_hh: Tensor, layers: int) -> bool:
+    """Does the Triton engine run layers of this text one by one, given plain tensors on one device and of a dtype it has?"""
+    layer = layer_of(text)
+    if forced or gpu.why_not(x.device) or leaves_to_cudnn(layer, x, None, w_hh, layers):
+        return False
+    return all(set(layers_at_once(layer, x, None, w_hh, layers, training)) == {1} for training in (False, True))
 
 
 def layers_at_once(

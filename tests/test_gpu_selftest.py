@@ -210,11 +210,12 @@ def test_a_launch_that_gave_up_is_told_at_the_next_call(fake):
 def test_a_call_looks_at_the_alarm(monkeypatch):
     """The raw ops do, before anything else."""
     monkeypatch.setattr(selftest, "_off", {})
-    here = torch.device("cpu")
-    for op, count in ((gpu.layer_forward, 7), (gpu.layer_backward, 12)):
+    here, inputs = torch.device("cpu"), [torch.zeros(1)] * 4
+    calls = (*inputs, [], "lstm", True), (None, None, None, *inputs, [], *inputs[:2], "lstm", [True] * 3)
+    for op, given in zip((gpu.layer_forward, gpu.layer_backward), calls, strict=True):
         alarm(here).word.fill_(1)
         with pytest.raises(RuntimeError, match="waited minutes for each other"):
-            op(*[torch.zeros(1)] * count)
+            op(*given)
     assert not alarm(here).rang()
 
 

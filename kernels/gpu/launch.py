@@ -1,27 +1,27 @@
 """Kernels with what they are started with, and how the host learns that the programs of one gave up waiting for each other.
 
 Triton binds the fifty arguments of a kernel anew at each launch, which takes longer than many a scan. So a `Kernel` asks Triton
-once, and keeps what Triton compiled together with the compile-time arguments. What changes from launch to launch are pointers
-and numbers, which go straight to the function that Triton made for the driver.
+once, and keeps what the driver's own function needs. What changes from launch to launch are pointers and numbers: words of a
+tape (tape.py), which the compiled runtime reads, here or when the whole pass is run again.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, reduce
-from operator import or_
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from . import selftest
+from . import selftest, tape
 from .plan import COOPERATIVE
 
 ALIGNED = 16  # bytes of a pointer, and of the distances between weights: what Triton compiles another kernel for
+SHARED = 228 * 1024  # bytes of shared memory, beyond which a launch has to say more
 
 
 @dataclass(frozen=True)
@@ -38,78 +38,140 @@ class Launch:
         return self.kernel[self.grid](**self.arguments, **self.options)
 
 
+class Distance(NamedTuple):
+    """How many numbers further than `first` `second` lies: an argument, known when a kernel starts."""
+
+    first: Tensor
+    second: Tensor
+
+    def __int__(self) -> int:
+        return (self.second.data_ptr() - self.first.data_ptr()) // self.first.element_size()
+
+
+class Entry(NamedTuple):
+    """What the driver needs to start a compiled kernel.
+
+    together:   all its programs run at once (a cooperative launch).
+    parameters: the names of its run-time arguments in order.
+    nulls:      so many more are pointers to memory that our kernels do without.
+    """
+
+    function: int
+    threads: int
+    shared: int
+    together: bool
+    parameters: tuple[str, ...]
+    nulls: int
+
+
 class Kernel:
     """A kernel of Triton's with its compile-time arguments and options, on one device.
 
-    Its run-time arguments come first: tensors, then numbers, of which the last two may be `begin` and `end`, a range of steps.
+    Its run-time arguments are tensors, distances and numbers, of which `begin` and `end` may be two: a range of steps.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
         self.kernel, self.constants, self.options = kernel, constants, options
-        self._start: Callable[..., None] | None = None  # the driver's function, once it is known
+        self.entry: Entry | None = None  # once Triton has compiled it, where the driver's functions alone will do
+        self._compiled: Any = None
 
-    @cached_property
-    def _names(self) -> tuple[list[str], list[str], list[str]]:
-        """Of run-time arguments: tensors, numbers whose alignment Triton looks at, and others; for JIT functions only."""
-        own = [each for each in self.kernel.params if each.name not in self.constants]
-        tensors = [each.name for each in own if not each.annotation_type and not each.do_not_specialize]
-        distances = [each.name for each in own if each.annotation_type]
-        return tensors, distances, [each.name for each in own if each.do_not_specialize]
-
-    def bind(
-        self, grid: tuple[int, ...], arguments: dict[str, Any], run: Callable[[Launch], object] | None = None
-    ) -> Callable[[int, int], object]:
-        """What starts it for steps from `begin` to `end`, given all other arguments by name; or what hands that to `run`."""
-        bound = None if run or self._start is None or _watched() else self._bind(grid, arguments)
-        return bound or (lambda begin, end: self._by_triton(grid, arguments, run, begin, end))
-
-    def _bind(self, grid: tuple[int, ...], arguments: dict[str, Any]) -> Callable[[int, int], object] | None:
-        """None where a tensor is aligned otherwise than those it was compiled for."""
-        tensors, distances, numbers = self._names
-        pointers = [arguments[name].data_ptr() for name in tensors]
-        steps = [arguments[name] for name in distances]
-        if reduce(or_, steps, reduce(or_, pointers)) % ALIGNED:
-            return None
-        start, active = self._start, triton.runtime.driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        first = *grid, *(1,) * (3 - len(grid)), stream, *self._handle, None, None, None, *pointers, *steps
-        assert start is not None
-        if numbers[-2:] == ["begin", "end"]:
-            first, last = (*first, *[arguments[name] for name in numbers[:-2]]), self._last
-            return lambda begin, end: start(*first, begin, end, *last)
-        values = (*first, *[arguments[name] for name in numbers], *self._last)
-        return lambda begin, end: start(*values)
-
-    def _by_triton(self, grid, arguments: dict[str, Any], run: Callable[[Launch], object] | None, begin: int, end: int) -> None:
+    def launch(self, grid: tuple[int, ...], arguments: dict[str, Any], begin: int, end: int) -> Launch:
+        """Its launch by Triton."""
         names = self.kernel.arg_names
-        given = {name: arguments[name] for name in names if name in arguments}
-        if "begin" in names:
-            given |= {"begin": begin, "end": end}
-        launch = Launch(self.kernel, grid, given | self.constants, self.options)
-        if run:
-            run(launch)
-            return
+        given = {name: arguments[name] for name in names if name in arguments} | self.constants
+        given |= {name: step for name, step in (("begin", begin), ("end", end)) if name in names}
+        plain = {name: int(value) if isinstance(value, Distance) else value for name, value in given.items()}
+        return Launch(self.kernel, grid, plain, self.options)
+
+    def start(self, *given: Any) -> None:
+        """Start it through Triton; `given` as of `launch`."""
+        launch = self.launch(*given)
         compiled = launch.run()
-        if torch.version.hip:  # where Triton compiles another kernel for tensors of 2 GB and more, too
+        if self._compiled is None and compiled is not None and is_aligned(self.kernel, launch.arguments):
+            self._compiled, self.entry = compiled, entry_of(compiled)
+
+
+def entry_of(compiled: Any) -> Entry | None:
+    """None where a kernel asks for more than the driver's plain launches give, or has other parameters than we think."""
+    known, parameters = compiled.metadata, []
+    more = "launch_pdl", "global_scratch_size", "profile_scratch_size"
+    if "ptx" not in compiled.asm or known.num_ctas != 1 or known.shared > SHARED or any(getattr(known, n, 0) for n in more):
+        return None
+    expected = []
+    for name, kind in zip(compiled.src.fn.arg_names, compiled.src.signature.values(), strict=True):
+        if kind != "constexpr":
+            parameters.append(name)
+            expected.append("u32" if kind == "i32" else "u64" if kind[0] == "*" or kind == "i64" else kind)
+    header = re.search(r"\.entry \w+\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
+    declared = re.findall(r"\.param \.(\w+)", header[1]) if header else []
+    nulls = len(declared) - len(expected)
+    if nulls < 0 or declared != expected + ["u64"] * nulls:
+        return None
+    together = bool(getattr(known, "launch_cooperative_grid", False))
+    return Entry(compiled.function, 32 * known.num_warps, known.shared, together, tuple(parameters), nulls)
+
+
+def is_aligned(kernel: Any, arguments: dict[str, Any]) -> bool:
+    """Are a JIT function's tensors, and the numbers that it is specialized for, multiples of ALIGNED, and the others short?"""
+    specialized, others = 0, 0
+    for parameter in kernel.params:
+        value = arguments.get(parameter.name)
+        if parameter.is_constexpr or value is None:
+            continue
+        if parameter.do_not_specialize:
+            others = max(others, value)
+        else:
+            specialized |= value.data_ptr() if isinstance(value, Tensor) else int(value)
+    return specialized % ALIGNED == 0 and others < 1 << 31
+
+
+class Launches(NamedTuple):
+    """Kernels with the same grid and arguments, started one after the other: once for all steps, or for each step in turn."""
+
+    kernels: Sequence[Kernel]
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    steps: int = 0
+    each: bool = False
+
+    def start(self) -> None:
+        """Start them, past Triton where it has compiled them for such arguments."""
+        runtime = tape.on_gpu()
+        if runtime and not tape.watched() and (words := self.words(lambda tensor: (tape.ADDRESS, tensor.data_ptr()))):
+            runtime.launch(tape.packed(words))
             return
-        pointers = [value.data_ptr() if isinstance(value, Tensor) else value for value in given.values()]
-        if compiled is not None and self._start is None and self._is_aligned(pointers):
-            self._handle = compiled.function, compiled.packed_metadata
-            self._last = tuple(self.constants[name] for name in names if name in self.constants)
-            self._start = compiled.run  # last: other threads look at it first
+        for kernel, begin, end in self._in_turn():
+            kernel.start(self.grid, self.arguments, begin, end)
 
-    def _is_aligned(self, given: list[int]) -> bool:
-        tensors, distances, _ = self._names
-        return reduce(or_, given[: len(tensors) + len(distances)]) % ALIGNED == 0
+    def by_triton(self) -> list[Launch]:
+        """What Triton would be asked for."""
+        return [kernel.launch(self.grid, self.arguments, begin, end) for kernel, begin, end in self._in_turn()]
 
+    def _in_turn(self) -> Iterator[tuple[Kernel, int, int]]:
+        for begin in range(self.steps) if self.each else (0,):
+            for kernel in self.kernels:
+                yield kernel, begin, begin + 1 if self.each else self.steps
 
-_HOOKS = triton.knobs.runtime
-
-
-def _watched() -> bool:
-    """Does a profiler of Triton's want to hear of launches?"""
-    enter, leave = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+    def words(self, place: Callable[[Tensor], tuple[int, int]]) -> list[int] | None:
+        """A step of a tape, given the place of each tensor; None where Triton has to see such arguments first."""
+        entries = [kernel.entry for kernel in self.kernels]
+        if None in entries or not all(is_aligned(kernel.kernel, self.arguments) for kernel in self.kernels):
+            return None
+        words = [tape.LAUNCH, self.steps, self.each, len(entries)]
+        for entry in entries:
+            assert entry is not None
+            words += [entry.function, *self.grid, *(1,) * (3 - len(self.grid)), entry.threads, entry.shared, entry.together]
+            words += [len(entry.parameters) + entry.nulls]
+            for name in entry.parameters:
+                value: Any = self.arguments.get(name)
+                if isinstance(value, Tensor):
+                    words += [tape.POINTER, *place(value)]
+                elif isinstance(value, Distance):
+                    words += [tape.DISTANCE, *place(value.first), *place(value.second), value.first.element_size()]
+                else:
+                    words += [tape.STEPS[name]] if name in tape.STEPS else [tape.NUMBER, value]
+            words += [tape.NUMBER, 0] * entry.nulls
+        return words
 
 
 class Alarm:
@@ -117,15 +179,17 @@ class Alarm:
 
     word: int32 [1] in pinned memory of the host's, which kernels write to. So looking at it waits for nothing and copies
     nothing; a launch that runs while it is looked at is found at the next look.
+    address: of the word, 0 where there is none.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._host = device, None
+        self.device, self._host, self.address = device, None, 0
         if device.type == "meta":
             self.word = torch.empty(1, dtype=torch.int32, device="meta")
             return
         self.word = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._host = ctypes.c_int32.from_address(self.word.data_ptr())
+        self.address = self.word.data_ptr()
+        self._host = ctypes.c_int32.from_address(self.address)
 
     def rang(self) -> bool:
         """Did a program give up since the last look?"""
@@ -143,6 +207,7 @@ class Alarm:
         if self.rang():
             for schedule in COOPERATIVE:
                 selftest.switch_off(self.device, schedule, "in an earlier call programs waited for each other in vain")
+            tape.forget()
             raise RuntimeError(
                 f"fastrnn: in an earlier call on {self.device}, programs of a persistent launch waited minutes for each other, "
                 "and gave up: what that call returned is wrong. This process uses no persistent launches from now on."

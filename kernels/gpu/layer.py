@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..cells import CELLS, Cell
 from ..layer import Inputs, Layer, Needs, Outer, Steps, layer_of
-from . import DTYPES, device_of, meetings_of, sizes_of
+from . import DTYPES, device_of, meetings_of, sizes_of, tape
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .cell import PLAIN, PTX, bound
-from .launch import Kernel, Launch, alarm
+from .launch import Distance, Kernel, Launches, alarm
 from .plan import COOPERATIVE, Device, Plan, choose, stacked
 from .precision import precision_of, products_in
 from .rows import Reach, sets
@@ -37,7 +37,7 @@ class Call:
     """
 
     def __init__(
-        self, layer: Layer, inputs: Inputs, weights: Sequence[Tensor], run: Callable[[Launch], object] | None = None
+        self, layer: Layer, inputs: Inputs, weights: Sequence[Tensor], run: Callable[[Launches], object] | None = None
     ) -> None:
         self.layer, self.inputs, self.run, x = layer, inputs, run, inputs.x
         if x.dtype not in DTYPES:
@@ -132,7 +132,7 @@ class Call:
         if len(steps) > 1:
             return {name: torch.stack(own), f"{name}_step": first.numel()}
         self._alive += own
-        return {name: first, f"{name}_step": steps.pop() // first.element_size()}
+        return {name: first, f"{name}_step": Distance(first, own[1])}
 
     def biases(self) -> dict[str, Any]:
         """Both, likewise."""
@@ -159,26 +159,29 @@ class Call:
     def start(self, plan: Plan, kernels: dict[str, Kernel], arguments: dict[str, Any], steps: int) -> None:
         """Launch a scan: once for all steps, once for each range of rows, or once for each step and phase."""
         arguments |= {"T": self.T, "B": self.B, "N": self.N}
-        groups, sides, run = -(-self.B // plan.rows), self.sides * self.heads, self.run
+        groups, sides = -(-self.B // plan.rows), self.sides * self.heads
         if plan.schedule == "single":
-            kernels["both"].bind((sides * groups,), arguments, run)(0, steps)
+            self.launch(Launches([kernels["both"]], (sides * groups,), arguments, steps))
         elif plan.schedule in COOPERATIVE:
             waves = -(-groups // plan.groups)
             counters = torch.zeros((waves, plan.groups * sides, 16), dtype=torch.int64, device=self.device)
             arguments["gave_up"] = alarm(self.device).word
             arguments["moments"] = self._moments(plan, kernels["both"].constants["SETS"])
             for wave in range(waves):
-                arguments["counters"] = counters[wave] if waves > 1 else counters
-                arguments["first_row"] = wave * plan.groups * plan.rows
+                of_wave = {"counters": counters[wave] if waves > 1 else counters, "first_row": wave * plan.groups * plan.rows}
                 grid = (plan.blocks * sides * min(plan.groups, groups - wave * plan.groups),)
-                kernels["both"].bind(grid, arguments, run)(0, steps)
+                self.launch(Launches([kernels["both"]], grid, arguments | of_wave, steps))
         else:
             nobody = _nothing(torch.int64, self.device)
             arguments |= {"counters": nobody, "gave_up": nobody, "moments": self.nothing, "first_row": 0}
-            launches = [kernel.bind((plan.blocks * sides * groups,), arguments, run) for kernel in kernels.values()]
-            for step in range(steps):
-                for launch in launches:
-                    launch(step, step + 1)
+            self.launch(Launches([*kernels.values()], (plan.blocks * sides * groups,), arguments, steps, each=True))
+
+    def launch(self, launches: Launches) -> None:
+        """Start kernels, or hand them to whoever wants them."""
+        if self.run is None:
+            launches.start()
+        else:
+            self.run(launches)
 
 
 @cache
@@ -294,19 +297,48 @@ def _kernels(own: _Compiled, tiles: tuple, precision: str) -> dict[str, Kernel]:
 
 def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
     """The op's implementation, on x's device and its current stream. more: the other fields of Inputs."""
-    alarm(x.device).check()
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, *more), weights)
-    with _current(x.device):
+    given = *Inputs(x, batch_sizes, h0, c0, *more), *weights
+
+    def run(call: Call) -> Sequence[Tensor]:
         return forward(call, save, *call.chosen(forward=True))
+
+    y, h_n, c_n, saved = _run(f"{text} forward{' saved' * save}", given, text, run)
+    return y, h_n, c_n, saved
 
 
 def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, needs, *more, dc_steps=None):
     """The op's implementation, likewise; and with dc_steps, gradients [D, N, S * H] of the states but h after each step."""
-    alarm(x.device).check()
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, *more), weights)
-    call.dc_steps = dc_steps
-    with _current(x.device):
-        return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False))
+    given = *Inputs(x, batch_sizes, h0, c0, *more), *weights
+
+    def run(call: Call, y: Tensor, saved: Tensor, *outer: Tensor | None) -> Sequence[Tensor]:
+        call.dc_steps = outer[3] if len(outer) > 3 else None
+        *of_inputs, dw = backward(call, Outer(*outer[:3]), y, saved, Needs(*needs), *call.chosen(forward=False))
+        return *of_inputs, *dw
+
+    name = f"{text} backward{''.join(str(int(need)) for need in needs)}"
+    outer = (dy, dh_n, dc_n) if dc_steps is None else (dy, dh_n, dc_n, dc_steps)
+    dx, dh0, dc0, *dw = _run(name, given, text, run, (y, saved, *outer))
+    return dx, dh0, dc0, dw
+
+
+def _run(
+    name: str,
+    given: Sequence[Tensor | None],
+    text: str,
+    run: Callable[..., Sequence[Tensor]],
+    more: Sequence[Tensor | None] = (),
+) -> Sequence[Tensor]:
+    """A pass of a layer, by a tape where there is one. given: its inputs and weights, and more tensors for `run`."""
+    device = given[0].device  # type: ignore[union-attr]  # x is there
+    alarm(device).check()
+
+    def by_python(tensors: Sequence[Any], launch: Callable[[Launches], object] | None) -> Sequence[Tensor]:
+        of_inputs = len(Inputs._fields)
+        call = Call(layer_of(text), Inputs(*tensors[:of_inputs]), tensors[of_inputs : len(given)], launch)
+        with _current(device):
+            return run(call, *tensors[len(given) :])
+
+    return tape.played(name, (*given, *more), by_python, alarm(device).address)
 
 
 def layers_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, lengths=None):
@@ -531,7 +563,7 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
     marks = call.packed, call.ragged, resets, call.masked
     kernel = _states_before(call.device, call.dtype, call.layer, R, marks, backwards)
     grid = call.T * blocks, -(-R // kernel.constants["COLUMNS"])
-    kernel.bind(grid, arguments, call.run)(0, 0)
+    call.launch(Launches([kernel], grid, arguments))
     _product_of_heads(call.heads, dw, da, before)
 
 

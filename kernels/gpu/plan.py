@@ -225,8 +225,7 @@ def _resident(device: Device, sizes: Sizes, forward: bool, units: int) -> Iterat
     diagonal = not forward and sizes.gates > 1
     if sizes.precision == "tf32x3" and (device.capability >= 100 or (diagonal and device.capability < 90)):
         return  # a kilobyte of spill a thread and more
-    few = any(sizes.meetings) and sizes.bytes_ == 4  # of whose many values more rows do not fit registers
-    for rows in (16,) if few else (16, 32):
+    for rows in (16,) if any(sizes.meetings) else (16, 32):  # of whose many values more rows do not fit registers
         chunk = (256 if diagonal else 512) // sizes.bytes_
         plan = replace(_tiled(sizes, units, rows, chunk, split=1, stages=0), warps=4, resident=True, diagonal=diagonal)
         chunk_bytes = _chunk_bytes(sizes, forward, plan)
@@ -245,15 +244,17 @@ def _streamed(device: Device, sizes: Sizes, forward: bool) -> Iterator[Plan]:
         yield _tiled(sizes, units, 16, 128 if plain else 512 // sizes.bytes_, split=8, stages=1 if plain else 2)
         yield _tiled(sizes, units, 32, 32, split=1, stages=2 if device.backend == "cuda" else 1)
         return
+    if any(sizes.meetings) and not forward and sizes.bytes_ == 4 and device.capability >= 100:
+        return  # spills more than 384 bytes a thread
     units = _units(sizes) if forward else 64
     registers = sizes.values <= MANY_VALUES and sizes.precision != "tf32x3"  # enough for many rows
-    rows = 64 if forward or registers else 32
+    rows = 16 if any(sizes.meetings) else 64 if forward or registers else 32
     plan = _tiled(sizes, units, rows, 128 // sizes.bytes_, split=1, stages=3)
     plan = replace(plan, warps=4 if forward else 8)
     yield plan
     if sizes.precision == "tf32x3":  # where there is little shared memory
         yield replace(plan, stages=1)
-    if forward and sizes.B > 64:
+    if forward and sizes.B > 64 and not any(sizes.meetings):
         yield replace(plan, rows=128)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-_RNN: Any = torch.backends.cudnn.rnn  # its setting is no annotated attribute
-_MATMUL = torch.backends.cuda.matmul
+_C: Any = torch._C  # of which torch's annotations leave these two out; torch.backends' attributes ask them, and take longer
+_set_to = _C._get_fp32_precision_getter
+set_products = functools.partial(_C._set_fp32_precision_setter, "cuda", "matmul")
 
 
 def precision_of(dtype: torch.dtype) -> str:
@@ -20,24 +22,25 @@ def precision_of(dtype: torch.dtype) -> str:
     """
     if dtype is not torch.float32 or torch.version.hip:
         return "ieee"
-    return "tf32" if _RNN.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if _set_to("cuda", "rnn") == "tf32" else "tf32x3"
 
 
-def products_in(dtype: torch.dtype, precision: str) -> contextlib.AbstractContextManager[None]:
-    """torch's products on a GPU, of float32 in this precision; the setting is the whole process's, and restored."""
-    if dtype is not torch.float32:
-        return _AS_THEY_ARE
-    wanted, before = "tf32" if precision == "tf32" else "ieee", _MATMUL.fp32_precision
-    return _AS_THEY_ARE if before == wanted else _float32_products_in(wanted, before)
-
-
-_AS_THEY_ARE = contextlib.nullcontext()
+def products_for(precision: str) -> tuple[str, str] | None:
+    """What torch's products on a GPU have to be set to, for float32 in this precision, and are set to; None if that is it."""
+    wanted, before = "tf32" if precision == "tf32" else "ieee", _set_to("cuda", "matmul")
+    return None if before == wanted else (wanted, before)
 
 
 @contextlib.contextmanager
-def _float32_products_in(precision: str, before: str) -> Iterator[None]:
-    _MATMUL.fp32_precision = precision
+def products_in(dtype: torch.dtype, precision: str) -> Iterator[None]:
+    """torch's products on a GPU, of float32 in this precision; the setting is the whole process's, and restored."""
+    change = products_for(precision) if dtype is torch.float32 else None
+    if change is None:
+        yield
+        return
+    wanted, before = change
+    set_products(wanted)
     try:
         yield
     finally:
-        _MATMUL.fp32_precision = before
+        set_products(before)
