@@ -5,7 +5,7 @@
 #   PYTHON=python3.12 MINUTES=30 bench/gpu.sh          PYTEST_ADDOPTS="-n 8" bench/gpu.sh tests
 # Stages:
 #   tests      the engine's tests on the device
-#   selftest   which schedules prove themselves, and how long that takes with and without compilation
+#   selftest   which schedules prove themselves, and replays, and how long that takes with and without compilation
 #   host       from a call to its launches
 #   worst      where cuDNN was farthest ahead, on an H200
 #   stacks     layers at once, beside which bench/results/gpu.json has the times of one after another
@@ -34,9 +34,10 @@ selftest() {
     limited 120 "$python" - <<'END'
 import sys, time
 import torch
-from fastrnn.kernels.gpu import selftest
+from fastrnn.kernels.gpu import selftest, tape
 device = torch.device("cuda", 0)
 print(selftest.identity(device))
+print("passes are replayed" if tape.on_gpu() else "Python runs every pass: no compiled runtime, no driver, or ROCm")
 for how in "with compilation", "compiled before":
     begin = time.perf_counter()
     off, _ = selftest.run(device)

@@ -204,7 +204,7 @@ def _gpu_engine(device: torch.device) -> str:
     reason = gpu.why_not(device)
     if reason:
         return f"torch.nn's own code, because {reason}"
-    off = "".join(f", without the {name} schedule: {why}" for name, why in gpu.off(device).items())
+    off = "".join(f", without the {gpu.selftest.in_words(part)}: {why}" for part, why in gpu.off(device).items())
     return f"fastrnn's Triton kernels{off}"
 
 

@@ -216,6 +216,53 @@ def test_passes_without_a_tape(replaying):
     assert [name for name, fault in faults.items() if fault is None] == ["nothing"]
 
 
+def _self_test(schedule: str, wrong: bool) -> tuple[str | None, int]:
+    """What the self-test says of replays, and how many kernels C++ has started. wrong: a workspace is all one place."""
+    from fastrnn.kernels.gpu import selftest, tape
+
+    arrange = tape._arrange
+
+    def in_one_place(parts):
+        size = arrange(parts)
+        for part in parts:
+            part.offset = 0
+        return size
+
+    tape.forget()
+    before = PLAYED[0]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        if wrong:
+            patch.setattr(tape, "_arrange", in_one_place)
+        fault = selftest.replay_fault([schedule, "wavefront"], torch.device("cpu"), triton_layers.H100)
+    return fault, PLAYED[0] - before
+
+
+@pytest.mark.parametrize(("schedule", "launches"), [("single", 1 + 1), ("stepwise", 5 + 6)])
+def test_the_self_test_replays(schedule, launches, replaying):
+    """The third call of three. launches: of both passes, which C++ starts in the call that is recorded, too."""
+    assert replaying(_self_test, schedule, False) == (None, 2 * launches)
+    fault, _ = replaying(_self_test, schedule, True)
+    assert fault is not None and fault.startswith(f"{schedule}: of a small layer ") and "differs" in fault
+
+
+def _off() -> tuple[dict[str, float], list[int], list[int]]:
+    """`_errors` on a device on which replaying is off."""
+    from fastrnn.kernels.gpu import selftest, tape
+
+    tape.forget()
+    selftest.switch_off(torch.device("cpu"), selftest.REPLAY, "it is tried")
+    try:
+        return _errors("LSTM", {}, torch.float32, True, False)
+    finally:
+        selftest._off.clear()
+
+
+def test_where_replaying_is_off_python_runs_every_pass(replaying):
+    errors, in_python, in_cpp = replaying(_off)
+    assert {name: error for name, error in errors.items() if not error < 3e-6} == {}
+    assert in_python == [2] * 4 and in_cpp == [0] * 4
+
+
 def test_parts_of_a_workspace_share_memory_only_where_no_step_needs_both():
     from types import SimpleNamespace
 

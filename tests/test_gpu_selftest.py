@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import warnings
@@ -25,6 +26,7 @@ from fastrnn.kernels.layer import Layer
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICE = torch.device("cuda", 0)
 LARGE = 500, 64, 768  # T, B, H: of a persistent plan, wherever there is one
+RUN = selftest.run
 
 
 class Fake:
@@ -113,6 +115,38 @@ def test_a_schedule_that_fails_is_off(fake, name):
 
 
 @needs_triton
+def test_where_replaying_fails_python_runs_every_pass(fake):
+    fake.found = {"replay": "stepwise: of a small layer y differs by 1"}
+    with pytest.warns(
+        RuntimeWarning, match="the replay of passes fails its self-test on Fake 1, and Python runs every"
+    ) as seen:
+        assert gpu.why_not(DEVICE) is None
+    assert len(seen) == 1 and "\n" not in str(seen[0].message)
+    assert schedule(*LARGE) == "persistent"
+    text = gpu.describe(Layer("lstm"), *LARGE, LARGE[-1], torch.float16, DEVICE, False)
+    assert text.endswith("; no replay of passes: stepwise: of a small layer y differs by 1")
+    assert ", without the replay of passes: stepwise: of a small" in dict(info())["engine, cuda:0"]
+
+
+@needs_triton
+def test_only_what_passes_is_replayed(fake, monkeypatch):
+    """What a replay throws is its own fault, and not that of the schedule, whose layer has run before."""
+    ran = []
+
+    def layer_fault(schedule, device, target, replayed=False):
+        ran.append((schedule, replayed))
+        if replayed and schedule == "persistent":
+            raise RuntimeError("CUDA error 700")
+        return "y differs by 1" if schedule == "single" else None
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(selftest, "barrier_fault", lambda *given: None)
+    monkeypatch.setattr(selftest, "layer_fault", layer_fault)
+    assert RUN(DEVICE) == ({"single": "y differs by 1", "replay": "RuntimeError: CUDA error 700"}, True)
+    assert ran == [*((name, False) for name in selftest.SCHEDULES), ("stepwise", True), ("persistent", True)]
+
+
+@needs_triton
 def test_where_the_stepwise_schedule_fails_the_engine_is_off(fake):
     fake.found = {"stepwise": "CompilationError: no"}
     with pytest.warns(RuntimeWarning, match="its layers run torch.nn's own code"):
@@ -130,7 +164,7 @@ def test_what_passes_is_not_kept(fake):
 
 
 @needs_triton
-@pytest.mark.parametrize("change", ["device", "driver", "triton", "kernels"])
+@pytest.mark.parametrize("change", ["device", "driver", "torch", "triton", "kernels", "runtime"])
 def test_another_device_driver_triton_or_fastrnn_is_tested_again(fake, monkeypatch, change):
     gpu.why_not(DEVICE)
     known = selftest.identity(DEVICE)

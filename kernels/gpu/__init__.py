@@ -46,7 +46,7 @@ why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # undeclar
 
 
 def off(device: torch.device) -> dict[str, str]:
-    """Why each schedule that a device does without is off, by name. At the first call the device is tested."""
+    """Why each part that a device does without is off, by name. At the first call the device is tested."""
     return selftest.known(device) if asked == "1" else selftest.off(device)
 
 
@@ -166,7 +166,7 @@ def describe(
     for name, forward in passes.items():
         found = _plan(target, sizes, forward)
         words.append(f"{name}: {found or 'the reference, operation by operation: no schedule reduces so many units of a row'}")
-    return "; ".join(words + [f"no {schedule} schedule: {off(device)[schedule]}" for schedule in target.off])
+    return "; ".join(words + [f"no {selftest.in_words(part)}: {off(device)[part]}" for part in target.off])
 
 
 def _plan(target: plan.Device, sizes: plan.Sizes, forward: bool) -> plan.Plan | None:

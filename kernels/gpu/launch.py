@@ -136,7 +136,7 @@ class Launches(NamedTuple):
 
     def start(self) -> None:
         """Start them, past Triton where it has compiled them for such arguments."""
-        runtime = tape.on_gpu()
+        runtime = tape.on(next(value.device for value in self.arguments.values() if isinstance(value, Tensor)))
         if runtime and not tape.watched() and (words := self.words(lambda tensor: (tape.ADDRESS, tensor.data_ptr()))):
             runtime.launch(tape.packed(words))
             return

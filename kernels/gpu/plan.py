@@ -37,7 +37,7 @@ class Device:
     capability:      of CUDA, 10 * major + minor; 0 of others.
     multiprocessors: programs that surely run at once, one on each.
     shared_bytes:    shared memory that a program may have.
-    off:             schedules that it does without, see selftest.py.
+    off:             parts of the engine that it does without, see selftest.py.
     """
 
     backend: str

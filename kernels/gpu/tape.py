@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .. import cpu
+from . import selftest
 from .precision import precision_of, products_for, set_products
 
 WORKSPACE, RESULT = range(2)
@@ -66,11 +67,11 @@ def played(
 ) -> Sequence[Tensor]:
     """The results of a pass, from its tape where there is one.
 
-    name: everything about it but these tensors, of which some may be absent.
+    name: everything about it but these tensors, of which some may be absent, but not the first.
     run: the pass in Python, given the tensors and what becomes of its launches; None starts them.
     alarm: the address of a word that a tape looks at before it begins.
     """
-    runtime = on_gpu()
+    runtime = on(tensors[0].device)  # type: ignore[union-attr]  # x is there
     found = runtime and runtime.replay(name, tuple(tensors))
     if isinstance(found, list):
         return found
@@ -316,6 +317,11 @@ def on_gpu() -> Any:
     except (OSError, AttributeError, ImportError, RuntimeError):  # kernels then start through Triton
         return None
     return cpu.runtime_module()
+
+
+def on(device: torch.device) -> Any:
+    """The same, and None where replaying has failed the self-test of a device."""
+    return None if selftest.REPLAY in selftest.known(device) else on_gpu()
 
 
 def connect(device: str, driver: Any, products: Any, current_device: Callable, current_stream: Callable) -> None:
