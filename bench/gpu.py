@@ -1,10 +1,13 @@
-"""Recurrent layers on a GPU against torch.nn with cuDNN, timed by CUDA events.
+"""Recurrent layers on a GPU against torch.nn with cuDNN and peers, timed by CUDA events.
 
-    python -m bench.gpu [--only REGEX] [--seconds 1] [--output FILE]
+    python -m bench.gpu [--only REGEX] [--seconds 1] [--peers torch,torchrl,loop,flashrnn] [--output FILE]
 
 Forward without a gradient, and a training step's forward and backward, rivals in turns and on inputs that rotate, so that none
 finds its own in the cache; peak memory of a training step; for one layer, microseconds a step beside the least that its
 schedule can take, a barrier and the bytes that a step moves through L2, both measured here by kernels that do nothing else.
+
+A call's time is that on the device from the first launch to the end, while the host launches. Beside it stand the two parts:
+how long the host takes until the call returns, and how long the device takes once everything has been launched.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ import random
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 import fastrnn
-from bench import record
+from bench import gpu_peers, record
 from bench.timing import summary
 from fastrnn import dispatch
 from fastrnn.kernels.gpu.barrier import arrive, wait
@@ -39,6 +43,7 @@ FORMATS = {
     "fp32": (torch.float32, "ieee"),
 }
 MAIN = "fp16", "bf16", "tf32"
+DEVICE = "cuda"
 INPUTS = 4  # that rotate
 TOLERANCE = {
     "fp16": 1e-2,
@@ -46,6 +51,7 @@ TOLERANCE = {
     "tf32": 1e-2,
     "fp32": 1e-4,
 }  # relative L2: only a wrong result passes it
+CYCLES = 4e9  # a second, more than any device has: how long it is kept busy
 DEFAULT_OUTPUT = record.RESULTS / "gpu.json"
 
 
@@ -106,20 +112,20 @@ class Subject:
         dtype = FORMATS[point.format][0]
         torch.manual_seed(0)
         sizes = {"num_layers": point.layers, "bidirectional": point.directions == 2}
-        self.module: nn.RNNBase = getattr(library, point.cell)(point.H, point.H, **sizes).to("cuda", dtype)
+        self.module: nn.RNNBase = getattr(library, point.cell)(point.H, point.H, **sizes).to(DEVICE, dtype)
         self.inputs: list[Any] = []
         self.leaves: list[Tensor] = []
         for _ in range(INPUTS):
             if point.fill < 1:
                 spread = torch.linspace(point.T, point.T * (2 * point.fill - 1), point.B).round().clamp(1)
                 batch_sizes = (spread > torch.arange(point.T)[:, None]).sum(1)
-                leaf = torch.randn(int(batch_sizes.sum()), point.H).to("cuda", dtype).requires_grad_()
+                leaf = torch.randn(int(batch_sizes.sum()), point.H).to(DEVICE, dtype).requires_grad_()
                 self.inputs.append(PackedSequence(leaf, batch_sizes))
             else:
-                leaf = torch.randn(point.T, point.B, point.H).to("cuda", dtype).requires_grad_()
+                leaf = torch.randn(point.T, point.B, point.H).to(DEVICE, dtype).requires_grad_()
                 self.inputs.append(leaf)
             self.leaves.append(leaf)
-        self.dy = torch.randn(*self.leaves[0].shape[:-1], point.H * point.directions).to("cuda", dtype)
+        self.dy = torch.randn(*self.leaves[0].shape[:-1], point.H * point.directions).to(DEVICE, dtype)
         self.turn = 0
 
     def output(self, turn: int) -> Tensor:
@@ -142,6 +148,12 @@ class Subject:
         leaves = {"x": self.leaves[0], **dict(self.module.named_parameters())}
         return {"y": y.detach(), **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), self.dy)))}
 
+    def differences(self, expected: dict[str, Tensor], format: str) -> list[str]:
+        """What is not as expected, in words."""
+        found = self.results()
+        errors = {name: float((found[name] - one).double().norm() / one.double().norm()) for name, one in expected.items()}
+        return [f"{name} differs by {error:.2g}" for name, error in errors.items() if not error <= TOLERANCE[format]]
+
     def peak_bytes(self) -> int:
         self.train()
         torch.cuda.synchronize()
@@ -151,28 +163,69 @@ class Subject:
         return torch.cuda.max_memory_allocated() - before
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    """Of one call, on the device, its launches included."""
+class PeerSubject(Subject):
+    """A peer with the weights and inputs of torch.nn's module."""
+
+    def __init__(self, point: Point, peer: gpu_peers.Peer) -> None:
+        super().__init__(point, nn)
+        self.run = peer.stack(self.module)
+
+    def output(self, turn: int) -> Tensor:
+        return self.run(self.inputs[turn % INPUTS])
+
+
+def peer_of(name: str, point: Point, expected: dict[str, Tensor]) -> PeerSubject | str:
+    """A peer that computes what is expected, or why it is left out."""
+    peer = gpu_peers.PEERS[name]
+    if reason := peer.leaves(point.cell, point.format, point.directions, point.fill < 1):
+        return reason
+    try:
+        subject = PeerSubject(point, peer)
+        return ", ".join(subject.differences(expected, point.format)) or subject
+    except Exception as error:  # whatever a compiler, or a library of others, has to say
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def timed(run: Callable[[], object], busy: float = 0) -> tuple[float, float]:
+    """Seconds of one call: on the device, its launches included, and on the host, until it returns.
+
+    busy: for so long the device has something else to do at first, so that launches wait for it and not it for them.
+    """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if busy:
+        torch.cuda._sleep(int(busy * CYCLES))
     start.record()
+    begin = time.perf_counter()
     run()
+    host = time.perf_counter() - begin
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3, host
 
 
-def interleave(rivals: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
-    """Times of the rivals in random order, for about so long together."""
+def seconds_of(run: Callable[[], object]) -> float:
+    """Of one call, on the device, its launches included."""
+    return timed(run)[0]
+
+
+def interleave(rivals: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, Any]]:
+    """Times of the rivals in random order, for about so long together; and in microseconds their two parts."""
     order = random.Random(0)
     for run in rivals.values():
         for _ in range(3):
             run()
     once = sum(seconds_of(run) for run in rivals.values())
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     for _ in range(max(7, min(200, int(seconds / once)))):
         for name in order.sample(list(rivals), len(rivals)):
-            times[name].append(seconds_of(rivals[name]))
-    return {name: summary(values) for name, values in times.items()}
+            times[name].append(timed(rivals[name]))
+    host = {name: statistics.median(host for _, host in values) for name, values in times.items()}
+    device = {name: statistics.median(timed(run, host[name])[0] for _ in range(7)) for name, run in rivals.items()}
+    return {
+        "times": {name: summary([whole for whole, _ in values]) for name, values in times.items()},
+        "host_us": {name: 1e6 * value for name, value in host.items()},
+        "device_us": {name: 1e6 * value for name, value in device.items()},
+    }
 
 
 @triton.jit
@@ -214,32 +267,37 @@ def l2_gigabytes(programs: int, rounds: int = 2000) -> float:
     return programs * rounds * 65536 / statistics.median(seconds_of(run) for _ in range(7)) / 1e9
 
 
-def measure(point: Point, seconds: float) -> dict[str, Any]:
-    """The record of one point."""
+def set_precision(precision: str) -> None:
+    """Have torch's float32 products on a GPU be so precise."""
     rnn: Any = torch.backends.cudnn.rnn  # its setting is no annotated attribute
-    rnn.fp32_precision = FORMATS[point.format][1]
-    torch.backends.cuda.matmul.fp32_precision = FORMATS[point.format][1]
+    rnn.fp32_precision = precision
+    # an older name of fp32_precision, which sets both: torch refuses to tell peers the one where only the other was set
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def measure(point: Point, seconds: float, peers: Sequence[str] = ()) -> dict[str, Any]:
+    """The record of one point."""
+    set_precision(FORMATS[point.format][1])
     ours, theirs = Subject(point, fastrnn), Subject(point, nn)
-    found, expected = ours.results(), theirs.results()
+    expected = theirs.results()
     result: dict[str, Any] = {"name": point.name, "point": asdict(point)}
     explanation = fastrnn.explain(ours.module, ours.inputs[0])
     result |= {"engine": explanation.engine, "schedule": list(explanation.schedule)}
-    result["faults"] = [
-        f"{name} differs by {difference:.2g}"
-        for name, value in expected.items()
-        if not (difference := float((found[name] - value).double().norm() / value.double().norm())) <= TOLERANCE[point.format]
-    ]
+    result["faults"] = ours.differences(expected, point.format)
     if result["faults"]:
         return result
+    others = {name: peer_of(name, point, expected) for name in peers}
+    result["left_out"] = {name: reason for name, reason in others.items() if isinstance(reason, str)}
+    rivals = {"fastrnn": ours, "torch": theirs}
+    rivals |= {name: subject for name, subject in others.items() if isinstance(subject, Subject)}
     for mode in ("forward", "train"):
-        times = interleave({"fastrnn": getattr(ours, mode), "torch": getattr(theirs, mode)}, seconds)
-        steps = point.T * point.layers
-        result[mode] = {
-            "times": times,
+        parts = interleave({name: getattr(subject, mode) for name, subject in rivals.items()}, seconds)
+        times, steps = parts["times"], point.T * point.layers
+        result[mode] = parts | {
             "ratio": times["torch"]["median"] / times["fastrnn"]["median"],
             "us_a_step": {name: 1e6 * taken["median"] / steps for name, taken in times.items()},
         }
-    result["peak_bytes"] = {"fastrnn": ours.peak_bytes(), "torch": theirs.peak_bytes()}
+    result["peak_bytes"] = {name: subject.peak_bytes() for name, subject in rivals.items()}
     return result
 
 
@@ -263,16 +321,31 @@ def header() -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="REGEX", help="points such as 'flashrnn LSTM fp16 H768 B16 T1024'")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing per point and mode (default %(default)s)")
     parser.add_argument("--output", type=Path, help=f"(default {DEFAULT_OUTPUT} for all points, else none)")
+    peers = ",".join(("torch", *gpu_peers.PEERS))
+    parser.add_argument("--peers", default="torch", help=f"of {peers}, where they are installed (default %(default)s)")
     options = parser.parse_args(argv)
+    try:
+        options.peers = gpu_peers.named(options.peers)
+    except ValueError as error:
+        parser.error(f"argument --peers: {error}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
     if not torch.cuda.is_available():
         print("bench.gpu: no GPU here", file=sys.stderr)
         return 1
     record.one_tree()
+    peers, missing = gpu_peers.present(options.peers)
+    for name, reason in missing.items():
+        print(f"{name} is left out: {reason}")
     dispatch.forced = "triton"  # also where it would leave the call to cuDNN
     content, results = header(), []
     print(content["device"]["name"], "barrier", content["barrier_us"], "L2 GB/s", content["l2_gb_s"])
@@ -280,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     for point in points():
         if not re.search(options.only, point.name):
             continue
-        results.append(measure(point, options.seconds))
+        results.append(measure(point, options.seconds, peers))
         print(line(results[-1]), flush=True)
         if output:  # after each point: a machine may be taken away
             record.write(output, content | {"points": results})
@@ -291,11 +364,13 @@ def line(result: dict[str, Any]) -> str:
     """One point for the terminal."""
     if result["faults"]:
         return f"{result['name']}: wrong: {', '.join(result['faults'])}"
-    words = [
-        f"{mode} {result[mode]['ratio']:.2f}x ({result[mode]['us_a_step']['fastrnn']:.2f} us a step,"
-        f" torch {result[mode]['us_a_step']['torch']:.2f})"
-        for mode in ("forward", "train")
-    ]
+    words = []
+    for mode in ("forward", "train"):
+        found = result[mode]
+        steps = ", ".join(f"{name} {each:.2f}" for name, each in found["us_a_step"].items())
+        parts = f"{found['host_us']['fastrnn']:.0f} us of the host, {found['device_us']['fastrnn']:.0f} of the device"
+        words.append(f"{mode} {found['ratio']:.2f}x (us a step: {steps}; a call of fastrnn: {parts})")
+    words += [f"{name} left out: {reason}" for name, reason in result["left_out"].items()]
     memory = result["peak_bytes"]["fastrnn"] / max(result["peak_bytes"]["torch"], 1)
     return f"{result['name']}: {', '.join(words)}, memory {memory:.2f}"
 

@@ -510,4 +510,4 @@ def test_a_visit_to_a_gpu_has_these_stages():
     script = record.RESULTS.parent / "gpu.sh"
     found = subprocess.run(["bash", str(script), "grids"], capture_output=True, text=True)
     assert found.returncode == 2
-    assert "expected tests, selftest, host, worst, stacks, threads, grid or sanitizer, got grids" in found.stderr
+    assert "expected tests, selftest, host, worst, stacks, threads, grid, peers or sanitizer, got grids" in found.stderr
