@@ -152,8 +152,8 @@ def test_the_third_call_is_replayed(monkeypatch):
     from fastrnn.kernels.gpu import layer, tape
 
     passes, ran = {name: getattr(layer, name) for name in ("forward", "backward")}, []
-    for name, run in passes.items():
-        monkeypatch.setattr(layer, name, lambda *given, name=name, run=run: (ran.append(name), run(*given))[1])
+    for name, own in passes.items():
+        monkeypatch.setattr(layer, name, lambda *given, name=name, own=own: (ran.append(name), own(*given))[1])
     tape.forget()
     module, truth = fastrnn.LSTM(16, 256, device="cuda"), torch.nn.LSTM(16, 256, device="cuda", dtype=torch.float64)
     truth.load_state_dict(module.state_dict())
