@@ -260,6 +260,10 @@ class _AllSteps:
         """What the engine returns -> [B, T, H]."""
         return y
 
+    def last(self, h: Tensor) -> Tensor:
+        """h after the sequence [B, H] -> the last output, without `zero`."""
+        return h
+
 
 class _ValidSteps(_AllSteps):
     """A sequence [B, T, I] of which some steps are masked. Its data are the other steps, packed: [N, I].
@@ -300,6 +304,10 @@ class _ValidSteps(_AllSteps):
         shown = self.mask if zero else self.latest >= 0
         places = self.starts[self.latest.clamp(min=0)] + self.rank[:, None]
         return torch.where(shown.unsqueeze(-1), y[torch.where(shown, places, 0)], y.new_zeros(()))
+
+    def last(self, h: Tensor) -> Tensor:
+        """It is zero in a row without a valid step, whatever the row's state."""
+        return torch.where(self.latest[:, -1:] >= 0, h, h.new_zeros(()))
 
 
 _States = Sequence[Sequence[Tensor]]  # of h, and for LSTM of c: [B, H] of each direction
@@ -679,7 +687,7 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
     y, states = _layer(cells, steps.data(x), list(zip(before[:kinds], before[kinds:], strict=True)), steps)
     dtype = getattr(torch, self.compute_dtype)  # under torch.autocast the engines return another
     y, states = steps.outputs(y, zero=True).to(dtype), [[state.to(dtype) for state in kind] for kind in states]
-    one, other = (y[..., :H], y[..., H:]) if self.return_sequences else states[0]
+    one, other = (y[..., :H], y[..., H:]) if self.return_sequences else map(steps.last, states[0])
     if self.merge_mode == "concat":
         output: Any = y if self.return_sequences else torch.cat((one, other), -1)
     elif self.merge_mode == "sum":

@@ -151,8 +151,8 @@ def test_an_initial_state(name):
     states = [torch.randn(B, H) for _ in range(2 if name == "LSTM" else 1)]
     for mask in ("none", "right-padded", "with an empty row"):
         assert_same(*both(name, return_state=True), initial_state=states, mask=MASKS[mask])
-    own = both(name, return_state=True, bidirectional={})
-    assert_same(*own, initial_state=states + [torch.randn(B, H) for _ in states])
+        pair = both(name, return_state=True, bidirectional={})
+        assert_same(*pair, initial_state=states + [torch.randn(B, H) for _ in states], mask=MASKS[mask])
 
 
 @pytest.mark.parametrize("name", NAMES)
