@@ -109,7 +109,8 @@ def sequence(
     batched, batch_dim = packed or x.dim() == 3, 0 if module.batch_first else 1
     if not packed and x.dim() not in (2, 3):
         name = dispatch.mode_of(module).split("_")[0] if isinstance(module, nn.RNNBase) else type(module).__name__
-        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+        what = "D tensor" if name == "RNN" else "D"
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}{what} instead")
     marks = functional.marked(input, batch_dim, resets, lengths)
     states = None if hx is None else _given_states(module, hx, None if packed else x.dim())
     x = x if batched else x.unsqueeze(batch_dim)

@@ -156,7 +156,7 @@ def weights(module: Any, suffix: str, plain: str, derived: str) -> list[Tensor]:
     of, H = arrangement(plain, derived), module.hidden_size
     given: dict[str, Any] = {name: getattr(module, name + suffix, None) for name in PARAMETERS}
     w_ih, w_hh, b_ih, b_hh, w_hr = given.values()
-    w_hh = w_ih.new_zeros(0, H // module.num_heads) if w_hh is None else w_hh
+    w_hh = w_ih.new_zeros(0, H // module._fastrnn_layer().heads) if w_hh is None else w_hh
     norms = [getattr(module, name + suffix) for name in of.norms]
     zeros = norms[0].new_zeros(of.gates * H)
     behind = [getattr(module, f"weight_{name}{suffix}") for name in of.own]

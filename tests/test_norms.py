@@ -94,6 +94,19 @@ def test_a_cell_without_reductions_has_one_stage():
     assert stage.code.results == code.results and not (stage.reductions or CELLS["lstm"].reduces)
 
 
+@pytest.mark.parametrize(("hidden_size", "num_heads"), [(6, 2), (130, 1)])
+def test_a_cell_without_a_recurrent_matrix(hidden_size, num_heads, monkeypatch):
+    """The engines take zeros in its place, in heads of which the layer decides how many there are."""
+    monkeypatch.setattr(dispatch, "forced", "reference")
+    layer = fastrnn.recurrent(cells.indrnn)(4, hidden_size, layer_norm=True, num_heads=num_heads, dtype=torch.float64)
+    x, h = torch.randn(3, 2, 4, dtype=torch.float64), torch.zeros(2, hidden_size, dtype=torch.float64)
+    own, gain, bias = (getattr(layer, f"{name}_l0") for name in ("weight_u", "norm_ih", "bias_ih"))
+    for x_t, y_t in zip(x, layer(x)[0], strict=True):
+        product = torch.nn.functional.layer_norm(x_t @ layer.weight_ih_l0.T, (hidden_size,))
+        h = torch.relu(product * gain + bias + own * h)
+        torch.testing.assert_close(y_t, h)
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_derivatives_of_a_layer_are_those_of_the_loop(name):
     """gradients.py, which goes through the reference, for all inputs and weights, and twice."""

@@ -510,6 +510,8 @@ def test_what_does_not_fit_packed_input():
     assert layer(torch.randn(5, 0, 3), resets=marks[:, :0])[0].shape == (5, 0, 4)
     with pytest.raises(ValueError, match="GRU: Expected input to be 2D or 3D, got 1D instead"):
         layer(torch.randn(3), resets=marks)
+    with pytest.raises(ValueError, match="RNN: Expected input to be 2D or 3D, got 4D tensor instead"):
+        fastrnn.RNN(3, 4)(torch.randn(1, 5, 2, 3), resets=marks)
 
 
 def test_the_runtime_checks_lengths_itself(make_layer):
