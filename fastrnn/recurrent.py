@@ -54,8 +54,8 @@ class Recurrent(nn.Module):
         weight_hh_l{k} [blocks * H, H / num_heads], for each Gate and Hidden
         bias_ih_l{k}, bias_hh_l{k} [blocks * H], as many, unless bias is False
         weight_<name>_l{k} [H], for each Weight
-        norm_ih_l{k}, norm_hh_l{k} [blocks * H], with layer_norm, gains of the two products, and norm_c_l{k}, norm_c_bias_l{k}
-            [H], gain and shift of a state named c that is the only one but h
+        norm_ih_l{k}, norm_hh_l{k} [blocks * H], with layer_norm: gains of the two products
+        norm_c_l{k}, norm_c_bias_l{k} [H], with layer_norm: gain and shift of a state named c that is the only one but h
         initial_<name>_l{k} [H], with learn_initial_state, for each state, h first
 
     They are drawn from the uniform distribution within 1 / sqrt(H), as torch.nn's, but for the last two: gains are ones, shifts

@@ -207,8 +207,11 @@ def stack(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr, SIDE: tl.constexpr, U
         return tl.reshape(tl.permute(tl.join(both[0], both[1]), (2, 0, 1)), (SIDE * UNITS, ROWS))
 
 
+NEAREST = tl.constexpr("")  # any cache; Triton 3.6 takes no plain text for a default
+
+
 @triton.jit
-def load_tiles(at, ok, COUNT: tl.constexpr, STEP: tl.constexpr, FROM: tl.constexpr = ""):
+def load_tiles(at, ok, COUNT: tl.constexpr, STEP: tl.constexpr, FROM: tl.constexpr = NEAREST):
     """COUNT float32 tiles, STEP numbers apart, from pointers `at` to the first. FROM: ".cg" for past L1, see barrier.py."""
     tiles = ()
     for i in tl.static_range(COUNT):
