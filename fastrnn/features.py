@@ -59,14 +59,19 @@ def construct(module: Any, settings: dict[str, Any]) -> None:
 class Setting:
     """A module's attribute of a name in DEFAULTS: checked where it is set, and held by the module where it is no default.
 
-    A module that holds any is not the fast path's.
+    A module that holds any is not the fast path's. They are in a dict of their own: torch 2.10's compiler calls itself without
+    end where a descriptor finds its name in the module's.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
     def __get__(self, module: Any, owner: type | None = None) -> Any:
-        return self if module is None else module.__dict__.get(self.name, DEFAULTS[self.name])
+        if module is None:
+            return self
+        held = module._fastrnn_features
+        # A module of a derived class may have had an attribute of this name before it was converted.
+        return held[self.name] if self.name in held else module.__dict__.get(self.name, DEFAULTS[self.name])
 
     def __set__(self, module: Any, value: Any) -> None:
         value = checked(self.name, value, module)
@@ -81,15 +86,11 @@ class Setting:
 def set_past_checks(module: Any, values: dict[str, Any]) -> None:
     """Set settings of a module that were checked before."""
     own = module.__dict__
-    for name, value in values.items():
+    held = {name: value for name, value in (module._fastrnn_features | values).items() if value != DEFAULTS[name]}
+    for name in (*values, "_fastrnn_features", "_fastrnn_fast_path"):
         own.pop(name, None)
-        if value != DEFAULTS[name]:
-            own[name] = value
-    marks = {"_fastrnn_features": True, "_fastrnn_fast_path": None}
-    for name in marks:
-        own.pop(name, None)
-    if any(name in own and isinstance(getattr(type(module), name, None), Setting) for name in DEFAULTS):
-        own.update(marks)
+    if held:
+        own.update(_fastrnn_features=held, _fastrnn_fast_path=None)
 
 
 def described(module: Any) -> str:

@@ -127,7 +127,7 @@ def layer(
     if x.numel() == 0:
         raise ValueError(f"x: expected at least one step, row and feature, got {tuple(x.shape)}")
     weights = [given[d] for d in range(directions) for given in kinds.values() if given]
-    own = Layer(cell, directions, bool(kinds["b_ih"]), bool(kinds["w_hr"]), reverse, batch_first)
+    own = Layer(cell, directions, len(kinds["b_ih"]) > 0, len(kinds["w_hr"]) > 0, reverse, batch_first)
     inputs = Inputs(x, batch_sizes, h0, c0, resets, lengths)
     if reason := misfit(own, inputs, weights):
         raise ValueError(reason)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -221,7 +221,7 @@ class _Layers(DropIn):
     recompute = False
     layer_norm, num_heads, cell_clip = features.Setting(), features.Setting(), features.Setting()
     learn_initial_state, recurrent_dropout, zoneout = features.Setting(), features.Setting(), features.Setting()
-    _fastrnn_features = False  # whether any of these is not as by default
+    _fastrnn_features: ClassVar[dict[str, Any]] = {}  # those that are not as by default
 
     @property
     def _fastrnn_cell(self) -> Cell:

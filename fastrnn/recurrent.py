@@ -101,6 +101,7 @@ class Recurrent(nn.Module):
     cell: ClassVar[CellFunction]
     layer_norm, cell_clip, learn_initial_state = features.Setting(), features.Setting(), features.Setting()
     recurrent_dropout, zoneout = features.Setting(), features.Setting()
+    _fastrnn_features: ClassVar[dict[str, Any]] = {}  # those that are not as by default
     _fastrnn_compressed: ClassVar[bool] = False  # such layers are torch.nn's alone
     # As whose layers the fast path takes those of this class: the cell's name in operators; None where it does not.
     _fastrnn_fast_path: ClassVar[str | None] = None
