@@ -186,14 +186,13 @@ class Noise(NamedTuple):
     zoneout: tuple[float, ...] = ()
     training: bool = False
 
-    @property
     def within(self) -> bool:
         """Whether a layer is given any, beside dropout between layers."""
         return bool(self.recurrent_dropout or any(self.zoneout))
 
     def drawn(self, inputs: Inputs, layer: Layer, hidden: int, dtype: torch.dtype) -> Inputs:
         """Return what a layer is given, with its mask and its noise, in the dtype that it computes in."""
-        if not self.within:
+        if not self.within():
             return inputs
         x, (D, B, R) = inputs.x, inputs.h0.shape
         mask = noise = None

@@ -243,7 +243,8 @@ def _stack(cell: str, args: tuple, compressed: bool = False):
     if not typed or not all(isinstance(flag, bool) for flag in (has_biases, train, bidirectional, batch_first)):
         return fallback(*args)
     directions, inputs = 2 if bidirectional else 1, inputs_of(cell, x, batch_sizes, hx)
-    projected = len(params) // (num_layers * directions) == (5 if has_biases else 3)
+    # num_layers may be a symbol, and torch 2.10's compiler then takes the comparison for one
+    projected = True if len(params) // (num_layers * directions) == (5 if has_biases else 3) else False
     layer = Layer(cell, directions, has_biases, projected, False, batch_first)
     done = run_layers(inputs, Stack(layer, params, num_layers, Noise(dropout if train else 0), compressed))
     if done is not None:
@@ -328,8 +329,8 @@ def run_stack(
     y, _, h0, c0, resets, *_ = inputs
     found, index = [], 0
     parts: tuple[int, ...] = (1,) * layers
-    plain = noise.dropout == 0 and not noise.within and not all_states and restart is None and inputs.mask is None
-    if engine == "triton" and plain:
+    plain = engine == "triton" and noise.dropout == 0 and not all_states and restart is None and inputs.mask is None
+    if plain and not noise.within():
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, h0, *weights))
         parts = dispatch.layers_at_once(layer, y, inputs.batch_sizes, weights[1], layers, training)
     for count in parts:

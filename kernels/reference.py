@@ -127,11 +127,12 @@ def _forward(layer: Layer, inputs: Inputs, steps: Steps, rows: Tensor, d: int, w
         before = states_before(kind, p, q)
         of_h = product(p if mask is None else p * first(b, mask))
         a = _preactivations(kind, of_xs[t], of_h if b_hh is None else of_h + b_hh)
-        out, *slots = _FORWARD[kind.name](*a, *before, *own_weights, *noise[t])
+        out, *found = _FORWARD[kind.name](*a, *before, *own_weights, *noise[t])
         if c is not None:
-            after = slots[-1] if kind.states == 1 else torch.cat(slots[kind.kept :], -1)
+            after = found[-1] if kind.states == 1 else torch.cat(found[kind.kept :], -1)
             c = replace(c, after if here is None else torch.where(here, after, c))
-        slots[kind.kept : kind.kept] = [out] * (kind.slots - kind.kept - kind.states)  # where there is no value
+        no_value = [out] * (kind.slots - kind.kept - kind.states)
+        slots = [*found[: kind.kept], *no_value, *found[kind.kept :]]
         if w_hr is not None:
             slots.append(out)
             out = out @ w_hr.T
