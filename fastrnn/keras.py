@@ -353,7 +353,7 @@ def _layer(
     dropout: with one cell alone.
     """
     initial = [torch.stack([steps.initial(state) for state in kind]) for kind in states]
-    dropped, done = [data * steps.each(factors) for factors in dropout.inputs], None
+    dropped = [data * steps.each(factors) for factors in dropout.inputs]
     data = torch.cat(dropped, -1) if dropped else data
     if dropout.hidden is not None or len(dropped) > 1:
         weights = cells[0].weights(data.dtype)
@@ -364,8 +364,8 @@ def _layer(
         own = Layer(cells[0].name, bias=len(weights) > 2, batch_first=steps.batch_sizes is None)
         y, *last, _ = functional.run_marked(given, functional.Stack(own, weights))
     else:
-        if steps.batch_sizes is None:
-            done = _natively(cells, data, initial[0] if len(initial) == 1 else tuple(initial))
+        hx = initial[0] if len(initial) == 1 else tuple(initial)
+        done = _natively(cells, data, hx) if steps.batch_sizes is None else None
         if done is not None:
             y, state = done
             last = list(state) if isinstance(state, tuple) else [state]

@@ -144,8 +144,8 @@ class Recurrent(nn.Module):
         self.layer_norm, self.cell_clip, self.learn_initial_state = layer_norm, cell_clip, learn_initial_state
         self.recurrent_dropout, self.zoneout = recurrent_dropout, zoneout
         parts, H = self.cell.parts, hidden_size
-        for layer in range(num_layers):
-            inputs = input_size if layer == 0 else H * (1 + bidirectional)
+        for place, suffix in enumerate(features.suffixes(self)):
+            inputs = input_size if place <= bidirectional else H * (1 + bidirectional)
             shapes: dict[str, tuple[int, ...]] = {
                 "weight_ih": (len(parts["ih"]) * H, inputs),
                 "weight_hh": (len(parts["hh"]) * H, H // num_heads),
@@ -153,10 +153,9 @@ class Recurrent(nn.Module):
             if bias:
                 shapes |= {"bias_ih": (len(parts["ih"]) * H,), "bias_hh": (len(parts["hh"]) * H,)}
             shapes |= {f"weight_{name}": (H,) for name in parts["own"]}
-            for suffix in self._suffixes(layer):
-                for name, shape in shapes.items():
-                    if shape[0]:
-                        self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            for name, shape in shapes.items():
+                if shape[0]:
+                    self.register_parameter(name + suffix, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         # for csrc/modules.cpp, where the engines take the parameters as they are, but for the cell's own, which follow biases
         as_they_are = parts["ih"] == self.cell.definition.input_parts and parts["hh"] == self.cell.definition.hidden_parts
         self._flat_weights_names = [*self._parameters] if as_they_are and (bias or not parts["own"]) else None
@@ -173,9 +172,6 @@ class Recurrent(nn.Module):
 
     def flatten_parameters(self) -> None:
         """Do nothing, as torch.nn's modules on a CPU: the parameters stay as they are."""
-
-    def _suffixes(self, layer: int) -> list[str]:
-        return [f"_l{layer}", f"_l{layer}_reverse"][: 1 + self.bidirectional]
 
     def extra_repr(self) -> str:
         """Name the sizes, and what is not as by default."""
@@ -278,17 +274,12 @@ class Recurrent(nn.Module):
         return max(heads for heads in range(1, max(2, self.hidden_size // 64 + 1)) if self.hidden_size % heads == 0)
 
     def _fastrnn_weights(self) -> list[Tensor]:
-        """Return the weights of all layers as the engines take them."""
-        return [each for layer in range(self.num_layers) for each in self._weights(layer)]
-
-    def _weights(self, layer: int) -> list[Tensor]:
-        """Return a layer's weights as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
+        """Return the weights of all layers as the engines take them: w_ih, w_hh, b_ih and b_hh of each direction."""
         if self.layer_norm:
-            cells = self.cell.definition.name, features.cell_name(self)
-            return [each for suffix in self._suffixes(layer) for each in norms.weights(self, suffix, *cells)]
+            return features.weights_of(self)
         definition, parts, H = self.cell.definition, self.cell.parts, self.hidden_size
         found: list[Tensor] = []
-        for suffix in self._suffixes(layer):
+        for suffix in features.suffixes(self):
             own = [getattr(self, f"weight_{name}{suffix}") for name in parts["own"]]
             matrix = getattr(self, f"weight_ih{suffix}")
             recurrent = getattr(self, f"weight_hh{suffix}", None)
@@ -343,7 +334,7 @@ class Recurrent(nn.Module):
 
 # What a call runs, and the fast path does not.
 _INNER = ("check_forward_args", "check_input", "check_hidden_size", "get_expected_hidden_size", "permute_hidden", "_heads",
-          "_weights", "_fastrnn_layer", "_fastrnn_weights", "_flat_weights", "proj_size", "__getattr__",
+          "_fastrnn_layer", "_fastrnn_weights", "_flat_weights", "proj_size", "__getattr__",
           "__getattribute__")  # fmt: skip
 
 

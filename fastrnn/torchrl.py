@@ -8,7 +8,7 @@ together again. These derive from them and hand the marks to the layer, as `rese
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torchrl.modules
@@ -21,40 +21,36 @@ import fastrnn
 __all__ = ["GRUModule", "LSTMModule"]
 
 
-class LSTMModule(torchrl.modules.LSTMModule):
+class _OnResets:
+    """What both modules have beyond TorchRL's. layer_name: of the attribute that holds the layer."""
+
+    layer_name: ClassVar[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fastrnn.convert(self)  # type: ignore[type-var]  # a module, by its other base
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """As TorchRL's. In recurrent mode, where the last dimension of `tensordict` is time, with resets at `is_init`."""
+        done = _with_resets(self, getattr(self, self.layer_name), tensordict)
+        return super().forward(tensordict) if done is None else done  # type: ignore[misc]  # of the other base
+
+
+class LSTMModule(_OnResets, torchrl.modules.LSTMModule):
     """`torchrl.modules.LSTMModule`, arguments and behaviour, on fastrnn's engines.
 
     A layer that is given as `lstm` becomes one of fastrnn's in place. `recurrent_backend` is for what resets cannot do: two
     directions, and recorded states that are not zero where an episode begins in the midst of a row.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        fastrnn.convert(self)
-
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """As TorchRL's. In recurrent mode, where the last dimension of `tensordict` is time, with resets at `is_init`."""
-        done = _with_resets(self, self.lstm, tensordict)
-        return super().forward(tensordict) if done is None else done
+    layer_name = "lstm"
 
 
-class GRUModule(torchrl.modules.GRUModule):
-    """`torchrl.modules.GRUModule`, arguments and behaviour, on fastrnn's engines.
+class GRUModule(_OnResets, torchrl.modules.GRUModule):
+    """`torchrl.modules.GRUModule`, as `LSTMModule`; a layer is given as `gru`."""
 
-    A layer that is given as `gru` becomes one of fastrnn's in place. `recurrent_backend` is for what resets cannot do: two
-    directions, and recorded states that are not zero where an episode begins in the midst of a row.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        fastrnn.convert(self)
-
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """As TorchRL's. In recurrent mode, where the last dimension of `tensordict` is time, with resets at `is_init`."""
-        done = _with_resets(self, self.gru, tensordict)
-        return super().forward(tensordict) if done is None else done
+    layer_name = "gru"
 
 
 def _with_resets(module: Any, layer: Any, tensordict: TensorDictBase) -> TensorDictBase | None:

@@ -989,8 +989,8 @@ def test_the_fast_path_declines_what_is_out_of_the_ordinary():
         assert fast(dropping, x, None) is None and fast(dropping.eval(), x, None) is not None
 
     class Overriding(fastrnn.recurrent(cells.slstm)):  # type: ignore[misc]
-        def _weights(self, layer):
-            return super()._weights(layer)
+        def _fastrnn_weights(self):
+            return super()._fastrnn_weights()
 
     assert Overriding._fastrnn_fast_path is None and Derived._fastrnn_fast_path == cells.mgu.definition.name
 
