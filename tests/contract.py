@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
-from fastrnn.kernels import cpu
+from fastrnn.kernels import cpu, reference
+from fastrnn.kernels.cells import Cell
+from fastrnn.kernels.derive import Code
 
 FACTOR, SLACK = 2, 4
 FIXED = {torch.float64: 1e-12} | {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float16, torch.bfloat16)}
@@ -250,6 +252,25 @@ def assert_engine(case: Case, module: nn.Module, sample: Sample, library=fastrnn
     if library is fastrnn:
         choice = fastrnn.explain(module, *arguments(case, sample.x, sample.states, sample.lengths))
         assert choice.engine == "cpu", f"{case}: {choice}"
+
+
+def numbers(code: Code, given: dict[str, Tensor]) -> list[Tensor]:
+    """Arguments of a derived function by their names, new random ones where there are none."""
+    return [given.setdefault(name, torch.randn(5, 7, dtype=torch.float64)) for name, _ in code.parameters]
+
+
+def assert_derivative(cell: Cell, rtol: float, atol: float) -> None:
+    """A cell's backward gives what autograd gives through its forward."""
+    derived, given = cell.derived, dict[str, Tensor]()
+    inputs = [each.requires_grad_() for each in numbers(derived.forward, given)]
+    results = derived.forward.bind(reference.NAMES)(*inputs)
+    given |= {name: value for (name, _), value in zip(derived.forward.results, results, strict=True)}
+    own = derived.backward.bind(reference.NAMES)(*numbers(derived.backward, given))
+    names = ["h_new", *(name for name, _ in derived.after)]
+    learned = len(inputs) - cell.noise  # noise, which has no gradient, comes last
+    truths = torch.autograd.grad([given[name] for name in names], inputs[:learned], [given[f"d_{name}"] for name in names])
+    for (name, _), found, truth in zip(derived.forward.parameters[:learned], own, truths, strict=True):
+        torch.testing.assert_close(found, truth, rtol=rtol, atol=atol, msg=lambda text, name=name: f"d_{name}: {text}")
 
 
 def same_bits(ours: Tensor | Mapping[str, Tensor], theirs: Tensor | Mapping[str, Tensor], what: str = "") -> None:

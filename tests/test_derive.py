@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from contract import assert_derivative, numbers
 
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cells import CELLS
@@ -28,21 +29,8 @@ def cell(request):
     return CELLS[request.param]
 
 
-def numbers(code, given: dict) -> list:
-    """Arguments of a function by their names, new random ones where there are none."""
-    return [given.setdefault(name, torch.randn(5, 7, dtype=torch.float64)) for name, _ in code.parameters]
-
-
 def test_gradients_are_those_of_autograd(cell):
-    derived, given = cell.derived, {}
-    inputs = [each.requires_grad_() for each in numbers(derived.forward, given)]
-    results = derived.forward.bind(reference.NAMES)(*inputs)
-    given |= {name: value for (name, _), value in zip(derived.forward.results, results, strict=True)}
-    own = derived.backward.bind(reference.NAMES)(*numbers(derived.backward, given))
-    outer = [given[name] for name in ("h_new", *(name for name, _ in derived.after))]
-    seeds = [given[name] for name in given if name.startswith("d_")]
-    for (name, _), found, truth in zip(derived.forward.parameters, own, torch.autograd.grad(outer, inputs, seeds), strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-13, atol=1e-14, msg=lambda text, name=name: f"d_{name}: {text}")
+    assert_derivative(cell, rtol=1e-13, atol=1e-14)
 
 
 def test_changes_are_those_of_forward_mode(cell):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from contract import python, relative, threads
+from contract import assert_derivative, numbers, python, relative, threads
 from torch import Tensor
 
 import fastrnn
@@ -33,23 +33,8 @@ def cell(request):
     return CELLS[features.cell_name(MODULES[request.param]())]
 
 
-def numbers(code, given: dict[str, Tensor]) -> list[Tensor]:
-    return [given.setdefault(name, torch.randn(5, 7, dtype=torch.float64)) for name, _ in code.parameters]
-
-
 def test_gradients_are_those_of_autograd(cell):
-    derived, given = cell.derived, {}
-    inputs = [each.requires_grad_() for each in numbers(derived.forward, given)]
-    results = derived.forward.bind(reference.NAMES)(*inputs)
-    given |= {name: value for (name, _), value in zip(derived.forward.results, results, strict=True)}
-    own = derived.backward.bind(reference.NAMES)(*numbers(derived.backward, given))
-    outer = [given[name] for name in ("h_new", *(name for name, _ in derived.after))]
-    seeds = [given[f"d_{name}"] for name in ("h_new", *(name for name, _ in derived.after))]
-    learned = inputs[: len(own)]  # noise, which has no gradient, comes last
-    for (name, _), found, truth in zip(
-        derived.forward.parameters, own, torch.autograd.grad(outer, learned, seeds), strict=False
-    ):
-        torch.testing.assert_close(found, truth, rtol=1e-12, atol=1e-13, msg=lambda text, name=name: f"d_{name}: {text}")
+    assert_derivative(cell, rtol=1e-12, atol=1e-13)
 
 
 def test_stages_in_turn_are_the_whole(cell):

@@ -13,7 +13,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell
-from .elementary import make_reader, over_vectors
+from .elementary import make_reader, make_writer, over_vectors
 from .plan import BACKWARD_PARTS as PARTS
 from .plan import (
     FEW_ROWS,
@@ -122,33 +122,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     wait = wait_rows if reduces else wait_group  # a row's reductions are over all heads
     # of a row in p.carried: the gradient of the output, and what goes from one stage to the next
     carried_bytes, reduced_bytes = (1 + carried_values(stages)) * size, row_values(stages) * vector
-    reader = make_reader(v)
-
-    def writer(results):
-        """These results of a vector of units to places `stride` bytes apart."""
-        if not results:
-            return njit(lambda row, stride, result, n: None, **options)
-        before, place, s = writer(results[:-1]), len(results) - 1, results[-1]
-
-        @njit(**options)
-        def write(row, stride, result, n):
-            before(row, stride, result, n)
-            store(row + place * stride, result[s], n)
-
-        return write
-
-    def adder(results):
-        """The same, added to what is there."""
-        if not results:
-            return njit(lambda row, stride, result, n: None, **options)
-        before, place, s = adder(results[:-1]), len(results) - 1, results[-1]
-
-        @njit(**options)
-        def add(row, stride, result, n):
-            before(row, stride, result, n)
-            store(row + place * stride, load(row + place * stride, n) + result[s], n)
-
-        return add
+    reader, writer = make_reader(v), make_writer(v)
 
     read_slots = reader((*range(kept_values), *range(slots - states, slots)))
     read_output, read_weights = reader((0,) * reads_output), reader(tuple(range(gates, gates + weights)))
@@ -159,7 +133,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
     of_states = [preactivations + names.index(name) for name in names if name != "h"]
     of_hidden = preactivations + (names.index("h") if reads_hidden else 0)
     of_weights = range(preactivations + len(names), preactivations + len(names) + weights)
-    write_gradients, write_carried = writer(tuple(range(preactivations))), writer(tuple(of_states))
+    write_gradients = writer(range(preactivations), range(preactivations))
+    write_carried, add_own = writer(range(len(of_states)), of_states), writer(range(weights), of_weights, add=True)
 
     def before_reader(names):
         """States before a step in the cell's order, of the hidden one and a tuple of the others."""
@@ -171,8 +146,6 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return njit(lambda h, others: before(h, others) + (others[s],), **options)
 
     in_order, read_hidden = before_reader(names), reader((0,) * reads_hidden)
-
-    add_own = adder(tuple(of_weights))
 
     @njit(**options)
     def pitch(p):

@@ -364,3 +364,26 @@ def make_reader(v: VectorLibrary):
         return njit(lambda row, stride, n: before(row, stride, n) + (load(row + s * stride, n),), **options)
 
     return reader
+
+
+def make_writer(v: VectorLibrary):
+    """writer(places, results, add): what writes these results of a vector of units, as they stand in a tuple, to these places,
+    `stride` bytes apart; add: to what is there."""
+    load, store = v.load, v.store
+
+    def writer(places, results, add=False):
+        if not places:
+            return njit(lambda row, stride, values, n: None, **options)
+        before, place, s = writer(places[:-1], results[:-1], add), places[-1], results[-1]
+
+        @njit(**options)
+        def write(row, stride, values, n):
+            before(row, stride, values, n)
+            value = values[s]
+            if add:
+                value = load(row + place * stride, n) + value
+            store(row + place * stride, value, n)
+
+        return write
+
+    return writer

@@ -8,7 +8,7 @@ from functools import cache
 from numba import njit
 
 from ..cells import Cell
-from .elementary import make_reader, over_vectors
+from .elementary import make_reader, make_writer, over_vectors
 from .plan import FORWARD_PARTS as PARTS
 from .plan import (
     ROW_BLOCK,
@@ -119,21 +119,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     preactivations_of = preactivation_tuple(preactivations)
 
-    def writer(places, first):
-        """Results of a vector of units, from `first` on, to numbered places `stride` bytes apart."""
-        if not places:
-            return njit(lambda row, stride, result, n: None, **options)
-        before, place, s = writer(places[:-1], first), places[-1], first + len(places) - 1
-
-        @njit(**options)
-        def write(row, stride, result, n):
-            before(row, stride, result, n)
-            store(row + place * stride, result[s], n)
-
-        return write
-
-    write_slots = writer((*range(kept), *range(slots - states, slots)), 1)
-    write_states = writer(tuple(range(states)), 1 + kept)
+    writer = make_writer(v)
+    write_slots = writer((*range(kept), *range(slots - states, slots)), range(1, 1 + kept + states))
+    write_states = writer(range(states), range(1 + kept, 1 + kept + states))
 
     def state_reader(names):
         """States before the step of a vector of units: h from its row, others from theirs, `stride` bytes apart."""
@@ -424,8 +412,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
 
     # What a cell with reductions does with whole rows after the product, see stages.py.
 
-    read_preactivations, write_after = reader(tuple(range(preactivations))), writer(tuple(range(states)), 1)
-    write_last_slots = writer(tuple(range(slots - states, slots)), 1)
+    read_preactivations, write_after = reader(tuple(range(preactivations))), writer(range(states), range(1, 1 + states))
+    write_last_slots = writer(range(slots - states, slots), range(1, 1 + states))
 
     @njit(**options)
     def stage_arguments(context, i, unit, n):

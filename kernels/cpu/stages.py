@@ -14,7 +14,7 @@ from typing import Any
 from numba import njit
 
 from ..derive import Stage
-from .elementary import elementary, over_vectors
+from .elementary import elementary, make_writer, over_vectors
 from .processor import Target
 from .product import options
 from .vector import VectorLibrary
@@ -50,23 +50,9 @@ def make_stages(
         return njit(lambda context, rows, units, between: None, **options)
     read, keep, kept_row, wait = tools
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
-    load, store, load_all = v.load, v.store, v.load_all
+    load, load_all, writer = v.load, v.load_all, make_writer(v)
     places: dict[int, Place] = {node.index: ("kept", kept[name]) for name, node in stages[0].code.parameters if name in kept}
     values: dict[int, int] = {}
-
-    def carrier(first: int, count: int):
-        """carry(row, stride, results, n): results of a vector of units to where they are carried."""
-        if count == 0:
-            return njit(lambda row, stride, results, n: None, **options)
-        before, s = carrier(first, count - 1), count - 1
-        place = first + s
-
-        @njit(**options)
-        def carry(row, stride, results, n):
-            before(row, stride, results, n)
-            store(row + place * stride, results[s], n)
-
-        return carry
 
     def extra_reader(extras: Sequence[Place]):
         """read(row, stride, own, n): what stages before have carried of a vector of units, and what was reduced."""
@@ -88,7 +74,8 @@ def make_stages(
         reduce = reducer(stage.reductions, places, values, v, target)
         read_extras = extra_reader(tuple(extras))
         one, two = over_vectors(stage.code, v, target)
-        carry = carrier(first, 0 if is_last else len(stage.code.results))
+        count = 0 if is_last else len(stage.code.results)
+        carry = writer(range(first, first + count), range(count))
         if not is_last:
             for place, (_, node) in enumerate(stage.code.results, first):
                 places[node.index] = "carried", place
