@@ -52,8 +52,8 @@ ROWS = {
     ),
     "resets": (
         "Each row is a batch of 64 sequences of 128 steps and 256 units. Each figure is the time of the rival over fastrnn's: "
-        "with resets at 5 % of the steps, of a call without resets, and of torch.nn called anew at each reset; with lengths at "
-        "57 % of the steps, of packed input."
+        "with resets at 5 % of the steps, from given states, of a call without resets, and of torch.nn called anew at each "
+        "reset; with lengths at 57 % of the steps, of packed input."
     ),
     "features": (
         "Each row is a feature of docs/features.md and a size of the layer. Each figure is the time of a training step with it "

@@ -1,7 +1,8 @@
 """What resets and lengths cost: `python -m bench.resets --help`.
 
-A rollout of reinforcement learning, in which 5 % of the steps are resets: with resets, without them, and as it is done on
-torch.nn's layers, which are called anew at each step at which a row is reset (as sb3-contrib does). A padded batch, 57 % full:
+A rollout of reinforcement learning, from the states that were recorded before it, in which 5 % of the steps are resets: with
+resets, without them, and as it is done on torch.nn's layers, which are called anew at each step at which a row is reset (as
+sb3-contrib does). A padded batch, 57 % full:
 by its lengths, and packed, the packing not counted. Rivals of one case are timed in turns, as in bench.run, after a check that
 the gradients of the first and of torch.nn's agree.
 """
@@ -29,14 +30,13 @@ DEFAULT_OUTPUT = record.result_file("resets")
 Call = Callable[[], Tensor]
 
 
-def split(module: nn.Module, x: Tensor, resets: Tensor) -> Tensor:
+def split(module: nn.Module, x: Tensor, state: Any, resets: Tensor) -> Tensor:
     """Run torch.nn's module on each stretch of steps at which no row is reset, from states in which the reset rows are zero."""
     cuts = [0, *(t for t in range(1, len(x)) if resets[t].any()), len(x)]
-    outputs, state = [], None
+    outputs = []
     for begin, end in pairwise(cuts):
-        if state is not None:
-            keep = (~resets[begin]).to(x.dtype).unsqueeze(-1)
-            state = tuple(each * keep for each in state) if isinstance(state, tuple) else state * keep
+        keep = (~resets[begin]).to(x.dtype).unsqueeze(-1)
+        state = tuple(each * keep for each in state) if isinstance(state, tuple) else state * keep
         y, state = module(x[begin:end], state)
         outputs.append(y)
     return torch.cat(outputs)
@@ -50,11 +50,12 @@ def calls(cell: str, kind: str, sizes: tuple[int, int, int, int]) -> tuple[nn.Mo
     stock.load_state_dict(ours.state_dict())
     x = torch.randn(T, B, I, requires_grad=True)
     if kind == "resets":
-        resets = torch.rand(T, B) < RESETS
+        resets, (h, c) = torch.rand(T, B) < RESETS, torch.randn(2, 1, B, H).tanh()
+        hx = (h, c) if cell == "lstm" else h
         return ours, stock, {
-            "resets": lambda: ours(x, resets=resets)[0],
-            "without": lambda: ours(x)[0],
-            "split on torch.nn": lambda: split(stock, x, resets),
+            "resets": lambda: ours(x, hx, resets=resets)[0],
+            "without": lambda: ours(x, hx)[0],
+            "split on torch.nn": lambda: split(stock, x, hx, resets),
         }, x  # fmt: skip
     lengths = torch.linspace(2 * FILL - 1, 1, B).clamp(0).mul(T).round().long()[torch.randperm(B)]
     packed = pack_padded_sequence(x.detach(), lengths.clamp(min=1), enforce_sorted=False)

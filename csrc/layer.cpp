@@ -58,7 +58,8 @@ constexpr std::pair<std::string_view, bool Layer::*> FLAGS[] = {
     {"bias", &Layer::bias},
     {"projected", &Layer::projected},
     {"reverse", &Layer::reverse},
-    {"batch_first", &Layer::batch_first}};
+    {"batch_first", &Layer::batch_first},
+    {"restarts", &Layer::restarts}};
 
 constexpr std::pair<std::string_view, int64_t Layer::*> NUMBERS[] = {{"directions=", &Layer::directions}, {"heads=", &Layer::heads}};
 
@@ -195,6 +196,14 @@ void Call::states(const View& given, int64_t Record::*field, int64_t numbers_a_d
                   "fastrnn: a state's shape or dtype does not fit the layer");
   for (int64_t d = 0; d < layer.directions; ++d)
     records[d].*field = given.address + (index * layer.directions + d) * numbers_a_direction * bytes_of(dtype_);
+}
+
+// Behind the rows of the batch stand those that resets go back to, where these are others.
+void Call::initial_states(const View& given, int64_t Record::*field, int64_t Record::*at_reset, int64_t numbers_a_row) {
+  const int64_t numbers = records[0].batch * numbers_a_row;
+  STD_TORCH_CHECK(!layer.restarts || given.dims == 3, "fastrnn: expected states [directions, rows, numbers]");
+  states(given, field, numbers * (1 + layer.restarts));
+  for (Record& r : records) r.*at_reset = r.*field + layer.restarts * numbers * bytes_of(dtype_);
 }
 
 void Call::rows(const View& given, int64_t Record::*field, int64_t Record::*step, int64_t Record::*row, int64_t width) {
@@ -374,10 +383,11 @@ Call call_of(const Inputs& inputs, Dtype biases) {
   Call call(*sizes, inputs.x, layout_of(inputs), reinterpret_cast<const int64_t*>(batch_sizes.address), batch_sizes.numel());
   const Record& r = call.records[0];
   call.weights(inputs.weights.data());
-  call.states(inputs.h0, &Record::h0, r.batch * r.output_size);
+  call.initial_states(inputs.h0, &Record::h0, &Record::h_reset, r.output_size);
   const Cell& cell = *call.layer.cell;
   STD_TORCH_CHECK(!cell.states || inputs.c0.dims, "fastrnn: ", cell.name, " needs c0");
-  if (cell.states) call.states(inputs.c0, &Record::c0, r.batch * cell.states * r.hidden_size);
+  if (cell.states) call.initial_states(inputs.c0, &Record::c0, &Record::c_reset, cell.states * r.hidden_size);
+  STD_TORCH_CHECK(!call.layer.restarts || inputs.resets.dims, "fastrnn: a layer that restarts needs resets");
   if (inputs.resets.dims) call.resets(inputs.resets);
   if (inputs.lengths.dims) call.lengths(inputs.lengths);
   if (inputs.mask.dims) call.states(inputs.mask, &Record::mask, r.batch * r.output_size);
@@ -388,6 +398,13 @@ Call call_of(const Inputs& inputs, Dtype biases) {
 }
 
 std::vector<int64_t> sizes_of(const View& t) { return {t.sizes, t.sizes + t.dims}; }
+
+// Of the final states, as the initial ones without those that resets go back to.
+std::vector<int64_t> final_sizes(const View& initial, const Layer& layer) {
+  std::vector<int64_t> sizes = sizes_of(initial);
+  if (layer.restarts) sizes.end()[-2] /= 2;
+  return sizes;
+}
 
 // Numbers that are saved for one row.
 int64_t saved_width(const Call& call) { return (call.layer.cell->slots + call.layer.projected) * call.records[0].hidden_size; }
@@ -408,10 +425,10 @@ Call forward_call(const Inputs& inputs, bool save, const Make& make) {
   const Dtype dtype = inputs.x.dtype;
   std::vector<int64_t> y_sizes = sizes_of(inputs.x);
   y_sizes.back() = D * R;
-  call.states(make(H_N, sizes_of(inputs.h0), dtype, 0), &Record::h_n, B * R);
+  call.states(make(H_N, final_sizes(inputs.h0, call.layer), dtype, 0), &Record::h_n, B * R);
   call.rows(make(Y, y_sizes, dtype, 0), &Record::y, &Record::y_step, &Record::y_row, R);
   const int64_t S = call.layer.cell->states * H;
-  if (S) call.states(make(C_N, sizes_of(inputs.c0), dtype, 0), &Record::c_n, B * S);
+  if (S) call.states(make(C_N, final_sizes(inputs.c0, call.layer), dtype, 0), &Record::c_n, B * S);
   const int64_t N = call.places();
   if (save) call.states(make(SAVED, {D, N, width}, dtype, 0), &Record::saved, N * width);
   for (Record& record : call.records) record.save = save;
@@ -433,14 +450,14 @@ Call backward_call(const Inputs& inputs, const Gradients& gradients, const View&
   call.states(saved, &Record::saved, call.places() * saved_width(call));
   // The states' gradients are carried back in the place of the result.
   const auto state = [&](const View& initial, const View& final, int64_t Record::*field, size_t result,
-                         int64_t Record::*carried, int64_t width) {
+                         int64_t Record::*carried, int64_t Record::*at_reset, int64_t width) {
     if (final.dims) call.states(final, field, B * width);
     if (!gradients.need_dh0) return call.scratch(carried, B * width);
-    call.states(make(result, sizes_of(initial), dtype, 0), carried, B * width);
+    call.initial_states(make(result, sizes_of(initial), dtype, 0), carried, at_reset, width);
   };
-  state(inputs.h0, gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, R);
+  state(inputs.h0, gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, &Record::dh_reset, R);
   const int64_t S = call.layer.cell->states * H, W = call.layer.cell->weights * H;
-  if (S) state(inputs.c0, gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, S);
+  if (S) state(inputs.c0, gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, &Record::dc_reset, S);
   if (gradients.need_dx) {
     const View dx = make(DX, sizes_of(inputs.x), dtype, 0);
     call.rows(dx, &Record::dx, &Record::dx_step, &Record::dx_row, 0);

@@ -97,7 +97,7 @@ struct Layer {
 
   const Cell* cell = nullptr;
   int64_t directions = 1, heads = 1;
-  bool bias = false, projected = false, reverse = false, batch_first = false;
+  bool bias = false, projected = false, reverse = false, batch_first = false, restarts = false;
 };
 
 struct LayerSizes {
@@ -132,7 +132,10 @@ class Call {
   // A sequence in x's layout; direction d starts d * width numbers into a row, which has those of all directions; 0: of x's own.
   void rows(const View& given, int64_t Record::*field, int64_t Record::*step, int64_t Record::*row, int64_t width);
 
-  // Where the states go back to the initial ones, in x's layout; and of a dense sequence, the steps of each row.
+  // The same for h and the others of the initial states or their gradients, and for those that resets go back to.
+  void initial_states(const View& given, int64_t Record::*field, int64_t Record::*at_reset, int64_t numbers_a_row);
+
+  // Where the states go back to those, in x's layout; and of a dense sequence, the steps of each row.
   void resets(const View& given);
   void lengths(const View& given);
 

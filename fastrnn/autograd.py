@@ -305,7 +305,8 @@ def _keep(ctx, inputs: tuple, y: Tensor, saved: Tensor, eager: bool) -> None:
         ctx.apart = None
         ctx.save_for_backward(*inputs[:_OPTIONS], y, saved, *inputs[_WEIGHTS:])
         return
-    one_step = bool(y.numel() == inputs[2].numel())  # of h0; sizes may be symbols, whose truth no cache of torch 2.10 finds
+    numbers = inputs[2].numel() // (1 + layer_of(inputs[_OPTIONS]).restarts)  # of h0 before the first step
+    one_step = bool(y.numel() == numbers)  # sizes may be symbols, whose truth no cache of torch 2.10 finds
     unneeded, *selectors = _unneeded(ctx.needs_input_grad, inputs[_OPTIONS], one_step)
     if unneeded and unneeded[0] < _WEIGHTS:
         # An input that is no leaf may become a function of the output, in place, and a reference from here would be a cycle.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.kernels.cells import CELLS
-from fastrnn.kernels.layer import Inputs, Layer, Outer, Steps, layer_of
+from fastrnn.kernels.layer import Inputs, Layer, Outer, Steps, initial_states, layer_of
 
 SEGMENT_ROWS = 768  # rows of a segment at least: with fewer, packing weights and adding up their gradients takes the time
 
@@ -70,8 +70,6 @@ def segments_wanted(layer: Layer, inputs: Inputs) -> int:
     """Segments into which the current mode divides a layer's steps; 0: it keeps the gates."""
     if not _mode.recompute or CELLS[layer.cell].slots == 0:
         return 0
-    if inputs.resets is not None or inputs.lengths is not None:
-        return 1  # a segment begins with states that are not those to which its resets go back
     steps = Steps(layer, inputs)
     return count_segments(steps.steps, steps.rows, steps.batch, layer.cell, layer.projected)
 
@@ -104,15 +102,15 @@ def bounds(offsets: Sequence[int], segments: int) -> list[int]:
 def forward(x, batch_sizes, h0, c0, weights, text, segments, *more) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op checkpoint_forward, see ops.py."""
     inputs, layer = Inputs(x, batch_sizes, h0, c0, *more), layer_of(text)
-    D, B, R = h0.shape
+    steps, (begin, _) = _Segments(layer, inputs), initial_states(layer, inputs)
+    D, B, R = begin[0].shape
     kept = x.new_empty((0,) if c0 is None else (D, segments - 1, B, c0.shape[2]))
     if kept.numel() == 0:
         y, h_n, c_n, _ = _layer_forward(inputs, weights, text, False)
         return y, h_n, c_n, kept
     y = x.new_empty((*x.shape[:-1], D * R))
-    h_n, c_n = (state.clone(memory_format=torch.contiguous_format) for state in (h0, c0))
-    steps = _Segments(layer, inputs)
-    for d, (own, own_weights) in enumerate(_directions(layer, weights)):
+    h_n, c_n = (state.clone(memory_format=torch.contiguous_format) for state in begin if state is not None)
+    for d, (own, own_weights) in enumerate(steps.each_direction(weights)):
         for k, (start, stop) in enumerate(steps.segments(segments, own.reverse)):
             if k > 0:
                 kept[d, k - 1] = c_n[d]
@@ -133,24 +131,26 @@ def backward(
     if segments == 1:
         saved = _layer_forward(inputs, weights, text, True)[3]
         return _layer_backward(Outer(dy, dh_n, dc_n), inputs, weights, y, saved, text, needs)
+    steps, (begin, restart) = _Segments(layer, inputs), initial_states(layer, inputs)
     R = h0.shape[2]
     dx = x.new_empty(x.shape if need_dx else (0,))
-    # gradients of the states after the segments that are still to come, in the end of the first ones
-    dh = torch.zeros_like(h0, memory_format=torch.contiguous_format)
-    dc = x.new_empty(0) if c0 is None else torch.zeros_like(c0, memory_format=torch.contiguous_format)
+    # gradients of the states after the segments that are still to come, in the end of the first ones; and of those that resets
+    # go back to, so far
+    dh, dc = (_zeros(x, state) for state in begin)
+    dh_reset, dc_reset = (_zeros(x, None if inputs.resets is None else state) for state in restart)
     for carried, final in ((dh, dh_n), (dc, dc_n)):
         if final is not None:
             carried.copy_(final)
-    steps = _Segments(layer, inputs)
     sums: list[Tensor] = []
-    for d, (own, own_weights) in enumerate(_directions(layer, weights)):
+    for d, (own, own_weights) in enumerate(steps.each_direction(weights)):
         y_own, dy_own = y.narrow(-1, d * R, R), None if dy is None else dy.narrow(-1, d * R, R)
         order, totals = steps.segments(segments, own.reverse), None
         for k in reversed(range(segments)):
             start, stop = order[k]
             b = steps.sizes[start]
-            h = steps.before(y_own, h0[d : d + 1], start, stop, own.reverse) if k > 0 else h0[d : d + 1, :b]
-            c = None if c0 is None else kept[d, k - 1 : k, :b] if k > 0 else c0[d : d + 1, :b]
+            h, c = (None if state is None else state[d : d + 1] for state in begin)
+            h = steps.before(y_own, h, start, stop, own.reverse) if k > 0 else h[:, :b]
+            c = None if c is None else kept[d, k - 1 : k, :b] if k > 0 else c[:, :b]
             part, need_states = steps.inputs(d, start, stop, h, c), need_dh0 or k > 0
             saved = _layer_forward(part, own_weights, own.text(), True)[3]
             dh_here, dc_here = dh[d : d + 1, :b], None if c0 is None else dc[d : d + 1, :b]
@@ -158,10 +158,11 @@ def backward(
             dx_part, dh_part, dc_part, dw_part = _layer_backward(
                 outer, part, own_weights, steps.part(y_own, start, stop), saved, own.text(), (need_dx, need_states, need_dw)
             )
-            if need_states:
-                dh_here.copy_(dh_part)
-            if dc_here is not None and need_states:
-                dc_here.copy_(dc_part)
+            for carried, at_reset, found in ((dh_here, dh_reset, dh_part), (dc_here, dc_reset, dc_part)):
+                if carried is not None and need_states:
+                    carried.copy_(found[:, :b])
+                    if own.restarts:
+                        at_reset[d : d + 1, :b].add_(found[:, b:])
             if need_dx and d == 0:
                 steps.part(dx, start, stop).copy_(dx_part)
             elif need_dx:
@@ -176,14 +177,16 @@ def backward(
         sums += totals or []
     if not need_dh0:
         dh, dc = x.new_empty(0), x.new_empty(0)
+    elif layer.restarts:
+        dh, dc = torch.cat((dh, dh_reset), 1), dc if c0 is None else torch.cat((dc, dc_reset), 1)
+    elif inputs.resets is not None:
+        dh, dc = dh + dh_reset, dc + dc_reset
     return dx, dh, dc, sums
 
 
-def _directions(layer: Layer, weights: Sequence[Tensor]) -> Iterator[tuple[Layer, Sequence[Tensor]]]:
-    """Take a layer apart: each direction as a layer of its own, and its weights."""
-    count = len(layer.kinds())
-    for d in range(layer.directions):
-        yield layer._replace(directions=1, reverse=layer.reverse != bool(d)), weights[d * count : (d + 1) * count]
+def _zeros(x: Tensor, state: Tensor | None) -> Tensor:
+    """Make zeros for the gradient of a state; a tensor without numbers where there is none. x: of the same kind."""
+    return x.new_empty(0) if state is None else torch.zeros_like(state, memory_format=torch.contiguous_format)
 
 
 def _layer_forward(inputs: Inputs, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -199,7 +202,18 @@ class _Segments(Steps):
 
     def __init__(self, layer: Layer, inputs: Inputs) -> None:
         super().__init__(layer, inputs)
-        self.x, self.mask = inputs.x, inputs.mask
+        self.layer, self.x, self.mask = layer, inputs.x, inputs.mask
+        _, self.restart = initial_states(layer, inputs)
+
+    def each_direction(self, weights: Sequence[Tensor]) -> Iterator[tuple[Layer, Sequence[Tensor]]]:
+        """Take the layer apart: each direction as a layer of its own, and its weights.
+
+        A segment begins with states that are not those to which its resets go back.
+        """
+        count, restarts = len(self.layer.kinds()), self.resets is not None
+        for d in range(self.directions):
+            own = self.layer._replace(directions=1, reverse=self.layer.reverse != bool(d), restarts=restarts)
+            yield own, weights[d * count : (d + 1) * count]
 
     def segments(self, count: int, backwards: bool) -> list[tuple[int, int]]:
         """First step and the one past the last of each segment, in the order they run."""
@@ -209,15 +223,24 @@ class _Segments(Steps):
     def inputs(self, d: int, start: int, stop: int, h: Tensor, c: Tensor | None) -> Inputs:
         """What a layer is given that runs these steps from these states, in direction d."""
         x, sizes = self.part(self.x, start, stop), None if self.batch_sizes is None else self.batch_sizes[start:stop]
-        mask = None if self.mask is None else self.mask[d : d + 1, : h.shape[1]]
-        noise = None if self.noise is None else self.part(self.noise, start, stop).chunk(self.directions, -1)[d]
-        return Inputs(x, sizes, h, c, mask=mask, noise=noise)
+        resets, lengths, mask, noise = self.resets, self.lengths, self.mask, self.noise
+        mask = None if mask is None else mask[d : d + 1, : h.shape[1]]
+        noise = None if noise is None else self.part(noise, start, stop).chunk(self.directions, -1)[d]
+        lengths = None if lengths is None else (lengths - start).clamp(0, stop - start)
+        if resets is not None:
+            resets = self.part(resets, start, stop)
+            h, c = (
+                None if state is None or other is None else torch.cat((state, other[d : d + 1, : state.shape[1]]), 1)
+                for state, other in zip((h, c), self.restart, strict=True)
+            )
+        return Inputs(x, sizes, h, c, resets, lengths, mask, noise)
 
     def before(self, y: Tensor, h0: Tensor, start: int, stop: int, backwards: bool) -> Tensor:
         """h [1, B, R] of the rows of a segment, not the first to run, before it; y of its direction, h0 [1, B, R]."""
         previous, b = stop if backwards else start - 1, self.sizes[start]
         h = self.part(y, previous, previous + 1)
         if not self.packed:
-            return h.transpose(0, self.axis)
+            h = h.transpose(0, self.axis)
+            return h if self.lengths is None else torch.where((previous < self.lengths)[None, :, None], h, h0)
         begun = min(b, self.sizes[previous])  # in reverse, other rows begin within the segment
         return torch.cat((h[:begun], h0[0, begun:b])).unsqueeze(0)

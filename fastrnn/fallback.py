@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastrnn import dispatch, features, functional
 from fastrnn.checkpoint import is_on, recompute
 from fastrnn.kernels.cells import CELLS
-from fastrnn.kernels.layer import Inputs
+from fastrnn.kernels.layer import Inputs, States
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _VF = functional  # the name under which torch.nn's code finds its functions
@@ -114,20 +114,22 @@ def sequence(
     marks = functional.marked(input, batch_dim, resets, lengths)
     states = None if hx is None else _given_states(module, hx, None if packed else x.dim())
     x = x if batched else x.unsqueeze(batch_dim)
-    fresh = restart = None
-    if states is None or resets is not None:
+    restarts = states is not None and resets is not None
+    fresh: list[Tensor] = []
+    if states is None or restarts:
         fresh = _initial_states(module, x, x.size(batch_dim) if batch_sizes is None else batch_sizes[0])
-    if states is not None and fresh is not None:
-        restart = _side_by_side(fresh)
-    states = _as_hx(fresh if states is None else states)
-    module.check_forward_args(x, states, batch_sizes)
-    states = module.permute_hidden(states, order)
+    begin = _as_hx(fresh if states is None else states)
+    module.check_forward_args(x, begin, batch_sizes)
+    begin = module.permute_hidden(begin, order)
+    of_layer = begin if isinstance(begin, tuple) else (begin,)
+    if restarts:  # resets go back to the latter; of packed input they need no order, being the same for all rows
+        of_layer = tuple([torch.cat(pair, 1) for pair in zip(of_layer, fresh, strict=True)])
     layer = module._fastrnn_layer()
-    layer = layer._replace(batch_first=layer.batch_first and not packed)
+    layer = layer._replace(batch_first=layer.batch_first and not packed, restarts=restarts)
     stack = functional.Stack(layer, weights, module.num_layers, features.noise_of(module), module._fastrnn_compressed)
-    inputs = Inputs(x, batch_sizes, *_side_by_side(states if isinstance(states, tuple) else (states,)), *marks)
+    inputs = Inputs(x, batch_sizes, *_side_by_side(of_layer), *marks)
     with recompute(module.recompute is True or is_on()):
-        y, h_n, c_n, after_steps = functional.run_marked(inputs, stack, restart, all_states)
+        y, h_n, c_n, after_steps = functional.run_marked(inputs, stack, all_states)
     after = _apart(module, h_n, c_n)
     if not batched:
         y, after = y.squeeze(batch_dim), [state.squeeze(1) for state in after]
@@ -164,7 +166,7 @@ def _as_hx(states: Any) -> Any:
     return tuple(states) if len(states) > 1 else states[0]
 
 
-def _side_by_side(states: Sequence[Tensor]) -> functional.States:
+def _side_by_side(states: Sequence[Tensor]) -> States:
     """Return h and c as the engines take them: the states but h side by side."""
     h, *others = states
     return h, None if not others else others[0] if len(others) == 1 else torch.cat(others, -1)

@@ -31,7 +31,7 @@ from fastrnn import norms
 from fastrnn.kernels import reference
 from fastrnn.kernels.cells import CELLS, Cell, define
 from fastrnn.kernels.derive import Code
-from fastrnn.kernels.layer import Inputs, Layer
+from fastrnn.kernels.layer import Inputs, Layer, Steps
 from fastrnn.kernels.symbols import Symbol, ancestors, where
 
 DEFAULTS: dict[str, Any] = {
@@ -194,7 +194,7 @@ class Noise(NamedTuple):
         """Return what a layer is given, with its mask and its noise, in the dtype that it computes in."""
         if not self.within():
             return inputs
-        x, (D, B, R) = inputs.x, inputs.h0.shape
+        x, (D, _, R), B = inputs.x, inputs.h0.shape, Steps(layer, inputs).batch
         mask = noise = None
         if self.recurrent_dropout:
             kept = torch.rand(D, B, R, device=x.device, dtype=torch.float32) >= self.recurrent_dropout

@@ -19,9 +19,9 @@ def count_operations(counter: ModuleType) -> None:
     def backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, text, *segments_needs_and_more, out_shape):
         rows = math.prod(x[:-1])
         need_dx, need_dh0, need_dw = next(each for each in segments_needs_and_more if isinstance(each, (list, tuple)))
-        carried = rows if need_dh0 else rows - h0[1]  # from a step to the one before
-        count = 0
-        for own in layer_of(text).by_direction(weights):
+        layer, count = layer_of(text), 0
+        carried = rows if need_dh0 else rows - h0[1] // (1 + layer.restarts)  # from a step to the one before
+        for own in layer.by_direction(weights):
             w_ih, w_hh, w_hr = (0 if shape is None else math.prod(shape) for shape in (own.w_ih, own.w_hh, own.w_hr))
             count += w_ih * need_dx * rows + w_hh * carried + w_hr * rows + (w_ih + w_hh + w_hr) * need_dw * rows
         return 2 * count

@@ -24,8 +24,6 @@ from fastrnn.kernels import cpu, reference
 from fastrnn.kernels.cells import CELLS
 from fastrnn.kernels.layer import Inputs, Layer, Steps, Weights, misfit, misfit_of_weights
 
-States = tuple[Tensor, Tensor | None]  # h and c
-
 
 class Stack(NamedTuple):
     """Layers on top of each other.
@@ -271,10 +269,10 @@ def run_layers(inputs: Inputs, stack: Stack) -> tuple[Tensor, Tensor, Tensor | N
     return run_stack(engine, inputs, stack)[:3]
 
 
-def run_marked(inputs: Inputs, stack: Stack, restart: States | None = None, all_states: bool = False) -> tuple:
+def run_marked(inputs: Inputs, stack: Stack, all_states: bool = False) -> tuple:
     """`run_layers` of what torch.nn has not, such as resets, any cell, or noise: where no engine takes it the reference runs.
 
-    restart, all_states, results: as of `run_stack`.
+    all_states, results: as of `run_stack`.
 
     Raises:
         ValueError: what does not fit, by name.
@@ -291,15 +289,13 @@ def run_marked(inputs: Inputs, stack: Stack, restart: States | None = None, all_
         engine = "reference"
     if engine == "cpu":
         cpu.prepare_cell(layer.cell, inputs.x.dtype, torch.is_grad_enabled())
-    return run_stack(engine, inputs, stack, restart, all_states)
+    return run_stack(engine, inputs, stack, all_states)
 
 
 def run_stack(
-    engine: str, inputs: Inputs, stack: Stack, restart: States | None = None, all_states: bool = False
+    engine: str, inputs: Inputs, stack: Stack, all_states: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """Run layers on an engine that takes them.
-
-    restart: the states, as h0 and c0 of all layers, that resets go back to, where these are not h0 and c0 themselves.
 
     Returns:
         y, h_n, c_n; with all_states the pair of h and c after every step, as `layer` returns it, of all layers, else ().
@@ -308,20 +304,16 @@ def run_stack(
     layer, weights, layers, noise, _ = stack if engine in dispatch.FUSED else stack.wide(inputs.x)
     hidden = weights[1].shape[0] // CELLS[layer.cell].gates
 
-    def run(given: Inputs, weights: Sequence[Tensor], own: Layer, restart: States | None):
+    def run(given: Inputs, weights: Sequence[Tensor], own: Layer):
         half_on_cpu = engine == "cpu" and given.x.dtype in dispatch.HALF  # which that engine computes in float32
         given = noise.drawn(given, own, hidden, torch.float32 if half_on_cpu else given.x.dtype)
-
-        def once(given: Inputs):
-            return _run_states(engine, given, weights, own) if all_states else (*_run(engine, given, weights, own), ())
-
-        y, h, c, states = once(given) if restart is None else _restarted(once, given, own, restart)
+        y, h, c, states = _run_states(engine, given, weights, own) if all_states else (*_run(engine, given, weights, own), ())
         if own.batch_first != layer.batch_first:
             states = tuple(None if each is None else each.transpose(1, 2) for each in states)
         return y, h, c, states
 
     if layers == 1:
-        return run(inputs, weights, layer, restart)
+        return run(inputs, weights, layer)
 
     # torch draws dropout in [T, B, features] whatever the layout; the engine reads and writes either without a copy
     time_major, D, each = noise.dropout > 0 and layer.batch_first, layer.directions, len(weights) // layers
@@ -329,7 +321,7 @@ def run_stack(
     y, _, h0, c0, resets, *_ = inputs
     found, index = [], 0
     parts: tuple[int, ...] = (1,) * layers
-    plain = engine == "triton" and noise.dropout == 0 and not all_states and restart is None and inputs.mask is None
+    plain = engine == "triton" and noise.dropout == 0 and not all_states and inputs.mask is None
     if plain and not noise.within():
         training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, h0, *weights))
         parts = dispatch.layers_at_once(layer, y, inputs.batch_sizes, weights[1], layers, training)
@@ -338,42 +330,14 @@ def run_stack(
         if time_major and (index == 0 or last):
             y, resets = y.transpose(0, 1), None if resets is None else resets.transpose(0, 1)
         given = inputs._replace(x=y, h0=h0[own], c0=None if c0 is None else c0[own], resets=resets)
-        fresh = None if restart is None else (restart[0][own], None if restart[1] is None else restart[1][own])
         own_weights, index = weights[index * each : (index + count) * each], index + count
-        y, *states, after_steps = run(given, own_weights, by_time if time_major and not last else layer, fresh)
+        y, *states, after_steps = run(given, own_weights, by_time if time_major and not last else layer)
         found.append((*states, *after_steps))
         if noise.dropout > 0 and not last:
             y = F.dropout(y, noise.dropout, True)
     joined: list[Any] = [None if kind[0] is None else torch.cat(kind) for kind in zip(*found, strict=True)]
     h_n, c_n, *after = joined
     return y, h_n, c_n, tuple(after)
-
-
-def _restarted(run: Callable[[Inputs], tuple], inputs: Inputs, layer: Layer, restart: States) -> tuple:
-    """Run a layer whose resets go back to other states than it begins with: y, h_n, c_n and the states after every step.
-
-    Each row is run from the states that are given up to its first reset, and from the others beyond.
-    """
-    steps = Steps(layer, inputs)
-    sides = (steps.before_resets(layer.reverse != bool(d)) for d in range(layer.directions))
-    first, untouched, at_once = zip(*sides, strict=True)
-    # Nothing of what a row without steps before its first reset begins with may reach a gradient, NaN either.
-    nothing = torch.stack(at_once).unsqueeze(-1)
-    h0 = torch.where(nothing, restart[0], inputs.h0)
-    c0 = None if inputs.c0 is None or restart[1] is None else torch.where(nothing, restart[1], inputs.c0)
-    alone = inputs._replace(h0=h0, c0=c0)
-    if layer.directions == 1 and not layer.reverse and not steps.packed:  # no step after the first reset is run twice
-        count = first[0].sum(steps.axis)
-        alone = alone._replace(resets=None, lengths=count if inputs.lengths is None else torch.minimum(count, inputs.lengths))
-    begun, anew = run(alone), run(inputs._replace(h0=restart[0], c0=restart[1]))
-    of_y = torch.stack(first, -1).repeat_interleave(begun[0].shape[-1] // layer.directions, -1)
-    of_state, of_states = (torch.stack(each).unsqueeze(-1) for each in (untouched, first))
-    where = of_y, of_state, of_state, *[of_states] * len(begun[3])
-    results = [
-        None if one is None else torch.where(condition, one, other)
-        for condition, one, other in zip(where, (*begun[:3], *begun[3]), (*anew[:3], *anew[3]), strict=True)
-    ]
-    return *results[:3], tuple(results[3:])
 
 
 def inputs_of(cell: str, x: Any, batch_sizes: Any, hx: Any) -> Inputs:

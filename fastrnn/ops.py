@@ -16,7 +16,7 @@ one device.
     resets, lengths, mask, noise   also of Inputs; last, and with defaults, for programs that were exported before these were
     save         keep what layer_backward needs
     y            contiguous [T, B, D*R] | [B, T, D*R] | [N, D*R]
-    h_n, c_n     [D, B, R], like c0 ([0] where there is none)
+    h_n, c_n     [D, B, R] and [D, B, S*H] ([0] where there is none)
     saved        [D, rows, slots*H], rows step-major (also when batch_first) or packed; one more slot, the output before
                  the projection, where there is one. [0] without `save`.
     needs        fastrnn.kernels.layer.Needs
@@ -111,6 +111,7 @@ def unit_stride(tensor: Tensor) -> Tensor:
 @torch.library.register_fake("fastrnn::layer_forward", lib=library)
 def _fake_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
     layer, (rows, _), (_, batch, width) = layer_of(text), weights[1].shape, h0.shape
+    batch = batch // 2 if layer.restarts else batch
     cell = CELLS[layer.cell]
     hidden, steps = rows // cell.gates, x.shape[:-1]
     saved = (layer.directions, math.prod(steps), (cell.slots + layer.projected) * hidden) if save else (0,)
@@ -136,7 +137,7 @@ def _fake_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, te
 @torch.library.register_fake("fastrnn::checkpoint_forward", lib=library)
 def _(x, batch_sizes, h0, c0, weights, text, segments, *more):
     y, h_n, c_n, _ = _fake_forward(x, batch_sizes, h0, c0, weights, text, False)
-    return y, h_n, c_n, x.new_empty((0,) if c0 is None else (h0.shape[0], segments - 1, *c0.shape[1:]))
+    return y, h_n, c_n, x.new_empty((0,) if c0 is None else (c_n.shape[0], segments - 1, *c_n.shape[1:]))
 
 
 @torch.library.register_fake("fastrnn::checkpoint_backward", lib=library)

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastrnn.kernels import reference
 from fastrnn.kernels.cells import CELLS, Cell
 from fastrnn.kernels.derive import Printer
-from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, Steps, Weights
+from fastrnn.kernels.layer import Inputs, Layer, Needs, Outer, Steps, Weights, initial_states
 from fastrnn.kernels.reference import (
     NAMES,
     Product,
@@ -75,7 +75,7 @@ def layer_backward(
             dx[k] = torch.mm(grads.input, own.w_ih) if needs.dx else None
             dw = block.add_weights(dw, grads, block.x, block.h, block.out) if needs.dw else dw
         dxs.append(dx)
-        state = state.total()
+        state = direction.initial(state)
         dh0s.append(state.h)
         dc0s.append(state.c)
         dws += [each for each in dw if each is not None]
@@ -134,8 +134,7 @@ def layer_double_backward(
         vxs = direction.split(None if vx is None else direction.known(steps.flat(vx)))
         dys = direction.split(direction.columns(dy))
         changes: list[Any] = [None] * len(blocks)
-        state = direction.state(vh0, vc0)
-        state = state._replace(initial=state)
+        state = direction.change(vh0, vc0)
         for k in order:
             changes[k], state = blocks[k].push(vxs[k], along, product, state)
         ys.append(joined([change.y for change in changes]))
@@ -154,7 +153,7 @@ def layer_double_backward(
                 dw = block.add_weights(dw, bent, block.x, block.h, block.out)
                 dw = block.add_weights(dw, grads, change.x, change.h, change.out, biases=False)
         dxs.append(dx)
-        bent_state = bent_state.total()
+        bent_state = direction.initial(bent_state)
         dh0s.append(bent_state.h)
         dc0s.append(bent_state.c)
         dws += [each for each in dw if each is not None]
@@ -239,18 +238,12 @@ def _pulled_back(run: Callable[..., tuple[Tensor, ...]], given: Sequence[Tensor]
 class State(NamedTuple):
     """A direction's states, a change of them, or their gradients: [B, R] and, where there are others, [B, S * H].
 
-    initial: the same of the initial states, to which resets go back: their change, or the sum of their gradients so far.
+    restart: the same of the states that resets go back to: their change, or the sum of their gradients so far.
     """
 
     h: Tensor
     c: Tensor | None
-    initial: State | None = None
-
-    def total(self) -> State:
-        """Return the gradients of the initial states, from those that reached the first step and those that resets took."""
-        if self.initial is None:
-            return self
-        return State(self.h + self.initial.h, None if self.c is None else self.c + self.initial.c)
+    restart: State | None = None
 
 
 class Change(NamedTuple):
@@ -282,21 +275,23 @@ class Direction:
         self.layer, self.steps, self.d = layer, steps, d
         cell, sizes, reverse, x = CELLS[layer.cell], steps.sizes, layer.reverse != bool(d), steps.flat(inputs.x)
         hidden, order = weights.w_hh.shape[0] // cell.gates, order_of(len(sizes), reverse)
-        h0, c0 = inputs.h0[d], None if inputs.c0 is None else inputs.c0[d]
-        self.within, begins = steps.within(), steps.begins(reverse)
-        self.zeros = State(torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0))
-        if begins is not None:
-            self.zeros = self.zeros._replace(initial=self.zeros)
+        begin, restart = (State(h[d], None if c is None else c[d]) for h, c in initial_states(layer, inputs))
+        self.within, resets = steps.within(), steps.restarted()
+        self.zeros = State(torch.zeros_like(begin.h), None if begin.c is None else torch.zeros_like(begin.c))
+        if resets is not None:
+            self.zeros = self.zeros._replace(restart=self.zeros)
         x, y, own_saved = self.known(x), self.known(self.columns(y)), saved[d]
         if not torch.is_grad_enabled():  # else it is the reference's, where zeros would be the singular points of some cells
             own_saved = self.known(own_saved)
         slots = own_saved.split(hidden, -1) if cell.slots else ()
-        h, c = before(order, sizes, y, h0), None
-        if c0 is not None:
-            c = before(order, sizes, own_saved.narrow(-1, (cell.slots - cell.states) * hidden, cell.states * hidden), c0)
-        if begins is not None:
-            h = torch.where(begins, steps.repeated(h0), h)
-            c = c if c0 is None else torch.where(begins, steps.repeated(c0), c)
+        h, c = before(order, sizes, y, begin.h), None
+        if begin.c is not None:
+            c = before(order, sizes, own_saved.narrow(-1, (cell.slots - cell.states) * hidden, cell.states * hidden), begin.c)
+        # backwards, what is past the last step of a row was not before it
+        for where, state in ((steps.lasts() if reverse else None, begin), (resets, restart)):
+            if where is not None:
+                h = torch.where(where, steps.repeated(state.h), h)
+                c = None if c is None or state.c is None else torch.where(where, steps.repeated(state.c), c)
         out = y if weights.w_hr is None else slots[-1]
         kept = [*slots[: cell.kept], *slots[cell.slots - cell.states : cell.slots], *(out,)[: cell.derived.reads_output]]
         kept += [*states_before(cell, h, c), *steps.noise_of(d, cell.noise)]
@@ -304,12 +299,12 @@ class Direction:
         length = max(1, BLOCK // max(1, sizes[0] * hidden))
         parts = [sizes[t : t + length] for t in range(0, len(sizes), length)]
         self.rows, self.order = [sum(part) for part in parts], order_of(len(parts), reverse)
-        if c0 is None:
+        if begin.c is None:
             units: Sequence[Tensor] = (h.new_ones(()),)
         else:  # [1 + S, 1, 1]: a gradient of h, and none of the others; one of the first of these, and so on
             count = 1 + cell.states
             units = torch.eye(count, dtype=h.dtype, device=h.device).view(count, count, 1, 1).unbind()
-        split = zip(*map(self.split, (begins, self.within, mask, x, h, out, *kept)), strict=True)
+        split = zip(*map(self.split, (resets, self.within, mask, x, h, out, *kept)), strict=True)
         product = Product(layer, weights.w_hh)
         self.blocks = [
             Block(cell, weights, product, part, order_of(len(part), reverse), units, *each)
@@ -332,22 +327,41 @@ class Direction:
         return [None] * len(self.rows) if rows is None else steps_of(rows, self.rows)
 
     def state(self, h: Tensor | None, c: Tensor | None) -> State:
-        """Return this direction's part of the changes or gradients of states, zeros where there are none."""
+        """Return this direction's part of the gradients of final states, zeros where there are none."""
         zeros = self.zeros
-        return State(zeros.h if h is None else h[self.d], zeros.c if c is None else c[self.d], zeros.initial)
+        return State(zeros.h if h is None else h[self.d], zeros.c if c is None else c[self.d], zeros.restart)
+
+    def change(self, h: Tensor | None, c: Tensor | None) -> State:
+        """Return this direction's part of the changes of initial states, and of those that resets go back to."""
+        if not self.layer.restarts:
+            state = self.state(h, c)
+            return state._replace(restart=state)
+        zeros = self.zeros
+        (h, h_reset), (c, c_reset) = ((None, None) if each is None else each[self.d].chunk(2) for each in (h, c))
+        restart = State(zeros.h if h_reset is None else h_reset, zeros.c if c_reset is None else c_reset)
+        return State(zeros.h if h is None else h, zeros.c if c is None else c, restart)
+
+    def initial(self, state: State) -> State:
+        """Return the gradients of initial states, from those that reached the first step and those that resets took."""
+        if state.restart is None:
+            return state
+        (h, c, _), restart = state, state.restart
+        if self.layer.restarts:
+            return State(torch.cat((h, restart.h)), None if c is None else torch.cat((c, restart.c)))
+        return State(h + restart.h, None if c is None else c + restart.c)
 
 
 class Block:
     """Some steps of one direction, one after the other, near the states that they went through."""
 
     def __init__(
-        self, cell: Cell, weights: Weights, product: Product, sizes: list[int], order: range, units, begins, within, mask, *rows
+        self, cell: Cell, weights: Weights, product: Product, sizes: list[int], order: range, units, resets, within, mask, *rows
     ) -> None:
         self.cell, self.weights, self.product, self.sizes, self.order = cell, weights, product, sizes, order
-        # of each step, which rows [b, 1] begin with the initial states, and which are within their lengths; or None. And the
+        # of each step, which rows [b, 1] are reset, and which are within their lengths; or None. And the
         # factors [b, R] of h where it enters the product
-        self.begins, self.within, self.mask = (
-            None if each is None else steps_of(each, sizes) for each in (begins, within, mask)
+        self.resets, self.within, self.mask = (
+            None if each is None else steps_of(each, sizes) for each in (resets, within, mask)
         )
         x, h, out, *kept = rows
         self.x, self.h, self.out = x, h if mask is None else h * mask, out
@@ -363,7 +377,7 @@ class Block:
 
         along: products with v.w_hh, if there is one.
         """
-        cell, weights, sizes, (h, c, initial) = self.cell, self.weights, self.sizes, state
+        cell, weights, sizes, (h, c, restart) = self.cell, self.weights, self.sizes, state
         G, P, w_hr = cell.gates, cell.preactivations, weights.w_hr
         v_b_ih, v_own = apart(cell, v.b_ih)
         from_x = total(_times(x, weights.w_ih.T), _times(self.x, v.w_ih, True), v_b_ih)
@@ -381,14 +395,14 @@ class Block:
         by_w_hr = None if v.w_hr is None else steps_of(torch.mm(self.out, v.w_hr.T), sizes)
         a_s, h_s, inner_h, c_s, out_s, y_s = self._places(6)
         for t in self.order:
-            inner_h[t] = p = self._before(t, h, None if initial is None else initial.h)
+            inner_h[t] = p = self._before(t, h, None if restart is None else restart.h)
             h_s[t] = self._entering(t, p)
             a_s[t] = self.product(h_s[t]) + a_hidden[t]
             after = slopes[t] * a_s[t]  # [b, G * H], or [2, b, G * H]
             if G > 1:
                 after = after.reshape(*after.shape[:-1], G, self.hidden).sum(-2)
             if c is not None:
-                c_s[t] = self._before(t, c, None if initial is None else initial.c)
+                c_s[t] = self._before(t, c, None if restart is None else restart.c)
             for by_one, before_one in zip(by_states, states_before(cell, p, c_s[t]), strict=True):
                 after = torch.addcmul(after, by_one[t], before_one)
             if by_x is not None:
@@ -404,12 +418,12 @@ class Block:
         a = [*a_inputs, *(a.split(self.hidden, -1) if G > 1 else (a,))]
         inner = states_before(cell, h_before if self.mask is None else joined(inner_h), None if c is None else joined(c_s))
         inner += [each.expand_as(self.out) for each in v_own] or [torch.zeros_like(self.out)] * cell.weights
-        return Change(x, a, h_before, inner, y if w_hr is None else joined(out_s), y), State(h, c, initial)
+        return Change(x, a, h_before, inner, y if w_hr is None else joined(out_s), y), State(h, c, restart)
 
-    def _before(self, t: int, state: Tensor, initial: Any) -> Tensor:
+    def _before(self, t: int, state: Tensor, restart: Any) -> Tensor:
         """Return the rows of step t of a state, from before it."""
         rows = first(self.sizes[t], state)
-        return rows if self.begins is None else torch.where(self.begins[t], first(self.sizes[t], initial), rows)
+        return rows if self.resets is None else torch.where(self.resets[t], first(self.sizes[t], restart), rows)
 
     def _entering(self, t: int, rows: Tensor) -> Tensor:
         """Return rows of h of step t as they enter the product, or their gradient from what enters."""
@@ -420,11 +434,11 @@ class Block:
         return replace(state, rows if self.within is None else torch.where(self.within[t], rows, first(len(rows), state)))
 
     def _stopped(self, t: int, rows: Tensor, so_far: Any) -> tuple[Tensor, Any]:
-        """Return a gradient of the states before step t without what is one of the initial states, and these' with it."""
-        if self.begins is None:
+        """Return a gradient of the states before step t without what is of those that resets go back to, and these' with it."""
+        if self.resets is None:
             return rows, so_far
-        taken = first(len(rows), so_far) + torch.where(self.begins[t], rows, 0.0)
-        return torch.where(self.begins[t], 0.0, rows), replace(so_far, taken)
+        taken = first(len(rows), so_far) + torch.where(self.resets[t], rows, 0.0)
+        return torch.where(self.resets[t], 0.0, rows), replace(so_far, taken)
 
     def _preactivations(self, from_x: Tensor | None, from_h: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Return those of the input alone, each [N, H], and the others [N, G * H], but for the products with h."""
@@ -457,8 +471,8 @@ class Block:
         state that enters the product of each step, more_out [N, H] to those of out, more_c [N, S * H] to those of the states
         after each step.
         """
-        cell, sizes, (dh, dc, initial) = self.cell, self.sizes, state
-        dh0, dc0 = (None, None) if initial is None else initial[:2]
+        cell, sizes, (dh, dc, restart) = self.cell, self.sizes, state
+        dh_reset, dc_reset = (None, None) if restart is None else restart[:2]
         P, G, B, w_hr = cell.preactivations, cell.gates, dh.shape[0], self.weights.w_hr
         dys, more_a, more_h, more_out, more_c = (
             None if each is None else steps_of(each, sizes) for each in (dy, more_a, more_h, more_out, more_c)
@@ -490,9 +504,9 @@ class Block:
                 d_before = d_before + d_states.pop("h")
             if dc is not None:
                 d_c = torch.cat([*d_states.values()], -1) if cell.states > 1 else next(iter(d_states.values()))
-                d_c, dc0 = self._stopped(t, d_c, dc0)
+                d_c, dc_reset = self._stopped(t, d_c, dc_reset)
                 dc = self._after(t, d_c, dc)
-            d_before, dh0 = self._stopped(t, d_before, dh0)
+            d_before, dh_reset = self._stopped(t, d_before, dh_reset)
             dh = self._after(t, d_before, dh)
         a, y = joined(a_s), joined(y_s)
         d_hidden = _narrow(a, cell.hidden, G).reshape(self.rows, -1)
@@ -501,7 +515,8 @@ class Block:
             d_input = torch.cat([a.select(1, cell.input.index(block)) for block in range(G)], 1)
         out, d_c = y if w_hr is None else joined(out_s), None if dc is None else joined(c_s)
         own = a.narrow(1, a.shape[1] - cell.weights, cell.weights).reshape(self.rows, -1) if cell.weights else None
-        return Gradients(d_input, d_hidden, own, y, out, d_c), State(dh, dc, None if initial is None else State(dh0, dc0))
+        restart = None if restart is None else State(dh_reset, dc_reset)
+        return Gradients(d_input, d_hidden, own, y, out, d_c), State(dh, dc, restart)
 
     def bend(
         self, grads: Gradients, v: Weights, along: Product | None, change: Change, state: State

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .cells import CELLS
 
+States = tuple[Tensor, Tensor | None]  # h and c
+
 
 class Layer(NamedTuple):
     """What a recurrent layer is, apart from its numbers, which its tensors bring along.
@@ -28,6 +30,7 @@ class Layer(NamedTuple):
     reverse:     the first direction runs from the last step to the first.
     batch_first: dense sequences are [B, T, ...], not [T, B, ...].
     heads:       W_hh has so many blocks on its diagonal, and no more: units see the H / heads states of their own head.
+    restarts:    resets go back to other states than the layer begins with, which stand behind these: h0 and c0 have 2 * B rows.
     """
 
     cell: str
@@ -37,12 +40,19 @@ class Layer(NamedTuple):
     reverse: bool = False
     batch_first: bool = False
     heads: int = 1
+    restarts: bool = False
 
     def text(self) -> str:
         """Write it as operators take it, and as csrc/layer.cpp reads it: "lstm directions=2 bias batch_first"."""
         numbers = ("directions", self.directions), ("heads", self.heads)
         words = [self.cell, *(f"{name}={number}" for name, number in numbers if number != 1)]
-        flags = ("bias", self.bias), ("projected", self.projected), ("reverse", self.reverse), ("batch_first", self.batch_first)
+        flags = (
+            ("bias", self.bias),
+            ("projected", self.projected),
+            ("reverse", self.reverse),
+            ("batch_first", self.batch_first),
+            ("restarts", self.restarts),
+        )
         return " ".join(words + [name for name, has in flags if has])
 
     def kinds(self) -> tuple[str, ...]:
@@ -91,10 +101,10 @@ class Inputs(NamedTuple):
 
     x:           dense [T, B, I], or [B, T, I] with batch_first; or packed [N, I].
     batch_sizes: of a packed sequence, int64 [T] on the CPU: rows of each step, never increasing, sum N.
-    h0:          [D, B, R]
-    c0:          [D, B, S*H], for cells that have states but h: S of them, side by side.
+    h0:          [D, B, R], or where the layer restarts [D, 2 * B, R].
+    c0:          [D, B, S*H], for cells that have states but h: S of them, side by side; 2 * B rows where the layer restarts.
     resets:      bool, a number a row of x: [T, B], [B, T] with batch_first, or packed [N]. Where it is True, the states before
-                 that step, in the order of each direction, are h0 and c0.
+                 that step, in the order of each direction, are h0 and c0, or the last B rows of these where the layer restarts.
     lengths:     of the rows of a dense sequence, int64 [B] on x's device, from 0 to T. A row has no steps past its length: y
                  is zero there, and the direction that runs backwards begins at the last step within it.
     mask:        factors [D, B, R] of the hidden state where it enters the recurrent product, the same in each step. Or
@@ -130,6 +140,15 @@ class Needs(NamedTuple):
     dw: bool = True
 
 
+def initial_states(layer: Layer, inputs: Inputs) -> tuple[States, States]:
+    """Return h and c of the initial states, and of those that resets go back to, each [D, B, ...]."""
+    h, c = inputs.h0, inputs.c0
+    if not layer.restarts:
+        return (h, c), (h, c)
+    (h, h_reset), (c, c_reset) = h.chunk(2, 1), (None, None) if c is None else c.chunk(2, 1)
+    return (h, c), (h_reset, c_reset)
+
+
 class Steps:
     """Where the rows of all steps of a sequence lie, and how many each step has.
 
@@ -143,7 +162,7 @@ class Steps:
         self.packed = self.batch_sizes is not None
         self.axis = 1 if layer.batch_first and not self.packed else 0
         self.steps = x.shape[self.axis] if self.batch_sizes is None else len(self.batch_sizes)
-        self.batch = h0.shape[1]
+        self.batch = h0.shape[1] // 2 if layer.restarts else h0.shape[1]
         self.rows = x.shape[0] if self.packed else self.steps * self.batch
 
     @property  # not a cached one, which takes a lock in Python 3.11, and Dynamo does not know
@@ -205,35 +224,16 @@ class Steps:
         times = torch.arange(self.steps, device=self.lengths.device)
         return (times.unsqueeze(1) < self.lengths).reshape(-1, 1)
 
-    def begins(self, reverse: bool) -> Tensor | None:
-        """Return which rows of all steps [N, 1] begin with the initial states, the first step of all apart; None where none."""
-        resets = None if self.resets is None else self.flat(self.resets.unsqueeze(-1))
-        if self.lengths is None or not reverse:
-            return resets
+    def restarted(self) -> Tensor | None:
+        """Return which rows of all steps [N, 1] resets are at; None where there are none."""
+        return None if self.resets is None else self.flat(self.resets.unsqueeze(-1))
+
+    def lasts(self) -> Tensor | None:
+        """Return which rows of all steps [N, 1] are the last within their lengths; None where there are none."""
+        if self.lengths is None:
+            return None
         times = torch.arange(self.steps, device=self.lengths.device)
-        lasts = (times.unsqueeze(1) == self.lengths - 1).reshape(-1, 1)
-        return lasts if resets is None else lasts | resets
-
-    def before_resets(self, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which rows of the sequence come before their first reset, in a direction's order.
-
-        Further, which rows of the batch [B] have no reset, and which have one before any step.
-        """
-        marks: Any = self.resets
-        times = torch.arange(self.steps, device=marks.device).unsqueeze(1)
-        there = None if self.lengths is None else times < self.lengths
-        if self.batch_sizes is not None:
-            there = (torch.arange(self.batch) < self.batch_sizes.unsqueeze(1)).to(marks.device)
-            marks = torch.zeros_like(there).masked_scatter(there, marks)
-        elif self.axis:
-            marks = marks.t()
-        if there is not None:
-            marks = marks & there
-        first = (marks.flip(0).cumsum(0).flip(0) if reverse else marks.cumsum(0)) == 0
-        untouched, begun = ~marks.any(0), (first if there is None else first & there).any(0)
-        if self.batch_sizes is not None:
-            first = first.masked_select(there)
-        return first.t() if self.axis else first, untouched, ~(untouched | begun)
+        return (times.unsqueeze(1) == self.lengths - 1).reshape(-1, 1)
 
 
 def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int = 1) -> str | None:
@@ -253,12 +253,15 @@ def misfit(layer: Layer, inputs: Inputs, weights: Sequence[Tensor], layers: int 
     if reason := misfit_of_weights(layer, weights, x.shape[-1], layers):
         return reason
     rows, width = weights[1].shape[0], weights[1].shape[1] * layer.heads
-    batch = h0.shape[1] if batch_sizes is not None and h0.dim() == 3 else x.shape[0 if layer.batch_first else 1]
+    fold = 2 if layer.restarts else 1
+    batch = h0.shape[1] // fold if batch_sizes is not None and h0.dim() == 3 else x.shape[0 if layer.batch_first else 1]
     if type(batch_sizes) is Tensor and not torch.compiler.is_compiling() and int(batch_sizes[0]) != batch:
         return f"batch_sizes: expected {batch} rows in the first step, as the states have, got {int(batch_sizes[0])}"
     for name, state, size in (("h0", h0, width), ("c0", c0, rows // cell.gates * cell.states)):
-        if state is not None and state.shape != (layers * D, batch, size):
-            return f"{name}: expected {(layers * D, batch, size)}, got {tuple(state.shape)}"
+        if state is not None and state.shape != (layers * D, fold * batch, size):
+            return f"{name}: expected {(layers * D, fold * batch, size)}, got {tuple(state.shape)}"
+    if layer.restarts and resets is None:
+        return "resets: expected by a layer that restarts"
     by_gate = (D, cell.gates, batch, width) if layer.heads == 1 else None
     if mask is not None and mask.shape not in ((D, batch, width), by_gate):
         return f"mask: expected {(D, batch, width)}, got {tuple(mask.shape)}"

@@ -15,7 +15,7 @@ from torch import Tensor, abs, erf, exp, expm1, full_like, log, log1p, relu, sig
 from torch.nn.functional import logsigmoid
 
 from fastrnn.kernels.cells import CELLS, Cell
-from fastrnn.kernels.layer import Inputs, Layer, Steps, Weights
+from fastrnn.kernels.layer import Inputs, Layer, States, Steps, Weights, initial_states
 
 
 def maximum(a: Tensor | float, b: Tensor | float) -> Tensor:
@@ -109,21 +109,20 @@ def _forward(layer: Layer, inputs: Inputs, steps: Steps, rows: Tensor, d: int, w
     b_ih, own_weights = apart(kind, b_ih)
     from_x, product = rows @ w_ih.T, Product(layer, w_hh)
     of_xs = (from_x if b_ih is None else from_x + b_ih).split(sizes)
-    h = h0 = inputs.h0[d]
-    c = c0 = None if inputs.c0 is None else inputs.c0[d]
+    begin, restart = initial_states(layer, inputs)
+    (h, c), (h_reset, c_reset) = _of_direction(begin, d), _of_direction(restart, d)
     mask = None if inputs.mask is None else inputs.mask[d]
-    # of each step: the cell's noise, each [b, H]; which rows [b, 1] begin anew, and which are within their lengths
+    # of each step: the cell's noise, each [b, H]; which rows [b, 1] are reset, and which are within their lengths
     noise = [*zip(*(part.split(sizes) for part in steps.noise_of(d, kind.noise)), strict=True)] or [()] * len(sizes)
-    begins: Any = None if steps.resets is None else steps.begins(reverse)
-    begins, within = (None if each is None else each.split(sizes) for each in (begins, steps.within()))
+    resets, within = (None if each is None else each.split(sizes) for each in (steps.restarted(), steps.within()))
     ys: list = [None] * len(sizes)
     kept: list = [None] * len(sizes)
     for t in order_of(len(sizes), reverse):
         b, here = sizes[t], None if within is None else within[t]
         p, q = first(b, h), None if c is None else first(b, c)
-        if begins is not None:
-            p = torch.where(begins[t], first(b, h0), p)
-            q = None if c0 is None or q is None else torch.where(begins[t], first(b, c0), q)
+        if resets is not None:
+            p = torch.where(resets[t], first(b, h_reset), p)
+            q = None if c_reset is None or q is None else torch.where(resets[t], first(b, c_reset), q)
         before = states_before(kind, p, q)
         of_h = product(p if mask is None else p * first(b, mask))
         a = _preactivations(kind, of_xs[t], of_h if b_hh is None else of_h + b_hh)
@@ -140,6 +139,11 @@ def _forward(layer: Layer, inputs: Inputs, steps: Steps, rows: Tensor, d: int, w
         ys[t] = out if here is None else torch.where(here, out, 0.0)
         kept[t] = torch.cat(slots, -1) if slots else out[:, :0]
     return h, c, ys, kept
+
+
+def _of_direction(states: States, d: int) -> States:
+    h, c = states
+    return h[d], None if c is None else c[d]
 
 
 class Product:

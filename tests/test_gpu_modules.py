@@ -150,6 +150,8 @@ FORMS = {
     "batch first": {"lengths": torch.tensor([5, 2, 3, 0])},
     "packed": {"packed": torch.tensor([5, 2, 3, 1])},
     "every state": {"lengths": torch.tensor([3, 5, 0, 1]), "all_states": True},
+    "from states": {"lengths": torch.tensor([3, 5, 0, 1])},
+    "packed from states": {"packed": torch.tensor([5, 2, 3, 1])},
 }
 
 
@@ -163,13 +165,19 @@ def _marked_errors(cell: str, form: str, dtype: torch.dtype, mixed: torch.dtype 
     marks = {"resets": torch.rand(5, 4) < 0.4, **FORMS[form]}
     if sizes["batch_first"]:
         x, marks["resets"] = x.transpose(0, 1), marks["resets"].T
+    hx = torch.randn(1 if cell == "GRU" else 2, 4, 4, 16, dtype=torch.float64)  # [states, L * D, B, H]
+
+    def of_call(dtype: torch.dtype) -> dict:
+        begin = hx.to(dtype).unbind()
+        return marks | ({"hx": begin if len(begin) > 1 else begin[0]} if "from states" in form else {})
+
     with pytest.MonkeyPatch.context() as patch:
         run, started = gpu.layer_forward, []
         patch.setattr(gpu, "layer_forward", lambda *args: started.append(args) or run(*args))
-        found = _results(ours, x.to(dtype), 1.0, mixed, **marks)
+        found = _results(ours, x.to(dtype), 1.0, mixed, **of_call(dtype))
         assert len(started) == 2, "the engine's operator did not run"
         patch.setattr(dispatch, "forced", "reference")
-        expected = _results(truth, x, 1.0, **marks)
+        expected = _results(truth, x, 1.0, **of_call(torch.float64))
     errors = {name: relative(found[name].double(), right) for name, right in expected.items()}
     return {value.dtype for name, value in found.items() if name == "y" or name.startswith("state")}, errors
 

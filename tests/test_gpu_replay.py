@@ -107,7 +107,7 @@ def _results(module: Any, x: torch.Tensor, states: Any, marks: dict) -> dict[str
 
 
 def _errors(
-    cell: str, sizes: dict, dtype: torch.dtype, begun: bool, marked: bool
+    cell: str, sizes: dict, dtype: torch.dtype, begun: bool, marked: tuple[str, ...]
 ) -> tuple[dict[str, float], list[int], list[int]]:
     """The largest error by name over four calls of other numbers each, and how many passes of each ran in Python and in C++."""
     from fastrnn.kernels.gpu import layer as engine
@@ -135,7 +135,8 @@ def _errors(
             x = torch.randn(B, T, I) if sizes.get("batch_first") else torch.randn(T, B, I)
             depth = sizes.get("num_layers", 1) * (1 + sizes.get("bidirectional", False))
             states = [torch.randn(depth, B, H) for _ in range(1 + (cell == "LSTM"))] if begun else []
-            marks = {"resets": torch.rand(T, B) < 0.4, "lengths": torch.tensor([3, 0, 2])} if marked else {}
+            every = {"resets": torch.rand(T, B) < 0.4, "lengths": torch.tensor([3, 0, 2])}
+            marks = {name: every[name] for name in marked}
             x, states = x.to(dtype), [state.to(dtype) for state in states]
             before = PLAYED[0]
             found = _results(ours, x, states, marks)
@@ -282,15 +283,18 @@ def test_parts_of_a_workspace_share_memory_only_where_no_step_needs_both():
 
 
 CASES = {
-    "lstm": ("LSTM", {}, torch.float32, False, False),
-    "gru from a state": ("GRU", {}, torch.float32, True, False),
-    "rnn in half precision": ("RNN", {}, torch.float16, True, False),
-    "lstm in bfloat16": ("LSTM", {}, torch.bfloat16, True, False),
-    "two directions, batch first": ("LSTM", {"bidirectional": True, "batch_first": True}, torch.float32, True, False),
-    "three layers": ("GRU", {"num_layers": 3, "bidirectional": True, "bias": False}, torch.float32, True, False),
-    "projected": ("LSTM", {"proj_size": 7, "H": 20}, torch.float32, False, False),
-    "stepwise": ("LSTM", {"T": 2, "H": 80, "proj_size": 70}, torch.float32, False, False),
-    "resets and lengths": ("LSTM", {"bidirectional": True}, torch.float32, False, True),
+    "lstm": ("LSTM", {}, torch.float32, False, ()),
+    "gru from a state": ("GRU", {}, torch.float32, True, ()),
+    "rnn in half precision": ("RNN", {}, torch.float16, True, ()),
+    "lstm in bfloat16": ("LSTM", {}, torch.bfloat16, True, ()),
+    "two directions, batch first": ("LSTM", {"bidirectional": True, "batch_first": True}, torch.float32, True, ()),
+    "three layers": ("GRU", {"num_layers": 3, "bidirectional": True, "bias": False}, torch.float32, True, ()),
+    "projected": ("LSTM", {"proj_size": 7, "H": 20}, torch.float32, False, ()),
+    "stepwise": ("LSTM", {"T": 2, "H": 80, "proj_size": 70}, torch.float32, False, ()),
+    "resets and lengths": ("LSTM", {"bidirectional": True}, torch.float32, False, ("resets", "lengths")),
+    "resets": ("LSTM", {}, torch.float32, False, ("resets",)),
+    "resets from a state": ("LSTM", {"bidirectional": True}, torch.float32, True, ("resets",)),
+    "resets in bfloat16 from a state": ("GRU", {}, torch.bfloat16, True, ("resets",)),
 }
 
 

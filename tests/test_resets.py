@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import autograd, dispatch, features
+from fastrnn import autograd, checkpoint, dispatch, features
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cpu import fallback
-from fastrnn.kernels.layer import Inputs, Needs, Outer, Steps
+from fastrnn.kernels.layer import Inputs, Needs, Outer, Steps, misfit
 
-MARKS = ("resets", "lengths", "both", "packed")
+MARKS = ("resets", "lengths", "both", "packed", "restarts", "packed_restarts")  # restarts: to other states; with lengths
 FORMS = {
     "plain": {},
     "batch_first": {"batch_first": True, "bias": False},
@@ -33,7 +33,7 @@ every_mark = pytest.mark.parametrize("marks", MARKS)
 
 def make(make_layer, cell: str, form: str, project, marks: str, sizes=(6, 5, 3, 4), dtype=torch.float64):
     """Inputs, weights scaled as torch.nn's, and the layer; what stands past the lengths is NaN."""
-    form_given, packed = FORMS[form], marks == "packed"
+    form_given, packed = FORMS[form], marks.startswith("packed")
     made = make_layer(
         cell, project=project, packed=packed, sizes=sizes, **(form_given | ({"batch_first": False} if packed else {}))
     )
@@ -41,14 +41,20 @@ def make(make_layer, cell: str, form: str, project, marks: str, sizes=(6, 5, 3, 
     x, resets, lengths = made["x"], None, None
     if marks != "lengths":
         resets = torch.rand(x.shape[:-1]) < 0.3
-    if marks in ("lengths", "both"):
+        if not packed:  # one row is never reset, and one at every step
+            by_row = resets if layer.batch_first else resets.T
+            by_row[1 % B], by_row[-1] = False, True
+    if marks in ("lengths", "both", "restarts"):
         lengths = torch.randint(0, T + 1, (B,))
         lengths[0], lengths[-1] = 0, T - T // 4
         past = torch.arange(T) >= lengths.unsqueeze(1)
         x[past if layer.batch_first else past.T] = torch.nan
     weights = [w / H**0.5 for w in made["weights"]]
-    tensors = (x.to(dtype), made["batch_sizes"], made["h0"].to(dtype), None if made["c0"] is None else made["c0"].to(dtype))
-    return Inputs(*tensors, resets, lengths), [w.to(dtype) for w in weights], layer
+    states = [None if state is None else state.to(dtype) for state in (made["h0"], made["c0"])]
+    if "restarts" in marks:
+        layer = layer._replace(restarts=True)
+        states = [None if state is None else torch.cat((state, torch.randn_like(state)), 1) for state in states]
+    return Inputs(x.to(dtype), made["batch_sizes"], *states, resets, lengths), [w.to(dtype) for w in weights], layer
 
 
 def names_of(layer, inputs: Inputs) -> list[str]:
@@ -65,7 +71,7 @@ def results(function, inputs: Inputs, weights, layer, seed: int = 1) -> dict[str
     outer = [torch.randn(out.shape, generator=draw, dtype=torch.float64).to(out.dtype) for out in outputs]
     if inputs.lengths is not None:  # nobody may read the gradients of what is zero in any case
         past = ~Steps(layer, inputs).within()
-        past = past.view(-1, inputs.h0.shape[1])
+        past = past.view(-1, len(inputs.lengths))
         outer[0][past.T if layer.batch_first else past] = torch.nan
     grads = torch.autograd.grad(outputs, leaves, outer)
     found = dict(zip(("y", "h_n", "c_n"), (out.detach() for out in outputs)))
@@ -76,16 +82,19 @@ def row_by_row(inputs: Inputs, weights, layer):
     """The same, each row by itself, its steps cut at resets: what the definition has to be."""
     x, _, h0, c0, resets, lengths, *_ = inputs
     steps, each = Steps(layer, inputs._replace(resets=None, lengths=None)), len(layer.kinds())
-    one, xs = layer._replace(directions=1, reverse=False, batch_first=False), steps.each(x)
+    one, xs = layer._replace(directions=1, reverse=False, batch_first=False, restarts=False), steps.each(x)
     marks = None if resets is None else steps.each(resets)
     zero, found, h_n, c_n = torch.zeros(h0.shape[2], dtype=x.dtype), {}, [], []
-    for d, b in itertools.product(range(layer.directions), range(h0.shape[1])):
+    for d, b in itertools.product(range(layer.directions), range(steps.batch)):
         own = [t for t in range(len(xs)) if b < len(xs[t])]
         own = own if lengths is None else own[: int(lengths[b])]
-        first = h0[d, b][None, None], None if c0 is None else c0[d, b][None, None]
+        first, restart = (
+            (h0[d, row][None, None], None if c0 is None else c0[d, row][None, None])
+            for row in (b, b + steps.batch * layer.restarts)
+        )
         h, c = first
         for t in own[::-1] if layer.reverse != bool(d) else own:
-            h, c = first if marks is not None and marks[t][b] else (h, c)
+            h, c = restart if marks is not None and marks[t][b] else (h, c)
             given = Inputs(xs[t][b][None, None], None, h, c)
             y, h, after, _ = reference.layer_forward(given, weights[d * each : (d + 1) * each], one)
             found[t, b, d], c = y[0, 0], None if c0 is None else after
@@ -95,7 +104,7 @@ def row_by_row(inputs: Inputs, weights, layer):
         torch.stack([torch.cat([found.get((t, b, d), zero) for d in range(layer.directions)]) for b in range(len(xs[t]))])
         for t in range(len(xs))
     ]
-    shape = h0.shape[:2]
+    shape = h0.shape[0], steps.batch
     y, h = steps.gathered(ys), torch.stack(h_n).unflatten(0, shape)
     return y, h, torch.stack(c_n).unflatten(0, shape) if c_n else None
 
@@ -156,7 +165,7 @@ def test_the_engine_in_float64(make_layer, poison, cell, project, marks):
 
 def _assert_engine(make_layer, cell, form, project, marks, dtype) -> None:
     errors: dict[str, tuple[Error, Error]] = {}
-    for sizes in ((11, 9, 5, 37), (40, 3, 9, 16), (1, 4, 3, 17))[: 3 - (marks == "packed")]:
+    for sizes in ((11, 9, 5, 37), (40, 3, 9, 16), (1, 4, 3, 17), (6, 1, 2, 15))[: 2 if marks.startswith("packed") else 4]:
         inputs, weights, layer = make(make_layer, cell, form, 7 * project, marks, sizes, dtype)
         wide = [None if t is None else t.double() if t.is_floating_point() else t for t in inputs]
         truth = results(reference.layer_forward, Inputs(*wide), [w.double() for w in weights], layer)
@@ -177,15 +186,19 @@ def _assert_engine(make_layer, cell, form, project, marks, dtype) -> None:
 # --- bits
 
 
+@pytest.mark.parametrize("restarts", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_are_those_of_packed_rows(make_layer, cell):
+def test_bits_are_those_of_packed_rows(make_layer, cell, restarts):
     """Of outputs, states and their gradients: a row's depend neither on how it is given, nor on the others, nor on the team."""
     T, B, I, H = 9, 13, 5, 70
     made = make_layer(cell, directions=2, sizes=(T, B, I, H), dtype=torch.float32)
     lengths = torch.randint(1, T + 1, (B,))
     lengths[3], resets = 1, torch.rand(T, B) < 0.2
-    x, weights, layer = made["x"], [w / H**0.5 for w in made["weights"]], made["layer"]
-    given = Inputs(x, None, made["h0"], made["c0"], resets, lengths)
+    x, weights, layer = made["x"], [w / H**0.5 for w in made["weights"]], made["layer"]._replace(restarts=restarts)
+    states = [made["h0"], made["c0"]]
+    if restarts:
+        states = [None if state is None else torch.cat((state, torch.randn_like(state)), 1) for state in states]
+    given = Inputs(x, None, *states, resets, lengths)
     outer = torch.randn(T, B, 2 * H)
 
     def run(given, outer):
@@ -200,7 +213,10 @@ def test_bits_are_those_of_packed_rows(make_layer, cell):
         pack_padded_sequence(each, lengths, enforce_sorted=False) for each in (x, resets.unsqueeze(-1), outer)
     )
     order, back = packed.sorted_indices, packed.unsorted_indices
-    states = [None if state is None else state[:, order] for state in (given.h0, given.c0)]
+    rows, back_rows, own_rows = order, back, torch.tensor([3])
+    if restarts:
+        rows, back_rows, own_rows = (torch.cat((each, each + B)) for each in (order, back, own_rows))
+    states = [None if state is None else state[:, rows] for state in (given.h0, given.c0)]
     with threads(3):
         (py, ph, pc), (pdx, pdh0, *pdc0) = run(Inputs(packed.data, packed.batch_sizes, *states, marks.data[:, 0]), grads.data)
     for name, one, other in (("y", y, py), ("dx", dx, pdx)):
@@ -209,21 +225,21 @@ def test_bits_are_those_of_packed_rows(make_layer, cell):
     pairs = ("h_n", h_n, ph), ("c_n", c_n, pc), ("dh0", dh0, pdh0), *(("dc0", *pair) for pair in zip(dc0, pdc0))
     for name, one, other in pairs:
         if one is not None:
-            same_bits(one, other[:, back], name)
-    states = [None if state is None else state[:, 3:4] for state in (given.h0, given.c0)]
+            same_bits(one, other[:, back_rows if name.startswith("d") else back], name)
+    states = [None if state is None else state[:, own_rows] for state in (given.h0, given.c0)]
     alone = Inputs(x[:, 3:4], None, *states, resets[:, 3:4], lengths[3:4])
     (own_y, *_), (own_dx, *_) = run(alone, outer[:, 3:4].contiguous())
     same_bits(own_y, y[:, 3:4])
     same_bits(own_dx, dx[:, 3:4])
 
 
-@pytest.mark.parametrize("marks", ["both", "packed"])
+@pytest.mark.parametrize("marks", ["both", "packed", "restarts", "packed_restarts"])
 def test_without_the_runtime(make_layer, marks, monkeypatch):
     """The same kernels called from Python."""
     monkeypatch.setenv("FASTRNN_CACHE_DIR", str(ROOT / "build"))  # where those that setup.py compiled lie
     inputs, weights, layer = make(make_layer, "lstm", "two_directions", 3, marks, (7, 5, 3, 9), torch.float32)
     (*tensors, resets, lengths, _, _), text, operators = inputs, layer.text(), torch.ops.fastrnn
-    mask = (torch.rand(inputs.h0.shape) > 0.3) / 0.7
+    mask = (torch.rand(2, Steps(layer, inputs).batch, 3) > 0.3) / 0.7
     with threads(1):
         more = resets, lengths, mask
         expected = operators.layer_forward(*tensors, weights, text, True, *more)
@@ -526,15 +542,30 @@ def test_the_runtime_checks_lengths_itself(make_layer):
             torch.ops.fastrnn.layer_forward(*tensors, weights, layer.text(), False, resets)
     with pytest.raises(RuntimeError, match=r"lengths: expected int64 \[B\]"):
         torch.ops.fastrnn.layer_forward(*tensors, weights, layer.text(), False, None, torch.tensor([1, 2]))
+    restarts, none = layer._replace(restarts=True), torch.zeros(4, 3, dtype=torch.bool)
+    assert misfit(restarts, Inputs(*tensors, none), weights) == "h0: expected (1, 6, 5), got (1, 3, 5)"
+    with pytest.raises(RuntimeError, match="a state's shape or dtype does not fit the layer"):
+        torch.ops.fastrnn.layer_forward(*tensors, weights, restarts.text(), False, none)
+    x, sizes, h0, _ = tensors
+    given = x, sizes, torch.cat((h0, h0), 1), None
+    assert misfit(restarts, Inputs(*given), weights) == "resets: expected by a layer that restarts"
+    with pytest.raises(RuntimeError, match="a layer that restarts needs resets"):
+        torch.ops.fastrnn.layer_forward(*given, weights, restarts.text(), False)
 
 
 # --- transforms
 
 
-@pytest.fixture
-def call():
-    """(function of (x, h, c), these tensors, resets, lengths) of a small bidirectional LSTM, and the reference as the same."""
-    module = fastrnn.LSTM(3, 4, bidirectional=True, dtype=torch.float64)
+@pytest.fixture(params=[False, True], ids=["back", "elsewhere"])
+def call(request):
+    """(function of (x, h, c), these tensors, resets, lengths) of a small bidirectional LSTM, and the reference as the same.
+
+    Resets go back to h and c, or elsewhere.
+    """
+    module = fastrnn.LSTM(3, 4, bidirectional=True, learn_initial_state=request.param, dtype=torch.float64)
+    if request.param:
+        for name, parameter in module.named_parameters():
+            parameter.data = torch.randn_like(parameter) if name.startswith("initial") else parameter.data
     x, h, c = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 3, 3), (2, 3, 4), (2, 3, 4)))
     resets, lengths = torch.rand(5, 3) < 0.4, torch.tensor([2, 5, 0])
 
@@ -542,11 +573,18 @@ def call():
     kinds = {name: weights[k::4] for k, name in enumerate(("w_ih", "w_hh", "b_ih", "b_hh"))}
 
     def ours(x, h, c, resets=resets, lengths=lengths):
-        y, h_n, c_n = fastrnn.functional.layer(x, h, c, cell="lstm", **kinds, resets=resets, lengths=lengths)
+        if request.param and resets is not None:
+            y, (h_n, c_n) = module(x, (h, c), resets=resets, lengths=lengths)
+        else:
+            y, h_n, c_n = fastrnn.functional.layer(x, h, c, cell="lstm", **kinds, resets=resets, lengths=lengths)
         return y.sin().sum() + (h_n * c_n).sum()
 
     def plain(x, h, c, resets=resets, lengths=lengths):
-        y, h_n, c_n, _ = reference.layer_forward(Inputs(x, None, h, c, resets, lengths), weights, layer)
+        restarts = request.param and resets is not None
+        if restarts:
+            h, c = (torch.cat(pair, 1) for pair in zip((h, c), features.initial_states(module, 3)))
+        given = Inputs(x, None, h, c, resets, lengths)
+        y, h_n, c_n, _ = reference.layer_forward(given, weights, layer._replace(restarts=restarts))
         return y.sin().sum() + (h_n * c_n).sum()
 
     return module, ours, plain, (x, h, c), resets, lengths
@@ -602,8 +640,9 @@ def test_compile_and_export(call):
     torch.testing.assert_close(program.module()(*given), Model()(*given))
 
 
-def test_opcheck(make_layer):
-    inputs, weights, layer = make(make_layer, "lstm", "batch_first", False, "both")
+@pytest.mark.parametrize("marks", ["both", "packed_restarts"])
+def test_opcheck(make_layer, marks):
+    inputs, weights, layer = make(make_layer, "lstm", "batch_first", False, marks)
     tensors = *[None if t is None else t.nan_to_num() if t.is_floating_point() else t for t in inputs[:4]], weights
     more, text = inputs[4:], layer.text()
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
@@ -614,12 +653,33 @@ def test_opcheck(make_layer):
     torch.library.opcheck(torch.ops.fastrnn.checkpoint_forward, (*tensors, text, 1, *more), test_utils=checks)
 
 
-def test_recompute(call):
-    _, ours, _, tensors, *_ = call
+def test_recompute(call, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SEGMENT_ROWS", 1)
+    module, ours, _, tensors, *_ = call
+    learned = [parameter for name, parameter in module.named_parameters() if name.startswith("initial")]
     mine, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
-    expected = torch.autograd.grad(ours(*theirs), theirs)
+    expected = torch.autograd.grad(ours(*theirs), [*theirs, *learned])
     with fastrnn.recompute():
-        torch.testing.assert_close(torch.autograd.grad(ours(*mine), mine), expected)
+        torch.testing.assert_close(torch.autograd.grad(ours(*mine), [*mine, *learned]), expected)
+
+
+@every_mark
+@pytest.mark.parametrize(("cell", "project"), [("lstm", 3), ("lstm", 0), ("gru", 0)])
+@pytest.mark.parametrize("form", FORMS)
+def test_segments_of_recompute_mode(make_layer, cell, project, form, marks):
+    """Of every count: a segment begins with other states than its resets go back to, and rows end within it."""
+    inputs, weights, layer = make(make_layer, cell, form, project, marks, (9, 4, 3, 5))
+    tensors, more, text = (*inputs[:4], weights), inputs[4:], layer.text()
+    y, h_n, c_n, saved = torch.ops.fastrnn.layer_forward(*tensors, text, True, *more)
+    outer = [torch.randn_like(each) if each.numel() else None for each in (y, h_n, c_n)]
+    for needs in ([True, True, True], [True, False, True]):
+        *expected, dw = torch.ops.fastrnn.layer_backward(*outer, *tensors, y, saved, text, needs, *more)
+        for segments in range(1, 5):
+            *found, kept = torch.ops.fastrnn.checkpoint_forward(*tensors, text, segments, *more)
+            for one, other in zip(found, (y, h_n, c_n), strict=True):
+                same_bits(one, other)
+            *found, own = torch.ops.fastrnn.checkpoint_backward(*outer, *tensors, y, kept, text, segments, needs, *more)
+            torch.testing.assert_close([*found, *own], [*expected, *dw], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -48,7 +48,7 @@ FACTORS = {
     "save": (True, False),
     "incoming": ("all", "dy", "dh_n", "dc_n"),
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
-    "marks": ("none", "resets", "lengths", "both"),
+    "marks": ("none", "resets", "lengths", "both", "restarts"),
     "sizes": ((4, 3, 5, 19), (3, 18, 2, 7), (1, 4, 9, 33), (6, 5, 17, 40)),
 }
 
@@ -102,7 +102,7 @@ OF_OWN = {
     "directions": (2, 1),
     "layout": FACTORS["layout"],
     "dtype": FACTORS["dtype"],
-    "marks": ("none", "both", "resets"),
+    "marks": ("none", "both", "restarts"),
 }
 
 
@@ -183,7 +183,7 @@ def test_layer_norm(layer, interpreted):
 OF_STATES = [
     Layer("lstm", "single", directions=2, layout="batch", marks="both", dc_steps=True),
     Layer("lstm", "split", layout="packed", reverse=True, project=True, dc_steps=True),
-    Layer("slstm", "resident", heads=2, directions=2, marks="resets", dc_steps=True, sizes=(3, 3, 2, 7)),
+    Layer("slstm", "resident", heads=2, directions=2, marks="restarts", dc_steps=True, sizes=(3, 3, 2, 7)),
     Layer("lstm", "wide", norm=True, dtype=torch.bfloat16, marks="lengths", dc_steps=True, sizes=(3, 3, 2, 19)),
 ]
 

@@ -68,7 +68,7 @@ class Layer:
     cell:  a built-in one, else `every_function`, or one that comes with fastrnn, or one of test_cells.py's.
     tiles: single, resident (weights kept), or streamed: split (its sums shared by warps) or wide.
     chunk: of the sums; small, so that a small layer has several. 0 for what the chooser takes.
-    marks: resets, lengths (of dense input), both, or none.
+    marks: resets, restarts (to other states than it begins with), lengths (of dense input), both of the last two, or none.
     noise: a mask, zoneout of all states, both of them, or zoneout in evaluation: one number for all rows and steps.
     norm:  with layer norm.
     dc_steps: gradients come in for the states but h after each step.
@@ -156,10 +156,14 @@ class Layer:
             made["lengths"] = torch.arange(self.sizes[1]) * 5 % (self.sizes[0] + 1)  # a row without steps first, no order
             where = torch.arange(self.sizes[0]).unsqueeze(1) >= made["lengths"]
             made["x"][where.T if self.layout == "batch" else where] = torch.nan  # which nobody may read
-        if self.marks in ("resets", "both"):
-            made["resets"] = torch.rand(made["x"].shape[:-1]) < 0.4
         if self.noise in ("mask", "both"):
             made["mask"] = (torch.rand(made["h0"].shape, dtype=torch.float64) < 0.7) * 1.375
+        if self.marks in ("resets", "restarts", "both"):
+            made["resets"] = torch.rand(made["x"].shape[:-1]) < 0.4
+        if self.marks in ("restarts", "both"):
+            made["layer"] = made["layer"]._replace(restarts=True)
+            states = {name: made[name] for name in ("h0", "c0") if made[name] is not None}
+            made |= {name: torch.cat((state, state.flip(1) / 2), 1) for name, state in states.items()}
         if count := self.kind.noise * H * self.heads:
             width, leading = self.directions * count, made["x"].shape[:-1]
             if self.noise == "evaluation":

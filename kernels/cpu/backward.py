@@ -241,22 +241,22 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         return step, max(0, min(count, active_rows(p, step) - r0))
 
     @njit(**options)
-    def fill_before(p, t, r0, count, table, first, stride, initial, initial_stride):
+    def fill_before(p, t, r0, count, table, first, stride, initial, at_reset, initial_stride):
         """Addresses of a state of rows r0 .. r0+count-1 before step t: the batch's rows have it `stride` apart from `first` on
-        in the step before, and initial_stride apart from `initial` on where none came before."""
+        in the step before, and initial_stride apart from `initial` on where none came before, from `at_reset` on at resets."""
         _, going_on = earlier(p, t, r0, count)
         fill_step(p, table, r0, going_on, first, stride)
         fill_step(p, table + 8 * going_on, r0 + going_on, count - going_on, initial, initial_stride)
         for i in range(count if p.resets else 0):
             if begins_anew(p, t, r0 + i):
-                store_int(table + 8 * i, initial + row_at(p, r0 + i) * initial_stride)
+                store_int(table + 8 * i, at_reset + row_at(p, r0 + i) * initial_stride)
 
     @njit(**options)
     def fill_hidden_before(p, t, r0, count, table):
         """Addresses of the hidden states that step t of these rows read."""
         before, _ = earlier(p, t, r0, count)
         first = p.y + step_base(p, before) * p.y_step
-        fill_before(p, t, r0, count, table, first, p.y_row, p.h0, p.output_size * size)
+        fill_before(p, t, r0, count, table, first, p.y_row, p.h0, p.h_reset, p.output_size * size)
 
     @njit(**options)
     def fill_places(p, t, r0, count, saved_row, places):
@@ -272,7 +272,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         if states > 0:
             before, _ = earlier(p, t, r0, count)
             first = p.saved + kept_base(p, before) * saved_row + (slots - states) * unit_bytes
-            fill_before(p, t, r0, count, places + OF_CARRIED * table, first, saved_row, p.c0, states * unit_bytes)
+            carried_before = places + OF_CARRIED * table
+            fill_before(p, t, r0, count, carried_before, first, saved_row, p.c0, p.c_reset, states * unit_bytes)
         if noise:
             fill_step(p, places + OF_NOISE * table, r0, count, p.noise + base * p.noise_step, p.noise_row)
 
@@ -608,7 +609,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
 
     @njit(**options)
     def stop_at_reset(p, b, i, later, extra, first, last):
-        """What step t of row b would carry back is a gradient of the initial states instead, for units first .. last-1.
+        """What step t of row b would carry back is of the states that resets go back to instead, for units first .. last-1.
 
         The product with W_hh, which is linear, is done once, of the sum over all resets of a row.
         """
@@ -627,66 +628,70 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         store_int(extra + 8 * i, p.zeros)
 
     @njit(**options)
-    def finish_resets(p, member, r0, from_row, to_row, later):
-        """Take the sums over the resets of rows whose first step is done in, and its gate gradients into these sums."""
-        (unit0, unit1), unit_bytes = own_units(p, member), p.hidden_size * size
-        for i in range(from_row, to_row):
-            b = r0 + i
-            sums, dc = reset_row(p, b) + gates * unit_bytes, p.dc0 + row_at(p, b) * states * unit_bytes
-            add_gates(p, b, load_int(later + 8 * i), unit0, unit1)
-            for s in range(states):
-                add_units(sums + s * unit_bytes, dc + s * unit_bytes, unit0, unit1, p.hidden_size)
-            if reads_hidden:
-                dh = p.dh0 + row_at(p, b) * unit_bytes
-                add_units(sums + states * unit_bytes, dh, unit0, unit1, p.hidden_size)
-            store_int(later + 8 * i, reset_row(p, b))
-        wait(p, member)
+    def add_through_product(p, row0, count, rows, initial, first, last, table, scratch, own_panel, own_block):
+        """Add the gradients of h that rows row0 .. row0+count-1 of the batch bring through the product, in panels
+        first .. last-1, to those of states of the batch at `initial`. rows: addresses of these rows' gate gradients."""
+        row_bytes, out = p.output_size * size, p.masked if p.mask else initial  # where it can be multiplied with the mask
+        fill_step(p, table, row0, count, out, row_bytes)
+        weight_rows, width = table + 8 * count, head_depth(p)
+        parts, length = parts_of_head(p)
+        for head in range(head_of(p, first), head_of(p, last - 1) + 1):
+            low, high = max(0, first - head * p.head_panels), min(last - head * p.head_panels, p.head_panels)
+            own, at = p.hh_panels + head * p.head_panels * p.hh_depth * panel_row, head * p.head_units * size
+            shift_rows(table, count, at)
+            if p.tiles:
+                add = 0 if p.mask else 1
+                multiply_in_tiles(p, count, rows, own, width, low, high, table, add, scratch, own_block)
+            if p.one_step:
+                fill_hidden_rows(p, head, weight_rows)
+            for part in range(0 if p.tiles else parts):
+                along, add = at + part * p.hidden_size * size, 0 if p.mask and part == 0 else 1
+                shift_rows(rows, count, along)
+                if p.one_step:
+                    multiply_once(
+                        p, count, rows, weight_rows + 8 * part * length, True, length, width, low, high, table, add, scratch,
+                        own_panel,
+                    )  # fmt: skip
+                else:
+                    multiply(
+                        count, rows, size, own + part * length * panel_row, p.hh_depth * panel_row, panel_row, length, width,
+                        low, high, table, add, scratch,
+                    )  # fmt: skip
+                shift_rows(rows, count, -along)
+            shift_rows(table, count, -at)
+        if p.mask:
+            for b in range(row0, row0 + count):
+                at = row_at(p, b) * row_bytes
+                add_masked(p, p.masked + at, b, initial + at, first_unit(p, first, wide), first_unit(p, last, wide))
 
     @njit(**options)
-    def finish_rows(p, member, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
+    def finish_rows(p, r0, from_row, to_row, later, extra, first, last, table, scratch, own_panel, own_block):
         """dh0 of rows whose first step is done: what is left of their gradient, from_row .. to_row-1 counted from r0."""
-        count, unit0, unit1 = to_row - from_row, first_unit(p, first, wide), first_unit(p, last, wide)
-        if count > 0 and p.need_dh0:
-            row_bytes = p.output_size * size
-            for i in range(from_row, to_row):  # rows without a carried part start from zero
-                dh0 = p.dh0 + row_at(p, r0 + i) * p.output_size * size
-                store_int(table + 8 * (i - from_row), dh0)
-                if load_int(extra + 8 * i) != dh0:
-                    clear_units(dh0, unit0, unit1, p.output_size)
-                if p.mask:  # the product goes where it can be multiplied with it
-                    store_int(table + 8 * (i - from_row), p.masked + row_at(p, r0 + i) * row_bytes)
-            if p.resets:
-                finish_resets(p, member, r0, from_row, to_row, later)
-            rows, weight_rows, width = later + 8 * from_row, table + 8 * count, head_depth(p)
-            parts, length = parts_of_head(p)
-            for head in range(head_of(p, first), head_of(p, last - 1) + 1):
-                low, high = max(0, first - head * p.head_panels), min(last - head * p.head_panels, p.head_panels)
-                own, at = p.hh_panels + head * p.head_panels * p.hh_depth * panel_row, head * p.head_units * size
-                shift_rows(table, count, at)
-                if p.tiles:
-                    add = 0 if p.mask else 1
-                    multiply_in_tiles(p, count, rows, own, width, low, high, table, add, scratch, own_block)
-                if p.one_step:
-                    fill_hidden_rows(p, head, weight_rows)
-                for part in range(0 if p.tiles else parts):
-                    along, add = at + part * p.hidden_size * size, 0 if p.mask and part == 0 else 1
-                    shift_rows(rows, count, along)
-                    if p.one_step:
-                        multiply_once(
-                            p, count, rows, weight_rows + 8 * part * length, True, length, width, low, high, table, add,
-                            scratch, own_panel,
-                        )  # fmt: skip
-                    else:
-                        multiply(
-                            count, rows, size, own + part * length * panel_row, p.hh_depth * panel_row, panel_row, length,
-                            width, low, high, table, add, scratch,
-                        )  # fmt: skip
-                    shift_rows(rows, count, -along)
-                shift_rows(table, count, -at)
-            if p.mask:
-                for b in range(r0 + from_row, r0 + to_row):
-                    at = row_at(p, b) * row_bytes
-                    add_masked(p, p.masked + at, b, p.dh0 + at, unit0, unit1)
+        if to_row <= from_row or not p.need_dh0:
+            return
+        for i in range(from_row, to_row):  # rows without a carried part start from zero
+            dh0 = p.dh0 + row_at(p, r0 + i) * p.output_size * size
+            if load_int(extra + 8 * i) != dh0:
+                clear_units(dh0, first_unit(p, first, wide), first_unit(p, last, wide), p.output_size)
+        add_through_product(
+            p, r0 + from_row, to_row - from_row, later + 8 * from_row, p.dh0, first, last, table, scratch, own_panel, own_block
+        )  # fmt: skip
+
+    @njit(**options)
+    def finish_resets(p, member, r0, r1, rows, first, last, table, scratch, own_panel, own_block):
+        """Add what the resets of rows r0 .. r1-1 sum up to the gradients of the states that they go back to, when all steps are
+        done. rows: a table to write to."""
+        (unit0, unit1), unit_bytes = own_units(p, member), p.hidden_size * size
+        for b in range(r0, r1):
+            sums, own = reset_row(p, b) + gates * unit_bytes, row_at(p, b) * unit_bytes
+            for s in range(states):
+                dc = p.dc_reset + own * states + s * unit_bytes
+                add_units(sums + s * unit_bytes, dc, unit0, unit1, p.hidden_size)
+            if reads_hidden:
+                add_units(sums + states * unit_bytes, p.dh_reset + own, unit0, unit1, p.hidden_size)
+        fill_rows(rows, r1 - r0, reset_row(p, r0), stopped * unit_bytes)
+        wait(p, member)  # the sums of all units are there
+        add_through_product(p, r0, r1 - r0, rows, p.dh_reset, first, last, table, scratch, own_panel, own_block)
 
     @njit(**options)
     def sum_columns(gradients, rows, row_bytes, n, totals, part):
@@ -1011,6 +1016,11 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             if p.resets and p.need_dh0:
                 for s in range(stopped):
                     clear_units(reset_row(p, b) + s * hidden_bytes, unit0, unit1, p.hidden_size)
+                if p.dh_reset != p.dh0:
+                    output0, output1 = first_unit(p, first, wide), first_unit(p, last, wide)
+                    clear_units(p.dh_reset + own * output_bytes, output0, output1, p.output_size)
+                    for state in range(own * states, (own + 1) * states):
+                        clear_units(p.dc_reset + state * hidden_bytes, unit0, unit1, p.hidden_size)
             for panel in range(first, last):
                 for j in range(columns):
                     unit = (panel * columns + j) * lanes
@@ -1037,7 +1047,7 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 t = p.steps - 1 - k if p.reverse else k
                 count = max(0, min(r1, active_rows(p, t)) - r0)
                 finish_rows(
-                    p, member, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block
+                    p, r0, count, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block
                 )  # fmt: skip
                 base = first_row(p, t) - first_row(p, t_low)
                 fill_places(p, t, r0, count, saved_row, places)
@@ -1075,9 +1085,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                         stop_at_reset(p, r0 + i, i, later, extra, unit0, unit1)
                 previous_count = count
             if start == 0:
-                finish_rows(
-                    p, member, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block
-                )  # fmt: skip
+                finish_rows(p, r0, 0, previous_count, later, extra, first, last, tables, scratch, own_panel, own_block)
+                if p.resets and p.need_dh0:
+                    finish_resets(p, member, r0, r1, out_rows, first, last, tables, scratch, own_panel, own_block)
             wait_crew(p, member)
             if start > 0:  # the next block overwrites the gradients that its first step reads
                 share0, share1 = (

@@ -185,6 +185,11 @@ class Call:
             self.records[field][d] = tensor.data_ptr()
         self.keep += list(tensors)
 
+    def initial_states(self, field: str, at_reset: str, tensor: Tensor) -> None:
+        """The same of the initial states, or their gradients, and of those that resets go back to."""
+        self.point(field, tensor)
+        self.point(at_reset, tensor[:, -self.steps.batch :])
+
     def rows(self, field: str, tensor: Tensor, width: int = 0) -> None:
         """Pointer and strides of a sequence; direction d starts d * width numbers into a row."""
         if tensor.stride(-1) != 1:
@@ -210,19 +215,20 @@ class Call:
 
 def layer_forward(x, batch_sizes, h0, c0, weights, text, save, *more):
     """The op's implementation."""
-    (D, B, R), layer = h0.shape, layer_of(text)
+    (D, _, R), layer = h0.shape, layer_of(text)
     call = Call(layer, Inputs(x, batch_sizes, h0, c0, *more), weights)
+    B = call.steps.batch
     slots = call.cell.slots + layer.projected
     y = x.new_empty(*x.shape[:-1], D * R)
     h_n = x.new_empty(D, B, R)
-    c_n = x.new_empty(c0.shape) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
+    c_n = x.new_empty(D, B, c0.shape[2]) if c0 is not None else x.new_empty(0)  # absent outputs may not share memory
     saved = x.new_empty(D, call.steps.rows, slots * call.H) if save else x.new_empty(0)
     call.records["save"] = save
     call.rows("y", y, R)
-    call.point("h0", h0.contiguous())
+    call.initial_states("h0", "h_reset", h0.contiguous())
     call.point("h_n", h_n)
     if c0 is not None:
-        call.point("c0", c0.contiguous())
+        call.initial_states("c0", "c_reset", c0.contiguous())
         call.point("c_n", c_n)
     if save:
         call.point("saved", saved)
@@ -243,12 +249,14 @@ def layer_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, te
     call.rows("dy", torch.zeros_like(y) if dy is None else dy, call.R)
     if need_dx:
         call.rows("dx", dx)
-    for name, tensor in (("h0", h0), ("dh_n", dh_n), ("c0", c0), ("dc_n", dc_n), ("saved", saved)):
+    for name, tensor in (("dh_n", dh_n), ("dc_n", dc_n), ("saved", saved)):
         if tensor is not None:
             call.point(name, tensor.contiguous())
-    call.point("dh0", dh0)
-    if c0 is not None:
-        call.point("dc0", dc0)
+    for name, at_reset, tensor in (
+        ("h0", "h_reset", h0), ("c0", "c_reset", c0), ("dh0", "dh_reset", dh0), ("dc0", "dc_reset", dc0)
+    ):  # fmt: skip
+        if tensor is not None and tensor.dim() > 1:
+            call.initial_states(name, at_reset, tensor.contiguous())
     for name in layer.kinds() if need_dw else ():
         grads = [getattr(own, name) for own in layer.by_direction(dw)]
         call.point(f"d{name}_half" if grads[0].dtype == torch.bfloat16 else f"d{name}", grads)

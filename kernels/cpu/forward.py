@@ -470,11 +470,11 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 store(row + at, load(source + at, n) * load(mask + at, n), n)
 
     @njit(**options)
-    def begin_states(p, b, unit0, unit1):
-        """Set the states of row b, but for the hidden one, to the initial ones, for units unit0 .. unit1-1."""
+    def begin_states(p, b, initial, unit0, unit1):
+        """Set the states of row b, but for the hidden one, to those of the batch at `initial`, for units unit0 .. unit1-1."""
         state_bytes = p.hidden_size * size
         for s in range(row_at(p, b) * states, (row_at(p, b) + 1) * states):
-            copy_units(p.c0 + s * state_bytes, p.c_n + s * state_bytes, unit0, unit1, p.hidden_size)
+            copy_units(initial + s * state_bytes, p.c_n + s * state_bytes, unit0, unit1, p.hidden_size)
 
     @njit(**options)
     def clear_outputs(p, t, r0, r1, first, last):
@@ -522,7 +522,7 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
             fill_step(p, previous, r0, r1 - r0, p.h0, output_bytes)
             fill_step(p, c_rows, r0, r1 - r0, p.c_n, states * hidden_bytes)
             for b in range(r0, r1):
-                begin_states(p, b, unit0, unit1)
+                begin_states(p, b, p.c0, unit0, unit1)
             for t in range(p.steps, p.padded_steps):
                 clear_outputs(p, t, r0, r1, own, owns)
             wait_crew(p, member)
@@ -563,8 +563,8 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
                 fill_rows(h_rows, count, p.tails + r0 * hidden_bytes, hidden_bytes)
             for i in range(count if p.resets else 0):
                 if begins_anew(p, t, r0 + i):
-                    store_int(previous + 8 * i, p.h0 + row_at(p, r0 + i) * output_bytes)
-                    begin_states(p, r0 + i, unit0, unit1)
+                    store_int(previous + 8 * i, p.h_reset + row_at(p, r0 + i) * output_bytes)
+                    begin_states(p, r0 + i, p.c_reset, unit0, unit1)
             if noise:
                 fill_step(p, noise_rows, r0, count, p.noise + step_base(p, t) * p.noise_step, p.noise_row)
             if p.order:  # here memory has time to take it

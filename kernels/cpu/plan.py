@@ -27,8 +27,9 @@ _GROUPS = (
     # lie where those of a dense sequence of padded_steps lie, and `order` says which row of the batch each of them is, the
     # longest first: steps and rows count those within the lengths
     "batch_sizes offsets packed order padded_steps",
-    # 0, or a byte for each row of x: do its states begin with the initial ones?
-    "resets resets_step resets_row",
+    # 0, or a byte for each row of x: do its states go back to h_reset and c_reset? These are h0 and c0, or other rows behind
+    # them; dh_reset and dc_reset are where the gradients of these go
+    "resets resets_step resets_row h_reset c_reset dh_reset dc_reset",
     # 0, or a factor for each number of h that enters the recurrent product [batch, output_size]; numbers of the cell's kind
     # Noise, as many for each unit of a row of x, side by side
     "mask noise noise_step noise_row",

@@ -137,7 +137,7 @@ def kept_base(p, t):
 
 @njit(**options)
 def begins_anew(p, t, b):
-    """Do the states before step t of row b go back to the initial ones?"""
+    """Do the states before step t of row b go back to those that resets go back to?"""
     return p.resets != 0 and load_byte(p.resets + step_base(p, t) * p.resets_step + row_at(p, b) * p.resets_row) != 0
 
 

@@ -182,8 +182,8 @@ def _by_reference(inputs: Inputs, weights: Sequence[Tensor], layer: Layer, forwa
     x, cell = inputs.x, CELLS[layer.cell]
     if x.dtype is torch.float64 or not cell.reduces:
         return x.dtype is torch.float64
-    _, B, R = inputs.h0.shape
-    sizes = sizes_of(layer, Steps(layer, inputs).steps, B, weights[0].shape[0] // cell.gates, R, x.dtype)
+    steps, R = Steps(layer, inputs), inputs.h0.shape[2]
+    sizes = sizes_of(layer, steps.steps, steps.batch, weights[0].shape[0] // cell.gates, R, x.dtype)
     return _plan(device_of(x.device), sizes, forward) is None
 
 

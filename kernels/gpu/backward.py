@@ -13,9 +13,9 @@ Letters and layouts as in forward.py; further
              a row's steps of those of the cell's own weights, zeros first; and in scans, where the cell reads h, what reached
              it past the gates
     b_ih     [D, ...], which has the cell's own weights behind the biases
-    h0       as it is, with a mask or without
+    h0       as it is, with a mask or without; so is h_reset, and c0 and c_reset are [D, B, STATES*H]
     dc_steps [D, N, S*H], gradients of the states but h after each step, of callers who read these; only where DC_STEPS
-    sums_h   [D, B, R] and sums_c [D, B, STATES*H], float32: what resets take of the gradients of the states before them
+    sums_h   [D, B, R] and sums_c [D, B, STATES*H], float32, zeros first: the gradients of what resets go back to
 
 Step s of a program first takes dh, the product of W_hh^T with `da` of the step before, then goes through the cell. So there
 are steps 0...T: in step 0 no row has a step before it, in step T none has one of its own.
@@ -49,8 +49,8 @@ from .wavefront import feed
 
 @triton.jit
 def kept_values(
-    saved, y, h0, c0, offsets, t, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-    STATES: tl.constexpr, READS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
+    saved, y, h0, c0, h_reset, c_reset, offsets, t, here, length, steps, backwards, d, rows, units, units_ok,
+    T, B, N, STATES: tl.constexpr, READS: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, OUTPUT: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr,
     PROJECTED: tl.constexpr, anew, RESETS: tl.constexpr,
 ):  # fmt: skip
@@ -61,8 +61,6 @@ def kept_values(
     ok = units_ok[:, None] & here[None, :]
     before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
     joined = tl.where(backwards, t + 1 < length, t > 0)  # had the row a step before this one?
-    if RESETS:
-        joined = joined & (anew == 0)
     own = row_index(t, rows, offsets, T, B, PACKED, False)  # [ROWS]
     slots = saved + (d * N + own) * W  # [ROWS]
     states = (SLOTS - STATES) * H  # of a row the first column that has them
@@ -77,10 +75,14 @@ def kept_values(
     if STATES:
         after = saved + (d * N + row_index(before, rows, offsets, T, B, PACKED, False)) * W + states
         at = tl.where(joined, after, c0 + (d * B + rows) * (STATES * H))
+        if RESETS:
+            at = tl.where(anew, c_reset + (d * B + rows) * (STATES * H), at)
         values = values + load_tiles(at[None, :] + units[:, None], ok, STATES, H)
     if READS:
         after = y + row_index(before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * H)
         at = tl.where(joined, after, h0 + (d * B + rows) * H)
+        if RESETS:
+            at = tl.where(anew, h_reset + (d * B + rows) * H, at)
         values = values + load_tiles(at[None, :] + units[:, None], ok, 1, H)
     return values
 
@@ -106,8 +108,8 @@ def carried(grads, active, dc, P: tl.constexpr, STATES: tl.constexpr, READS: tl.
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_backward(
-    saved, y, ys, dy, dys, da, dp, h0, c0, dh_n, dh0, carry, sums_h, sums_c, w_ih, w_hh, w_hr, b_ih, lengths, offsets, resets,
-    counters, gave_up, mask, noise, moments, dc_steps,
+    saved, y, ys, dy, dys, da, dp, h0, c0, h_reset, c_reset, dh_n, dh0, carry, sums_h, sums_c, w_ih, w_hh, w_hr, b_ih, lengths,
+    offsets, resets, counters, gave_up, mask, noise, moments, dc_steps,
     w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
@@ -203,8 +205,8 @@ def scan_backward(
         came = (tl.where(backwards, t - 1, t + 1) < length) & (begin > 0)
         stopped = begins_anew(resets, came_at, rows, came, offsets, T, B, PACKED, BATCH_FIRST)
     values = kept_values(
-        saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
+        saved, y, h0, c0, h_reset, c_reset, offsets, at, here, length, steps, backwards, d, rows, units, units_ok,
+        T, B, N, STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
     )  # fmt: skip
     dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
     if LAYERS == 1:
@@ -243,13 +245,11 @@ def scan_backward(
                 dh += dc[STATES + WEIGHTS]
             dh = tl.where(came[None, :], dh, final)  # [OUTPUTS, ROWS]
             leaving = came & (active == 0)
-            initial = dh
-            if RESETS:  # what a reset has stopped is the initial state's, as what is left in the end
-                taken = n_ok & (leaving | stopped)[None, :]
-                initial += tl.load(sums_h + n_at, mask=taken, other=0.0)
-                tl.store(sums_h + n_at, initial, mask=taken)
+            if RESETS:
+                taken = n_ok & stopped[None, :]
+                tl.store(sums_h + n_at, dh + tl.load(sums_h + n_at, mask=taken, other=0.0), mask=taken)
                 dh = tl.where(stopped[None, :], 0.0, dh)
-            tl.store(dh0 + n_at, initial.to(dh0.dtype.element_ty), mask=n_ok & leaving[None, :])
+            tl.store(dh0 + n_at, dh.to(dh0.dtype.element_ty), mask=n_ok & leaving[None, :])
             dh += outer[0]
             if PROJECTED:
                 at_dp = dp_rows[None, :] + outputs[:, None]
@@ -294,8 +294,8 @@ def scan_backward(
                 stopped = anew
                 anew = begins_anew(resets, at, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
             values = kept_values(
-                saved, y, h0, c0, offsets, at, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-                STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
+                saved, y, h0, c0, h_reset, c_reset, offsets, at, here, length, steps, backwards, d, rows, units, units_ok,
+                T, B, N, STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
             )  # fmt: skip
             dy_rows = dy + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)
             if LAYERS == 1:
@@ -312,7 +312,8 @@ def scan_backward(
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_backward(
-    saved, y, dy, da, dp, h0, c0, dh_n, dh0, carry, w_hh, w_hr, b_ih, lengths, offsets, resets, mask, noise, dc_steps,
+    saved, y, dy, da, dp, h0, c0, h_reset, c_reset, dh_n, dh0, carry, sums_h, sums_c, w_hh, w_hr, b_ih, lengths, offsets,
+    resets, mask, noise, dc_steps,
     w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, STATES: tl.constexpr,
@@ -375,8 +376,8 @@ def single_backward(
         nothing = zeros(STATES, UNITS, ROWS)
         taken_h, taken_c = tl.zeros((OUTPUTS, ROWS), tl.float32), nothing
     values = kept_values(
-        saved, y, h0, c0, offsets, t, t < length, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
+        saved, y, h0, c0, h_reset, c_reset, offsets, t, t < length, length, steps, backwards, d, rows, units, units_ok,
+        T, B, N, STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
     )  # fmt: skip
     dy_rows = dy + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & (t < length)[None, :], 1, 0)
@@ -395,8 +396,8 @@ def single_backward(
         if RESETS:
             anew = begins_anew(resets, ahead, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
         values = kept_values(
-            saved, y, h0, c0, offsets, ahead, here, length, steps, backwards, d, rows, units, units_ok, T, B, N,
-        STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
+            saved, y, h0, c0, h_reset, c_reset, offsets, ahead, here, length, steps, backwards, d, rows, units, units_ok,
+            T, B, N, STATES, READS, KEPT, SLOTS, OUTPUT, D, H, W, PACKED, BATCH_FIRST, PROJECTED, anew, RESETS,
         )  # fmt: skip
         dy_rows = dy + row_index(ahead, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R
         dys = load_tiles(dy_rows[None, :] + outputs[:, None], outputs_ok[:, None] & here[None, :], 1, 0)
@@ -433,19 +434,20 @@ def single_backward(
             taken_c = added(taken_c, replaced(dc, 0, STATES, stops[None, :], nothing), STATES)
             dc = replaced(nothing, 0, STATES, stops[None, :], dc) + dc[STATES:]
     if RESETS:
-        dh += taken_h
-        dc = added(dc, taken_c, STATES) + dc[STATES:]
+        tl.store(sums_h + n_at, taken_h, mask=n_ok)
+        sums_at = sums_c + (d * B + rows)[None, :] * (STATES * H) + units[:, None]
+        store_tiles(sums_at, taken_c, state_ok, 0, STATES, H)
     tl.store(dh0 + n_at, dh.to(dh0.dtype.element_ty), mask=n_ok)
     store_tiles(carry + state_at, dc, state_ok, 0, CARRIED, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "blocks", "d"])
 def states_before(
-    before, y, h0, lengths, offsets, resets, mask, T, B, blocks, d,
+    before, y, h0, h_reset, lengths, offsets, resets, mask, T, B, blocks, d,
     D: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, RESETS: tl.constexpr, MASKED: tl.constexpr,
     BATCH_FIRST: tl.constexpr, BACKWARDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """before [N, R]: h as it entered the product of each step of direction d. h0 and mask: of the direction, [B, R].
+    """before [N, R]: h as it entered the product of each step of direction d. h0, h_reset and mask: of the direction, [B, R].
 
     Grid: T * blocks of rows, blocks of columns.
     """
@@ -456,11 +458,12 @@ def states_before(
     ok = (t < length)[:, None] & (columns < R)[None, :]  # [ROWS, COLUMNS]
     earlier = t + 1 if BACKWARDS else t - 1
     joined = earlier < length if BACKWARDS else tl.where(rows < B, t > 0, False)
-    if RESETS:
-        joined = joined & (begins_anew(resets, t, rows, t < length, offsets, T, B, PACKED, BATCH_FIRST) == 0)
     at = tl.minimum(tl.maximum(earlier, 0), T - 1)
     after = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R) + d * R  # [ROWS]
     states = tl.where(joined, after, h0 + rows.to(tl.int64) * R)
+    if RESETS:
+        anew = begins_anew(resets, t, rows, t < length, offsets, T, B, PACKED, BATCH_FIRST)
+        states = tl.where(anew, h_reset + rows.to(tl.int64) * R, states)
     values = tl.load(states[:, None] + columns[None, :], mask=ok, other=0.0)
     if MASKED:
         at = mask + rows.to(tl.int64)[:, None] * R + columns[None, :]

@@ -11,10 +11,10 @@ t its place in the sequence. Pointers, with the element type E of the layer unle
     carry    [D, B, C*H] float32: the C states that enter element by element, h the last; the initial ones, in the end the
              final ones
     w_hh, w_hr, b_ih, b_hh   as in the op, of direction 0; those of direction 1 are w_hh_step and so on numbers further
-    start    [D, B, C*H], what carry begins with, which resets go back to; only where RESETS
+    h_reset, c_reset   like h0 and carry, in the beginning: what resets go back to; only where RESETS
     lengths  [B] and offsets [T], int64: steps of each row, and rows before each step; only read where PACKED. lengths also
              where RAGGED: rows of a dense sequence, in any order, have no steps past them
-    resets   a byte for each row of x: not 0 where the states before that step go back to the initial ones; only where RESETS
+    resets   a byte for each row of x: not 0 where the states before that step go back to these; only where RESETS
     mask     [D, B, R]: factors of h where it enters the product; only where MASKED
     fed      [2, D, B, R], out where MASKED in scans: h times the mask after an even and after an odd step, which the next
              step's product reads. Who writes to one of them has met those who read it.
@@ -99,8 +99,8 @@ def carried(new, active, p, KEPT: tl.constexpr, STATES: tl.constexpr, READS: tl.
 
 @triton.jit(do_not_specialize=["T", "B", "N", "first_row", "begin", "end"])
 def scan_forward(
-    kept, y, ys, out, h0, start, carry, w_ih, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters, gave_up,
-    mask, fed, noise, moments,
+    kept, y, ys, out, h0, carry, h_reset, c_reset, w_ih, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, counters,
+    gave_up, mask, fed, noise, moments,
     w_ih_step: tl.int64, w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64,
     noise_t: tl.int64, noise_b: tl.int64,
     T, B, N, first_row, begin, end,
@@ -119,7 +119,7 @@ def scan_forward(
 
     SPAN, FEED: of LAYERS that run at once, see wavefront.py.
     PHASE:     "gates" or "project", one half of a projected step, or "both".
-    ALIGNED:   rows of y and h0, and heads in them, start at multiples of 16 bytes.
+    ALIGNED:   rows of y, h0 and h_reset, and heads in them, start at multiples of 16 bytes.
     SYNC:      programs meet where one needs what others have stored; without, a launch has one step of one layer, and one
                phase if PROJECTED.
     """
@@ -212,11 +212,11 @@ def scan_forward(
             inputs = load_tiles(kept_rows[None, :] + units[:, None], ok, GATES, H, ".cg")  # which other programs have stored
         if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
-            if RESETS:
-                joined = joined & (anew == 0)
-                fresh = load_tiles(start + state_at, ok & anew[None, :], CARRIED, H)
-                p = replaced(fresh, 0, CARRIED, anew[None, :], p)
             h_rows = tl.where(joined, y_before, h0_rows)
+            if RESETS:
+                fresh = load_tiles(c_reset + state_at, ok & anew[None, :], CARRIED, H)
+                p = replaced(fresh, 0, CARRIED, anew[None, :], p)
+                h_rows = tl.where(anew, h_reset + (d * B + rows) * R, h_rows)
             if HEADS > 1:  # a sum with nothing would take what is said of it away
                 h_rows += head * K
             if ALIGNED:  # of a choice between pointers the compiler forgets it
@@ -287,7 +287,7 @@ def scan_forward(
 
 @triton.jit(do_not_specialize=["T", "B", "N"])
 def single_forward(
-    kept, y, h0, start, carry, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, mask, noise,
+    kept, y, h0, carry, h_reset, c_reset, w_hh, w_hr, b_ih, b_hh, h_n, lengths, offsets, resets, mask, noise,
     w_hh_step: tl.int64, w_hr_step: tl.int64, b_ih_step: tl.int64, b_hh_step: tl.int64, noise_t: tl.int64, noise_b: tl.int64,
     T, B, N,
     CELL: tl.constexpr, GATES: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, INPUT: tl.constexpr,
@@ -363,8 +363,8 @@ def single_forward(
         inputs = load_tiles(kept_rows[None, :] + units[:, None], here_ok, GATES, H)
         noises = step_noise(noise, ahead, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
         if RESETS:
-            h = tl.where(anew[None, :], tl.load(h0 + n_at, mask=n_ok & anew[None, :], other=0.0), h)
-            fresh = load_tiles(start + state_at, ok & anew[None, :], CARRIED, H)
+            h = tl.where(anew[None, :], tl.load(h_reset + n_at, mask=n_ok & anew[None, :], other=0.0), h)
+            fresh = load_tiles(c_reset + state_at, ok & anew[None, :], CARRIED, H)
             p = replaced(fresh, 0, CARRIED, anew[None, :], p)
             anew = begins_anew(resets, ahead, rows, here, offsets, T, B, PACKED, BATCH_FIRST)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS, Cell
-from ..layer import Inputs, Layer, Needs, Outer, Steps, layer_of
+from ..layer import Inputs, Layer, Needs, Outer, States, Steps, initial_states, layer_of
 from . import DTYPES, device_of, meetings_of, sizes_of, tape
 from . import backward as backward_kernels
 from . import forward as forward_kernels
@@ -45,11 +45,11 @@ class Call:
         self.cell: Cell = CELLS[layer.cell]
         self.ptx = x.is_cuda and not torch.version.hip
         self.x, self.dtype, self.device = x, x.dtype, x.device
-        self.sides, self.B, self.R = inputs.h0.shape
+        self.sides, _, self.R = inputs.h0.shape
         self.D, self.heads = layer.directions, layer.heads
         self.layers = self.sides // self.D
         self.H, self.I, self.steps = weights[0].shape[0] // self.cell.gates, x.shape[-1], Steps(layer, inputs)
-        self.T, self.N, self.packed = self.steps.steps, self.steps.rows, self.steps.packed
+        self.T, self.B, self.N, self.packed = self.steps.steps, self.steps.batch, self.steps.rows, self.steps.packed
         self.batch_first = self.steps.axis == 1
         self.slots = (self.cell.slots + layer.projected) * self.H  # row width of `saved`
         self.nothing = _nothing(self.dtype, self.device)
@@ -64,12 +64,15 @@ class Call:
         self.ragged = inputs.lengths is not None
         if inputs.lengths is not None:
             self.lengths = inputs.lengths.contiguous()
-        self.resets = self.nothing if inputs.resets is None else inputs.resets.contiguous().view(torch.uint8)
+        self.resets, self.has_resets = self.nothing, inputs.resets is not None
+        if inputs.resets is not None:
+            self.resets = inputs.resets.contiguous().view(torch.uint8)
         self.masked, self.mask = inputs.mask is not None, self.nothing
         if inputs.mask is not None:
             self.mask = inputs.mask.to(self.dtype).contiguous()
         self.noise = self._noise_of_steps(inputs.noise)
         self.dc_steps: Tensor | None = None  # of backward
+        self.begin, self.restart = map(_contiguous, initial_states(layer, inputs))
 
     def chosen(self, forward: bool) -> tuple[Plan, str]:
         """Plan and precision of a pass."""
@@ -103,6 +106,11 @@ class Call:
             noise = noise.contiguous()
         of_rows, of_steps = noise.stride(1 - self.steps.axis), noise.stride(self.steps.axis)
         return {"noise": noise, "noise_t": of_steps, "noise_b": of_steps if self.packed else of_rows}
+
+    def carried(self, states: States) -> list[Tensor]:
+        """Those of h and the other states that enter element by element, h the last."""
+        h, c = states
+        return [state for state in (c, h if self.cell.reads_hidden else None) if state is not None]
 
     def rows_made(self, *shape: int) -> Tensor:
         """Make a tensor of x's dtype with something for each row of x: zeros where rows past their lengths are not written."""
@@ -144,7 +152,7 @@ class Call:
 
     def kernels(self, forward: bool, save: bool, plan: Plan, precision: str, aligned: bool = False) -> dict[str, Kernel]:
         """The scan of a pass: its kernel, or that of each of its phases."""
-        marks = self.packed, self.ragged, self.inputs.resets is not None, self.masked, self.dc_steps is not None
+        marks = self.packed, self.ragged, self.has_resets, self.masked, self.dc_steps is not None
         sizes = self.layers, self.H, self.R
         own = _Compiled(self.layer, *sizes, self.dtype, self.device, self.ptx, *marks, forward, save, aligned)
         return _kernels(own, plan.tiles, precision)
@@ -373,7 +381,7 @@ _AS_IT_IS = contextlib.nullcontext()
 
 def forward(call: Call, save: bool, plan: Plan, precision: str, below: Tensor | None = None):
     """y, h_n, c_n, saved; into `below` [layers - 1, ...] the outputs of all layers but the highest, see `Call.below`."""
-    (x, _, h0, c0, *_), width = call.inputs, call.cell.gates * call.H
+    x, (h0, c0), restart, width = call.x, call.begin, call.restart, call.cell.gates * call.H
     # the projected input; the cell's slots are written over it
     kept = x.new_empty(call.sides, call.N, max(width, call.slots if save else 0))
     rows = call.steps.flat(x)
@@ -381,11 +389,11 @@ def forward(call: Call, save: bool, plan: Plan, precision: str, below: Tensor | 
         for d in range(call.D):
             projected = kept.as_strided((call.N, width), (kept.shape[2], 1), d * kept[0].numel() if d else 0)
             torch.mm(rows, call.input_weights(d).t(), out=projected)
-    h0 = h0.contiguous()
     y = call.rows_made(*x.shape[:-1], call.D * call.R)
     h_n = h0.clone() if call.ragged else x.new_empty((call.sides, call.B, call.R))
-    states = [state for state in (c0, h0 if call.cell.reads_hidden else None) if state is not None]
+    states = call.carried(call.begin)
     carry = _side_by_side(states) if states else call.nothing
+    c_reset = _side_by_side(call.carried(restart)) if states and call.has_resets else call.nothing
     out = x.new_empty(call.D, call.B, call.H) if call.layer.projected and not save else call.nothing
     fed_by_scan = call.masked and plan.schedule != "single"
     arguments = {
@@ -394,8 +402,9 @@ def forward(call: Call, save: bool, plan: Plan, precision: str, below: Tensor | 
         "ys": call.nothing if below is None else below,
         "out": out,
         "h0": h0 * call.mask if fed_by_scan else h0,
-        "start": call.nothing if call.inputs.resets is None else carry.clone(),
         "carry": carry,
+        "h_reset": restart[0] * call.mask if fed_by_scan and call.has_resets else restart[0],
+        "c_reset": c_reset,
         "h_n": h_n,
         "lengths": call.lengths,
         "offsets": call.offsets,
@@ -406,7 +415,8 @@ def forward(call: Call, save: bool, plan: Plan, precision: str, below: Tensor | 
         **call.matrices,
         **call.biases(),
     }
-    aligned = (call.R // call.heads * x.element_size()) % 16 == 0 and h0.data_ptr() % 16 == 0
+    starts_aligned = h0.data_ptr() % 16 == 0 and restart[0].data_ptr() % 16 == 0
+    aligned = (call.R // call.heads * x.element_size()) % 16 == 0 and starts_aligned
     call.start(plan, call.kernels(True, save, plan, precision, aligned), arguments, call.T)
     c_n = call.nothing if c0 is None else _rounded(carry, c0.shape[-1], x.dtype)
     if not save:
@@ -418,14 +428,16 @@ def backward(
     call: Call, outer: Outer, y: Tensor, saved: Tensor, needs: Needs, plan: Plan, precision: str, below: Tensor | None = None
 ):
     """dx, dh0, dc0, and a list of dw. below: as `forward` filled it."""
-    (x, _, h0, c0, *_), (dy, dh_n, dc_n), cell = call.inputs, outer, call.cell
+    x, (h0, c0), (h_reset, c_reset), (dy, dh_n, dc_n), cell = call.x, call.begin, call.restart, outer, call.cell
     below = call.nothing if below is None else below
     sides, B, N, H, R, gates = call.sides, call.B, call.N, call.H, call.R, cell.gates
     da = call.rows_made(sides, N, cell.preactivations * H)
     dp = call.rows_made(sides, N, R) if call.layer.projected else call.nothing
-    h0, y = h0.contiguous(), y.contiguous()
+    y = y.contiguous()
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n.contiguous()
-    dh0 = dh_n.clone() if call.ragged else x.new_empty((sides, B, R))  # where a row has no steps
+    # of h0; where there are resets not rounded yet, and sums beside it. A row without steps has its final state's
+    of_h0 = torch.float32 if call.has_resets else x.dtype
+    dh0 = dh_n.to(of_h0, copy=True) if call.ragged else torch.empty((sides, B, R), dtype=of_h0, device=x.device)
     # gradients of states and of the cell's own weights, and in a scan of h element by element
     of_states, in_scan = cell.states * H, plan.schedule != "single"
     width = of_states + (cell.weights + (cell.reads_hidden and in_scan)) * H
@@ -445,7 +457,9 @@ def backward(
         "da": da,
         "dp": dp,
         "h0": h0,
-        "c0": call.nothing if c0 is None else c0.contiguous(),
+        "c0": call.nothing if c0 is None else c0,
+        "h_reset": h_reset,
+        "c_reset": call.nothing if c_reset is None else c_reset,
         "dh_n": dh_n,
         "dh0": dh0,
         "carry": carry,
@@ -458,23 +472,36 @@ def backward(
         **call.matrices,
         **call.own_weights(),
     }
-    summed, nothing = call.inputs.resets is not None and in_scan, call.nothing
-    arguments["sums_h"] = torch.zeros_like(h0, dtype=torch.float32) if summed else nothing
-    arguments["sums_c"] = h0.new_zeros((sides, B, of_states), dtype=torch.float32) if summed and of_states else nothing
+    nothing = call.nothing
+    arguments["sums_h"] = sums_h = torch.zeros_like(h0, dtype=torch.float32) if call.has_resets else nothing
+    arguments["sums_c"] = sums_c = torch.zeros_like(c0, dtype=torch.float32) if call.has_resets and c0 is not None else nothing
     call.start(plan, call.kernels(False, True, plan, precision), arguments, call.T + 1)
     dc0 = nothing
+    if needs.dh0 and call.has_resets:
+        dh0 = _rounded(_with_sums(dh0, sums_h, call.layer), R, x.dtype)
     if needs.dh0 and of_states:
-        if summed:
-            carry[..., :of_states] += arguments["sums_c"]
-        dc0 = _rounded(carry, of_states, x.dtype)
+        dc0 = _with_sums(carry[..., :of_states], sums_c, call.layer) if call.has_resets else carry
+        dc0 = _rounded(dc0, of_states, x.dtype)
     d_input = d_hidden = da.unbind()
     if cell.hidden:
         d_input, d_hidden = da[..., : gates * H].unbind(), da[..., cell.hidden * H :].unbind()
     of_weights = carry[..., of_states : of_states + cell.weights * H] if cell.weights else nothing
     with products_in(call.dtype, precision):
         dx = _input_gradient(call, d_input) if needs.dx else nothing
-        dw = _weight_gradients(call, d_input, d_hidden, of_weights, dp, [*below, y], h0, saved) if needs.dw else []
+        dw = _weight_gradients(call, d_input, d_hidden, of_weights, dp, [*below, y], saved) if needs.dw else []
     return dx, dh0 if needs.dh0 else nothing, dc0, dw
+
+
+def _with_sums(grads: Tensor, sums: Tensor, layer: Layer) -> Tensor:
+    """Gradients [D, B, ...] of the initial states with those of the states that resets go back to, both float32."""
+    if layer.restarts:
+        return torch.cat((grads, sums), 1)
+    return torch.cat((grads.unsqueeze(0), sums.unsqueeze(0))).sum(0)  # which has a place on a tape
+
+
+def _contiguous(states: States) -> States:
+    h, c = states
+    return h.contiguous(), None if c is None else c.contiguous()
 
 
 def _side_by_side(states: list[Tensor]) -> Tensor:
@@ -502,7 +529,7 @@ def _input_gradient(call: Call, d_input: Sequence[Tensor]) -> Tensor:
     return dx.view(call.x.shape)
 
 
-def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, ys: Sequence[Tensor], h0, saved) -> list[Tensor]:
+def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, ys: Sequence[Tensor], saved) -> list[Tensor]:
     """Of each weight, in the order of the weights, each in memory of its own. d_input, d_hidden: of each side [N, G*H].
 
     of_weights: of the cell's own weights, the sums over a row's steps [sides, B, W*H], float32.
@@ -515,9 +542,9 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, ys: Sequenc
     if within is not None:
         given[0] = torch.where(within, given[0], 0.0)
     for d in range(call.sides):
-        layer, direction = divmod(d, call.D)
+        layer = d // call.D
         w_hh, rows = call.x.new_empty((cell.gates * H, call.R // call.heads)), given[layer]
-        _hidden_weight_gradient(call, direction, d_hidden[d], ys[layer], h0 if call.sides == 1 else h0[d], w_hh)
+        _hidden_weight_gradient(call, d, d_hidden[d], ys[layer], w_hh)
         grads += [_gates_in(order, torch.mm(d_input[d].t(), rows)), w_hh]
         if call.layer.bias:
             b_ih = d_input[d].sum(0)
@@ -530,14 +557,12 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, ys: Sequenc
     return grads
 
 
-def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tensor, dw: Tensor) -> None:
-    """dw [G*H, R / heads], out: the sum over steps of da^T [G*H, rows] with h [rows, R] as it entered the product of each.
-
-    h0 [B, R], or [1, B, R].
-    """
-    B, N, R, resets = call.B, call.N, call.R, call.inputs.resets is not None
+def _hidden_weight_gradient(call: Call, side: int, da: Tensor, y: Tensor, dw: Tensor) -> None:
+    """dw [G*H, R / heads], out: the sum over steps of da^T [G*H, rows] with h [rows, R] as it entered the product of each."""
+    B, N, R, d = call.B, call.N, call.R, side % call.D
+    h0, h_reset = (h if call.sides == 1 else h[side] for h, _ in (call.begin, call.restart))  # [B, R], or [1, B, R]
     backwards = call.layer.reverse != (d == 1)
-    if not (call.packed or call.batch_first or call.ragged or resets or call.masked):  # that is y, a step later
+    if not (call.packed or call.batch_first or call.ragged or call.has_resets or call.masked):  # that is y, a step later
         later = N - B
         _product_of_heads(call.heads, dw, da.narrow(0, later if backwards else 0, B), h0.view(B, R))
         if call.T > 1:
@@ -551,6 +576,7 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
         "before": before,
         "y": y,
         "h0": h0,
+        "h_reset": h_reset,
         "lengths": call.lengths,
         "offsets": call.offsets,
         "resets": call.resets,
@@ -560,7 +586,7 @@ def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tenso
         "blocks": blocks,
         "d": d,
     }
-    marks = call.packed, call.ragged, resets, call.masked
+    marks = call.packed, call.ragged, call.has_resets, call.masked
     kernel = _states_before(call.device, call.dtype, call.layer, R, marks, backwards)
     grid = call.T * blocks, -(-R // kernel.constants["COLUMNS"])
     call.launch(Launches([kernel], grid, arguments))

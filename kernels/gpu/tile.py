@@ -45,7 +45,7 @@ def steps_of_rows(lengths, rows, rows_ok, first, T, PACKED: tl.constexpr, RAGGED
 
 @triton.jit
 def begins_anew(resets, t, rows, ok, offsets, T, B, PACKED: tl.constexpr, BATCH_FIRST: tl.constexpr):
-    """Do the states before step t of these rows, which are `ok`, go back to the initial ones?"""
+    """Do the states before step t of these rows, which are `ok`, go back to those that resets go back to?"""
     return tl.load(resets + row_index(t, rows, offsets, T, B, PACKED, BATCH_FIRST), mask=ok, other=0) != 0
 
 
