@@ -171,7 +171,7 @@ Owned backward_on_gpu(PyObject* outer, PyObject* tensors, PyObject* options, PyO
   bool weights = false, any = false;
   for (Py_ssize_t i = FIRST_WEIGHT; i < PyTuple_Size(needs); ++i) weights |= needed(i);
   for (const Py_ssize_t i : {0, 1}) given.push_back(PyTuple_GetItem(tensors, OPTIONS + i));  // y, saved
-  for (const Py_ssize_t i : {0, 1, 2}) {
+  for (Py_ssize_t i = 0; i < PyTuple_Size(outer); ++i) {
     given.push_back(PyTuple_GetItem(outer, i));
     any |= given.back() != Py_None;
   }
@@ -207,8 +207,8 @@ PyObject* layer_forward(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// layer_backward((dy, dh_n, dc_n), what it has kept, its options, its needs_input_grad) -> the gradients of its inputs.
-// Declines a call that is watched or differentiated.
+// layer_backward((dy, dh_n, dc_n) or with gradients of the states but h after each step, what it has kept, its options, its
+// needs_input_grad) -> the gradients of its inputs. Declines a call that is watched or differentiated.
 PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     PyObject *outer = args[0], *tensors = args[1], *options = args[2], *needs = args[3];
@@ -216,7 +216,8 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     const Py_ssize_t inputs = PyTuple_Size(needs);
     if (PyErr_Occurred()) throw PythonError();
     if (aoti_torch_grad_mode_is_enabled() || inputs < FIRST_WEIGHT) return nullptr;
-    if (PyTuple_Size(outer) != 3 || PyTuple_Size(tensors) != inputs || PyTuple_Size(options) != 2) return nullptr;
+    const bool of_steps = PyTuple_Size(outer) == 4;
+    if (PyTuple_Size(outer) != 3 + of_steps || PyTuple_Size(tensors) != inputs || PyTuple_Size(options) != 2) return nullptr;
     if (is_on_gpu(PyTuple_GetItem(tensors, 0))) return backward_on_gpu(outer, tensors, options, needs);
     if (is_watched()) return nullptr;
     if (!own.options(options, 0)) return nullptr;
@@ -237,7 +238,8 @@ PyObject* layer_backward(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (dh_n != Py_None && !own.gradient(dh_n, gradients.dh_n, false)) return nullptr;
     if (dc_n != Py_None && !own.gradient(dc_n, gradients.dc_n, false)) return nullptr;
     if (dy != Py_None && !own.gradient(dy, gradients.dy, true)) return nullptr;
-    if (!gradients.dy.dims && !gradients.dh_n.dims && !gradients.dc_n.dims) return nullptr;
+    if (of_steps && !own.gradient(PyTuple_GetItem(outer, 3), gradients.dc_steps, false)) return nullptr;
+    if (!gradients.dy.dims && !gradients.dh_n.dims && !gradients.dc_n.dims && !of_steps) return nullptr;
     if (!gradients.dy.dims) gradients.dy = own.repeated.zeros(y);
     const Dtype as_made = Dtype::f32;
     MadeResults<BACKWARD_RESULTS> results(own, {own.x, own.h, own.c, as_made, as_made, own.bias, own.bias, as_made});

@@ -458,6 +458,7 @@ Call backward_call(const Inputs& inputs, const Gradients& gradients, const View&
   state(inputs.h0, gradients.dh_n, &Record::dh_n, DH0, &Record::dh0, &Record::dh_reset, R);
   const int64_t S = call.layer.cell->states * H, W = call.layer.cell->weights * H;
   if (S) state(inputs.c0, gradients.dc_n, &Record::dc_n, DC0, &Record::dc0, &Record::dc_reset, S);
+  if (S && gradients.dc_steps.dims) call.states(gradients.dc_steps, &Record::dc_steps, call.places() * S);
   if (gradients.need_dx) {
     const View dx = make(DX, sizes_of(inputs.x), dtype, 0);
     call.rows(dx, &Record::dx, &Record::dx_step, &Record::dx_row, 0);

@@ -182,7 +182,7 @@ struct Inputs {
   Views weights;
 };
 struct Gradients {
-  View dy, dh_n, dc_n;
+  View dy, dh_n, dc_n, dc_steps;  // the last of the states but h after each step, rows as in saved
   bool need_dx, need_dh0, need_dw;
 };
 

@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> layer_backward(const MaybeTensor& dy
   STD_TORCH_CHECK(needs.size() == 3, "fastrnn: needs has ", needs.size(), " members, expected those of dx, dh0 and dw");
   Copies copies;
   const View of_y = copies.rows(y), outer = dy ? copies.rows_of_gradient(*dy) : copies.zeros_like(of_y);
-  const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), needs[0], needs[1], needs[2]};
+  const Gradients gradients{outer, copies.contiguous(dh_n), copies.contiguous(dc_n), View(), needs[0], needs[1], needs[2]};
   const Inputs inputs = copies.inputs(x, batch_sizes, h0, c0, weights, text, resets, lengths, mask, noise, &gradients);
   Outputs<BACKWARD_RESULTS> results(inputs.x.dtype);
   backward_call(inputs, gradients, of_y, copies.contiguous(saved), results.make()).run(false);

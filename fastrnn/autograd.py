@@ -408,7 +408,7 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _runtime_backward(outer: Outer, kept: tuple, options: tuple, needs: tuple):
+def _runtime_backward(outer: tuple, kept: tuple, options: tuple, needs: tuple):
     """Return the gradients of a Function's arguments in turn, from the runtime; None where others are to see the call.
 
     That is the dispatcher or autograd: the runtime declines what is watched or differentiated.
@@ -434,7 +434,7 @@ def _outer_levels() -> Iterator[None]:
 class StatesFunction(_Function):
     """`LayerFunction` of a cell with states but h, whose last output is these after every step; without recompute mode.
 
-    A gradient of that output is carried back as `ops.backward_of_states` says.
+    A gradient of that output is carried back by the kernels, and where these decline as `ops.backward_of_states` says.
     """
 
     @staticmethod
@@ -449,6 +449,10 @@ class StatesFunction(_Function):
         outer, kept = Outer(dy, dh_n, dc_n), _kept(ctx)
         if d_states is None:
             return LayerFunction.gradients(ctx, outer, kept)
+        d_states = d_states.contiguous()
+        found = _runtime_backward((*outer, d_states), kept, ctx.options, ctx.needs_input_grad)
+        if found is not None:
+            return found
         _check_apart(ctx)
         *tensors, y, saved = kept[:_WEIGHTS]
         inputs, weights, layer = Inputs(*tensors), kept[_WEIGHTS:], layer_of(ctx.options[0])

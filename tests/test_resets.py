@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import autograd, checkpoint, dispatch, features
+from fastrnn import autograd, checkpoint, dispatch, features, ops
 from fastrnn.kernels import gradients, reference
 from fastrnn.kernels.cpu import fallback
 from fastrnn.kernels.layer import Inputs, Needs, Outer, Steps, misfit
@@ -774,6 +774,36 @@ def test_all_states(name, layout):
 
     assert torch.autograd.gradcheck(weighed, (x,), fast_mode=True)
     assert torch.autograd.gradgradcheck(weighed, (x,), fast_mode=True)
+
+
+@every_mark
+@pytest.mark.parametrize("project", [0, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_all_states_in_the_kernels(make_layer, poison, form, project, marks, monkeypatch):
+    """Those of every step's c, alone and beside others, with the same bits on each team."""
+    monkeypatch.setattr(ops, "backward_of_states", None)  # the torch operations that other calls take
+    inputs, weights, layer = make(make_layer, "lstm", form, project, marks, (9, 7, 3, 19))
+
+    def plain(inputs, weights, layer):
+        y, h_n, c_n, saved = reference.layer_forward(inputs, weights, layer, True)
+        return y, h_n, c_n, reference.carried_states(inputs, layer, saved)
+
+    def gradients_by(run, alone):
+        x, h, c, *own = (each.detach().clone().requires_grad_() for each in (inputs.x, inputs.h0, inputs.c0, *weights))
+        outputs = run(inputs._replace(x=x, h0=h, c0=c), own, layer)[3 if alone else 0 :]
+        draw = torch.Generator().manual_seed(1)
+        outer = [torch.randn(each.shape, generator=draw, dtype=torch.float64) for each in outputs]
+        return torch.autograd.grad(outputs, [x, h, c, *own], outer, allow_unused=True, materialize_grads=True)
+
+    for alone in (False, True):
+        expected = gradients_by(plain, alone)
+        with threads(1):
+            found = gradients_by(autograd.run_states, alone)
+        with threads(3):
+            again = gradients_by(autograd.run_states, alone)
+        for name, one, other, right in zip(names_of(layer, inputs), found, again, expected, strict=True):
+            torch.testing.assert_close(one, right, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"d{name}: {text}")
+            same_bits(one, other, name)
 
 
 def test_all_states_elsewhere():

@@ -596,6 +596,18 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
             store(sums + at, load(sums + at, count) + load(source + at, count), count)
 
     @njit(**options)
+    def add_step_gradients(p, t, r0, count, first, last, table):
+        """Add what comes in for the states but h after step t of rows r0 .. r0+count-1 to their gradients, for units first ..
+        last-1. table: to write to."""
+        unit_bytes = p.hidden_size * size
+        row_bytes = states * unit_bytes
+        fill_step(p, table, r0, count, p.dc_steps + kept_base(p, t) * row_bytes, row_bytes)
+        for i in range(count):
+            source, dc = load_int(table + 8 * i), p.dc0 + row_at(p, r0 + i) * row_bytes
+            for s in range(states):
+                add_units(source + s * unit_bytes, dc + s * unit_bytes, first, last, p.hidden_size)
+
+    @njit(**options)
     def clear_units(row, first, last, n):
         for unit in range(first, min(last, n), lanes):
             store(row + unit * size, zero(), min(n, last) - unit)
@@ -1051,6 +1063,8 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
                 )  # fmt: skip
                 base = first_row(p, t) - first_row(p, t_low)
                 fill_places(p, t, r0, count, saved_row, places)
+                if p.dc_steps:
+                    add_step_gradients(p, t, r0, count, unit0, unit1, out_rows)
                 i, turn = 0, k
                 while i < count:
                     n, live, at = min(count - i, p.split_rows), previous_count - i, 8 * i

@@ -37,7 +37,8 @@ _GROUPS = (
     "x x_step x_row y y_step y_row h0 c0 h_n c_n w_ih w_hh b_ih b_hh w_hr saved",
     # dw_*_half: where the weights' gradients are wanted in bfloat16; dw_* are then the workspace's, where they are summed in
     # float32, but if rounded_at_once: of few rows they need no sums
-    "dy dy_step dy_row dh_n dc_n dx dx_step dx_row dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr",
+    # dc_steps: 0, or gradients of the states but h after each step, rows as in saved
+    "dy dy_step dy_row dh_n dc_n dc_steps dx dx_step dx_row dh0 dc0 dw_ih dw_hh db_ih db_hh dw_hr",
     "dw_ih_half dw_hh_half dw_hr_half rounded_at_once",
     # the machine; `threads` becomes the team's size; direction: or the layer's number
     "threads l2_bytes directions direction",
