@@ -131,12 +131,12 @@ def backward(
     if segments == 1:
         saved = _layer_forward(inputs, weights, text, True)[3]
         return _layer_backward(Outer(dy, dh_n, dc_n), inputs, weights, y, saved, text, needs)
-    steps, (begin, restart) = _Segments(layer, inputs), initial_states(layer, inputs)
+    steps, ((h_begin, c_begin), restart) = _Segments(layer, inputs), initial_states(layer, inputs)
     R = h0.shape[2]
     dx = x.new_empty(x.shape if need_dx else (0,))
     # gradients of the states after the segments that are still to come, in the end of the first ones; and of those that resets
     # go back to, so far
-    dh, dc = (_zeros(x, state) for state in begin)
+    dh, dc = _zeros(x, h_begin), _zeros(x, c_begin)
     dh_reset, dc_reset = (_zeros(x, None if inputs.resets is None else state) for state in restart)
     for carried, final in ((dh, dh_n), (dc, dc_n)):
         if final is not None:
@@ -148,9 +148,9 @@ def backward(
         for k in reversed(range(segments)):
             start, stop = order[k]
             b = steps.sizes[start]
-            h, c = (None if state is None else state[d : d + 1] for state in begin)
+            h = h_begin[d : d + 1]
             h = steps.before(y_own, h, start, stop, own.reverse) if k > 0 else h[:, :b]
-            c = None if c is None else kept[d, k - 1 : k, :b] if k > 0 else c[:, :b]
+            c = None if c_begin is None else kept[d, k - 1 : k, :b] if k > 0 else c_begin[d : d + 1, :b]
             part, need_states = steps.inputs(d, start, stop, h, c), need_dh0 or k > 0
             saved = _layer_forward(part, own_weights, own.text(), True)[3]
             dh_here, dc_here = dh[d : d + 1, :b], None if c0 is None else dc[d : d + 1, :b]
@@ -158,9 +158,9 @@ def backward(
             dx_part, dh_part, dc_part, dw_part = _layer_backward(
                 outer, part, own_weights, steps.part(y_own, start, stop), saved, own.text(), (need_dx, need_states, need_dw)
             )
-            for carried, at_reset, found in ((dh_here, dh_reset, dh_part), (dc_here, dc_reset, dc_part)):
-                if carried is not None and need_states:
-                    carried.copy_(found[:, :b])
+            for here, at_reset, found in ((dh_here, dh_reset, dh_part), (dc_here, dc_reset, dc_part)):
+                if here is not None and need_states:
+                    here.copy_(found[:, :b])
                     if own.restarts:
                         at_reset[d : d + 1, :b].add_(found[:, b:])
             if need_dx and d == 0:
@@ -228,11 +228,9 @@ class _Segments(Steps):
         noise = None if noise is None else self.part(noise, start, stop).chunk(self.directions, -1)[d]
         lengths = None if lengths is None else (lengths - start).clamp(0, stop - start)
         if resets is not None:
-            resets = self.part(resets, start, stop)
-            h, c = (
-                None if state is None or other is None else torch.cat((state, other[d : d + 1, : state.shape[1]]), 1)
-                for state, other in zip((h, c), self.restart, strict=True)
-            )
+            resets, (h_reset, c_reset), b = self.part(resets, start, stop), self.restart, h.shape[1]
+            h = torch.cat((h, h_reset[d : d + 1, :b]), 1)
+            c = None if c is None or c_reset is None else torch.cat((c, c_reset[d : d + 1, :b]), 1)
         return Inputs(x, sizes, h, c, resets, lengths, mask, noise)
 
     def before(self, y: Tensor, h0: Tensor, start: int, stop: int, backwards: bool) -> Tensor:

@@ -156,10 +156,10 @@ class Layer:
             made["lengths"] = torch.arange(self.sizes[1]) * 5 % (self.sizes[0] + 1)  # a row without steps first, no order
             where = torch.arange(self.sizes[0]).unsqueeze(1) >= made["lengths"]
             made["x"][where.T if self.layout == "batch" else where] = torch.nan  # which nobody may read
-        if self.noise in ("mask", "both"):
-            made["mask"] = (torch.rand(made["h0"].shape, dtype=torch.float64) < 0.7) * 1.375
         if self.marks in ("resets", "restarts", "both"):
             made["resets"] = torch.rand(made["x"].shape[:-1]) < 0.4
+        if self.noise in ("mask", "both"):
+            made["mask"] = (torch.rand(made["h0"].shape, dtype=torch.float64) < 0.7) * 1.375
         if self.marks in ("restarts", "both"):
             made["layer"] = made["layer"]._replace(restarts=True)
             states = {name: made[name] for name in ("h0", "c0") if made[name] is not None}
