@@ -94,8 +94,8 @@ def test_quota_of_no_path():
 
 
 # A program that plays calls of a team: a line in says its threads, how many of them came, how many were away, its milliseconds
-# and how many of them were lost, or how long nothing happens, or, of 0 threads, for how long other CPUs have been idle (1) or not
-# (0) whenever they were looked at; a line out says how many of 4 threads to use then.
+# and how many of them were lost, or how long nothing happens. With 0 threads it says for how long other CPUs are seen idle (1)
+# or busy (0). A line out says how many of 4 threads to use then.
 PLAY = """
 #include "team_size.h"
 #include <cstdio>
@@ -193,7 +193,7 @@ def test_for_longer_while_it_goes_on_and_no_longer_than_a_second(play):
 
 
 def test_idle_cpus_end_the_time_of_a_smaller_team(play):
-    """Seen twice in a row, soon after the neighbour has gone; a neighbour that pauses half of the time is none that has gone."""
+    """Seen twice in a row, soon after the neighbour has gone. One that pauses half of the time has not gone."""
     calls, sizes = [BAD], []
     for _ in range(8):  # up to the longest time
         calls += [*nothing(5 * play([*calls, *nothing(5) * 200])[len(calls) - 1 :].index(4)), BAD]
