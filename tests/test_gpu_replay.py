@@ -174,6 +174,33 @@ def _errors(
     return worst, in_python, in_cpp
 
 
+FEATURES = {
+    "zoneout": ({"zoneout": 0.2}, {}),
+    "recurrent dropout": ({"recurrent_dropout": 0.2}, {}),
+    "layer norm": ({"layer_norm": True}, {}),
+    "heads": ({"num_heads": 2}, {}),
+    "a learned state": ({"learn_initial_state": True}, {}),
+    "resets": ({}, {"resets": torch.arange(9).view(3, 3) % 4 == 1}),
+    "every state": ({}, {"all_states": True}),
+}
+
+
+def _last_in_python(settings: dict, marks: dict) -> list[str]:
+    """The passes of the fourth call that Python runs."""
+    module = fastrnn.LSTM(5, 16, **settings)
+    with _run_by_python() as ran:
+        for _ in range(4):
+            ran.clear()
+            y, (_, c), *after_steps = module(torch.randn(3, 3, 5, requires_grad=True), **marks)
+            (y.sum() + c.sum() + sum(each.sum() for pair in after_steps for each in pair)).backward()
+        return [*ran]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_torch_nn_has_not_is_replayed_too(feature, replaying):
+    assert replaying(_last_in_python, *FEATURES[feature]) == []
+
+
 def _odd_errors() -> dict[str, float]:
     """Of calls whose tensors share memory, are to be read negated, or repeat a number, in turns with others of their sizes."""
     torch.manual_seed(0)
