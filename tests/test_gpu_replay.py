@@ -539,7 +539,7 @@ def _off() -> tuple[dict[str, float], list[int], list[int]]:
     tape.forget()
     selftest.switch_off(torch.device("cpu"), selftest.REPLAY, "it is tried")
     try:
-        return _errors("LSTM", {}, torch.float32, True, False)
+        return _errors("LSTM", {}, torch.float32, True, ())
     finally:
         selftest._off.clear()
 
@@ -578,7 +578,7 @@ CASES = {
     "projected": ("LSTM", {"proj_size": 7, "H": 20}, torch.float32, False, ()),
     "stepwise": ("LSTM", {"T": 2, "H": 80, "proj_size": 70}, torch.float32, False, ()),
     "resets and lengths": ("LSTM", {"bidirectional": True}, torch.float32, False, ("resets", "lengths")),
-    "resets": ("LSTM", {}, torch.float32, False, ("resets",)),
+    "resets": ("LSTM", {"H": 24}, torch.float32, False, ("resets",)),
     "resets from a state": ("LSTM", {"bidirectional": True}, torch.float32, True, ("resets",)),
     "resets in bfloat16 from a state": ("GRU", {}, torch.bfloat16, True, ("resets",)),
     "packed": ("LSTM", {"bidirectional": True, "lengths": [1, 3, 2]}, torch.float32, True, ()),

@@ -428,9 +428,12 @@ def backward(
     dp = call.rows_made(sides, N, R) if call.layer.projected else call.nothing
     y = y.contiguous()
     dh_n = torch.zeros_like(h0) if dh_n is None else dh_n.contiguous()
-    # of h0; where there are resets not rounded yet, and sums beside it. A row without steps has its final state's
+    # where there are resets, sums beside it are added before it is rounded; a row without steps has its final state's
     of_h0 = torch.float32 if call.has_resets else x.dtype
-    dh0 = dh_n.to(of_h0, copy=True) if call.ragged else torch.empty((sides, B, R), dtype=of_h0, device=x.device)
+    if call.ragged:
+        dh0 = dh_n.clone() if x.dtype is of_h0 else dh_n.to(of_h0)
+    else:
+        dh0 = torch.empty((sides, B, R), dtype=of_h0, device=x.device)
     # gradients of states and of the cell's own weights, and in a scan of h element by element
     of_states, in_scan = cell.states * H, plan.schedule != "single"
     width = of_states + (cell.weights + (cell.reads_hidden and in_scan)) * H
