@@ -63,11 +63,12 @@ else
 	cp build/wheel/*.whl dist
 endif
 
-# An environment beside $(VENV) with another torch, which brings its own triton.
+# An environment beside $(VENV) with another torch, which brings its own triton. The interpreter of triton 3.6, which comes with
+# torch 2.10, fails with numpy 2.4.
 build/torch-%/.tools: constraints.txt
 	$(PYTHON) -m venv build/torch-$*
 	build/torch-$*/bin/python -m pip install --quiet --upgrade pip
-	grep -vE '^(torch|triton)==' constraints.txt > build/torch-$*/constraints.txt
+	(grep -vE '^(torch|triton|numpy)==' constraints.txt; echo 'numpy<2.4') > build/torch-$*/constraints.txt
 	build/torch-$*/bin/python -m pip install --quiet -c build/torch-$*/constraints.txt torch==$*
 	touch $@
 

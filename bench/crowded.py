@@ -72,6 +72,7 @@ SITUATIONS = (
     Situation("four Python threads", "python threads", modes=("infer",), longer=2),
     Situation("one CPU", cpus=1),
     Situation("one CPU, one thread", threads=1, cpus=1),
+    Situation("one CPU, one thread for layers", threads=1, modes=("train",), who=("now",), cpus=1, others=CPUS),
     Situation("quota of 1", quota=1),
     Situation(f"quota of 1, {4 * CPUS} threads", threads=4 * CPUS, quota=1),
     Situation("quota of 1, one thread", threads=1, who=("now",), quota=1),
@@ -114,7 +115,8 @@ GOALS = (
     Goal("after a neighbour", "p50", 1.1, "quiet"),
     Goal("bursts", "mean", 1, "bursts", who="before"),
     Goal("four Python threads", "calls a second", 1, "four Python threads", who="before"),
-    Goal("one CPU", "p50", 1.05, "one CPU, one thread"),
+    Goal("one CPU", "p50", 1.05, "one CPU, one thread", modes=("infer",)),
+    Goal("one CPU", "p50", 1.05, "one CPU, one thread for layers", modes=("train",)),
     *(
         Goal(name, figure, times, "quota of 1, one thread", modes=("infer",))
         for name in ("quota of 1", f"quota of 1, {4 * CPUS} threads")

@@ -10,6 +10,7 @@
 
 #ifdef __linux__
 #include <sched.h>
+#include <unistd.h>
 
 // Of torch's OpenMP; null where its threads are others. Where OpenMP has bound each of its threads to a CPU, the calling one
 // too, this still counts those of the process.
@@ -66,6 +67,20 @@ double cpu_quota(const std::string& root) {
 
 int64_t Cpus::threads() const {
   return std::max<int64_t>(1, static_cast<int64_t>(std::min(static_cast<double>(allowed), std::floor(quota + 0.5))));
+}
+
+bool are_idle(int64_t count, const Cpus& cpus, const std::string& root) {
+#ifdef __linux__
+  const int64_t online = sysconf(_SC_NPROCESSORS_ONLN);
+  if (cpus.allowed < online || cpus.quota < static_cast<double>(online)) return false;
+  std::istringstream words(contents(root + "/proc/loadavg"));  // such as "0.21 0.33 0.40 1/135 25803": one ready of 135 threads
+  std::string average;
+  int64_t ready = 0;  // the calling thread is one; 0 where a sandbox does not say
+  words >> average >> average >> average >> ready;
+  return ready > 0 && ready + count - 1 <= online;
+#else
+  return false;
+#endif
 }
 
 Cpus usable_cpus() {

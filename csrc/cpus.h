@@ -19,4 +19,8 @@ struct Cpus {
 };
 Cpus usable_cpus();
 
+// Whether so many CPUs, the calling thread's among them, are idle but for it. Never where the process may not use all CPUs of the
+// machine all the time, as the kernel counts what is ready to run for the machine alone. root: as above.
+bool are_idle(int64_t count, const Cpus& cpus, const std::string& root = "");
+
 }  // namespace fastrnn

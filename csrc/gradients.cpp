@@ -137,16 +137,6 @@ std::optional<std::string> text_of(PyObject* tuple, Py_ssize_t at) {
   return segments ? std::nullopt : std::optional<std::string>(text);
 }
 
-// The inputs of a Function here, and its weights, as the GPU engine names them to its tapes; empty for packed ones, whose sizes it
-// has to read.
-std::vector<PyObject*> on_gpu(PyObject* tuple) {
-  std::vector<PyObject*> tensors;
-  if (PyTuple_GetItem(tuple, 1) != Py_None) throw Declined();
-  for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i)
-    if (i < OPTIONS || i >= FIRST_WEIGHT) tensors.push_back(PyTuple_GetItem(tuple, i));
-  return tensors;
-}
-
 // A result of the GPU engine, and nothing in the place of an empty one.
 Owned there(Owned result) {
   View seen;
@@ -157,7 +147,7 @@ Owned there(Owned result) {
 Owned forward_on_gpu(PyObject* arguments) {
   const auto text = text_of(arguments, OPTIONS);
   if (!text) return nullptr;
-  Found found = replay(*text + " forward saved", on_gpu(arguments));
+  Found found = replay(*text + " forward saved", inputs_and_weights(arguments));
   if (found.results.empty()) return nullptr;
   found.results[C_N] = there(std::move(found.results[C_N]));
   return tuple_of(found.results);
@@ -167,7 +157,7 @@ Owned backward_on_gpu(PyObject* outer, PyObject* tensors, PyObject* options, PyO
   const auto text = text_of(options, 0);
   const auto needed = [&](Py_ssize_t input) { return PyTuple_GetItem(needs, input) == Py_True; };
   if (!text) return nullptr;
-  std::vector<PyObject*> given = on_gpu(tensors);
+  std::vector<PyObject*> given = inputs_and_weights(tensors);
   bool weights = false, any = false;
   for (Py_ssize_t i = FIRST_WEIGHT; i < PyTuple_Size(needs); ++i) weights |= needed(i);
   for (const Py_ssize_t i : {0, 1}) given.push_back(PyTuple_GetItem(tensors, OPTIONS + i));  // y, saved

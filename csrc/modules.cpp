@@ -609,15 +609,6 @@ bool recompute_is_on() {
   return mode.get() == Py_True;
 }
 
-// One layer of a call on a GPU that is not differentiated, where that needs no Python. arguments: as of LayerFunction.
-Owned replayed(const std::string& text, const std::vector<Owned>& arguments) {
-  std::vector<PyObject*> given;
-  for (Py_ssize_t i = 0; i < std::ssize(arguments); ++i)
-    if (i < OPTIONS || i >= FIRST_WEIGHT) given.push_back(arguments[i] ? arguments[i].get() : Py_None);
-  Found found = replay(text + " forward", given);
-  return found.results.empty() ? nullptr : tuple_of(found.results);
-}
-
 // One layer of a call, by a function that takes what LayerFunction does. states: h, and c or nothing.
 Owned layer_by(PyObject* function, const Stack& stack, int64_t layer, PyObject* x, std::array<Owned, 2> states) {
   std::vector<Owned> weights = stack.weights_of(layer), arguments;  // of fastrnn.autograd.LayerFunction
@@ -633,9 +624,12 @@ Owned layer_by(PyObject* function, const Stack& stack, int64_t layer, PyObject* 
   arguments.push_back(owned(PyUnicode_FromString(text.c_str())));
   arguments.push_back(owned(PyLong_FromLong(0)));
   for (Owned& weight : weights) arguments.push_back(std::move(weight));
-  if (function == imported.without_gradients)
-    if (Owned found = replayed(text, arguments)) return found;
-  Owned results = owned(PyObject_CallObject(function, tuple_of(arguments).get()));
+  const Owned given = tuple_of(arguments);
+  if (function == imported.without_gradients) {
+    Found found = replay(text + " forward", inputs_and_weights(given.get()));
+    if (!found.results.empty()) return tuple_of(found.results);
+  }
+  Owned results = owned(PyObject_CallObject(function, given.get()));
   if (!results) throw PythonError();
   return results;
 }

@@ -169,9 +169,9 @@ PyObject* answer(const Body& body) {
   return nullptr;
 }
 
-// The places of the layer's text and of the first weight among the arguments of fastrnn.autograd.LayerFunction, and among what it
-// keeps, which has y and saved in the place of options.
-constexpr Py_ssize_t OPTIONS = 8, FIRST_WEIGHT = 10;
+// The places of batch_sizes, of the layer's text and of the first weight among the arguments of fastrnn.autograd.LayerFunction, and
+// among what it keeps, which has y and saved in the place of options.
+constexpr Py_ssize_t BATCH_SIZES = 1, OPTIONS = 8, FIRST_WEIGHT = 10;
 
 // The functions for Python that take a module, and those that take a layer.
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);

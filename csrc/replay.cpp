@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -35,6 +36,7 @@ struct Engine {
   AOTITorchError (*mm)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle);
   using Added = AOTITorchError(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, double, double);
   Added *addmm, *baddbmm;
+  int (*is_capturing)(void*, int*);  // a graph on this stream; null where there are no graphs
   PyObject *current_device, *current_stream, *settings, *set_products, *wrap;
 } engine;
 
@@ -46,8 +48,9 @@ struct Tape {
 auto& tapes = *new std::unordered_map<std::string, std::shared_ptr<const Tape>>;
 auto& taken = *new std::unordered_map<std::string, bool>;
 
+// Where an operation of torch's fails, Python's way does too, with torch's words for it.
 void check(AOTITorchError error) {
-  if (error) throw std::runtime_error("fastrnn: an operation of torch's failed, and torch has said why");
+  if (error) throw Declined();
 }
 
 int64_t number_of(const Owned& object) {
@@ -56,10 +59,10 @@ int64_t number_of(const Owned& object) {
   return value;
 }
 
-// Memory of torch's, of any content. Declines where there is none: Python's way has torch's words for it.
+// Memory of torch's, of any content.
 Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t index) {
   AtenTensorHandle made;
-  if (aoti_torch_empty_strided(dims, sizes, strides, dtype, engine.type, index, &made)) throw Declined();
+  check(aoti_torch_empty_strided(dims, sizes, strides, dtype, engine.type, index, &made));
   return Tensor(made);
 }
 
@@ -98,8 +101,8 @@ class Steps {
       }
       case ADDMM:
       case BADDBMM: {
-        const auto beta = static_cast<double>(next());
         const Tensor out = array(), a = array(), b = array();
+        const auto beta = static_cast<double>(next());
         return check((operation == ADDMM ? engine.addmm : engine.baddbmm)(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
       }
       case COPY: {
@@ -131,6 +134,18 @@ class Steps {
     (void)torch::stable::detail::to<Tensor>(stack[0]);
   }
 
+  // How many numbers further than the one before it each of some tensors lies. Declines where one does not lie as far as others.
+  int64_t distance() {
+    const int64_t itemsize = next();
+    int64_t count = next(), last = address(), found = 0;
+    for (bool first = true; --count > 0; first = false) {
+      const int64_t at = address(), bytes = at - std::exchange(last, at);
+      if (!first && bytes != found) throw Declined();
+      found = bytes;
+    }
+    return found / itemsize;
+  }
+
   // A kernel's words, and where its arguments stand.
   struct Kernel {
     void* function;
@@ -155,8 +170,7 @@ class Steps {
       if (kind == POINTER) {
         found.values[i] = address();
       } else if (kind == DISTANCE) {
-        const int64_t first = address(), second = address();
-        found.values[i] = (second - first) / next();
+        found.values[i] = distance();
         if (found.values[i] % ALIGNED) throw Declined();  // that is another kernel
       } else if (kind == NUMBER) {
         found.values[i] = next();
@@ -280,6 +294,13 @@ bool is_taken(const std::string& text, const int64_t (&numbers)[7], PyObject* x,
   return taken[key] = answer.get() == Py_True;
 }
 
+std::vector<PyObject*> inputs_and_weights(PyObject* tuple) {
+  std::vector<PyObject*> tensors;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i)
+    if (i < OPTIONS || i >= FIRST_WEIGHT) tensors.push_back(PyTuple_GetItem(tuple, i));
+  return tensors;
+}
+
 Found replay(std::string name, const std::vector<PyObject*>& tensors) {
   Found found;
   if (engine.type < 0 || is_watched(true)) return found;
@@ -288,12 +309,15 @@ Found replay(std::string name, const std::vector<PyObject*>& tensors) {
   std::vector<int64_t> places;
   places.reserve(32);
   std::optional<int32_t> device;
-  bool float32 = false;
+  bool float32 = false, packed = false;  // what a pass does with a packed sequence depends on its sizes
   for (PyObject* object : tensors) {
     View seen;
     OnGpu where;
     int64_t head[3] = {-1};
-    if (object != Py_None) {
+    if (object != Py_None && places.size() == BATCH_SIZES) {
+      packed = look(object, seen) && seen.dtype == Dtype::i64 && seen.dims == 1;
+      if (!packed) return found;
+    } else if (object != Py_None) {
       if (!look_on_gpu(object, seen, where) || seen.address % ALIGNED || device.value_or(where.index) != where.index) return found;
       device = where.index;
       head[0] = where.dtype;
@@ -303,10 +327,17 @@ Found replay(std::string name, const std::vector<PyObject*>& tensors) {
     append(key, head, 2);
     append(key, seen.sizes, seen.dims);
     append(key, seen.strides, seen.dims);
+    if (places.size() == BATCH_SIZES && packed) append(key, reinterpret_cast<const int64_t*>(seen.address), seen.numel());
     places.push_back(seen.address);
   }
   const auto [index, stream] = current();
   if (!device || index != *device) return found;
+  if (packed) {  // Python knows how long a graph, or another stream, may read what follows from the sizes: see packed.py
+    int status = 0;
+    if (engine.is_capturing && (engine.is_capturing(stream, &status) || status)) return found;
+    const auto handle = reinterpret_cast<int64_t>(stream);
+    append(key, &handle, 1);
+  }
   const Settings settings(float32);
   if (!settings) return found;
   key += settings.precision();
@@ -318,13 +349,11 @@ Found replay(std::string name, const std::vector<PyObject*>& tensors) {
   }
 
   const std::shared_ptr<const Tape> tape = known->second;
-  const int64_t* at = tape->words.data() + 1;
+  const int64_t* at = tape->words.data();
   const int64_t *const end = tape->words.data() + tape->words.size(), bytes = *at++, alarm = *at++, made = *at++;
   if (alarm && *reinterpret_cast<const volatile int32_t*>(alarm)) return found;  // Python's way says what happened
   std::vector<Tensor> results;
-  std::vector<std::pair<int64_t, PyObject*>> constants;
-  const auto count = static_cast<size_t>(tape->words[0]);
-  std::vector<int64_t> order;
+  std::span<const int64_t> order;
   {
     const Products products(settings.products());
     unlocked([&] {
@@ -332,24 +361,19 @@ Found replay(std::string name, const std::vector<PyObject*>& tensors) {
       std::optional<Tensor> workspace;
       if (bytes) workspace = empty(1, &bytes, ONE, aoti_torch_dtype_uint8(), index);
       const int64_t begin = workspace ? reinterpret_cast<int64_t>(workspace->data_ptr()) : 0;
-      std::vector<size_t> of_place;
       for (int64_t i = 0; i < made; ++i) {
         if (*at++ == WORKSPACE) {
           places.push_back(begin + *at++);
-          of_place.push_back(0);
           continue;
         }
-        at += 2;
         const auto dtype = static_cast<int32_t>(*at++);
         const int64_t dims = *at++;
-        of_place.push_back(results.size());
         results.push_back(empty(dims, at, at + dims, dtype, index));
         places.push_back(reinterpret_cast<int64_t>(results.back().data_ptr()));
         at += 2 * dims;
       }
-      for (int64_t i = *at++; i-- > 0; ++at)
-        order.push_back(*at < 0 ? *at : static_cast<int64_t>(of_place[static_cast<size_t>(*at) - count]));
-      Steps(at, end, places, index, stream).run();
+      order = {at + 1, static_cast<size_t>(*at)};
+      Steps(order.data() + order.size(), end, places, index, stream).run();
     });
   }
   std::vector<Owned> wrapped(results.size());
@@ -364,9 +388,9 @@ Found replay(std::string name, const std::vector<PyObject*>& tensors) {
   }
   const Owned made_objects = owned(PyObject_CallFunctionObjArgs(engine.wrap, handles.get(), nullptr));
   if (!made_objects) throw PythonError();
-  for (const int64_t place : order)
-    found.results.push_back(kept(place < 0 ? PyTuple_GetItem(tape->alive.get(), static_cast<Py_ssize_t>(-1 - place))
-                                           : PyList_GetItem(made_objects.get(), static_cast<Py_ssize_t>(place))));
+  for (const int64_t which : order)
+    found.results.push_back(kept(which < 0 ? PyTuple_GetItem(tape->alive.get(), static_cast<Py_ssize_t>(-1 - which))
+                                           : PyList_GetItem(made_objects.get(), static_cast<Py_ssize_t>(which))));
   return found;
 }
 
@@ -434,7 +458,7 @@ PyObject* launch(PyObject*, PyObject* const* args, Py_ssize_t) {
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> Owned {
     const char* type = PyUnicode_AsUTF8AndSize(args[0], nullptr);
-    if (!type || !PyTuple_Check(args[1]) || PyTuple_Size(args[1]) != 6) throw std::runtime_error("fastrnn: connect wants six");
+    if (!type || !PyTuple_Check(args[1]) || PyTuple_Size(args[1]) != 7) throw std::runtime_error("fastrnn: connect wants seven");
     const auto function = [&](Py_ssize_t i, auto& place) {
       void* address = PyLong_AsVoidPtr(PyTuple_GetItem(args[1], i));
       if (PyErr_Occurred()) throw PythonError();
@@ -444,9 +468,10 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t) {
     function(0, told.launch);
     function(1, told.launch_together);
     function(2, told.context);
-    function(3, told.mm);
-    function(4, told.addmm);
-    function(5, told.baddbmm);
+    function(3, told.is_capturing);
+    function(4, told.mm);
+    function(5, told.addmm);
+    function(6, told.baddbmm);
     PyObject** const objects[] = {&told.current_device, &told.current_stream, &told.settings, &told.set_products, &told.wrap};
     for (size_t i = 0; i < std::size(objects); ++i) *objects[i] = kept(args[2 + i]).release();
     told.type = std::strcmp(type, "cuda") == 0 ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();

@@ -23,7 +23,10 @@ struct Found {
   Owned key;
 };
 
-// A pass by its name and the tensors that it is given, Py_None for one that is absent.
+// The first tensors that a pass is given: the inputs and the weights among what autograd.LayerFunction is given, or keeps.
+std::vector<PyObject*> inputs_and_weights(PyObject* tuple);
+
+// A pass by its name and the tensors that it is given, x and batch_sizes first, Py_None for one that is absent.
 Found replay(std::string name, const std::vector<PyObject*>& tensors);
 
 }  // namespace fastrnn

@@ -132,6 +132,7 @@ TeamLimit team_limit() {
     cpus = usable_cpus();
     known_until = time + SECOND;
   }
+  if (team_size.look_due(time)) team_size.looked(are_idle(std::min(set, cpus.threads()), cpus), time);
   return {set, cpus, running.load(std::memory_order_relaxed), team_size.of(set, time)};
 }
 

@@ -12,6 +12,17 @@ class TeamSize {
   // Threads to use of `most`, at a time in nanoseconds.
   int64_t of(int64_t most, int64_t now) const { return now < until_ ? std::min(most, fewer_) : most; }
 
+  // Whether it is worth a look now if the CPUs of a full team are idle.
+  bool look_due(int64_t now) const { return now < until_ && now >= next_look_; }
+
+  // What was found. Idle twice in a row ends the time of the smaller team: a neighbour that pauses all the time is seen so
+  // about as often as the threads come back without a look.
+  void looked(bool idle, int64_t now) {
+    idle_looks_ = idle ? idle_looks_ + 1 : 0;
+    next_look_ = now + look_time();
+    if (idle_looks_ == 2) until_ = now;
+  }
+
   // A call that wanted `threads` and got `size` took `total` nanoseconds until `now`, and lost so many of them, because `away`
   // threads were not there all the time. What it lost counts against what its last thread gained: a team that is worth it in
   // spite of losses stays as it is.
@@ -23,6 +34,8 @@ class TeamSize {
     fewer_ = again && threads <= fewer_ ? threads / 2 : threads - std::clamp<int64_t>(away, 1, threads - 1);
     time_ = again ? std::min(2 * time_, LONGEST) : SHORTEST;
     until_ = now + time_;
+    next_look_ = now + look_time();
+    idle_looks_ = 0;
     balance_ = 0;
   }
 
@@ -33,8 +46,11 @@ class TeamSize {
   // have to find their CPUs again, which others were given meanwhile.
   static constexpr int64_t DEBT = 4 * MS;
   static constexpr int64_t SHORTEST = 10 * MS, LONGEST = 800 * MS;  // of a smaller team
+  static constexpr int64_t LOOK = 5 * MS;  // between looks, at least: one takes some microseconds
 
-  int64_t balance_ = -CREDIT / 2, fewer_ = 0, time_ = 0, until_ = 0;
+  int64_t look_time() const { return std::max(LOOK, time_ / 8); }
+
+  int64_t balance_ = -CREDIT / 2, fewer_ = 0, time_ = 0, until_ = 0, next_look_ = 0, idle_looks_ = 0;
 };
 
 }  // namespace fastrnn

@@ -20,7 +20,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -572,9 +572,21 @@ def _fused(keras_class: Any) -> Callable:
     return inner_loop
 
 
+def _built_layers(layer: Any) -> tuple[Any, ...]:
+    """A Keras layer, or both of a Bidirectional.
+
+    Raises:
+        ValueError: they are not built yet.
+    """
+    layers = (layer.forward_layer, layer.backward_layer) if isinstance(layer, keras.layers.Bidirectional) else (layer,)
+    if not all(each.built for each in layers):
+        raise ValueError("layer: expected a built layer; call it once, or its build()")
+    return layers
+
+
 def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
     """What `fastrnn.explain` says of a Keras layer. `input` as the layer takes it, [B, T, I]."""
-    layers = (self.forward_layer, self.backward_layer) if isinstance(self, keras.layers.Bidirectional) else (self,)
+    layers = _built_layers(self)
     input = keras.ops.convert_to_tensor(input)
     training = torch.is_grad_enabled()
     for layer in layers:
@@ -585,11 +597,16 @@ def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
         if training and any(cell.keras_cell.recurrent_dropout and len(cell.kind.gates) > 1 for cell in cells):
             reason = "recurrent_dropout while training, for which Keras draws a mask for each gate"
             return dispatch.Explanation("reference", dict.fromkeys(sorted(dispatch.FUSED), reason))
-    x, module = _inputs(layers[0], input), to_torch(self).train(training)
-    if layers[0].cell.recurrent_dropout:
-        module.recurrent_dropout = layers[0].cell.recurrent_dropout
-    with torch.set_grad_enabled(training):
-        return dispatch.explain(module, x)
+    x = _inputs(layers[0], input)
+    found = []
+    for cells in zip(*(_cells(layer, training) for layer in layers), strict=True):  # a stack's in turn, of both directions
+        module = _layer_of(cells).train(training)
+        if dropped := cells[0].keras_cell.recurrent_dropout:
+            module.recurrent_dropout = dropped
+        with torch.set_grad_enabled(training):
+            found.append(dispatch.explain(module, x))
+        x = x.new_empty((*x.shape[:2], module.hidden_size))
+    return replace(found[0], schedule=tuple(itertools.chain.from_iterable(each.schedule for each in found)))
 
 
 class _Explained:
@@ -758,30 +775,32 @@ def to_torch(layer: Any) -> nn.RNNBase:
         TypeError: `layer` is none of these.
         ValueError: the layer is not built yet, or has something that torch's layers have not; the message says what.
     """
-    both = isinstance(layer, keras.layers.Bidirectional)
-    layers = (layer.forward_layer, layer.backward_layer) if both else (layer,)
-    if not all(isinstance(one, keras.layers.RNN) for one in layers):
+    inner = getattr(layer, "forward_layer", layer)
+    if not isinstance(inner, keras.layers.RNN):
         raise TypeError(f"layer: expected a SimpleRNN, LSTM, GRU or Bidirectional of Keras, got {type(layer).__name__}")
-    if not all(one.built for one in layers):
-        raise ValueError("layer: expected a built layer; call it once, or its build()")
     cells = []
-    for one in layers:
+    for one in _built_layers(layer):
         found = _cells(one, False)
         if isinstance(found, str) or len(found) > 1:
             raise ValueError(f"layer: {found if isinstance(found, str) else 'expected one cell, got a stack'}")
         cells += found
-    name, I = cells[0].kind.torch_name, layers[0].cell.kernel.shape[0]
+    return _layer_of(cells).eval()
+
+
+def _layer_of(cells: Sequence[_Cell]) -> nn.RNNBase:
+    """The fastrnn layer, batch_first, of a cell, or of those of two directions; with a copy of their weights."""
+    name, (I, H) = cells[0].kind.torch_name, (cells[0].keras_cell.kernel.shape[0], cells[0].keras_cell.units)
+    both = len(cells) == 2
     with torch.no_grad():
         weights = [cell.weights() for cell in cells]
-        biased = len(weights[0]) > 2
+        biased, first = len(weights[0]) > 2, weights[0][0]
         more = {"nonlinearity": cells[0].name[4:]} if name == "RNN" else {}
         module = getattr(fastrnn, name)(
-            I, layers[0].units, batch_first=True, bidirectional=both, bias=biased, dtype=weights[0][0].dtype,
-            device=weights[0][0].device, **more
-        )  # fmt: skip
+            I, H, batch_first=True, bidirectional=both, bias=biased, dtype=first.dtype, device=first.device, **more
+        )
         for name, value in zip(_names(4 if biased else 2, len(cells)), itertools.chain(*weights), strict=True):
             module.get_parameter(name).copy_(value)
-    return module.eval()
+    return module
 
 
 def from_torch(module: nn.RNNBase, **options: Any) -> Any:

@@ -94,7 +94,8 @@ def test_quota_of_no_path():
 
 
 # A program that plays calls of a team: a line in says its threads, how many of them came, how many were away, its milliseconds
-# and how many of them were lost, or how long nothing happens; a line out says how many of 4 threads to use then.
+# and how many of them were lost, or how long nothing happens. With 0 threads it says for how long other CPUs are seen idle (1)
+# or busy (0). A line out says how many of 4 threads to use then.
 PLAY = """
 #include "team_size.h"
 #include <cstdio>
@@ -103,6 +104,8 @@ int main() {
   long long time = 1'000'000'000'000, threads, came, away;
   double total, lost;
   while (std::scanf("%lld %lld %lld %lf %lf", &threads, &came, &away, &total, &lost) == 5) {
+    for (double passed = 0; threads == 0 && passed < total; ++passed)
+      if (const long long then = time + 1e6 * passed; size.look_due(then)) size.looked(came == 1, then);
     time += static_cast<long long>(1e6 * total);
     if (threads > 1) size.note(threads, came, away, 1e6 * total, 1e6 * lost, time);
     std::printf("%lld\\n", static_cast<long long>(size.of(4, time)));
@@ -135,6 +138,10 @@ def quiet(count, threads=4):
 
 def nothing(milliseconds):
     return [(1, 1, 0, milliseconds, 0)]
+
+
+def idle(milliseconds, is_idle=1):
+    return [(0, is_idle, 0, milliseconds, 0)]
 
 
 BAD = (4, 4, 1, 50, 49)  # one of four threads was not there for most of it
@@ -183,6 +190,56 @@ def test_for_longer_while_it_goes_on_and_no_longer_than_a_second(play):
     assert 500 < lengths[-1] < 1000 and lengths[-1] == lengths[-2]
     after = play([*calls, *nothing(1000), *quiet(1500), BAD, *nothing(20)])
     assert after[-1] == 4  # and short again after a time without losses
+
+
+def test_idle_cpus_end_the_time_of_a_smaller_team(play):
+    """Seen twice in a row, soon after the neighbour has gone. One that pauses half of the time has not gone."""
+    calls, sizes = [BAD], []
+    for _ in range(8):  # up to the longest time
+        calls += [*nothing(5 * play([*calls, *nothing(5) * 200])[len(calls) - 1 :].index(4)), BAD]
+    assert play([*calls, *idle(400, 0)])[-1] < 4
+    assert play([*calls, *idle(150)])[-1] < 4  # it has been seen once
+    assert play([*calls, *idle(250)])[-1] == 4
+    for _ in range(3):
+        calls += [*idle(101, 0), *idle(100)]
+        sizes.append(play(calls)[-1])
+    assert max(sizes) < 4
+
+
+def test_which_cpus_are_idle(tmp_path):
+    """By what the kernel counts; not where the process has a part of the machine, or a sandbox does not say."""
+    compiler = os.environ.get("CXX", "g++").split()
+    if shutil.which(compiler[0]) is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "idle.cpp").write_text(
+        """
+#include "cpus.h"
+#include <cstdio>
+#include <cstdlib>
+int main(int, char** words) {
+  const fastrnn::Cpus cpus{std::atoll(words[3]), std::atof(words[4])};
+  std::printf("%d", fastrnn::are_idle(std::atoll(words[2]), cpus, words[1]));
+}
+"""
+    )
+    program, here = tmp_path / "idle", os.sysconf("SC_NPROCESSORS_ONLN")
+    sources = [str(tmp_path / "idle.cpp"), str(ROOT / "csrc/cpus.cpp")]
+    subprocess.run([*compiler, "-std=c++20", f"-I{ROOT / 'csrc'}", "-o", program, *sources], check=True)
+
+    def found(text, count=here, allowed=here, quota=math.inf):
+        root = put(tmp_path / "root", {"proc/loadavg": text} if text is not None else {})
+        done = subprocess.run([program, root, str(count), str(allowed), str(quota)], capture_output=True, text=True, check=True)
+        return bool(int(done.stdout))
+
+    assert not found(None)
+    assert found("0.21 0.33 0.40 1/135 25803\n")
+    assert not found("0.21 0.33 0.40 2/135 25803\n")
+    assert found(f"9.21 9.33 9.40 {here}/135 25803\n", count=1)
+    assert not found(f"0.21 0.33 0.40 {here + 1}/135 25803\n", count=1)
+    assert not found("0.21 0.33 0.40 1/135 25803\n", allowed=here - 1)
+    assert not found("0.21 0.33 0.40 1/135 25803\n", quota=here - 0.5)
+    for nothing_said in ("0.00 0.00 0.00 0/0 0\n", "", "no numbers at all\n"):
+        assert not found(nothing_said)
 
 
 def test_explain_says_which_limit_holds():

@@ -10,6 +10,7 @@ import torch
 import triton_layers
 from contract import CELLS, Case, Error, arguments, relative, run, same_bits, twins
 from test_triton import FLOAT32, LAYERS, OWN_LAYERS, STACKS
+from torch.nn.utils.rnn import PackedSequence
 from triton_layers import Layer
 
 import fastrnn
@@ -283,17 +284,22 @@ def test_offsets_beyond_two_to_the_31():
 # --- a device's own
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_graph_capture(marked):
-    """With lengths and resets too, which a graph reads when it runs."""
+@pytest.mark.parametrize("form", ["dense", "marked", "packed"])
+def test_graph_capture(form):
+    """With lengths and resets too, which a graph reads when it runs, and packed, whose lengths it holds."""
     module = fastrnn.GRU(128, 512, device="cuda", dtype=F16)
     x = torch.randn(50, 16, 128, device="cuda", dtype=F16, requires_grad=True)
-    lengths, marks = torch.arange(16, device="cuda") * 3, {}
-    if marked:
+    lengths, marks, given = torch.arange(16, device="cuda") * 3, {}, x
+    if form == "marked":
         marks = {"lengths": lengths, "resets": torch.rand(50, 16, device="cuda") < 0.1}
+    if form == "packed":
+        batch_sizes = torch.tensor([16] * 20 + [9] * 20 + [2] * 10)
+        x = torch.randn(int(batch_sizes.sum()), 128, device="cuda", dtype=F16, requires_grad=True)
+        given = PackedSequence(x, batch_sizes)
 
     def step():
-        y, _ = module(x, **marks)
+        y, _ = module(given, **marks)
+        y = y.data if form == "packed" else y
         return y.detach(), *torch.autograd.grad(y.sum(), [x, *module.parameters()])  # no graph stays, bound to a stream
 
     expected = step()
@@ -305,7 +311,9 @@ def test_graph_capture(marked):
     with torch.cuda.graph(graph):
         captured = step()
     lengths.add_(2)
-    expected = step() if marked else expected
+    with torch.no_grad():
+        x.mul_(0.5)
+    expected = step()
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()

@@ -242,8 +242,8 @@ def test_cells_of_ones_own_under_autocast(gpu_process):
 
 
 @contextlib.contextmanager
-def _two_at_once() -> Iterator[list[int]]:
-    """Have the lower two layers of a stack run at once; how many do is counted."""
+def at_once(count: int = 2) -> Iterator[list[int]]:
+    """Have the lowest layers of a stack run at once; how many do is noted."""
     from fastrnn.kernels.gpu import layer as engine
 
     started: list[int] = []
@@ -259,14 +259,14 @@ def _two_at_once() -> Iterator[list[int]]:
         return choose(triton_layers.H100, replace(sizes, T=9, bytes_=2), forward)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "layers_at_once", lambda *given: (2, *(1,) * (given[-2] - 2)))
+        patch.setattr(gpu, "layers_at_once", lambda *given: (count, *(1,) * (given[-2] - count)))
         patch.setattr(engine, "layers_forward", counted)
         patch.setattr(engine, "choose", chosen)
         yield started
 
 
 def _errors_at_once(cell: str, sizes: dict, mixed: torch.dtype | None) -> tuple[dict, dict, list[int]]:
-    with _two_at_once() as started:
+    with at_once() as started:
         return *_errors(cell, sizes, mixed, torch.float32), started
 
 
@@ -290,7 +290,7 @@ def _derivatives_at_once(cell: str) -> tuple[dict[str, float], list[int]]:
     ours, stock = (getattr(library, cell)(5, 16, 2) for library in (fastrnn, torch.nn))
     stock.load_state_dict(ours.state_dict())
     x, found = torch.randn(4, 3, 5), []
-    with _two_at_once() as started:
+    with at_once() as started:
         for module, given in ((ours, x), (stock.double(), x.double())):
             given = given.clone().requires_grad_()
             y, *_ = module(given)
@@ -326,7 +326,7 @@ def _those_that_run_alone() -> dict[str, list[int]]:
         "recompute": lambda: fastrnn.LSTM(5, 16, 2, recompute=True)(x),
     }
     for name, call in calls.items():
-        with _two_at_once() as started:
+        with at_once() as started:
             call()
         found[name] = started
     return found

@@ -203,6 +203,19 @@ def test_explain_of_what_the_engines_run():
     assert fastrnn.explain(both("GRU", bidirectional={})[1], np.zeros((B, T, I), "float32")).engine == "cpu"
 
 
+def test_explain_of_cells_and_stacks_of_them():
+    """A line for each cell; of a layer that is not built, a clear error."""
+    x = torch.randn(B, T, I)
+    stack = [keras.layers.GRUCell(4), keras.layers.SimpleRNNCell(5), keras.layers.LSTMCell(6)]
+    for cells in ([keras.layers.LSTMCell(4)], stack):
+        layer = fastrnn.keras.RNN(cells if len(cells) > 1 else cells[0])
+        with pytest.raises(ValueError, match="expected a built layer"):
+            fastrnn.explain(layer, x)
+        layer(x)
+        explained = fastrnn.explain(layer, x)
+        assert explained.engine == "cpu" and len(explained.schedule) == len(cells)
+
+
 DROPOUTS = [{"dropout": 0.4}, {"recurrent_dropout": 0.4}, {"dropout": 0.4, "recurrent_dropout": 0.3}]
 
 
@@ -379,6 +392,9 @@ def test_weights_go_to_torch_and_back(name, bidirectional):
     torch.testing.assert_close(module(x)[0], layer(x))
     back = fastrnn.keras.from_torch(module)
     torch.testing.assert_close(back(x), layer(x))
+    of_a_cell = fastrnn.keras.RNN(type(layer.forward_layer if bidirectional is not None else layer)(2).cell)
+    y = of_a_cell(x)
+    torch.testing.assert_close(fastrnn.keras.to_torch(of_a_cell)(x)[0][:, -1], y)
     for weight, right in zip(back.get_weights(), layer.get_weights(), strict=True):
         np.testing.assert_allclose(weight, right, rtol=1e-6, atol=1e-7)
 

@@ -467,3 +467,20 @@ def states_before(
         values = scaled(values, tl.load(at, mask=ok, other=0.0).to(tl.float32))
     own = before + row_index(t, rows, offsets, T, B, PACKED, False) * R  # [ROWS]
     tl.store(own[:, None] + columns[None, :], values, mask=ok)
+
+
+@triton.jit(do_not_specialize=["N", "B"])
+def rows_within(
+    within, given, lengths, N, B, W: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """within [N, W]: rows of all steps, which are STEP numbers apart in `given`, with zeros past their lengths.
+
+    Grid: blocks of rows, blocks of columns.
+    """
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    length = tl.load(lengths + n % B, mask=n < N, other=0)
+    there, columns_ok = (n < N) & (n // B < length), columns < W
+    row = n.to(tl.int64)[:, None]
+    values = tl.load(given + row * STEP + columns[None, :], mask=there[:, None] & columns_ok[None, :], other=0.0)
+    tl.store(within + row * W + columns[None, :], values, mask=(n < N)[:, None] & columns_ok[None, :])

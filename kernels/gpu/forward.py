@@ -3,8 +3,8 @@
 Letters as in fastrnn/ops.py; N rows of the sequence, W row width of `kept`, s-th step of a program's rows in the layer's order,
 t its place in the sequence. Pointers, with the element type E of the layer unless said otherwise:
 
-    kept     [D, N, W] step-major; holds the projected input of gate k of the cell's arguments at columns k*H..., and where SAVE
-             the cell's slots afterwards, and the output before its projection after those
+    kept     [D, N, W] step-major; holds the projected input, G*H columns in the order of w_ih's rows, and where SAVE the
+             cell's slots afterwards, and the output before its projection after those
     y        [..., D*R], the layout of the op
     out      [D, B, H], the output before its projection, where it is not kept
     h0, h_n  [D, B, R]; h0 of a scan is what the first step's product reads: where MASKED, times the mask
@@ -39,6 +39,7 @@ import triton.language as tl
 
 from .barrier import arrive, wait
 from .tile import (
+    NEAREST,
     begins_anew,
     load_tiles,
     product,
@@ -68,6 +69,17 @@ def input_biases(b_ih, b_hh, units, ok, H: tl.constexpr, GATES: tl.constexpr, HI
             bias += tl.load(b_hh + (k - HIDDEN) * H + units, mask=ok, other=0.0).to(tl.float32)
         biases = biases + (bias[:, None],)
     return biases
+
+
+@triton.jit
+def load_inputs(
+    at, ok, GATES: tl.constexpr, INPUT: tl.constexpr, H: tl.constexpr, FROM: tl.constexpr = NEAREST
+):  # fmt: skip
+    """The input's part of each pre-activation in the cell's order, float32, from pointers to a row's projected input."""
+    tiles = ()
+    for k in tl.static_range(GATES):
+        tiles = tiles + load_tiles(at + INPUT[k] * H, ok, 1, H, FROM)
+    return tiles
 
 
 @triton.jit
@@ -182,7 +194,7 @@ def scan_forward(
     kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W  # [ROWS]
     active = (t < length) & (t >= 0)
     if LAYERS == 1:
-        inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & active[None, :], GATES, H)
+        inputs = load_inputs(kept_rows[None, :] + units[:, None], units_ok[:, None] & active[None, :], GATES, INPUT, H)
     y_rows = y + row_index(at, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
     t_before = tl.minimum(tl.maximum(tl.where(backwards, t + 1, t - 1), 0), steps - 1)
     y_before = y + row_index(t_before, rows, offsets, T, B, PACKED, BATCH_FIRST) * (D * R)  # [ROWS]
@@ -209,7 +221,7 @@ def scan_forward(
                     target, below, w_ih, counter, counter - 16, gave_up, s, steps, backwards, block, first, lengths, offsets,
                     T, B, GATES * H, R, R, 1, W, R, False, BATCH_FIRST, PACKED, RAGGED, ROWS, BLOCKS, SPAN, FEED, PRECISION,
                 )  # fmt: skip
-            inputs = load_tiles(kept_rows[None, :] + units[:, None], ok, GATES, H, ".cg")  # which other programs have stored
+            inputs = load_inputs(kept_rows[None, :] + units[:, None], ok, GATES, INPUT, H, ".cg")  # which others have stored
         if PHASE != "project":
             joined = tl.where(backwards, t + 1 < length, s > 0)  # has the row a step before this one?
             if RESETS:
@@ -272,7 +284,7 @@ def scan_forward(
             kept_rows = kept + (d * N + row_index(at, rows, offsets, T, B, PACKED, False)) * W
             here = (t < length) & (t >= 0)
             if LAYERS == 1:
-                inputs = load_tiles(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, H)
+                inputs = load_inputs(kept_rows[None, :] + units[:, None], units_ok[:, None] & here[None, :], GATES, INPUT, H)
             noises = step_noise(
                 noise, at, rows, units, units_ok[:, None] & here[None, :], offsets, noise_t, noise_b, NOISE, H, PACKED
             )
@@ -345,7 +357,7 @@ def single_forward(
     t = tl.where(backwards, steps - 1, 0)
     kept_rows = kept + (d * N + row_index(t, rows, offsets, T, B, PACKED, False)) * W  # [ROWS]
     here_ok = units_ok[:, None] & (t < length)[None, :]  # [UNITS, ROWS]
-    inputs = load_tiles(kept_rows[None, :] + units[:, None], here_ok, GATES, H)
+    inputs = load_inputs(kept_rows[None, :] + units[:, None], here_ok, GATES, INPUT, H)
     noises = step_noise(noise, t, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
     if RESETS:
         anew = begins_anew(resets, t, rows, t < length, offsets, T, B, PACKED, BATCH_FIRST)
@@ -360,7 +372,7 @@ def single_forward(
         kept_rows = kept + (d * N + row_index(ahead, rows, offsets, T, B, PACKED, False)) * W
         here = (ahead < length) & (s + 1 < steps)
         here_ok = units_ok[:, None] & here[None, :]
-        inputs = load_tiles(kept_rows[None, :] + units[:, None], here_ok, GATES, H)
+        inputs = load_inputs(kept_rows[None, :] + units[:, None], here_ok, GATES, INPUT, H)
         noises = step_noise(noise, ahead, rows, units, here_ok, offsets, noise_t, noise_b, NOISE, H, PACKED)
         if RESETS:
             h = tl.where(anew[None, :], tl.load(h0 + n_at, mask=n_ok & anew[None, :], other=0.0), h)

@@ -39,13 +39,13 @@ class Launch:
 
 
 class Distance(NamedTuple):
-    """How many numbers further than `first` `second` lies: an argument, known when a kernel starts."""
+    """How many numbers further than the one before it each of some tensors lies: an argument, known when a kernel starts."""
 
-    first: Tensor
-    second: Tensor
+    tensors: Sequence[Tensor]
 
     def __int__(self) -> int:
-        return (self.second.data_ptr() - self.first.data_ptr()) // self.first.element_size()
+        first, second, *_ = self.tensors
+        return (second.data_ptr() - first.data_ptr()) // first.element_size()
 
 
 class Entry(NamedTuple):
@@ -138,7 +138,7 @@ class Launches(NamedTuple):
         """Start them, past Triton where it has compiled them for such arguments."""
         runtime = tape.on(next(value.device for value in self.arguments.values() if isinstance(value, Tensor)))
         if runtime and not tape.watched() and (words := self.words(lambda tensor: (tape.ADDRESS, tensor.data_ptr()))):
-            runtime.launch(tape.packed(words))
+            runtime.launch(tape.in_bytes(words))
             return
         for kernel, begin, end in self._in_turn():
             kernel.start(self.grid, self.arguments, begin, end)
@@ -167,7 +167,8 @@ class Launches(NamedTuple):
                 if isinstance(value, Tensor):
                     words += [tape.POINTER, *place(value)]
                 elif isinstance(value, Distance):
-                    words += [tape.DISTANCE, *place(value.first), *place(value.second), value.first.element_size()]
+                    words += [tape.DISTANCE, value.tensors[0].element_size(), len(value.tensors)]
+                    words += [word for tensor in value.tensors for word in place(tensor)]
                 else:
                     words += [tape.STEPS[name]] if name in tape.STEPS else [tape.NUMBER, value]
             words += [tape.NUMBER, 0] * entry.nulls

@@ -22,6 +22,7 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from .cell import PLAIN, PTX, bound
 from .launch import Distance, Kernel, Launches, alarm
+from .packed import rows_of_steps
 from .plan import COOPERATIVE, Device, Plan, choose, stacked
 from .precision import precision_of, products_in
 from .rows import Reach, sets
@@ -55,12 +56,12 @@ class Call:
         self.nothing = _nothing(self.dtype, self.device)
         each = len(weights) // self.sides
         self.w_ih = weights[::each]
-        self._alive: list[Tensor] = []  # what kernels reach by a distance from something else
-        self.matrices = self._apart("w_hh", weights[1::each])
-        self.matrices |= self._apart("w_hr", weights[each - 1 :: each] if layer.projected else ())
-        self.matrices |= self._apart("w_ih", [self.input_weights(side) for side in range(self.D, self.sides)])
+        self.matrices = self.apart("w_hh", weights[1::each])
+        self.matrices |= self.apart("w_hr", weights[each - 1 :: each] if layer.projected else ())
         self.b_ih, self.b_hh = (weights[2::each], weights[3::each]) if layer.bias else ((), ())
-        self.lengths, self.offsets = self._rows_of_steps(inputs.batch_sizes)
+        self.lengths = self.offsets = self.nothing
+        if inputs.batch_sizes is not None:
+            self.lengths, self.offsets = rows_of_steps(inputs.batch_sizes, self.B, self.N, self.device)
         self.ragged = inputs.lengths is not None
         if inputs.lengths is not None:
             self.lengths = inputs.lengths.contiguous()
@@ -76,21 +77,6 @@ class Call:
         precision, device = precision_of(self.dtype), device_of(self.device)
         sizes = self.T, self.B, self.H, self.R
         return _chosen(self.layer, sizes, self.dtype, device, forward, precision, self.layers)
-
-    def _rows_of_steps(self, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Steps of each row [B] and rows before each step [T], int64, on the device by one copy."""
-        if batch_sizes is None:
-            return self.nothing, self.nothing
-        if bool((batch_sizes.diff() > 0).any()) or int(batch_sizes[-1]) <= 0:
-            raise RuntimeError("fastrnn: batch_sizes must be positive and not increase")
-        if int(batch_sizes[0]) != self.B or int(batch_sizes.sum()) != self.N:
-            raise RuntimeError("fastrnn: batch_sizes do not fit x or the states")
-        offsets = batch_sizes.cumsum(0) - batch_sizes
-        lengths = self.T - torch.searchsorted(batch_sizes.flip(0), torch.arange(self.B), right=True)
-        both = torch.cat((lengths, lengths.new_empty(self.B % 2), offsets))  # which start at multiples of 16 bytes
-        if self.device.type == "cuda":
-            both = both.pin_memory().to(self.device, non_blocking=True)
-        return both[: self.B], both[self.B + self.B % 2 :]
 
     def _noise_of_steps(self, noise: Tensor | None) -> dict[str, Any]:
         """The cell's noise, and how many numbers its steps and its rows are apart."""
@@ -116,7 +102,7 @@ class Call:
         """w_ih [G*H, I] of a side, gates in the order of the cell's arguments."""
         return _gates_in(self.cell.input, self.w_ih[side])
 
-    def _apart(self, name: str, own: Sequence[Tensor]) -> dict[str, Any]:
+    def apart(self, name: str, own: Sequence[Tensor]) -> dict[str, Any]:
         """The weights of the first side, and how many numbers further those of each next one are.
 
         Nothing is copied where these lie equally far apart, as two always do, and those of layers in the one piece of memory
@@ -130,17 +116,16 @@ class Call:
             return {name: first, f"{name}_step": 0}
         steps = {after.data_ptr() - before.data_ptr() for before, after in pairwise(own)}
         if len(steps) > 1:
-            return {name: torch.stack(own), f"{name}_step": first.numel()}
-        self._alive += own
-        return {name: first, f"{name}_step": Distance(first, own[1])}
+            return {name: torch.cat(own), f"{name}_step": first.numel()}
+        return {name: first, f"{name}_step": Distance(own)}
 
     def biases(self) -> dict[str, Any]:
         """Both, likewise."""
-        return self._apart("b_ih", self.b_ih) | self._apart("b_hh", self.b_hh)
+        return self.apart("b_ih", self.b_ih) | self.apart("b_hh", self.b_hh)
 
     def own_weights(self) -> dict[str, Any]:
         """The cell's own, behind b_ih, likewise."""
-        return self._apart("b_ih", self.b_ih if self.cell.weights else ())
+        return self.apart("b_ih", self.b_ih if self.cell.weights else ())
 
     def kernels(self, forward: bool, save: bool, plan: Plan, precision: str, aligned: bool = False) -> dict[str, Kernel]:
         """The scan of a pass: its kernel, or that of each of its phases."""
@@ -334,8 +319,8 @@ def _run(
 
     def by_python(tensors: Sequence[Any], launch: Callable[[Launches], object] | None) -> Sequence[Tensor]:
         of_inputs = len(Inputs._fields)
-        call = Call(layer_of(text), Inputs(*tensors[:of_inputs]), tensors[of_inputs : len(given)], launch)
         with _current(device):
+            call = Call(layer_of(text), Inputs(*tensors[:of_inputs]), tensors[of_inputs : len(given)], launch)
             return run(call, *tensors[len(given) :])
 
     return tape.played(name, (*given, *more), by_python, alarm(device).address)
@@ -346,19 +331,26 @@ def layers_forward(x, batch_sizes, h0, c0, weights, text, save, resets=None, len
 
     The last result is what `layers_backward` takes as `below`, the outputs of all layers but the highest.
     """
-    alarm(x.device).check()
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
-    with _current(x.device):
+    given = *Inputs(x, batch_sizes, h0, c0, resets, lengths), *weights
+
+    def run(call: Call) -> Sequence[Tensor]:
         below = call.below()
         return *forward(call, save, *call.chosen(forward=True), below), below
+
+    return _run(f"{text} layers forward{' saved' * save}", given, text, run)
 
 
 def layers_backward(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, below, text, needs, resets=None, lengths=None):
     """`layer_backward` of such layers."""
-    alarm(x.device).check()
-    call = Call(layer_of(text), Inputs(x, batch_sizes, h0, c0, resets, lengths), weights)
-    with _current(x.device):
-        return backward(call, Outer(dy, dh_n, dc_n), y, saved, Needs(*needs), *call.chosen(forward=False), below)
+    given = *Inputs(x, batch_sizes, h0, c0, resets, lengths), *weights
+
+    def run(call: Call, y: Tensor, saved: Tensor, below: Tensor, *outer: Tensor | None) -> Sequence[Tensor]:
+        *of_inputs, dw = backward(call, Outer(*outer), y, saved, Needs(*needs), *call.chosen(forward=False), below)
+        return *of_inputs, *dw
+
+    name = f"{text} layers backward{''.join(str(int(need)) for need in needs)}"
+    dx, dh0, dc0, *dw = _run(name, given, text, run, (y, saved, below, dy, dh_n, dc_n))
+    return dx, dh0, dc0, dw
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -380,7 +372,7 @@ def forward(call: Call, save: bool, plan: Plan, precision: str, below: Tensor | 
     with products_in(call.dtype, precision):
         for d in range(call.D):
             projected = kept.as_strided((call.N, width), (kept.shape[2], 1), d * kept[0].numel() if d else 0)
-            torch.mm(rows, call.input_weights(d).t(), out=projected)
+            torch.mm(rows, call.w_ih[d].t(), out=projected)
     h0 = h0.contiguous()
     y = call.rows_made(*x.shape[:-1], call.D * call.R)
     h_n = h0.clone() if call.ragged else x.new_empty((call.sides, call.B, call.R))
@@ -404,6 +396,7 @@ def forward(call: Call, save: bool, plan: Plan, precision: str, below: Tensor | 
         "fed": x.new_empty(2, call.sides, call.B, call.R) if fed_by_scan else call.nothing,
         **call.noise,
         **call.matrices,
+        **call.apart("w_ih", call.w_ih[call.D :]),
         **call.biases(),
     }
     aligned = (call.R // call.heads * x.element_size()) % 16 == 0 and h0.data_ptr() % 16 == 0
@@ -456,6 +449,7 @@ def backward(
         "dc_steps": call.nothing if call.dc_steps is None else call.dc_steps.contiguous(),
         **call.noise,
         **call.matrices,
+        **call.apart("w_ih", [call.input_weights(side) for side in range(call.D, sides)]),
         **call.own_weights(),
     }
     summed, nothing = call.inputs.resets is not None and in_scan, call.nothing
@@ -510,10 +504,8 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, ys: Sequenc
     """
     cell, H = call.cell, call.H
     order = [cell.input.index(gate) for gate in range(cell.gates)]  # torch's gates among the cell's arguments
-    within = call.steps.within()  # past the lengths anything may stand, and zero times it is not always zero
     given, grads = [call.steps.flat(each) for each in (call.x, *ys[:-1])], []
-    if within is not None:
-        given[0] = torch.where(within, given[0], 0.0)
+    given[0] = _within(call, given[0])
     for d in range(call.sides):
         layer, direction = divmod(d, call.D)
         w_hh, rows = call.x.new_empty((cell.gates * H, call.R // call.heads)), given[layer]
@@ -525,9 +517,19 @@ def _weight_gradients(call: Call, d_input, d_hidden, of_weights, dp, ys: Sequenc
             b_ih = _gates_in(order, b_ih)
             grads += [torch.cat([b_ih, of_weights[d].sum(0).to(b_ih.dtype)]) if cell.weights else b_ih, b_hh]
         if call.layer.projected:
-            out = saved[d][:, -H:] if within is None else torch.where(within, saved[d][:, -H:], 0.0)
-            grads.append(torch.mm(dp[d].T, out))
+            grads.append(torch.mm(dp[d].T, _within(call, saved[d][:, -H:])))
     return grads
+
+
+def _within(call: Call, rows: Tensor) -> Tensor:
+    """rows [N, W] of all steps with zeros past their lengths, where anything may stand: zero times it is not always zero."""
+    if not call.ragged:
+        return rows
+    within, (N, W) = torch.empty_like(rows, memory_format=torch.contiguous_format), rows.shape
+    kernel = _rows_within(call.device, call.dtype, W, rows.stride(0))
+    grid = -(-N // kernel.constants["ROWS"]), -(-W // kernel.constants["COLUMNS"])
+    call.launch(Launches([kernel], grid, {"within": within, "given": rows, "lengths": call.lengths, "N": N, "B": call.B}))
+    return within
 
 
 def _hidden_weight_gradient(call: Call, d: int, da: Tensor, y: Tensor, h0: Tensor, dw: Tensor) -> None:
@@ -584,7 +586,6 @@ def _states_before(
 ) -> Kernel:
     """The kernel, on a device and of a dtype: it compiles another one for each. marks: PACKED, RAGGED, RESETS, MASKED."""
     packed, ragged, resets, masked = marks
-    columns = min(128, max(16, 1 << (R - 1).bit_length()))
     constants = {
         "D": layer.directions,
         "R": R,
@@ -595,9 +596,21 @@ def _states_before(
         "BATCH_FIRST": layer.batch_first and not packed,
         "BACKWARDS": backwards,
         "ROWS": 16,
-        "COLUMNS": columns,
+        "COLUMNS": _columns(R),
     }
     return Kernel(backward_kernels.states_before, constants, {"num_warps": 4})
+
+
+@lru_cache(1024)
+def _rows_within(device: torch.device, dtype: torch.dtype, W: int, step: int) -> Kernel:
+    """The kernel, likewise."""
+    constants = {"W": W, "STEP": step, "ROWS": 16, "COLUMNS": _columns(W)}
+    return Kernel(backward_kernels.rows_within, constants, {"num_warps": 4})
+
+
+def _columns(width: int) -> int:
+    """Of a row, so many as a program copies."""
+    return min(128, max(16, 1 << (width - 1).bit_length()))
 
 
 def _gates_in(order: Sequence[int], w: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ def layer_fault(schedule: str, device: torch.device, target: Any, replayed: bool
 def replay_fault(schedules: Sequence[str], device: torch.device, target: Any) -> str | None:
     """What is wrong with passes under these schedules once they are replayed, or None."""
     for schedule in schedules:
-        if schedule != "wavefront" and (fault := layer_fault(schedule, device, target, replayed=True)):  # which has no tape
+        if fault := layer_fault(schedule, device, target, replayed=True):
             return f"{schedule}: {fault}"
     return None
 
@@ -213,28 +213,28 @@ class _SmallLayer:
 
         given, outer = tensors[: -len(self.outer)], tensors[-len(self.outer) :]
 
-        def call(given: Sequence[Any], launch: Any = None) -> Call:
+        def call(tensors: Sequence[Any], launch: Any) -> Call:
             inputs = len(Inputs._fields)
-            return Call(self.layer, Inputs(*given[:inputs]), given[inputs:], launch)
+            return Call(self.layer, Inputs(*tensors[:inputs]), tensors[inputs : len(given)], launch)
 
-        def run_forward(given: Sequence[Any], launch: Any) -> Any:
-            return forward(call(given, launch), True, plans[0], "ieee")
+        def run_forward(tensors: Sequence[Any], launch: Any) -> Any:
+            own = call(tensors, launch)
+            below = own.below()
+            return *forward(own, True, plans[0], "ieee", below), below
 
         def run_backward(tensors: Sequence[Any], launch: Any) -> Any:
-            *given, y, saved, dy, dh_n, dc_n = tensors
-            *of_inputs, dw = backward(call(given, launch), Outer(dy, dh_n, dc_n), y, saved, Needs(), plans[1], "ieee")
+            y, saved, below, *outer = tensors[len(given) :]
+            own = call(tensors, launch)
+            *of_inputs, dw = backward(own, Outer(*outer), y, saved, Needs(), plans[1], "ieee", below)
             return *of_inputs, *dw
 
-        if name is None:
-            own: Any = call(given)
-            below = own.below() if self.layers > 1 else None
-            y, h_n, c_n, saved = forward(own, True, plans[0], "ieee", below)
-            dx, dh0, dc0, dw = backward(own, Outer(*outer), y, saved, Needs(), plans[1], "ieee", below)
-        else:
-            address = alarm(given[0].device).address  # type: ignore[union-attr]  # x is there
-            y, h_n, c_n, saved = tape.played(f"self-test {name} forward", given, run_forward, address)
-            more = *given, y, saved, *outer
-            dx, dh0, dc0, *dw = tape.played(f"self-test {name} backward", more, run_backward, address)
+        def run(which: str, tensors: Sequence[Any], own: Any) -> Any:
+            if name is None:
+                return own(tensors, None)
+            return tape.played(f"self-test {name} {which}", tensors, own, alarm(tensors[0].device).address)
+
+        y, h_n, c_n, saved, below = run("forward", given, run_forward)
+        dx, dh0, dc0, *dw = run("backward", (*given, y, saved, below, *outer), run_backward)
         return self._named(y, h_n, c_n, dx, dh0, dc0, dw)
 
     def _named(self, *found: Any) -> dict[str, Tensor]:

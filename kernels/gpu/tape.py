@@ -8,14 +8,13 @@ pass that does anything else, or that reads a number from a tensor, has no tape.
 A tape is a list of 64-bit numbers. Places are the arguments' memory and then what the pass makes; a place of ADDRESS is none of
 these, and its offset is an address.
 
-    the number of arguments, bytes of the workspace, the address of the device's alarm or 0
-    the number of places made, and of each WORKSPACE offset, or RESULT array
-    the number of results, and of each its place, or -1 - k for the k-th of those that never change
-    steps: MM out a b; ADDMM beta out a b; BADDBMM beta out a b; COPY to from; ZERO array; SUM out array
-           CAT out axis count arrays
+    bytes of the workspace, the address of the device's alarm or 0
+    the number of places made, and of each WORKSPACE offset, or RESULT dtype dimensions sizes strides
+    the number of results, and of each k for the k-th RESULT, or -1 - k for the k-th of those that never change
+    steps: MM out a b; ADDMM out a b beta; BADDBMM out a b beta; COPY out from; ZERO out; SUM out of; CAT out axis count arrays
            LAUNCH steps each count, and of each kernel function blocks[3] threads shared together count parameters
     array: place offset dtype dimensions sizes strides, with the offset in bytes
-    parameter: POINTER place offset; DISTANCE place offset place offset itemsize; NUMBER value; BEGIN; END
+    parameter: POINTER place offset; DISTANCE itemsize count (place offset)...; NUMBER value; BEGIN; END
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from .. import cpu
-from . import selftest
+from . import packed, selftest
 from .precision import precision_of, products_for, set_products
 
 WORKSPACE, RESULT = range(2)
@@ -56,7 +55,7 @@ _DTYPES = {
 }
 
 MOST = 4096  # passes that are remembered; beyond that all are forgotten
-_asked_for: set[bytes] = set()
+_asked_for: dict[int, bool] = {}  # by the hashes of their keys, which may be long: whether they are worth recording
 
 
 def played(
@@ -71,33 +70,39 @@ def played(
     run: the pass in Python, given the tensors and what becomes of its launches; None starts them.
     alarm: the address of a word that a tape looks at before it begins.
     """
-    runtime = on(tensors[0].device)  # type: ignore[union-attr]  # x is there
+    device = tensors[0].device  # type: ignore[union-attr]  # x is there
+    runtime = on(device)
     found = runtime and runtime.replay(name, tuple(tensors))
     if isinstance(found, list):
         return found
-    if found is None or not _is_second(found):
+    if found is None or not _is_worth_recording(hash(found), device):
         return run(tensors, None)
     recorder = Recorder(tensors)
     with recorder:
         results = run(recorder.arguments, recorder.launch)
     words = recorder.words(results, alarm)
-    if words is not None:
-        runtime.keep(found, packed(words), tuple(recorder.alive))
+    if words is None:
+        _asked_for[hash(found)] = False
+    else:
+        runtime.keep(found, in_bytes(words), tuple(recorder.alive))
     return results
 
 
-def packed(words: Sequence[int]) -> bytes:
+def in_bytes(words: Sequence[int]) -> bytes:
     """Words as the runtime reads them."""
     return array.array("q", words).tobytes()
 
 
-def _is_second(key: bytes) -> bool:
-    """Is a pass asked for again? Many have lengths that are never seen again, and recording takes longer than running."""
+def _is_worth_recording(key: int, device: torch.device) -> bool:
+    """Is a pass asked for again that may have a tape? Many have lengths that are never seen again.
+
+    Recording takes longer than running. A graph is captured once, maybe on a device that is not tested yet, see selftest.py.
+    """
     if key in _asked_for:
-        return True
+        return _asked_for[key] and not packed.capturing(device)
     if len(_asked_for) >= MOST:
         forget()
-    _asked_for.add(key)
+    _asked_for[key] = True
     return False
 
 
@@ -169,16 +174,17 @@ class Recorder(TorchDispatchMode):
 
     def make(self, tensor: Tensor) -> Tensor:
         """Note that the pass has taken memory."""
+        self._check_device(tensor)
         self._at[id(tensor)] = tensor, len(self.arguments) + len(self._made), tensor.data_ptr()
         self._made.append(_Made(tensor, len(self._steps), len(self._steps)))
         return tensor
 
-    def step(self, operation: int, *operands: Any, written: Tensor) -> None:
-        """Note an operation on tensors and numbers. written: which of them it writes."""
-        if self._found(written)[1] < len(self.arguments):
+    def step(self, operation: int, out: Tensor, *operands: Any) -> None:
+        """Note an operation on tensors and numbers, which writes the first of them."""
+        if self._found(out)[1] < len(self.arguments):
             self.fault = "an argument is written"
         self._steps.append(operation)
-        for operand in operands:
+        for operand in (out, *operands):
             self._steps += self._array(operand) if isinstance(operand, Tensor) else [operand]
 
     def launch(self, launches: Any) -> None:
@@ -193,33 +199,42 @@ class Recorder(TorchDispatchMode):
             launches.start()
 
     def _array(self, tensor: Tensor) -> list[int]:
+        self._check_device(tensor)
+        return [*self.place(tensor), *_form(tensor)]
+
+    def _check_device(self, tensor: Tensor) -> None:
         if tensor.device != self._device:
             self.fault = "a tensor is elsewhere"
-        return [*self.place(tensor), _DTYPES[tensor.dtype], tensor.dim(), *tensor.shape, *tensor.stride()]
 
     def words(self, results: Sequence[Tensor], alarm: int) -> list[int] | None:
         """The tape of the pass, which returned these; None where it has none."""
-        first, constants, places = len(self.arguments), list[Tensor](), list[int]()
+        first, constants, found = len(self.arguments), list[Tensor](), list[_Made | int]()
         for result in results:
             _, place, _ = self._found(result)
             if place == ADDRESS:
-                places.append(-1 - len(constants))
                 constants.append(result)
+                found.append(-len(constants))
                 continue
             made = self._made[place - first] if place >= first else None
             if made is None or made.is_result or not made.is_whole(result):
                 self.fault = "a result is part of something"
                 return None
             made.is_result, made.tensor = True, result
-            places.append(place)
+            found.append(made)
         if self.fault:
             return None
         size = _arrange([made for made in self._made if not made.is_result])
-        words = [first, size, alarm, len(self._made)]
+        words = [size, alarm, len(self._made)]
         for made in self._made:
-            words += [RESULT, *self._array(made.tensor)] if made.is_result else [WORKSPACE, made.offset]
+            words += [RESULT, *_form(made.tensor)] if made.is_result else [WORKSPACE, made.offset]
         self.alive[:0] = constants  # where the runtime finds them
-        return [*words, len(places), *places, *self._steps]
+        among = [made for made in self._made if made.is_result]
+        order = [each if isinstance(each, int) else among.index(each) for each in found]
+        return [*words, len(order), *order, *self._steps]
+
+
+def _form(tensor: Tensor) -> list[int]:
+    return [_DTYPES[tensor.dtype], tensor.dim(), *tensor.shape, *tensor.stride()]
 
 
 class _Made:
@@ -250,15 +265,15 @@ def _arrange(parts: list[_Made]) -> int:
 
 
 def _note_copy(recorder: Recorder, found: Tensor, source: Tensor, **_: Any) -> None:
-    recorder.step(COPY, recorder.make(found), source, written=found)
+    recorder.step(COPY, recorder.make(found), source)
 
 
 def _note_copied(recorder: Recorder, found: Tensor, to: Tensor, source: Tensor, non_blocking: bool = False) -> None:
-    recorder.step(COPY, to, source, written=to)
+    recorder.step(COPY, to, source)
 
 
 def _note_zeros(recorder: Recorder, found: Tensor, *_: Any, **__: Any) -> None:
-    recorder.step(ZERO, recorder.make(found), written=found)
+    recorder.step(ZERO, recorder.make(found))
 
 
 def _note_made(recorder: Recorder, found: Tensor, *_: Any, **__: Any) -> None:
@@ -266,15 +281,14 @@ def _note_made(recorder: Recorder, found: Tensor, *_: Any, **__: Any) -> None:
 
 
 def _note_product(recorder: Recorder, found: Tensor, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> None:
-    out = recorder.make(found) if out is None else out
-    recorder.step(MM, out, a, b, written=out)
+    recorder.step(MM, recorder.make(found) if out is None else out, a, b)
 
 
 def _note_added(operation: int) -> Callable:
     def note(recorder: Recorder, found: Tensor, out: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> None:
         if alpha != 1 or beta not in (0, 1):
             recorder.fault = "a product is scaled"
-        recorder.step(operation, int(beta), out, a, b, written=out)
+        recorder.step(operation, out, a, b, int(beta))
 
     return note
 
@@ -284,11 +298,11 @@ def _note_sum(
 ) -> None:
     if dim != [0] or keepdim or dtype is not None:
         recorder.fault = "a sum is not over the first axis"
-    recorder.step(SUM, recorder.make(found), of, written=found)
+    recorder.step(SUM, recorder.make(found), of)
 
 
 def _note_joined(recorder: Recorder, found: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
-    recorder.step(CAT, recorder.make(found), dim, len(parts), *parts, written=found)
+    recorder.step(CAT, recorder.make(found), dim, len(parts), *parts)
 
 
 _aten = torch.ops.aten
@@ -330,7 +344,7 @@ def connect(device: str, driver: Any, products: Any, current_device: Callable, c
     driver: has CUDA's functions, and products torch's C functions of that device, as ctypes does.
     current_device, current_stream: the index of the current device, and the handle of the current stream on it.
     """
-    functions = driver.cuLaunchKernel, driver.cuLaunchCooperativeKernel, driver.cuCtxGetCurrent
+    functions = driver.cuLaunchKernel, driver.cuLaunchCooperativeKernel, driver.cuCtxGetCurrent, driver.cuStreamIsCapturing
     functions += tuple(getattr(products, f"aoti_torch_{device}_{name}_out") for name in ("mm", "addmm", "baddbmm"))
     addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
     wrap = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
