@@ -129,7 +129,9 @@ class Cell:
             passes = self.derived.forward_stages, self.derived.backward_stages
             forward, backward = (sum(stage.waits for stage in own) for own in passes)
             self.meetings = 2 + forward, 1 + backward
-            read, read_back = ({i.index for stage in own for _, node in stage.reductions for i in node.inputs} for own in passes)
+            read, read_back = (
+                {i.index for stage in own for _, node in stage.reductions for i in node.inputs} for own in passes
+            )
             self.reduced = len(read), len(read_back)
         self.stopped = self.gates + self.states + self.reads_hidden
         self.kept = len(self.derived.kept)
