@@ -20,10 +20,13 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
+import torch
 from contract import ROOT, python
+from torch.torch_version import TorchVersion
 
 import fastrnn
 import fastrnn.functional
+import fastrnn.kernels
 import fastrnn.timing
 
 if not (ROOT / "README.md").exists():
@@ -86,6 +89,7 @@ assert tried > 50 and not failed
 
 
 @pytest.mark.skipif(find_spec("keras") is None, reason="the page's example of Keras needs keras")
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="the page quotes torch 2.13's words on a wrong dtype")
 def test_pitfalls_have_the_symptoms_that_they_are_said_to_have():
     """The page's examples are one session, with the results and messages of torch and Keras."""
     page = ROOT / "docs" / "pitfalls.md"
@@ -104,7 +108,8 @@ def test_what_the_readme_shows_is_what_compare_prints():
 def test_messages_in_troubleshooting_are_those_of_the_code():
     """Each that is quoted there, but for two of torch's; `...` stands for what a message fills in."""
     torchs = "one of the variables needed for gradient computation", "We failed to resolve"
-    files = [path for folder in ("fastrnn", "kernels", "csrc") for path in (ROOT / folder).glob("**/*.*")]
+    folders = Path(fastrnn.__file__).parent, Path(fastrnn.kernels.__file__).parent, ROOT / "csrc"
+    files = [path for folder in folders for path in folder.glob("**/*.*")]
     # without what joins the parts of a string over lines
     code = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in files if path.suffix in (".py", ".cpp", ".h")))
     lines = re.findall(r"^\*\*(.+?)\*\*", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)

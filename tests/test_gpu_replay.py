@@ -524,6 +524,13 @@ def test_the_self_test_replays(schedule, launches, replaying):
     assert fault is not None and fault.startswith(f"{schedule}: of a small layer ") and "differs" in fault
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["persistent", "wavefront"])
+def test_the_self_test_replays_programs_that_meet(schedule, replaying):
+    """All of a workspace in one place would have them wait for each other."""
+    assert replaying(_self_test, schedule, False)[0] is None
+
+
 def _off() -> tuple[dict[str, float], list[int], list[int]]:
     """`_errors` on a device on which replaying is off."""
     from fastrnn.kernels.gpu import selftest, tape

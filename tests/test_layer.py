@@ -105,6 +105,7 @@ def test_rows_of_steps(make_layer, form):
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.nn's forward assigns `_flat_weights`
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # of bytes, by torch 2.10's own torch.export.load
 def test_an_exported_program_prints_and_loads_the_layer():
     module, x = fastrnn.LSTM(3, 4, bidirectional=True, batch_first=True).eval(), torch.randn(2, 5, 3)
     program = torch.export.export(module, (x,))

@@ -620,7 +620,16 @@ def test_what_is_left_to_cudnn_is_what_it_was_faster_at():
     assert decided > 80
 
 
-def test_calls_are_left_to_cudnn_by_their_sizes(monkeypatch):
+@pytest.fixture
+def set_precision():
+    """Set what torch.nn's layers may round float32 to; not by monkeypatch, as torch 2.10 has such attributes and lists none."""
+    rnn = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
+    yield lambda precision: setattr(rnn, "fp32_precision", precision)
+    rnn.fp32_precision = before
+
+
+def test_calls_are_left_to_cudnn_by_their_sizes(monkeypatch, set_precision):
     monkeypatch.setattr(gpu, "device_of", lambda device: triton_layers.H100)
 
     def left(cell, T, B, H, layers=1, directions=1, batch_first=False, batch_sizes=None, dtype=torch.float16):
@@ -637,7 +646,7 @@ def test_calls_are_left_to_cudnn_by_their_sizes(monkeypatch):
     assert left("lstm", 500, 64, 2048, layers=2) and not left("rnn_relu", 500, 64, 2048)
     assert not left("lstm", 500, 32, 1536, layers=2) and left("lstm", 500, 32, 1600, layers=2)  # weights no longer stay
     assert left("gru", 1, 64, 512)
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    set_precision("ieee")
     assert left("gru", 500, 64, 512, dtype=torch.float32) and not left("gru", 500, 64, 512)  # as are parts of numbers
     assert left("gru", 500, 64, 128, dtype=torch.float32) and not left("gru", 500, 64, 256, dtype=torch.float32)
     assert left("gru", 500, 64, 256, dtype=torch.float64)
@@ -697,10 +706,10 @@ def test_explained_as_on_a_gpu(monkeypatch):
     assert "; backward: persistent" in text
 
 
-def test_float32_follows_torch_nns_setting(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+def test_float32_follows_torch_nns_setting(set_precision):
+    set_precision("ieee")
     assert precision_of(torch.float32) == "tf32x3"
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    set_precision("tf32")
     assert precision_of(torch.float32) == "tf32"
     assert precision_of(torch.bfloat16) == "ieee"
 
