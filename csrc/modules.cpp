@@ -318,7 +318,7 @@ class Stack {
 
   // A layer's weights as operators take them.
   std::vector<Owned> weights_of(int64_t layer) const {
-    const size_t own = static_cast<size_t>(sizes.layer.cell->weights), each = sizes.layer.weights() + own;
+    const size_t own = weights_apart(sizes.layer), each = sizes.layer.weights() + own;
     std::vector<Owned> found;
     found.reserve(sizes.layer.weights() * static_cast<size_t>(sizes.layer.directions));
     for (int64_t d = 0; d < sizes.layer.directions; ++d) {
@@ -350,8 +350,22 @@ class Stack {
   bool frozen = false;
   bool compressed = false, all_half = false;  // which of the matrices in bfloat16: nothing else is; all is
   std::vector<Owned> objects;  // the weights, or the panels: looking at them, others may run and drop theirs
+  Owned mask, noise;           // of a single layer that is differentiated, or null
+
+  // drawn: a pair of these.
+  void give_noise(const Owned& drawn) {
+    if (!drawn || !PyTuple_CheckExact(drawn.get()) || PyTuple_Size(drawn.get()) != 2) throw PythonError();
+    mask = kept(PyTuple_GetItem(drawn.get(), 0));
+    noise = kept(PyTuple_GetItem(drawn.get(), 1));
+  }
 
  private:
+  // Weights of the cell's own of each direction that do not stand behind its biases yet.
+  size_t weights_apart(const Layer& layer) const {
+    const auto sides = static_cast<size_t>(layers * layer.directions);
+    return objects.size() == layer.weights() * sides ? 0 : static_cast<size_t>(layer.cell->weights);
+  }
+
   // mode: the key of one of torch.nn's modes.
   bool set_cell(Key mode) {
     static const std::pair<Key, const Cell*> cells[] = {{LSTM, cell_of("LSTM")},
@@ -425,7 +439,7 @@ class Stack {
     const bool half = !weights.empty() && weights[0].dtype == Dtype::bf16;
     compressed = half && find(attributes, COMPRESSED) == Py_True;
     all_half = half && !compressed;
-    return (!described.cell->weights || join_own_weights()) && understand();
+    return (!weights_apart(described) || join_own_weights()) && understand();
   }
 
   // Weights of the cell's own behind the biases of each direction.
@@ -603,7 +617,9 @@ Owned layer_by(PyObject* function, const Stack& stack, int64_t layer, PyObject* 
   arguments.push_back(nullptr);
   arguments.push_back(std::move(states[0]));
   arguments.push_back(std::move(states[1]));
-  for (int i = 0; i < 4; ++i) arguments.push_back(nullptr);  // resets, lengths, mask, noise
+  arguments.push_back(nullptr);  // resets
+  arguments.push_back(nullptr);  // lengths
+  for (const Owned* drawn : {&stack.mask, &stack.noise}) arguments.push_back(*drawn ? kept(drawn->get()) : nullptr);
   const std::string text = stack.sizes.layer.text();
   arguments.push_back(owned(PyUnicode_FromString(text.c_str())));
   arguments.push_back(owned(PyLong_FromLong(0)));
@@ -723,37 +739,47 @@ Owned forward_on_gpu(PyObject* const* args) {
   return layers_by(training ? imported.apply : imported.without_gradients, stack, x_object, x, before);
 }
 
+// A module's call on a CPU. draw: null, or a function that returns the mask and the noise of a single layer, or None in their
+// places. It is called where nothing stands in the way any more of a call that torch differentiates; others are declined.
+Owned forward_on_cpu(PyObject* const* args, PyObject* draw) {
+  PyObject *attributes = args[0], *x_object = args[2];
+  Stack stack;
+  View x;
+  States before;
+  if (!is_plain(x_object) || is_watched()) return nullptr;
+  if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
+  if (!before.read(args[3], stack.sizes.layer.cell->states, look_state)) return nullptr;
+  if (!stack.takes(x, stack.sequence_layout(), before, 3)) return nullptr;
+  const bool training = differentiates(stack, x_object, before);
+  if (!stack.is_compiled(training)) return nullptr;
+  if (training) {
+    if (stack.frozen || args[4] != Py_False || recompute_is_on()) return nullptr;
+    // Layers below the first that is differentiated keep nothing: the fallback asks each.
+    if (stack.layers > 1 && (draw || !lowest_differentiates(stack, x_object, before))) return nullptr;
+    if (draw) stack.give_noise(owned(PyObject_CallNoArgs(draw)));
+    return layers_by(stack.sizes.half ? imported.apply_half : imported.apply, stack, x_object, x, before);
+  }
+  if (draw) return nullptr;
+  const int64_t D = stack.sizes.layer.directions, B = stack.batch, R = stack.sizes.output_size;
+  View y;
+  States after;
+  Results results = like(x_object, x, before);
+  after.make(results, {stack.layers * D, B, R}, stack.sizes, x.dtype);
+  Owned y_object = results.make({x.size(0), x.size(1), D * R}, x.dtype, y);
+  run(stack, x, before, y, after);
+  return with_state(y_object, after.objects);
+}
+
 }  // namespace
 
 // forward(module.__dict__, torch.nn's class by name, x, hx, module.recompute) -> (y, state) of batched dense input, or None.
 PyObject* forward(PyObject*, PyObject* const* args, Py_ssize_t) {
-  return answer([&]() -> Owned {
-    PyObject *attributes = args[0], *x_object = args[2];
-    Stack stack;
-    View x;
-    States before;
-    if (is_on_gpu(x_object)) return forward_on_gpu(args);
-    if (!is_plain(x_object) || is_watched()) return nullptr;
-    if (!look(x_object, x) || x.dims != 3 || !stack.read(attributes, args[1])) return nullptr;
-    if (!before.read(args[3], stack.sizes.layer.cell->states, look_state)) return nullptr;
-    if (!stack.takes(x, stack.sequence_layout(), before, 3)) return nullptr;
-    const bool training = differentiates(stack, x_object, before);
-    if (!stack.is_compiled(training)) return nullptr;
-    if (training) {
-      if (stack.frozen || args[4] != Py_False || recompute_is_on()) return nullptr;
-      // Layers below the first that is differentiated keep nothing: the fallback asks each.
-      if (stack.layers > 1 && !lowest_differentiates(stack, x_object, before)) return nullptr;
-      return layers_by(stack.sizes.half ? imported.apply_half : imported.apply, stack, x_object, x, before);
-    }
-    const int64_t D = stack.sizes.layer.directions, B = stack.batch, R = stack.sizes.output_size;
-    View y;
-    States after;
-    Results results = like(x_object, x, before);
-    after.make(results, {stack.layers * D, B, R}, stack.sizes, x.dtype);
-    Owned y_object = results.make({x.size(0), x.size(1), D * R}, x.dtype, y);
-    run(stack, x, before, y, after);
-    return with_state(y_object, after.objects);
-  });
+  return answer([&] { return is_on_gpu(args[2]) ? forward_on_gpu(args) : forward_on_cpu(args, nullptr); });
+}
+
+// forward_noisy(..., draw) -> the same of what is drawn, see forward_on_cpu.
+PyObject* forward_noisy(PyObject*, PyObject* const* args, Py_ssize_t) {
+  return answer([&] { return is_on_gpu(args[2]) ? nullptr : forward_on_cpu(args, args[5]); });
 }
 
 // step(module.__dict__, torch.nn's class by name, x, state, out) -> (y, state), which are out's if it is given, or None. Without gradients, whoever asks.

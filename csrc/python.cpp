@@ -154,9 +154,10 @@ PyMethodDef method(const char* name) {
 PyMODINIT_FUNC PyInit__runtime() {
   using namespace fastrnn;
   static PyMethodDef methods[] = {
-      method<forward, 5>("forward"), method<step, 5>("step"), method<cell, 4>("cell"), method<pack, 3>("pack"),
+      method<forward, 5>("forward"), method<forward_noisy, 6>("forward_noisy"), method<step, 5>("step"), method<cell, 4>("cell"),
+      method<pack, 3>("pack"),
       method<layer_forward, 1>("layer_forward"), method<layer_backward, 4>("layer_backward"),
-      method<check_memory, 1>("check_memory"), method<turn, 3>("turn"), method<prepare, 5>("prepare"), method<watch, 3>("watch"),
+      method<check_memory, 1>("check_memory"), method<turn, 3>("turn"), method<zones, 4>("zones"), method<prepare, 5>("prepare"), method<watch, 3>("watch"),
       method<differentiate, 8>("differentiate"), method<expect, 4>("expect"), method<quota, 1>("cpu_quota"),
       method<limits, 1>("set_limits"), method<add_cell, 3>("add_cell"), method<connect, 7>("connect"), method<replay, 2>("replay"),
       method<keep, 3>("keep"), method<forget, 0>("forget"), method<launch, 1>("launch"),

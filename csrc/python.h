@@ -175,9 +175,9 @@ constexpr Py_ssize_t BATCH_SIZES = 1, OPTIONS = 8, FIRST_WEIGHT = 10;
 
 // The functions for Python that take a module, and those that take a layer.
 using Function = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
-Function forward, step, cell, pack;
+Function forward, forward_noisy, step, cell, pack;
 Function layer_forward, layer_backward, check_memory;
-Function turn;
+Function turn, zones;
 Function connect, replay, keep, forget, launch;
 
 }  // namespace fastrnn

@@ -6,6 +6,7 @@ the torch that is installed.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -17,8 +18,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastrnn import dispatch, features, functional
 from fastrnn.checkpoint import is_on, recompute
+from fastrnn.kernels import cpu
 from fastrnn.kernels.cells import CELLS
-from fastrnn.kernels.layer import Inputs, States
+from fastrnn.kernels.layer import Inputs, Layer, States
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _VF = functional  # the name under which torch.nn's code finds its functions
@@ -105,6 +107,11 @@ def sequence(
 ) -> tuple[Any, ...]:
     """`module(input, hx)` with these keywords, of any layer class here: torch.nn's checks, in its words, and our engines."""
     weights, packed = module._fastrnn_weights(), isinstance(input, PackedSequence)
+    layer, noise = module._fastrnn_layer(), features.noise_of(module)
+    if resets is lengths is None and not all_states:
+        results = _by_runtime(module, input, hx, weights, layer, noise)
+        if results is not None:
+            return results
     x, batch_sizes, order, back = input if packed else (input, None, None, None)
     batched, batch_dim = packed or x.dim() == 3, 0 if module.batch_first else 1
     if not packed and x.dim() not in (2, 3):
@@ -124,9 +131,8 @@ def sequence(
     of_layer = begin if isinstance(begin, tuple) else (begin,)
     if restarts:  # resets go back to the latter; of packed input they need no order, being the same for all rows
         of_layer = tuple([torch.cat(pair, 1) for pair in zip(of_layer, fresh, strict=True)])
-    layer = module._fastrnn_layer()
     layer = layer._replace(batch_first=layer.batch_first and not packed, restarts=restarts)
-    stack = functional.Stack(layer, weights, module.num_layers, features.noise_of(module), module._fastrnn_compressed)
+    stack = functional.Stack(layer, weights, module.num_layers, noise, module._fastrnn_compressed)
     inputs = Inputs(x, batch_sizes, *_side_by_side(of_layer), *marks)
     with recompute(module.recompute is True or is_on()):
         y, h_n, c_n, after_steps = functional.run_marked(inputs, stack, all_states)
@@ -139,6 +145,50 @@ def sequence(
         return results
     every = _apart(module, *after_steps)
     return *results, _as_hx(every if batched else [state.squeeze(1 + batch_dim) for state in every])
+
+
+def _by_runtime(
+    module: Any, input: Any, hx: Any, weights: Sequence[Tensor], layer: Layer, noise: features.Noise
+) -> tuple[Any, ...] | None:
+    """`sequence` in one call of the compiled runtime (csrc/modules.cpp), which takes less time; None where that declines it.
+
+    It is told of a module with these weights, and draws noise of a single layer when it knows that it takes the call.
+    """
+    if torch.compiler.is_compiling() or not dispatch.native or type(input) is not Tensor:
+        return None
+    if not type(module)._fastrnn_fast_path or not module.__dict__.keys().isdisjoint(METHODS) or module._fastrnn_compressed:
+        return None
+    if dispatch.forced not in (None, "cpu") or not input.is_cpu or input.dim() != 3 or weights[0].dtype not in cpu.DTYPES:
+        return None
+    if layer.projected or (noise.within() and module.num_layers > 1):
+        return None
+    B = input.shape[0 if layer.batch_first else 1]
+    if hx is None and module.learn_initial_state:
+        hx = _as_hx(features.initial_states(module, B))
+    names, hidden = _numbered(len(weights)), module.hidden_size
+    attributes = {
+        "input_size": module.input_size,
+        "hidden_size": hidden,
+        "num_layers": module.num_layers,
+        "num_heads": layer.heads,
+        "bias": layer.bias,
+        "batch_first": layer.batch_first,
+        "dropout": module.dropout,
+        "training": module.training,
+        "bidirectional": layer.directions == 2,
+        "_flat_weights_names": names,
+        "_parameters": dict(zip(names, weights, strict=True)),
+    }
+    given = attributes, layer.cell, input, hx, module.recompute is True
+    if not noise.within():
+        return dispatch.native.forward(*given)
+    of_h0 = layer.directions, B, hidden
+    return dispatch.native.forward_noisy(*given, lambda: noise.draw(input, of_h0, layer.batch_first, hidden, input.dtype))
+
+
+@functools.cache
+def _numbered(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
 
 
 def _given_states(module: Any, hx: Any, dims: int | None) -> list[Tensor]:

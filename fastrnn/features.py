@@ -11,8 +11,9 @@ first::
     random_bits(T, B, D, S, H) >= zoneout        of the S states that have a probability, h first; packed [N, D, S, H]
 
 and then its output's dropout, as torch.nn. So for a seed the noise is the same in either layout, on any number of threads, and
-on every engine of a device. `random_bits` are whole numbers of 16 bits, four of which cost less than one number of torch.rand:
-on a CPU the generator would else take a fifth of a small layer's time. They are compared with the nearest of 65,536 thresholds.
+on every engine of a device. `random_bits` are whole numbers of 16 bits, which are compared with the nearest of 65,536
+thresholds. On a CPU they are hashed from a single number of torch's generator, which else would take longer than zoneout's
+arithmetic, and the compiled runtime makes them (csrc/noise.cpp) where nobody watches.
 
 Letters as in kernels/layer.py.
 """
@@ -20,7 +21,7 @@ Letters as in kernels/layer.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -194,38 +195,81 @@ class Noise(NamedTuple):
         """Return what a layer is given, with its mask and its noise, in the dtype that it computes in."""
         if not self.within():
             return inputs
-        x, (D, _, R), B = inputs.x, inputs.h0.shape, Steps(layer, inputs).batch
+        batch_first = layer.batch_first and inputs.batch_sizes is None
+        of_h0 = inputs.h0.shape[0], Steps(layer, inputs).batch, inputs.h0.shape[2]  # without rows that resets go back to
+        mask, noise = self.draw(inputs.x, of_h0, batch_first, hidden, dtype)
+        return inputs._replace(mask=mask, noise=noise)
+
+    def draw(
+        self, x: Tensor, of_h0: Sequence[int], batch_first: bool, hidden: int, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Draw a layer's mask and its noise; of_h0: the shape of h0. batch_first: x is [B, T, I]."""
+        D, B, R = of_h0
         mask = noise = None
         if self.recurrent_dropout:
             kept = torch.rand(D, B, R, device=x.device, dtype=torch.float32) >= self.recurrent_dropout
             mask = kept.to(dtype) * (1 / (1 - self.recurrent_dropout))
         if rates := [rate for rate in self.zoneout if rate]:
             if self.training:
-                batch_first = layer.batch_first and inputs.batch_sizes is None
                 steps = (x.shape[1], x.shape[0]) if batch_first else x.shape[:-1]
-                bits = random_bits(*steps, D, len(rates), hidden, device=x.device)
-                levels = [round(rate * 65536) - 32768 for rate in rates]
-                if len({*levels}) == 1:
-                    new = bits >= levels[0]
-                else:
-                    new = torch.stack([part >= level for part, level in zip(bits.unbind(-2), levels, strict=True)], -2)
-                noise = new.flatten(-3).to(dtype)
+                noise = zones((*steps, D, len(rates), hidden), rates, dtype, x.device)
                 noise = noise.transpose(0, 1) if batch_first else noise
             else:
                 kept = torch.cat([torch.full((hidden,), 1 - rate, device=x.device, dtype=dtype) for rate in rates])
                 noise = kept.repeat(D).expand(*x.shape[:-1], -1)
-        return inputs._replace(mask=mask, noise=noise)
+        return mask, noise
 
 
-def random_bits(*shape: int, device: Any = None) -> Tensor:
-    """Draw whole numbers of 16 bits, int16 of any value: four of each number of 64 bits that torch's generator gives."""
-    count = math.prod(shape)
-    size, least = (count + 3) // 4, -(2**63)
-    if torch.compiler.is_compiling():  # Dynamo knows no random_ without an end; of all numbers this one draws the last never
-        words = torch.randint(least, -least - 1, (size,), device=device).bitwise_xor(least)
+def zones(shape: tuple[int, ...], rates: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Draw ones where a unit takes its new value and zeros where it keeps the old one, with these probabilities of a zero.
+
+    shape: [..., D, S, H], whose last three axes are one in the result; rates: of the S states.
+    """
+    from fastrnn import dispatch  # which imports this module
+
+    levels = tuple(min(round(rate * 65536), 65535) - 32768 for rate in rates)  # int16, as the bits
+    levels = levels[:1] if len({*levels}) == 1 else levels
+    seed = random_word(device) if device.type == "cpu" else None
+    if seed is not None and dispatch.native and not torch.compiler.is_compiling():
+        found = torch.empty(*shape[:-3], math.prod(shape[-3:]), dtype=dtype)
+        if dispatch.native.zones(seed, levels, shape[-1], found) is not None:
+            return found
+    bits = random_bits(shape, seed, device)
+    if len(levels) == 1:
+        new = bits >= levels[0]
     else:
-        words = torch.empty(size, dtype=torch.int64, device=device).random_(least, None)
+        new = torch.stack([part >= level for part, level in zip(bits.unbind(-2), levels, strict=True)], -2)
+    return new.flatten(-3).to(dtype)
+
+
+def random_bits(shape: tuple[int, ...], seed: Tensor | None, device: Any = None) -> Tensor:
+    """Draw whole numbers of 16 bits, int16 of any value, four of each number of 64 bits.
+
+    seed: int64 [1], of which these are hashed (splitmix64, of Steele, Lea and Flood 2014); without one torch's generator has
+    them all.
+    """
+    count = math.prod(shape)
+    size = (count + 3) // 4
+    if seed is None:
+        words = random_word(device, size)
+    else:
+        words = seed + torch.arange(1, size + 1, device=device) * _signed(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            words = (words ^ ((words >> shift) & ((1 << 64 - shift) - 1))) * _signed(factor)
     return words.view(torch.int16)[:count].view(shape)
+
+
+def random_word(device: Any, size: int = 1) -> Tensor:
+    """Draw int64 numbers of any value."""
+    least = -(2**63)
+    if torch.compiler.is_compiling():  # Dynamo knows no random_ without an end; of all numbers this one draws the last never
+        return torch.randint(least, -least - 1, (size,), device=device).bitwise_xor(least)
+    return torch.empty(size, dtype=torch.int64, device=device).random_(least, None)
+
+
+def _signed(word: int) -> int:
+    """Return a word of 64 bits as int64 has it."""
+    return word - (word >> 63 << 64)
 
 
 def noise_of(module: Any) -> Noise:

@@ -158,9 +158,9 @@ class DropIn(nn.Module):
             mark_compressed(self, are_compressed(self._parameters.values()))
 
 
-def _weights_have_changed(self: nn.RNNBase) -> bool:
+def _weights_have_changed(self: Any) -> bool:
     """Answer as torch.nn, without eight calls of nn.Module.__getattr__ where every weight is a plain parameter."""
-    own = self._fastrnn_fast_path and fallback.own_weights(self) is not None
+    own = type(self)._fastrnn_fast_path and fallback.own_weights(self) is not None
     return not own and nn.RNNBase._weights_have_changed(self)
 
 

@@ -18,8 +18,9 @@ Letters as in kernels/layer.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +116,8 @@ class Arrangement(NamedTuple):
     gates:     row blocks of each matrix of the derived cell.
     ih, hh:    those that have a row block in the plain cell's matrices.
     of_input, of_hidden: those that have one in the derived cell's, or others, whose row blocks are zeros.
-    biased:    pre-activations, each of which has a bias.
+    biases:    of pre-activations, which have one each, in turn: so many whose bias is the sum of one of the input's and one of
+               the state's, or of these alone.
     own:       the plain cell's own weights.
     norms:     the beginnings of the names of the parameters in `shapes`.
     """
@@ -125,7 +127,7 @@ class Arrangement(NamedTuple):
     hh: tuple[str, ...]
     of_input: tuple[str, ...]
     of_hidden: tuple[str, ...]
-    biased: tuple[str, ...]
+    biases: tuple[tuple[bool, bool, int], ...]
     own: tuple[str, ...]
     norms: tuple[str, ...]
 
@@ -145,9 +147,10 @@ def _arrangement(name: str, derived_name: str) -> Arrangement:
     plain_names = {own: name for name, own in Normed(plain).hidden.items()}
     of_hidden = [plain_names.get(name, name) for name in derived.hidden_parts]
     ih, hh, own = (tuple(plain.parts[part]) for part in ("ih", "hh", "own"))
-    biased = tuple(preactivations(plain))
+    sources = groupby((name in ih, name in hh) for name in preactivations(plain))
+    biases = tuple((*source, len([*names])) for source, names in sources)
     return Arrangement(
-        derived.gates, ih, hh, tuple(derived.input_parts), tuple(of_hidden), biased, own, tuple(shapes(plain, 1))
+        derived.gates, ih, hh, tuple(derived.input_parts), tuple(of_hidden), biases, own, tuple(shapes(plain, 1))
     )
 
 
@@ -161,12 +164,12 @@ def weights(module: Any, suffix: str, plain: str, derived: str) -> list[Tensor]:
     zeros = norms[0].new_zeros(of.gates * H)
     behind = [getattr(module, f"weight_{name}{suffix}") for name in of.own]
     if not module.bias:
-        behind.append(norms[0].new_zeros(len(of.biased) * H))
+        behind.append(norms[0].new_zeros(sum(count for *_, count in of.biases) * H))
     else:
-        of_input = dict(zip(of.ih, b_ih.split(H), strict=True))
-        of_hidden = dict(zip(of.hh, b_hh.split(H), strict=True)) if of.hh else {}
-        for name in of.biased:
-            both = [bias[name] for bias in (of_input, of_hidden) if name in bias]
+        of_input = _apart(b_ih, [count * H for there, _, count in of.biases if there])
+        of_hidden = _apart(b_hh, [count * H for _, there, count in of.biases if there])
+        for from_input, from_hidden, _ in of.biases:
+            both = [next(bias) for bias, there in ((of_input, from_input), (of_hidden, from_hidden)) if there]
             behind.append(both[0] + both[1] if len(both) > 1 else both[0])
     return [
         blocks(w_ih, of.ih, of.of_input, H),
@@ -175,6 +178,11 @@ def weights(module: Any, suffix: str, plain: str, derived: str) -> list[Tensor]:
         zeros,
         *([] if w_hr is None else [w_hr]),
     ]
+
+
+def _apart(bias: Tensor | None, sizes: list[int]) -> Iterator[Tensor]:
+    """Return the parts of a bias, in as few operations as there are: each takes longer than its numbers do."""
+    return iter([] if bias is None else [bias] if len(sizes) == 1 else bias.split(sizes))
 
 
 def blocks(w: Tensor, names: Sequence[str], wanted: Sequence[str], H: int) -> Tensor:

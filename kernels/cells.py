@@ -98,6 +98,7 @@ class Cell:
                     last are the states. There is room for the gates' pre-activations.
     reduces:        whether there are reductions over the units of a row.
     meetings:       of a step, forward and backward, of threads that share its rows.
+    reduced:        numbers of a unit that reductions read, in a step, forward and backward.
     stopped:        gradients of each unit that a reset stops: of the gates, of the states, and of h if it enters element by
                     element.
 
@@ -123,12 +124,15 @@ class Cell:
         self.gates, self.hidden, self.preactivations = len(self.input_parts), pairs, len(shared) + 2 * pairs
         self.input = tuple(self.input_parts.index(each) for each in (*alone, *shared))
         self.states, self.reads_hidden, self.weights = len(self.derived.after), "h" in states, len(weights)
-        self.noise, self.reduces, self.meetings = len(noise), self.derived.reduces, (1, 1)
+        self.noise, self.reduces, self.meetings, self.reduced = len(noise), self.derived.reduces, (1, 1), (0, 0)
         if self.reduces:  # forward's product is met for too, as all of a row is reduced that it gives
-            forward, backward = (
-                sum(s.waits for s in own) for own in (self.derived.forward_stages, self.derived.backward_stages)
-            )
+            passes = self.derived.forward_stages, self.derived.backward_stages
+            forward, backward = (sum(stage.waits for stage in own) for own in passes)
             self.meetings = 2 + forward, 1 + backward
+            read, read_back = (
+                {i.index for stage in own for _, node in stage.reductions for i in node.inputs} for own in passes
+            )
+            self.reduced = len(read), len(read_back)
         self.stopped = self.gates + self.states + self.reads_hidden
         self.kept = len(self.derived.kept)
         self.slots = self.kept + self.states

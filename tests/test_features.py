@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
-from fastrnn import cells, dispatch
+from fastrnn import cells, dispatch, fallback, features
 
 LAYERS = {
     "rnn": (fastrnn.RNN, {}),
@@ -60,7 +60,10 @@ def loop(module, input, hx=None) -> list[Tensor]:
             masks = (torch.rand(D, B, R) >= p).to(x.dtype) / (1 - p)
         rates = [p for p in zoneout if p]
         if rates and module.training:  # 16 bits for each row of each step
-            words = torch.empty(-(-len(rows) * D * len(rates) * H // 4), dtype=torch.int64).random_(-(2**63), None)
+            words = torch.empty(1, dtype=torch.int64).random_(-(2**63), None)
+            words = words + torch.arange(1, -(-len(rows) * D * len(rates) * H // 4) + 1) * (0x9E3779B97F4A7C15 - 2**64)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+                words = (words ^ ((words >> shift) & (2 ** (64 - shift) - 1))) * factor
             drawn = words.view(torch.int16)[: len(rows) * D * len(rates) * H].view(-1, D, len(rates), H)
             drawn = torch.stack([(drawn[:, :, i] >= rate * 2**16 - 2**15).to(x.dtype) for i, rate in enumerate(rates)], 2)
         elif rates:
@@ -365,6 +368,58 @@ def test_resets_and_lengths_beside_noise(settings, monkeypatch):
     monkeypatch.setattr(dispatch, "forced", "reference")
     for key, value in results(call, module, x, states).items():
         torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rates", [(0.2,), (0.3, 0.3), (0.0001, 0.9), (1 - 1e-9, 0.5)], ids=str)
+def test_zones_are_the_same_whoever_makes_them(rates, dtype, monkeypatch):
+    """The runtime, on any number of threads, and torch's operations."""
+    for shape in ((3, 5, 2, len(rates), 33), (70, 32, 1, len(rates), 100), (1, 1, len(rates), 1)):
+        found = []
+        for native, count in ((dispatch.native, 1), (dispatch.native, 3), (None, 1)):
+            monkeypatch.setattr(dispatch, "native", native)
+            torch.manual_seed(2)
+            with threads(count):
+                found.append(features.zones(shape, rates, dtype, torch.device("cpu")))
+        assert found[0].shape == (*shape[:-3], shape[-3] * shape[-2] * shape[-1])
+        assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2]) and found[2].dtype is dtype
+    torch.manual_seed(2)
+    zones = features.zones((300, 40, 1, len(rates), 50), rates, dtype, torch.device("cpu"))
+    for rate, own in zip(rates, zones.view(300, 40, len(rates), 50).unbind(2), strict=True):
+        nearest = min(round(rate * 65536), 65535) / 65536
+        assert abs(1 - own.double().mean().item() - nearest) < 4.5 * (nearest * (1 - nearest) / own.numel()) ** 0.5
+
+
+@pytest.mark.skipif(dispatch.native is None, reason="there is no compiled runtime")
+@pytest.mark.parametrize("hx", [False, True], ids=["fresh", "given"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cell": "lstm", "layer_norm": True, "num_layers": 2, "bidirectional": True},
+        {"cell": "lstm", "recurrent_dropout": 0.4, "learn_initial_state": True, "bias": False},
+        {"cell": "relu", "num_heads": 3, "num_layers": 2, "batch_first": True},
+        {"cell": "own gru", "recurrent_dropout": 0.4, "num_heads": 3, "bidirectional": True, "batch_first": True},
+    ],
+    ids=name_of,
+)
+def test_one_call_of_the_runtime_does_what_python_does(settings, hx, monkeypatch):
+    """To the bit, and draws as much; a call that it declines has drawn nothing before."""
+    module = make(dtype=torch.float32, **settings)
+    x, states = sample(module, 5, 7, hx=hx)
+    x, states = x.float(), [state.float() for state in states]
+    run(module, x)  # compiles kernels
+    usual, taken, found = fallback._by_runtime, [], []
+    for by_runtime in (lambda *given: taken.append(usual(*given)) or taken[-1], lambda *given: None):
+        monkeypatch.setattr(fallback, "_by_runtime", by_runtime)
+        found.append(results(run, module, x, states) | {"generator": torch.get_rng_state().view(torch.int64)})
+        assert taken[0] is not None
+        torch.manual_seed(3)
+        with torch.no_grad():
+            found[-1] |= {f"alone {k}": each for k, each in enumerate(run(module, x))}
+        found[-1]["then"] = torch.get_rng_state().view(torch.int64)
+    assert (taken[-1] is None) == ("recurrent_dropout" in settings) and len(taken) == 2
+    for key, value in found[1].items():
+        same_bits(found[0][key], value)
 
 
 def test_evaluation_draws_nothing():

@@ -333,8 +333,10 @@ class _Copies(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [each for each in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-        named = any(word in str(func) for word in ("_local_scalar_dense", "pin_memory", "_to_copy", "nonzero", "equal"))
-        if named or any(tensor.untyped_storage().data_ptr() == self.memory for tensor in tensors):
+        named = any(word in str(func) for word in ("_local_scalar_dense", "pin_memory", "nonzero", "equal"))
+        if named or (kwargs or {}).get("pin_memory") or ("_to_copy" in str(func) and (kwargs or {}).get("device")):
+            self.seen.append(str(func))
+        elif any(tensor.untyped_storage().data_ptr() == self.memory for tensor in tensors):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 

@@ -142,10 +142,10 @@ def test_a_constant_row_is_a_number_and_so_is_its_gradient(name, dtype, engine, 
 
 
 TEAMS = [
-    {"steps": 30, "batch": 1, "hidden": 200},  # threads share units
+    {"steps": 20, "batch": 1, "hidden": 400},  # threads share units
     {"steps": 12, "batch": 7, "hidden": 60},  # and rows
-    {"steps": 30, "batch": 1, "hidden": 200, "num_heads": 2},  # each has a head, and meets all the same
-    {"steps": 20, "batch": 1, "hidden": 200, "proj_size": 90},
+    {"steps": 20, "batch": 1, "hidden": 400, "num_heads": 2},  # each has a head, and meets all the same
+    {"steps": 15, "batch": 1, "hidden": 400, "proj_size": 290},
     {"steps": 270, "batch": 2, "hidden": 33, "bidirectional": True},  # in two blocks of time
     {"steps": 1, "batch": 5, "hidden": 33},
     {"steps": 9, "batch": 6, "hidden": 50, "marks": True, "bidirectional": True},
@@ -179,6 +179,8 @@ def test_any_team_gives_the_same_bits_and_the_loops_numbers(case, poison, monkey
         found = call(module, x)
     for count in (2, 3, 4):
         with threads(count):
+            (schedule,) = fastrnn.explain(module, x).schedule
+            assert ("x units" in schedule) == (hidden == 400), schedule
             for name, value in call(module, x).items():
                 assert torch.equal(value, found[name]), f"{name}, {count} threads"
     monkeypatch.setattr(dispatch, "forced", "reference")

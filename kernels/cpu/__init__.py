@@ -203,8 +203,8 @@ def describe(
         width = columns if forward else plan.wide_columns(target.registers)
         depth, units = (R // heads, H) if forward else (gates * H // heads, R)
         panels = heads * plan.ceil_div(units // heads, width // (gates if forward else 1) * lanes)
-        meetings = CELLS[layer.cell].meetings[not forward]
-        given = forward, half and R // heads % 2 == 0, bool(target.tiles), T, B, target.vector_bytes, heads, meetings
+        meetings, reduced = CELLS[layer.cell].meetings[not forward], CELLS[layer.cell].reduced[not forward] * H
+        given = forward, half and R // heads % 2 == 0, bool(target.tiles), T, B, target.vector_bytes, heads, meetings, reduced
         _, tiles, way = plan.way_of_weights(*given)
         at_once = 1
         if layers > 1 and D == 1 and not (training or half):

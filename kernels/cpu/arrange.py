@@ -57,8 +57,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
     size, lanes, vector = v.size, v.lanes, v.lanes * v.size
     gates, slots, values, weights = cell.gates, cell.slots, cell.preactivations, cell.weights
     stopped, noise = cell.stopped, cell.noise
-    # of a row: pre-activations that are in memory at once, what goes from one stage to the next, and results of reductions
-    room, carried, reduced, meetings = gates, 0, 0, cell.meetings[not forward]
+    # of a row: pre-activations that are in memory at once, what goes from one stage to the next, and results of reductions;
+    # of a unit: operands of these
+    room, carried, reduced, meetings, operands = gates, 0, 0, cell.meetings[not forward], cell.reduced[not forward]
     if cell.reduces:
         room, stages = cell.preactivations, cell.derived.forward_stages if forward else cell.derived.backward_stages
         carried, reduced = carried_values(stages) + (not forward), row_values(stages)
@@ -80,7 +81,9 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         panels = heads * head_panels
         units = panels * panel_units
         input_depth, depth = (I, seen) if forward else (gates * H, gates * own_units)
-        half_panels, tiles, way = way_of_weights(forward, p.half, with_tiles, p.steps, B, vector, heads, meetings)
+        half_panels, tiles, way = way_of_weights(
+            forward, p.half, with_tiles, p.steps, B, vector, heads, meetings, operands * H
+        )  # fmt: skip
         frozen = forward and (p.pack != 0 or p.pack_only != 0)
         crews, row_groups, unit_groups = schedule(
             p.steps, p.rows, B, I, H, R, p.directions, threads, p.l2_bytes, gates, depth, panels, columns, way,
@@ -201,7 +204,7 @@ def make_arrange(cell: Cell, v: VectorLibrary, target: Target, forward: bool):
         if p.layers > 1:
             H, R, I = p.hidden_size, p.output_size, p.input_size
             panels = p.heads * ceil_div(H // p.heads, lanes * per_panel)
-            _, _, way = way_of_weights(forward, 0, with_tiles, p.steps, p.batch, vector, p.heads, meetings)
+            _, _, way = way_of_weights(forward, 0, with_tiles, p.steps, p.batch, vector, p.heads, meetings, operands * H)
             crews = crews_of_layers(p.layers, p.steps, p.batch, I, H, R, threads, p.l2_bytes, gates, panels, columns, way)
             if crews == 1 and p.workspace == 0:
                 return 0

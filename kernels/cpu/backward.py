@@ -412,8 +412,9 @@ def make_backward(cell: Cell, v: VectorLibrary, target: Target):
         """All that follows the product of `count` rows, for this thread's units."""
         p, member, r0 = context[0], context[1], context[2]
         (unit0, unit1), row_bytes = own_units(p, member), carried_bytes * p.hidden_size
-        between = p.carried + r0 * row_bytes, reduced, row_bytes, reduced_bytes
-        together = 1 if p.unit_groups == 1 else max(1, count)
+        carried, alone = p.carried + r0 * row_bytes, p.unit_groups == 1
+        between = carried, reduced, 0 if alone else row_bytes, 0 if alone else reduced_bytes
+        together = 1 if alone else max(1, count)
         for i in range(0, count, together):
             run_stages(context, (i, min(count, i + together)), (unit0, min(unit1, p.hidden_size), p.hidden_size), between)
 

@@ -448,8 +448,9 @@ def make_forward(cell: Cell, v: VectorLibrary, target: Target):
         p, member = context[0], context[1]
         wait_rows(p, member)  # the pre-activations of whole rows are there
         row_bytes, end = carried_bytes * p.hidden_size, min(unit1, p.hidden_size)
-        between = p.carried + r0 * row_bytes, reduced, row_bytes, reduced_bytes
-        together = 1 if p.unit_groups == 1 else max(1, count)
+        carried, alone = p.carried + r0 * row_bytes, p.unit_groups == 1
+        between = carried, reduced, 0 if alone else row_bytes, 0 if alone else reduced_bytes
+        together = 1 if alone else max(1, count)
         for i in range(0, count, together):
             run_stages(context, (i, min(count, i + together)), (unit0, end, p.hidden_size), between)
 

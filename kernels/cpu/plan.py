@@ -121,9 +121,9 @@ def split_rows(depth, parts):
     return max(2 * TILE_ROWS, min(SPLIT_ROWS, SPLIT_BYTES // split_bytes(2 * TILE_ROWS, depth, parts) * 2 * TILE_ROWS))
 
 
-def way_of_weights(forward, half, with_tiles, steps, batch, vector_bytes, heads, meetings):
+def way_of_weights(forward, half, with_tiles, steps, batch, vector_bytes, heads, meetings, reduced):
     """(half_panels, tiles, way) of a pass, see FIELDS; way: (bytes of a vector of weights, bytes a cycle from L2, vectors of
-    products a cycle, heads, meetings a step of threads that share rows).
+    products a cycle, heads, meetings a step of threads that share rows, numbers of a row that each of these reduces).
 
     with_tiles: the processor has them. A single step would wait for packing them, and a head is seldom deep enough.
     """
@@ -131,7 +131,7 @@ def way_of_weights(forward, half, with_tiles, steps, batch, vector_bytes, heads,
     half_panels = forward and half and not tiles and batch <= HALF_PANEL_ROWS
     rate = TILE_RATE // (FORWARD_PARTS if forward else BACKWARD_PARTS) if tiles else VECTOR_RATE
     weight_bytes = vector_bytes // 2 if half_panels or tiles else vector_bytes
-    return half_panels, tiles, (weight_bytes, 2 * vector_bytes // 3, rate, heads, meetings)
+    return half_panels, tiles, (weight_bytes, 2 * vector_bytes // 3, rate, heads, meetings, reduced)
 
 
 def unit_vectors(gates, registers):
@@ -159,12 +159,12 @@ def overlapped(work, streaming):
 def step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, l2_bytes):
     """Estimated cycles of one step of one thread: its products and gates, the streaming of its share of the weights, and
     between threads that share rows, but no heads, the barrier, and fetching what the others computed. In a cell with reductions
-    over a row, which meets more than once, heads are shared too.
+    over a row, which meets more than once, heads are shared too, and each thread fetches all that is reduced.
 
     way: as way_of_weights says. Other rates were measured on two AVX-512 cores: 110 cycles for the gates of a vector of units;
     10 bytes a cycle from beyond L2; 6 cycles a number fetched.
     """
-    vector_bytes, near, rate, heads, meetings = way
+    vector_bytes, near, rate, heads, meetings, reduced = way
     group_rows = ceil_div(rows, row_groups)
     own_panels = ceil_div(panels, unit_groups)
     tiles = rate > VECTOR_RATE
@@ -172,7 +172,7 @@ def step_cost(rows, depth, panels, panel_vectors, way, row_groups, unit_groups, 
     work = own_panels * (product_rows * (depth * panel_vectors // rate) + 110 * group_rows)
     weights = own_panels * depth * panel_vectors * vector_bytes
     streaming = weights // (near if 4 * weights <= 3 * l2_bytes else 10)
-    exchange = meetings * BARRIER + 6 * group_rows * depth * (unit_groups - 1) // unit_groups
+    exchange = meetings * BARRIER + 6 * group_rows * (depth + reduced) * (unit_groups - 1) // unit_groups
     if unit_groups == 1 or (meetings == 1 and heads % unit_groups == 0):
         exchange = 0
     return overlapped(work, streaming) + exchange
@@ -260,7 +260,7 @@ def layer_cost(rows, input_size, depth, panels, panel_vectors, way, threads, l2_
     shared_by: layers whose weights one after the other are in the L2 of those threads. block: steps for which W_ih is read.
     """
     row_groups, unit_groups = choose_groups(rows, depth, panels, panel_vectors, way, threads, l2_bytes)
-    vector_bytes, near, rate, _, _ = way
+    vector_bytes, near, rate, _, _, _ = way
     own_panels = ceil_div(panels, unit_groups)
     work = ceil_div(rows, row_groups) * own_panels * (input_size * panel_vectors // rate)
     own_bytes = own_panels * panel_vectors * vector_bytes

@@ -3,7 +3,8 @@
 A reduction's operands lie in memory, those that other threads have written too. Where threads share rows they meet before a
 stage whose reductions read what they have just written; then each of them reduces whole rows by itself, all in the same order.
 So the result has the same bits on any team, and a reduction takes one meeting. A thread that has its rows for itself goes
-through all stages of one row before the next, which then is in its L1 cache.
+through all stages of one row before the next: what one stage carries on to the next is then in its L1 cache, where all rows
+have the same place for it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def make_stages(
                    wait(context), for the threads that share the rows.
 
     rows: (first, end). units: (first, end, hidden_size). between: addresses of what is carried, of the first row, and of a
-    thread's own place for the results of reductions, and the bytes from one row to the next of each.
+    thread's own place for the results of reductions, and the bytes from one row to the next of each, which are 0 where rows
+    come one after the other.
     """
     if not stages:
         return njit(lambda context, rows, units, between: None, **options)
@@ -71,9 +73,10 @@ def make_stages(
         for _, node in stage.reductions:
             values[node.index] = len(values)
             extras.append(("value", values[node.index]))
-        reduce = reducer(stage.reductions, places, values, v, target)
+        means_first = sorted(stage.reductions, key=lambda reduction: reduction[1].operation != "row_mean")  # they wait less
+        reduce = reducer(means_first, places, values, v, target)
         read_extras = extra_reader(tuple(extras))
-        one, two = over_vectors(stage.code, v, target)
+        calculate, _ = over_vectors(stage.code, v, target)
         count = 0 if is_last else len(stage.code.results)
         carry = writer(range(first, first + count), range(count))
         if not is_last:
@@ -99,16 +102,10 @@ def make_stages(
             for i in range(rows[0], rows[1]):
                 row, reduced = carried + i * row_bytes, own + i * own_bytes
                 reduce(kept_row(context, i), row, reduced, hidden)
-                for unit in range(unit0, end, 2 * lanes):
-                    n, other = end - unit, unit + lanes
-                    a = read(context, i, unit, n) + read_extras(row + unit * size, stride, reduced, n)
-                    if other < end:
-                        b = read(context, i, other, n - lanes) + read_extras(row + other * size, stride, reduced, n - lanes)
-                        results, b_results = two(a, b)
-                        finish(context, i, row, other, n - lanes, stride, b_results)
-                    else:
-                        results = one(a)
-                    finish(context, i, row, unit, n, stride, results)
+                for unit in range(unit0, end, lanes):  # of two vectors at a time the numbers would not fit the registers
+                    n = end - unit
+                    given = read(context, i, unit, n) + read_extras(row + unit * size, stride, reduced, n)
+                    finish(context, i, row, unit, n, stride, calculate(given))
 
         return run
 
