@@ -588,7 +588,7 @@ def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
     """What `fastrnn.explain` says of a Keras layer. `input` as the layer takes it, [B, T, I]."""
     layers = _built_layers(self)
     input = keras.ops.convert_to_tensor(input)
-    training = torch.is_grad_enabled()
+    training, stacks = torch.is_grad_enabled(), []
     for layer in layers:
         recurrent = isinstance(layer, keras.layers.RNN)
         cells = _cells(layer, training, input) if recurrent else f"{type(layer).__name__} is not a recurrent layer"
@@ -597,11 +597,12 @@ def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
         if training and any(cell.keras_cell.recurrent_dropout and len(cell.kind.gates) > 1 for cell in cells):
             reason = "recurrent_dropout while training, for which Keras draws a mask for each gate"
             return dispatch.Explanation("reference", dict.fromkeys(sorted(dispatch.FUSED), reason))
+        stacks.append(cells)
     x = _inputs(layers[0], input)
     found = []
-    for cells in zip(*(_cells(layer, training) for layer in layers), strict=True):  # a stack's in turn, of both directions
-        module = _layer_of(cells).train(training)
-        if dropped := cells[0].keras_cell.recurrent_dropout:
+    for of_both in zip(*stacks, strict=True):  # a stack's in turn, of both directions
+        module = _layer_of(of_both).train(training)
+        if dropped := of_both[0].keras_cell.recurrent_dropout:
             module.recurrent_dropout = dropped
         with torch.set_grad_enabled(training):
             found.append(dispatch.explain(module, x))
