@@ -130,6 +130,8 @@ def sequence(
     begin = module.permute_hidden(begin, order)
     of_layer = begin if isinstance(begin, tuple) else (begin,)
     if restarts:  # resets go back to the latter; of packed input they need no order, being the same for all rows
+        if not torch._C._is_any_autocast_enabled():  # torch.cat would make one dtype of two, which have to be refused
+            fresh = [own.to(state.dtype) for own, state in zip(fresh, of_layer, strict=True)]
         of_layer = tuple([torch.cat(pair, 1) for pair in zip(of_layer, fresh, strict=True)])
     layer = layer._replace(batch_first=layer.batch_first and not packed, restarts=restarts)
     stack = functional.Stack(layer, weights, module.num_layers, noise, module._fastrnn_compressed)
