@@ -129,8 +129,16 @@ def sequence(
     module.check_forward_args(x, begin, batch_sizes)
     begin = module.permute_hidden(begin, order)
     of_layer = begin if isinstance(begin, tuple) else (begin,)
+    for state in of_layer:
+        if state.device != x.device:  # torch.bmm of a meta tensor, which heads come to, reads what is no memory
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {x.device} and hidden tensor at {state.device}"
+            )
     if restarts:  # resets go back to the latter; of packed input they need no order, being the same for all rows
-        of_layer = tuple([torch.cat(pair, 1) for pair in zip(of_layer, fresh, strict=True)])
+        # torch.cat would make one dtype of two, where another than x's has to be refused, or says which the results have
+        pairs = [(state, own.to(state.dtype)) for state, own in zip(of_layer, fresh, strict=True)]
+        of_layer = tuple([torch.cat(pair, 1) for pair in pairs])
     layer = layer._replace(batch_first=layer.batch_first and not packed, restarts=restarts)
     stack = functional.Stack(layer, weights, module.num_layers, noise, module._fastrnn_compressed)
     inputs = Inputs(x, batch_sizes, *_side_by_side(of_layer), *marks)

@@ -508,6 +508,39 @@ def test_what_does_not_fit(wrong):
             layer(torch.randn(5, 2, 3), **given)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_states_of_another_dtype(name, learned, dtype):
+    layer = getattr(fastrnn, name)(3, 4, learn_initial_state=learned)
+    x, state, resets = torch.randn(5, 2, 3), torch.ones(1, 2, 4, dtype=dtype), torch.zeros(5, 2, dtype=torch.bool)
+    hx = (state, state) if name == "LSTM" else state
+    for marks in ({"lengths": torch.tensor([5, 3])}, {"resets": resets}):
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x, hx, **marks)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_dtypes_under_autocast(name):
+    layer = getattr(fastrnn, name)(3, 4)
+    x, state, resets = torch.randn(5, 2, 3), torch.ones(1, 2, 4, dtype=torch.bfloat16), torch.zeros(5, 2, dtype=torch.bool)
+    hx = (state, state) if name == "LSTM" else state
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, marked = layer(x, hx)[0], layer(x, hx, resets=resets)[0]
+    assert plain.dtype is marked.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [{}, {"num_heads": 2}], ids=["plain", "heads"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_states_on_another_device(name, options):
+    layer = getattr(fastrnn, name)(3, 4, **options)
+    x, state, resets = torch.randn(5, 2, 3), torch.ones(1, 2, 4, device="meta"), torch.zeros(5, 2, dtype=torch.bool)
+    hx = (state, state) if name == "LSTM" else state
+    for marks in ({}, {"lengths": torch.tensor([5, 3])}, {"resets": resets}):
+        with pytest.raises(RuntimeError, match="found input tensor at cpu and hidden tensor at meta"):
+            layer(x, hx, **marks)
+
+
 def test_what_does_not_fit_packed_input():
     layer, packed = fastrnn.GRU(3, 4), pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([5, 2]))
     marks = torch.zeros(5, 2, dtype=torch.bool)
