@@ -210,7 +210,7 @@ def test_looks_that_do_not_see_a_neighbour_become_rare(play):
     """One on the same cores of a large machine, or beside a virtual one: all seems idle, and the losses come back at once."""
 
     def lengths(seen, later):
-        """Of smaller teams, where losses come back `later` milliseconds after each; looks say from the 9th one on what is `seen`."""
+        """Of smaller teams, where losses come back `later` milliseconds after each; from the 9th on looks say `seen`."""
         calls, found = [BAD], []
         for index in range(16):
             waiting = idle(5, 0 if index < 8 else seen) * 200
