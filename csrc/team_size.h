@@ -16,11 +16,14 @@ class TeamSize {
   bool look_due(int64_t now) const { return now < until_ && now >= next_look_; }
 
   // What was found. Idle twice in a row ends the time of the smaller team: a neighbour that pauses all the time is seen so
-  // about as often as the threads come back without a look.
+  // about as often as the threads come back without a look. A neighbour that no look shows, such as one on the same cores of a
+  // large machine, or beside a virtual one, brings the losses back at once: then looks become rare.
   void looked(bool idle, int64_t now) {
     idle_looks_ = idle ? idle_looks_ + 1 : 0;
     next_look_ = now + look_time();
-    if (idle_looks_ == 2) until_ = now;
+    if (idle_looks_ < 2) return;
+    until_ = now;
+    ended_by_looks_ = true;
   }
 
   // A call that wanted `threads` and got `size` took `total` nanoseconds until `now`, and lost so many of them, because `away`
@@ -30,9 +33,13 @@ class TeamSize {
     const int64_t gained = size < threads ? 0 : (total - lost) * 3 / 4 / (threads - 1);
     balance_ = std::max(-CREDIT, balance_ + lost - gained);
     const bool again = now - total < until_ + time_;  // it began soon after a smaller team
-    if (balance_ < (again ? std::max(DEBT, time_ / 32) : DEBT)) return;
+    const int64_t debt = again ? std::max(DEBT, time_ / 32) : DEBT;
+    if (balance_ < debt) return;
+    if (ended_by_looks_) mistaken_ = now - total < until_ + 4 * debt ? std::min(mistaken_ + 1, BLIND) : 0;
+    ended_by_looks_ = false;
     fewer_ = again && threads <= fewer_ ? threads / 2 : threads - std::clamp<int64_t>(away, 1, threads - 1);
     time_ = again ? std::min(2 * time_, LONGEST) : SHORTEST;
+    if (!again) mistaken_ = 0;
     until_ = now + time_;
     next_look_ = now + look_time();
     idle_looks_ = 0;
@@ -48,9 +55,13 @@ class TeamSize {
   static constexpr int64_t SHORTEST = 10 * MS, LONGEST = 800 * MS;  // of a smaller team
   static constexpr int64_t LOOK = 5 * MS;  // between looks, at least: one takes some microseconds
 
-  int64_t look_time() const { return std::max(LOOK, time_ / 8); }
+  static constexpr int BLIND = 3;  // mistaken looks, after which the next look is due when the time is over anyway
+
+  int64_t look_time() const { return std::max(LOOK, time_ >> (BLIND - mistaken_)); }
 
   int64_t balance_ = -CREDIT / 2, fewer_ = 0, time_ = 0, until_ = 0, next_look_ = 0, idle_looks_ = 0;
+  bool ended_by_looks_ = false;
+  int mistaken_ = 0;  // how often losses came back at once after looks had ended a time
 };
 
 }  // namespace fastrnn

@@ -588,7 +588,8 @@ def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
     """What `fastrnn.explain` says of a Keras layer. `input` as the layer takes it, [B, T, I]."""
     layers = _built_layers(self)
     input = keras.ops.convert_to_tensor(input)
-    training, stacks = torch.is_grad_enabled(), []
+    training = torch.is_grad_enabled()
+    runs: list[list[Any]] = []
     for layer in layers:
         recurrent = isinstance(layer, keras.layers.RNN)
         cells = _cells(layer, training, input) if recurrent else f"{type(layer).__name__} is not a recurrent layer"
@@ -597,16 +598,19 @@ def _explain(self: Any, input: Any, hx: Any = None) -> dispatch.Explanation:
         if training and any(cell.keras_cell.recurrent_dropout and len(cell.kind.gates) > 1 for cell in cells):
             reason = "recurrent_dropout while training, for which Keras draws a mask for each gate"
             return dispatch.Explanation("reference", dict.fromkeys(sorted(dispatch.FUSED), reason))
-        stacks.append(cells)
-    x = _inputs(layers[0], input)
+        runs.append([(cell,) for cell in cells])
+    if len(runs) == 2 and len(runs[0]) == len(runs[1]) == 1 and _are_alike(runs[0][0][0], runs[1][0][0]):
+        runs = [[runs[0][0] + runs[1][0]]]  # one call for both directions
     found = []
-    for of_both in zip(*stacks, strict=True):  # a stack's in turn, of both directions
-        module = _layer_of(of_both).train(training)
-        if dropped := of_both[0].keras_cell.recurrent_dropout:
-            module.recurrent_dropout = dropped
-        with torch.set_grad_enabled(training):
-            found.append(dispatch.explain(module, x))
-        x = x.new_empty((*x.shape[:2], module.hidden_size))
+    for run in runs:
+        x = _inputs(layers[0], input)
+        for cells in run:  # a stack's in turn
+            module = _layer_of(cells).to(x.dtype).train(training)  # Keras casts variables to the dtype of the computation
+            if dropped := cells[0].keras_cell.recurrent_dropout:
+                module.recurrent_dropout = dropped
+            with torch.set_grad_enabled(training):
+                found.append(dispatch.explain(module, x))
+            x = x.new_empty((*x.shape[:2], module.hidden_size))
     return replace(found[0], schedule=tuple(itertools.chain.from_iterable(each.schedule for each in found)))
 
 
@@ -672,6 +676,12 @@ def _both_directions(keras_call: Callable) -> Callable:
     return call
 
 
+def _are_alike(one: _Cell, other: _Cell) -> bool:
+    """Can these cells be the two directions of one layer?"""
+    same = one.name == other.name and one.keras_cell.units == other.keras_cell.units
+    return same and one.keras_cell.use_bias == other.keras_cell.use_bias
+
+
 def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training: Any) -> Any:
     """What Bidirectional's call returns; or None where the two layers have to be called one after the other."""
     layers = self.forward_layer, self.backward_layer
@@ -689,8 +699,7 @@ def _run_both(self: Any, sequences: Any, initial_state: Any, mask: Any, training
         return None
     cells: list[Any] = [_cells(layer, training)[0] for layer in layers]
     forward, backward = cells
-    same = forward.name == backward.name and forward.keras_cell.units == backward.keras_cell.units
-    if not same or forward.keras_cell.use_bias != backward.keras_cell.use_bias or layers[0].go_backwards:
+    if not _are_alike(forward, backward) or layers[0].go_backwards:
         return None
     x, H = _inputs(layers[0], sequences), forward.keras_cell.units
     mask, kinds = _mask_of(mask, x), forward.kinds
@@ -784,7 +793,11 @@ def to_torch(layer: Any) -> nn.RNNBase:
         found = _cells(one, False)
         if isinstance(found, str) or len(found) > 1:
             raise ValueError(f"layer: {found if isinstance(found, str) else 'expected one cell, got a stack'}")
+        if one.go_backwards and one is not getattr(layer, "backward_layer", None):
+            raise ValueError("layer: go_backwards=True, torch's layers begin at the first step: flip their input")
         cells += found
+    if len(cells) == 2 and not _are_alike(*cells):
+        raise ValueError("layer: two directions of different cells, units or biases, torch's have the same")
     return _layer_of(cells).eval()
 
 

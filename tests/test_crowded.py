@@ -206,6 +206,22 @@ def test_idle_cpus_end_the_time_of_a_smaller_team(play):
     assert max(sizes) < 4
 
 
+def test_looks_that_do_not_see_a_neighbour_become_rare(play):
+    """One on the same cores of a large machine, or beside a virtual one: all seems idle, and the losses come back at once."""
+
+    def lengths(seen, later):
+        """Of smaller teams, where losses come back `later` milliseconds after each; from the 9th on looks say `seen`."""
+        calls, found = [BAD], []
+        for index in range(16):
+            waiting = idle(5, 0 if index < 8 else seen) * 200
+            found.append(5 * play([*calls, *waiting])[len(calls) - 1 :].index(4))
+            calls += [*waiting[: found[-1] // 5], *idle(5) * ((0 if index < 8 else later) // 5), BAD]
+        return found[8:]
+
+    assert max(lengths(1, 0)[:2]) < 500 < 700 < lengths(1, 0)[-1] == lengths(0, 0)[-1] < 1000
+    assert max(lengths(1, 300)) < 300  # a neighbour that comes back later was not there when the looks said so
+
+
 def test_which_cpus_are_idle(tmp_path):
     """By what the kernel counts; not where the process has a part of the machine, or a sandbox does not say."""
     compiler = os.environ.get("CXX", "g++").split()

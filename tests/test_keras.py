@@ -216,6 +216,40 @@ def test_explain_of_cells_and_stacks_of_them():
         assert explained.engine == "cpu" and len(explained.schedule) == len(cells)
 
 
+DIFFERENT = {  # directions that no torch layer has
+    "cells": lambda layers: (layers.LSTM(4), layers.GRU(4, go_backwards=True)),
+    "units": lambda layers: (layers.LSTM(4), layers.LSTM(6, go_backwards=True)),
+    "biases": lambda layers: (layers.LSTM(4), layers.LSTM(4, use_bias=False, go_backwards=True)),
+    "activations": lambda layers: (layers.SimpleRNN(4), layers.SimpleRNN(4, activation="relu", go_backwards=True)),
+    "the first one backwards": lambda layers: (layers.LSTM(4, go_backwards=True), layers.LSTM(4)),
+}
+
+
+@pytest.mark.parametrize("library", [keras.layers, fastrnn.keras], ids=["keras.layers", "fastrnn.keras"])
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_directions_that_differ_are_explained_and_have_no_torch_layer(name, library):
+    forward, backward = DIFFERENT[name](library)
+    layer, x = fastrnn.keras.Bidirectional(forward, backward_layer=backward), torch.randn(B, T, I)
+    layer(x)
+    assert fastrnn.explain(layer, x).engine == "cpu"
+    with pytest.raises(ValueError, match="go_backwards=True" if "backwards" in name else "two directions of different"):
+        fastrnn.keras.to_torch(layer)
+
+
+def test_a_layer_that_goes_backwards_has_no_torch_layer():
+    layer = fastrnn.keras.GRU(3, go_backwards=True)
+    layer.build((None, None, 2))
+    with pytest.raises(ValueError, match="go_backwards=True"):
+        fastrnn.keras.to_torch(layer)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "mixed_bfloat16"])
+def test_explain_knows_the_dtype_of_the_computation(dtype):
+    layer, x = fastrnn.keras.LSTM(4, dtype=dtype), torch.randn(B, T, I)
+    layer(x)
+    assert fastrnn.explain(layer, x).engine == "cpu"
+
+
 DROPOUTS = [{"dropout": 0.4}, {"recurrent_dropout": 0.4}, {"dropout": 0.4, "recurrent_dropout": 0.3}]
 
 
