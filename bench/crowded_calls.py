@@ -119,7 +119,7 @@ def from_python_threads(call: Call, threads: int, seconds: float) -> dict[str, f
 
     def work(index: int) -> None:
         torch.set_num_threads(threads)  # torch keeps the number per thread
-        while time.perf_counter() < end:
+        while not done[index] or time.perf_counter() < end:
             call()
             done[index] += 1
 
