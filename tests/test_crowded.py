@@ -114,19 +114,25 @@ int main() {
 """
 
 
-@pytest.fixture(scope="module")
-def play(tmp_path_factory):
-    """Plays calls, each (threads, came, away, milliseconds, of them lost): the threads to use after each."""
+def compiled(folder: Path, text: str, *sources: str) -> Path:
+    """A program of this text and of files of csrc/. Skips the test where no compiler is: who has a wheel needs none."""
     compiler = os.environ.get("CXX", "g++").split()
     if shutil.which(compiler[0]) is None:
         pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("play")
-    (path / "play.cpp").write_text(PLAY)
-    subprocess.run([*compiler, "-std=c++20", f"-I{ROOT / 'csrc'}", "-o", path / "play", path / "play.cpp"], check=True)
+    (folder / "main.cpp").write_text(text)
+    files = [folder / "main.cpp", *(ROOT / "csrc" / source for source in sources)]
+    subprocess.run([*compiler, "-std=c++20", f"-I{ROOT / 'csrc'}", "-o", folder / "program", *files], check=True)
+    return folder / "program"
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory):
+    """Plays calls, each (threads, came, away, milliseconds, of them lost): the threads to use after each."""
+    program = compiled(tmp_path_factory.mktemp("play"), PLAY)
 
     def played(calls):
         lines = "\n".join(" ".join(map(str, call)) for call in calls)
-        done = subprocess.run([path / "play"], input=lines, capture_output=True, text=True, check=True)
+        done = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
         return [int(line) for line in done.stdout.split()]
 
     return played
@@ -222,13 +228,7 @@ def test_looks_that_do_not_see_a_neighbour_become_rare(play):
     assert max(lengths(1, 300)) < 300  # a neighbour that comes back later was not there when the looks said so
 
 
-def test_which_cpus_are_idle(tmp_path):
-    """By what the kernel counts; not where the process has a part of the machine, or a sandbox does not say."""
-    compiler = os.environ.get("CXX", "g++").split()
-    if shutil.which(compiler[0]) is None:
-        pytest.skip("no C++ compiler")
-    (tmp_path / "idle.cpp").write_text(
-        """
+IDLE = """
 #include "cpus.h"
 #include <cstdio>
 #include <cstdlib>
@@ -237,10 +237,11 @@ int main(int, char** words) {
   std::printf("%d", fastrnn::are_idle(std::atoll(words[2]), cpus, words[1]));
 }
 """
-    )
-    program, here = tmp_path / "idle", os.sysconf("SC_NPROCESSORS_ONLN")
-    sources = [str(tmp_path / "idle.cpp"), str(ROOT / "csrc/cpus.cpp")]
-    subprocess.run([*compiler, "-std=c++20", f"-I{ROOT / 'csrc'}", "-o", program, *sources], check=True)
+
+
+def test_which_cpus_are_idle(tmp_path):
+    """By what the kernel counts; not where the process has a part of the machine, or a sandbox does not say."""
+    program, here = compiled(tmp_path, IDLE, "cpus.cpp"), os.sysconf("SC_NPROCESSORS_ONLN")
 
     def found(text, count=here, allowed=here, quota=math.inf):
         root = put(tmp_path / "root", {"proc/loadavg": text} if text is not None else {})
